@@ -1,0 +1,113 @@
+"""What all configs share: the published FLORA recipe (WACV 2024), and how to shrink it."""
+
+from ml_collections import ConfigDict
+
+STAGES = (
+    "pretrain",
+    "filter",
+    "supernet",
+    "search",
+    "extract",
+    "finetune",
+    "evaluate",
+    "report",
+)
+
+
+def recipe(**changes) -> ConfigDict:
+    """One training stage. Learning rates are per 512 images of a batch."""
+    fields = ConfigDict(
+        {
+            "epochs": 150.0,
+            "batch_size": 1024,
+            "learning_rate": 2.5e-5,
+            "warmup_learning_rate": 5e-7,
+            "min_learning_rate": 5e-7,
+            "warmup_epochs": 5.0,
+            "weight_decay": 0.01,
+            "clip_norm": 5.0,
+            "accumulate": 1,
+            "compute_dtype": "float32",
+            "ema_decay": 0.0,  # 0: no moving average
+            "label_smoothing": 0.0,
+            "distill": True,  # soft targets from the dense model; False: the labels
+            "log_every": 20,
+            "checkpoint_every": 1000,
+        }
+    )
+    fields.update(changes)
+    return fields
+
+
+def imagenet() -> ConfigDict:
+    """FLORA on a published DeiT, ImageNet, global batch 1024; the sizes are set by the caller."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "stages": STAGES,
+            "model": {
+                "image_size": 224,
+                "patch_size": 16,
+                "embed_dim": 768,
+                "depth": 12,
+                "num_heads": 12,
+                "num_classes": 1000,
+                "in_channels": 3,
+            },
+            "data": {
+                "name": "tfds:imagenet2012",
+                "data_dir": "",  # empty: the TFDS default
+                "heldout_fraction": 0.02,
+                "augmentation": {"name": "inception"},
+                "mean": (0.485, 0.456, 0.406),
+                "std": (0.229, 0.224, 0.225),
+                "eval_batch_size": 256,
+                "num_threads": 16,
+            },
+            # A .safetensors file under timm's names; empty: the pretrain stage trains from scratch.
+            "pretrained": "",
+            "pretrain": recipe(
+                epochs=300.0,
+                learning_rate=5e-4,
+                warmup_learning_rate=1e-6,
+                min_learning_rate=1e-5,
+                weight_decay=0.05,
+                label_smoothing=0.1,
+                distill=False,
+            ),
+            "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
+            # The subnet's multiply-adds as a share of the dense model's: at least and at most.
+            "budget": {"macs": (0.43, 0.46)},
+            "filter": {
+                "drop": 0.7,
+                "train_fraction": 0.1,
+                "train": recipe(epochs=20.0, warmup_epochs=3.0, learning_rate=7.5e-6),
+            },
+            "supernet": recipe(),
+            "search": {
+                "generations": 20,
+                "population": 50,
+                "parents": 10,
+                "mutants": 25,
+                "crossovers": 25,
+                "mutation_probability": 0.2,
+            },
+            "finetune": recipe(epochs=30.0, warmup_epochs=0.0),
+        }
+    )
+
+
+def run_local(config: ConfigDict) -> ConfigDict:
+    """The same stages on the bundled digits with a tiny model: seconds on a laptop."""
+    config.model.update({"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2})
+    config.model.update({"num_heads": 3, "num_classes": 10})
+    config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
+    config.data.augmentation = {"name": "digits"}
+    config.budget.macs = (0.4, 0.6)
+    config.filter.train_fraction = 0.5
+    config.search.update({"generations": 3, "population": 8, "parents": 4})
+    config.search.update({"mutants": 3, "crossovers": 3})
+    short = {"epochs": 1.0, "warmup_epochs": 0.0, "batch_size": 128, "learning_rate": 4e-3}
+    for stage in (config.pretrain, config.filter.train, config.supernet, config.finetune):
+        stage.update(short)
+    return config

@@ -1,0 +1,23 @@
+"""FLORA on DeiT-B, ImageNet.
+
+Published: 8.04 G of 17.57 G multiply-adds, 38.2 M of 86.6 M parameters, 81.85 % top-1.
+
+    python -m flora_jax.main --config=configs/deit_b.py --workdir=runs/deit_b \
+        --config.pretrained=deit_base_patch16_224.safetensors
+
+On a laptop, in seconds, with a tiny model and the bundled digits:
+
+    python -m flora_jax.main --config=configs/deit_b.py:runlocal --workdir=runs/tiny
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    if argument not in ("", "runlocal"):
+        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
+    config = common.imagenet()
+    config.model.update({"embed_dim": 768, "num_heads": 12})
+    config.space.ratios = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
+    config.budget.macs = (0.43, 0.46)
+    return common.run_local(config) if argument == "runlocal" else config

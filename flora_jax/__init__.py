@@ -1,0 +1,40 @@
+"""flora_jax: vision transformers made smaller and faster by low-rank architecture search."""
+
+from flora_jax.evaluate import EvaluationSet, top1
+from flora_jax.io.folder import load, save
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet, extract, factorize
+from flora_jax.models import Spec, create
+from flora_jax.models.spec import BlockSpec, ViTSpec, deit
+from flora_jax.models.timm import from_pretrained, from_state_dict
+
+
+def macs(spec: Spec) -> int:
+    """Multiply-adds for one image of a model of this spec."""
+    return spec.macs()
+
+
+def num_params(spec: Spec) -> int:
+    """Every parameter of a model of this spec."""
+    return spec.num_params()
+
+
+__all__ = [
+    "BlockSpec",
+    "EvaluationSet",
+    "RankSpace",
+    "Spec",
+    "Supernet",
+    "ViTSpec",
+    "create",
+    "deit",
+    "extract",
+    "factorize",
+    "from_pretrained",
+    "from_state_dict",
+    "load",
+    "macs",
+    "num_params",
+    "save",
+    "top1",
+]

@@ -1,0 +1,20 @@
+"""Pixel normalisation, on the device: images cross process boundaries as uint8."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """(pixel / 255 - mean) / std per channel; one value stands for all channels."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __call__(self, images: jax.Array, dtype=jnp.float32) -> jax.Array:
+        """images uint8 [..., C] -> float [..., C]"""
+        scaled = images.astype(jnp.float32) / 255.0
+        mean, std = (jnp.asarray(v, jnp.float32) for v in (self.mean, self.std))
+        return ((scaled - mean) / std).astype(dtype)

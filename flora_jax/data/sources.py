@@ -1,0 +1,138 @@
+"""Random-access image sources: what can be read by index, without any state."""
+
+import dataclasses
+import functools
+import io
+from typing import Protocol, TypedDict
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+
+class Example(TypedDict):
+    """image: uint8 [H, W, C]; label: 0..num_classes-1; key: names the example for ever."""
+
+    image: np.ndarray
+    label: int
+    key: str
+
+
+class Source(Protocol):
+    """Examples by index, with labels and keys that are read without decoding an image.
+
+    Attributes:
+      num_classes: how many classes the labels are drawn from.
+      labels: int32 [number of examples].
+    """
+
+    num_classes: int
+    labels: np.ndarray
+
+    def key(self, index: int) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images held in memory: images uint8 [n, H, W, C], labels int32 [n]."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index:05d}"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {
+            "image": self.images[index],
+            "label": int(self.labels[index]),
+            "key": self.key(index),
+        }
+
+
+def digits() -> ArraySource:
+    """The 1,797 handwritten digits that come with scikit-learn, uint8 [8, 8, 1], 10 classes."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images[..., None] * (255 / 16)).astype(np.uint8)
+    return ArraySource("digits", images, bunch.target.astype(np.int32), num_classes=10)
+
+
+class TfdsSource:
+    """A split of a TFDS dataset on disk. Images are decoded one by one, as they are asked for."""
+
+    def __init__(self, name: str, split: str, records):
+        self.name = name
+        self.split = split
+        self.num_classes = records.dataset_info.features["label"].num_classes
+        self._records = records
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """One pass over the records, which decodes no image."""
+        return np.array([record["label"] for record in self._records], np.int32)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{self.split}/{index}"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        with Image.open(io.BytesIO(record["image"])) as picture:
+            image = np.array(picture.convert("RGB"))
+        return {"image": image, "label": int(record["label"]), "key": self.key(index)}
+
+
+def tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
+    """A split of a TFDS image classification dataset that was built in ArrayRecord format.
+
+    Args:
+      name: TFDS name, e.g. "imagenet2012" or "imagenet2012:5.1.0".
+      split: TFDS split, e.g. "train" or "train[:10%]".
+      data_dir: folder that holds the datasets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Returns:
+      A source of uint8 [H, W, 3] images, each of its own size.
+
+    Raises:
+      ValueError: the dataset is not on disk in ArrayRecord format, lacks the split, or has no
+        "image" and "label" features.
+    """
+    import tensorflow_datasets
+
+    try:
+        # The images are left encoded: TFDS would decode them with TensorFlow or OpenCV if present.
+        records = tensorflow_datasets.data_source(
+            name,
+            split=split,
+            data_dir=data_dir,
+            download=False,
+            decoders={"image": tensorflow_datasets.decode.SkipDecoding()},
+        )
+    except (tensorflow_datasets.core.DatasetNotFoundError, NotImplementedError, KeyError) as error:
+        folder = epath.Path(data_dir or tensorflow_datasets.core.constants.DATA_DIR)
+        raise ValueError(
+            f"no ArrayRecord dataset {name!r} in {folder}: expected "
+            f"{folder / name.replace(':', '/')}/.../*.array_record-*; build it (needs "
+            f"the packages tensorflow and importlib_resources) with: "
+            f"tfds build {name} --file_format=array_record --data_dir={folder}"
+        ) from error
+    missing = {"image", "label"} - set(records.dataset_info.features)
+    if missing:
+        raise ValueError(
+            f"{name!r} is not an image classification dataset: it has the features "
+            f"{sorted(records.dataset_info.features)}, without {sorted(missing)}"
+        )
+    return TfdsSource(name, split, records)

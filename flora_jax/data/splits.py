@@ -1,0 +1,130 @@
+"""Which images are trained on, searched with and reported on.
+
+An image belongs to a split by the hash of its key, so a split is the same for ever, on every
+machine and whatever the order of the images. The architecture search scores on `heldout`, which
+is taken out of the training images; `test` is reported once.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from flora_jax.data import sources
+
+DIGITS_TEST_FRACTION = 0.25
+DIGITS_TEST_SEED = 0  # not the user's seed: the reported images never change
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """The examples of `source` at `indices`, int [n]."""
+
+    source: sources.Source
+    indices: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels[self.indices]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> sources.Example:
+        return self.source[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Disjoint sources: to train on, to search with, to report on."""
+
+    train: sources.Source
+    heldout: sources.Source
+    test: sources.Source
+
+    @property
+    def num_classes(self) -> int:
+        return self.train.num_classes
+
+
+def subset(source: sources.Source, indices) -> Subset:
+    """The examples of `source` at `indices`, int [n], in that order."""
+    return Subset(source, np.asarray(indices, np.int64))
+
+
+def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits a source in two by hashed keys, class by class.
+
+    Args:
+      source: the examples; only its labels and keys are read.
+      fraction: share of each class that is held out, rounded to whole examples.
+      seed: another seed holds out other examples.
+
+    Returns:
+      (train, heldout), each in the order of `source`.
+
+    Raises:
+      ValueError: fraction is not between 0 and 1, or one of the two would be empty.
+    """
+    _check_fraction(fraction)
+    hashes = [
+        hashlib.blake2b(f"{seed}/{source.key(i)}".encode(), digest_size=16).digest()
+        for i in range(len(source))
+    ]
+    labels, is_held_out = source.labels, np.zeros(len(source), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        by_hash = sorted(members, key=hashes.__getitem__)
+        is_held_out[by_hash[: round(fraction * len(members))]] = True
+    if not 0 < is_held_out.sum() < len(source):
+        raise ValueError(
+            f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
+            f"images; both parts need at least one"
+        )
+    return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
+
+
+def load_splits(
+    name: str,
+    heldout_fraction: float = 0.1,
+    seed: int = 0,
+    data_dir: str | None = None,
+    test_split: str = "validation",
+) -> Splits:
+    """The splits of a dataset.
+
+    Args:
+      name: "digits", or "tfds:NAME" for a TFDS dataset with a "train" split.
+      heldout_fraction: share of the training images that is held out for the search.
+      seed: picks the held-out images; the test images do not depend on it.
+      data_dir: folder of the TFDS datasets; None: the TFDS default.
+      test_split: the TFDS split that is reported on.
+
+    Raises:
+      ValueError: unknown name, fraction not between 0 and 1, or dataset not on disk.
+    """
+    _check_fraction(heldout_fraction)
+    if name == "digits":
+        rest, test = hold_out(sources.digits(), DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
+    elif name.startswith("tfds:"):
+        rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir)
+        test = sources.tfds(name.removeprefix("tfds:"), test_split, data_dir)
+    else:
+        raise ValueError(
+            f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' (did you mean "
+            f"'tfds:{name}'?)"
+        )
+    train, heldout = hold_out(rest, heldout_fraction, seed)
+    return Splits(train, heldout, test)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")

@@ -1,0 +1,57 @@
+"""Top-1 accuracy over a set of images that stays on the device."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.data.normalize import Normalization
+from flora_jax.models import functional
+from flora_jax.train.mesh import make_mesh, shard_batch
+
+
+class EvaluationSet:
+    """Normalised batches on the device: images [B, H, W, C], labels [B], mask [B].
+
+    The mask is 0 for the images that only fill up the last batch.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
+        mesh = make_mesh()
+        normalize = jax.jit(normalization)
+        self.batches = []
+        self.num_images = 0
+        for batch in batches:
+            self.num_images += int(batch["mask"].sum())
+            images, labels, mask = (
+                shard_batch(batch, mesh)[name] for name in ("image", "label", "mask")
+            )
+            self.batches.append((normalize(images), labels, mask))
+
+
+def count_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """logits [B, classes], labels [B], mask [B] -> int32 []"""
+    return jnp.sum((logits.argmax(-1) == labels) * mask).astype(jnp.int32)
+
+
+@jax.jit(static_argnums=0)
+def _count_correct(graphdef, parameters, batch, genes):
+    images, labels, mask = batch
+    return count_correct(functional.merge(graphdef, parameters)(images, genes), labels, mask)
+
+
+def top1(model, evaluation_set: EvaluationSet, genes=None) -> float:
+    """Share of images whose class comes first; `genes` int [L] or [P, L] for a supernet's network.
+
+    Returns:
+      A float, or float64 [P] for a population. The device is read back once.
+    """
+    graphdef, parameters = functional.split(model)
+    population = [None] if genes is None else np.atleast_2d(np.asarray(genes, np.int32))
+    correct = [
+        sum(_count_correct(graphdef, parameters, batch, one) for batch in evaluation_set.batches)
+        for one in population
+    ]
+    scores = np.asarray(jax.device_get(correct), np.float64) / evaluation_set.num_images
+    return scores if np.ndim(genes) == 2 else float(scores[0])

@@ -1,0 +1,85 @@
+"""Models as folders: `spec.json` beside the weights.
+
+A finished model's weights are `model.safetensors` with a checksum: it opens anywhere, without
+Orbax or pickle. The folder of a training run keeps Orbax `checkpoints/` instead.
+"""
+
+import hashlib
+
+import numpy as np
+from etils import epath
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from flora_jax.io.checkpoint import read_parameters
+from flora_jax.io.files import read_json, replacing, write_json
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet, abstract_supernet
+from flora_jax.models import create_abstract, functional, spec_from_json, spec_to_json
+
+FORMAT = 1
+SPEC_FILE, WEIGHTS_FILE, CHECKPOINTS = "spec.json", "model.safetensors", "checkpoints"
+
+
+def describe(model: nnx.Module | Supernet) -> dict:
+    """What `spec.json` says of a model: enough to build it again without its weights."""
+    if isinstance(model, Supernet):
+        spec, space = model.space.spec, model.space.to_json()
+    else:
+        spec, space = model.spec, None
+    return {"format": FORMAT, "spec": spec_to_json(spec), "space": space}
+
+
+def save_description(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
+    """Marks the folder of a training run as a model that `load` can open."""
+    write_json(epath.Path(path) / SPEC_FILE, describe(model))
+
+
+def save(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
+    """Writes a model to the folder `path`; `load` reads it back bit for bit.
+
+    The description is written last, so that a folder with one is complete.
+    """
+    path = epath.Path(path)
+    parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
+    with replacing(path / WEIGHTS_FILE) as partial:
+        save_file({name: np.asarray(p) for name, p in parameters.items()}, partial)
+        checksum = _sha256(partial)
+    write_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
+
+
+def load(path: epath.PathLike) -> nnx.Module | Supernet:
+    """Opens a saved model, or the newest checkpoint of a training run (a supernet, mostly).
+
+    Raises:
+      FileNotFoundError: nothing to open at `path`.
+      ValueError: the folder was written by a newer version, or its content is damaged.
+    """
+    path = epath.Path(path)
+    if not (path / SPEC_FILE).exists():
+        found = sorted(p.parent.name for p in path.glob(f"*/{SPEC_FILE}")) if path.exists() else []
+        hint = f"; inside it are {', '.join(found)}" if found else ""
+        raise FileNotFoundError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
+    description = read_json(path / SPEC_FILE)
+    if description["format"] != FORMAT:
+        raise ValueError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    spec = spec_from_json(description["spec"])
+    if (path / WEIGHTS_FILE).exists():
+        parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
+    else:
+        parameters = read_parameters(path / CHECKPOINTS)
+    if description["space"] is None:
+        return functional.with_parameters(create_abstract(spec), parameters)
+    supernet = abstract_supernet(RankSpace.from_json(spec, description["space"]))
+    return Supernet(functional.with_parameters(supernet.network, parameters), supernet.space)
+
+
+def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
+    if _sha256(path) != checksum:
+        raise ValueError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
+    return load_file(path)
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

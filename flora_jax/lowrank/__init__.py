@@ -1,0 +1,1 @@
+"""Low-rank supernets: rank spaces, weight inheritance and extraction."""

@@ -1,0 +1,108 @@
+"""The supernet's Linear: a pair of factors whose rank is chosen at run time.
+
+A rank-r choice uses the leading r components, so all choices share a prefix and one compiled
+program serves every subnet (FLORA, section 3). Two exact implementations:
+
+- masked: multiply by the whole factors and zero the tail; always spends the full-rank MACs.
+- sliced: branch over static slices; spends what the chosen rank says, forward and backward.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Ranks = tuple[int, ...]
+IMPLEMENTATIONS = ("masked", "sliced")
+
+
+def default_implementation() -> str:
+    """On TPU the branches of an unrolled sliced step make a program of over 1 GB."""
+    return "masked" if jax.default_backend() == "tpu" else "sliced"
+
+
+class RankedLinear(nnx.Module):
+    """x [M, in], gene int32 [] -> x @ down[:r].T @ up[:r] + bias [M, out], r = ranks[gene].
+
+    down [R, in] and up [R, out] are rank-major, so that a rank is a block of leading rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int],
+        implementation: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.ranks = tuple(ranks)
+        self.implementation = implementation
+        init = nnx.initializers.truncated_normal(0.02)
+        self.down = nnx.Param(init(rngs.params(), (self.ranks[-1], in_features)))
+        self.up = nnx.Param(init(rngs.params(), (self.ranks[-1], out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+        if gene is None:
+            gene = jnp.int32(len(self.ranks) - 1)
+        multiply = {"masked": masked_product, "sliced": sliced_product}[self.implementation]
+        return multiply(x, self.down[...], self.up[...], gene, self.ranks) + self.bias
+
+
+def masked_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
+    """x [M, in] @ down.T @ up [M, out] with all components from ranks[gene] on set to zero."""
+    rank = jnp.asarray(ranks)[gene]
+    hidden = x @ down.T
+    return jnp.where(jnp.arange(down.shape[0]) < rank, hidden, 0) @ up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sliced_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
+    """The same as `masked_product`, spending only the chosen rank's multiply-adds."""
+    branches = [functools.partial(_forward, rank) for rank in ranks]
+    return jax.lax.switch(gene, branches, x, down, up)
+
+
+def _forward(rank: int, x, down, up):
+    down, up = down[:rank], up[:rank]
+    if _merges(rank, x, down, up):
+        return x @ (down.T @ up)
+    return (x @ down.T) @ up
+
+
+def _backward(rank: int, x, down, up, grad):
+    """Gradients of x, down and up; rows beyond the rank get zeros."""
+    used_down, used_up = down[:rank], up[:rank]
+    if _merges(rank, x, used_down, used_up):
+        grad_kernel = x.T @ grad
+        grad_down, grad_up = used_up @ grad_kernel.T, used_down @ grad_kernel
+        grad_x = grad @ (used_down.T @ used_up).T
+    else:
+        hidden, grad_hidden = x @ used_down.T, grad @ used_up.T
+        grad_down, grad_up = grad_hidden.T @ x, hidden.T @ grad
+        grad_x = grad_hidden @ used_down
+    unused = ((0, down.shape[0] - rank), (0, 0))
+    return grad_x, jnp.pad(grad_down, unused), jnp.pad(grad_up, unused)
+
+
+def _merges(rank: int, x, down, up) -> bool:
+    """Whether multiplying the factors first is cheaper: so at high rank, with many tokens."""
+    tokens, in_features, out_features = x.shape[0], down.shape[1], up.shape[1]
+    pair = tokens * rank * (in_features + out_features)
+    return in_features * out_features * (rank + tokens) < pair
+
+
+def _sliced_forward(x, down, up, gene, ranks: Ranks):
+    return sliced_product(x, down, up, gene, ranks), (x, down, up, gene)
+
+
+def _sliced_backward(ranks: Ranks, saved, grad):
+    x, down, up, gene = saved
+    branches = [functools.partial(_backward, rank) for rank in ranks]
+    return *jax.lax.switch(gene, branches, x, down, up, grad), None
+
+
+sliced_product.defvjp(_sliced_forward, _sliced_backward)

@@ -1,0 +1,381 @@
+"""The ranks a network may take: genes, their exact cost, and random draws of them.
+
+Genes are indices into each layer's rank choices, int32 [..., L]. Searchable layers come block by
+block as (qkv, fc1, fc2), so three genes of a block are a triple. Costs are those of the extracted
+network: a layer whose factor pair would cost at least the dense matrix counts as dense.
+"""
+
+import bisect
+import dataclasses
+import difflib
+import functools
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flora_jax.models.spec import LinearShape, ViTSpec
+
+LAWS = ("uniform", "low_rank_aware")
+_TRIPLE = 3
+_MAX_CELLS = 2**17
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RankSpace:
+    """Rank choices of every searchable layer and the gene triples kept in every block.
+
+    Attributes:
+      spec: the dense network.
+      choices: L tuples of ascending ranks; the last one is the layer's full rank.
+      kept: one int32 array [K_b, 3] of gene triples a block, in lexicographic order.
+
+    Raises:
+      ValueError: the spec is not dense, choices do not ascend to full rank, or kept triples are
+        missing, repeated or out of range.
+    """
+
+    spec: "ViTSpec"
+    choices: tuple[tuple[int, ...], ...]
+    kept: tuple[np.ndarray, ...]
+
+    def __post_init__(self):
+        layers = self.spec.layers
+        if any(rank is not None for rank in self.spec.ranks):
+            raise ValueError("a rank space needs a dense spec, but this one already has ranks")
+        if len(self.choices) != len(layers):
+            raise ValueError(f"expected choices for {len(layers)} layers, got {len(self.choices)}")
+        for layer, ranks in zip(layers, self.choices, strict=True):
+            ascending = all(a < b for a, b in itertools.pairwise(ranks))
+            if not (ranks and ascending and ranks[0] >= 1 and ranks[-1] == layer.full_rank):
+                raise ValueError(
+                    f"rank choices {tuple(ranks)} of {layer.name} must ascend from at least 1 "
+                    f"to its full rank {layer.full_rank}"
+                )
+        if len(self.kept) != self.num_blocks:
+            raise ValueError(
+                f"expected kept triples for {self.num_blocks} blocks, got {len(self.kept)}"
+            )
+        kept = tuple(self._checked_triples(b, triples) for b, triples in enumerate(self.kept))
+        object.__setattr__(self, "kept", kept)
+
+    def _checked_triples(self, block: int, triples) -> np.ndarray:
+        triples = np.asarray(triples)
+        if triples.ndim != 2 or triples.shape[1] != _TRIPLE or len(triples) == 0:
+            raise ValueError(
+                f"kept triples of block {block} have shape {triples.shape}, expected (K, 3), K >= 1"
+            )
+        triples = self._checked_genes(triples, first_layer=_TRIPLE * block)
+        ordered = np.unique(triples, axis=0)
+        if len(ordered) != len(triples):
+            raise ValueError(f"block {block} repeats some of its {len(triples)} kept triples")
+        ordered.setflags(write=False)
+        return ordered
+
+    def _checked_genes(self, genes: np.ndarray, first_layer: int) -> np.ndarray:
+        """`genes` [..., l] of the l layers from `first_layer` on, in range, as int32."""
+        if not np.issubdtype(genes.dtype, np.integer):
+            raise ValueError(f"genes must be integers, got {genes.dtype}")
+        if genes.size:
+            flat = genes.reshape(-1, genes.shape[-1])
+            extremes = np.stack([flat.min(axis=0), flat.max(axis=0)])
+            num_choices = [len(ranks) for ranks in self.choices[first_layer:]][: genes.shape[-1]]
+            outside = np.argwhere((extremes < 0) | (extremes >= num_choices))
+            if len(outside):
+                row, column = outside[0]
+                raise ValueError(
+                    f"gene {extremes[row, column]} of {self.spec.layers[first_layer + column].name}"
+                    f" lies outside 0..{num_choices[column] - 1}"
+                )
+        return genes.astype(np.int32, copy=False)
+
+    @classmethod
+    def regular(
+        cls, spec: "ViTSpec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1)
+    ) -> "RankSpace":
+        """The space of all triples over ranks `int(round(ratio * full_rank))`, at least 1.
+
+        Raises:
+          ValueError: a ratio lies outside (0, 1] or is repeated, 1 is missing, or two ratios give
+            a layer the same rank.
+        """
+        ratios = sorted(ratios)
+        for ratio in ratios:
+            if not 0 < ratio <= 1:
+                raise ValueError(f"ratio {ratio} lies outside (0, 1]")
+        for smaller, larger in itertools.pairwise(ratios):
+            if smaller == larger:
+                raise ValueError(f"ratio {smaller} is given twice")
+        if not ratios or ratios[-1] != 1:
+            raise ValueError(f"ratios {ratios} must contain 1: full rank is always a choice")
+        choices = []
+        for layer in spec.layers:
+            ranks = [_rank_at(ratio, layer) for ratio in ratios]
+            for i, (smaller, larger) in enumerate(itertools.pairwise(ranks)):
+                if smaller == larger:
+                    raise ValueError(
+                        f"ratios {ratios[i]} and {ratios[i + 1]} both give rank {smaller} "
+                        f"in {layer.name}, whose full rank is {layer.full_rank}"
+                    )
+            choices.append(tuple(ranks))
+        triples = np.array(list(itertools.product(range(len(ratios)), repeat=_TRIPLE)), np.int32)
+        return cls(spec, tuple(choices), (triples,) * (len(choices) // _TRIPLE))
+
+    def keep(self, kept) -> "RankSpace":
+        """The same choices with only these gene triples, one integer array [K_b, 3] a block."""
+        return dataclasses.replace(self, kept=tuple(kept))
+
+    def to_json(self) -> dict:
+        """Choices and kept triples as plain lists; the spec is saved elsewhere."""
+        return {
+            "choices": [list(ranks) for ranks in self.choices],
+            "kept": [triples.tolist() for triples in self.kept],
+        }
+
+    @classmethod
+    def from_json(cls, spec: "ViTSpec", data: dict) -> "RankSpace":
+        """The space that `to_json` described; raises ValueError where it does not fit the spec."""
+        if missing := {"choices", "kept"} - set(data):
+            raise ValueError(f"a rank space needs {' and '.join(sorted(missing))}")
+        return cls(spec, tuple(tuple(ranks) for ranks in data["choices"]), tuple(data["kept"]))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.choices)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers // _TRIPLE
+
+    @property
+    def full_rank_genes(self) -> np.ndarray:
+        """int32 [L]: the last choice everywhere."""
+        return np.array([len(ranks) - 1 for ranks in self.choices], np.int32)
+
+    @functools.cached_property
+    def fixed_macs(self) -> int:
+        """MACs of everything that is not a searchable layer."""
+        return self.spec.macs() - sum(layer.macs(None) for layer in self.spec.layers)
+
+    @functools.cached_property
+    def _weights(self) -> tuple[np.ndarray, ...]:
+        """Per layer, int64: stored weights at each choice."""
+        return tuple(
+            np.array([_extracted_weights(layer, rank) for rank in ranks], np.int64)
+            for layer, ranks in zip(self.spec.layers, self.choices, strict=True)
+        )
+
+    @functools.cached_property
+    def _macs(self) -> tuple[np.ndarray, ...]:
+        return tuple(
+            layer.tokens * weights
+            for layer, weights in zip(self.spec.layers, self._weights, strict=True)
+        )
+
+    def validate(self, genes) -> np.ndarray:
+        """genes [..., L] as int32; ValueError on a wrong length, dtype or value."""
+        genes = np.asarray(genes)
+        if genes.ndim == 0 or genes.shape[-1] != self.num_layers:
+            raise ValueError(f"genes have shape {genes.shape}, expected (..., {self.num_layers})")
+        return self._checked_genes(genes, first_layer=0)
+
+    def ranks(self, genes) -> np.ndarray:
+        """genes [..., L] -> ranks int64 [..., L]."""
+        genes = self.validate(genes)
+        columns = [np.array(c, np.int64)[genes[..., i]] for i, c in enumerate(self.choices)]
+        return np.stack(columns, axis=-1)
+
+    def macs(self, genes) -> np.ndarray:
+        """genes [..., L] -> MACs of the extracted network for one image, int64 [...]."""
+        genes = self.validate(genes)
+        return sum((t[genes[..., i]] for i, t in enumerate(self._macs)), np.int64(self.fixed_macs))
+
+    def params(self, genes) -> np.ndarray:
+        """genes [..., L] -> parameters of the extracted network, int64 [...]."""
+        genes = self.validate(genes)
+        fixed = self.spec.num_params() - sum(layer.num_weights(None) for layer in self.spec.layers)
+        return sum((t[genes[..., i]] for i, t in enumerate(self._weights)), np.int64(fixed))
+
+    def block_macs(self, block: int) -> np.ndarray:
+        """int64 [K_b]: MACs of the three searchable layers for each kept triple of a block."""
+        tables = self._macs[_TRIPLE * block : _TRIPLE * (block + 1)]
+        return sum(t[column] for t, column in zip(tables, self.kept[block].T, strict=True))
+
+    def macs_range(self) -> tuple[int, int]:
+        """Least and most MACs of any kept genes."""
+        blocks = [self.block_macs(b) for b in range(self.num_blocks)]
+        return (
+            self.fixed_macs + int(sum(macs.min() for macs in blocks)),
+            self.fixed_macs + int(sum(macs.max() for macs in blocks)),
+        )
+
+    def contains(self, genes) -> np.ndarray:
+        """genes [..., L] -> bool [...]: whether every block's triple is a kept one."""
+        genes = self.validate(genes)
+        inside = np.ones(genes.shape[:-1], bool)
+        for b, triples in enumerate(self.kept):
+            layers = slice(_TRIPLE * b, _TRIPLE * (b + 1))
+            is_kept = np.zeros([len(ranks) for ranks in self.choices[layers]], bool)
+            is_kept[tuple(triples.T)] = True
+            inside &= is_kept[tuple(np.moveaxis(genes[..., layers], -1, 0))]
+        return inside
+
+    def sample(self, rng: np.random.Generator, n: int, law: str = "uniform") -> np.ndarray:
+        """`n` random genes int32 [n, L], blocks independent, over the kept triples.
+
+        Law "low_rank_aware" draws a triple with probability proportional to the product of
+        1/ratio over its layers, ratio = rank / full rank (FLORA, low-rank aware sampling).
+        """
+        if law not in LAWS:
+            nearest = difflib.get_close_matches(str(law), LAWS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"unknown law {law!r}; choose one of {', '.join(LAWS)} (nearest: {nearest})"
+            )
+        picks = []
+        for b, triples in enumerate(self.kept):
+            weights = np.ones(len(triples))
+            if law == "low_rank_aware":
+                for i, column in enumerate(triples.T, start=_TRIPLE * b):
+                    weights *= self.spec.layers[i].full_rank / np.array(self.choices[i])[column]
+            picks.append(rng.choice(len(triples), size=n, p=weights / weights.sum()))
+        return self._genes_of(picks)
+
+    def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
+        """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].
+
+        See WindowSampler for how spaces with very many distinct costs are treated.
+
+        Raises:
+          ValueError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
+        """
+        lo, hi = macs
+        return self._genes_of(self._window_sampler.draw(rng, n, lo, hi))
+
+    def _genes_of(self, picks) -> np.ndarray:
+        """One index [n] into the kept triples a block -> genes int32 [n, L]."""
+        return np.concatenate([t[pick] for t, pick in zip(self.kept, picks, strict=True)], axis=1)
+
+    @functools.cached_property
+    def _window_sampler(self) -> "WindowSampler":
+        blocks = [self.block_macs(b) for b in range(self.num_blocks)]
+        return WindowSampler(blocks, self.fixed_macs)
+
+    def uniform_ranks_within(self, hi: int) -> tuple[int, ...]:
+        """L ranks at the largest common ratio whose extracted network costs at most `hi` MACs.
+
+        Ratios are k / R, R the largest full rank; ranks are not restricted to the choices.
+        """
+        layers = self.spec.layers
+        largest = max(layer.full_rank for layer in layers)
+
+        def ranks(k):
+            return tuple(_rank_at(k / largest, layer) for layer in layers)
+
+        def macs(k):
+            pairs = zip(layers, ranks(k), strict=True)
+            return self.fixed_macs + sum(la.tokens * _extracted_weights(la, r) for la, r in pairs)
+
+        best = bisect.bisect_right(range(1, largest + 1), hi, key=macs)
+        if best == 0:
+            raise ValueError(f"no uniform rank costs at most {hi} MACs; the least is {macs(1)}")
+        return ranks(best)
+
+
+def _rank_at(ratio: float, layer: "LinearShape") -> int:
+    return max(1, round(ratio * layer.full_rank))
+
+
+def _extracted_weights(layer: "LinearShape", rank: int) -> int:
+    return layer.num_weights(None if layer.is_cheaper_dense(rank) else rank)
+
+
+class WindowSampler:
+    """Uniform draws of one item a block with the total cost in a window, without rejection.
+
+    Costs are counted in cells of their greatest common divisor; dynamic programming from the last
+    block backwards gives the share of completions at every total, so a draw fixes the total first
+    and then block after block. Above 2**17 cells a cell is made wider and a cost is rounded down
+    to it; then only totals that lie in the window whatever was rounded off are drawn, so every
+    draw is legal, and what is lost is a strip of at most one cell a block at either end.
+
+    Args:
+      costs: one int64 array [K_b] a block.
+      fixed: cost of everything else.
+    """
+
+    def __init__(self, costs: list[np.ndarray], fixed: int):
+        self._costs = costs
+        self._least = fixed + int(sum(cost.min() for cost in costs))
+        self._most = fixed + int(sum(cost.max() for cost in costs))
+        extra = [cost - cost.min() for cost in costs]
+        span = self._most - self._least
+        divisor = int(np.gcd.reduce(np.concatenate(extra))) or 1
+        is_exact = span <= divisor * _MAX_CELLS
+        self._cell = divisor if is_exact else math.ceil(span / _MAX_CELLS)
+        cells = [e // self._cell for e in extra]
+        self._rounded_off = int(sum((e % self._cell).max() for e in extra))
+
+        self._groups = []
+        self._shares = [np.ones(1)]
+        for cell in reversed(cells):
+            members = np.argsort(cell, kind="stable")
+            values, first, sizes = np.unique(cell[members], return_index=True, return_counts=True)
+            later = self._shares[0]
+            share = np.zeros(len(later) + int(values[-1]))
+            for value, size in zip(values, sizes, strict=True):
+                share[value : value + len(later)] += size / len(cell) * later
+            self._groups.insert(0, (members, values, first, sizes))
+            self._shares.insert(0, share)
+
+    def draw(self, rng: np.random.Generator, n: int, lo: float, hi: float) -> list[np.ndarray]:
+        """One index [n] into each block's items; ValueError where nothing costs lo..hi."""
+        if not lo <= hi:
+            raise ValueError(f"the MACs window [{lo}, {hi}] is empty: lo must not exceed hi")
+        if lo > self._most or hi < self._least:
+            raise self._unreachable(lo, hi)
+        first, last = 0, len(self._shares[0]) - 1
+        if lo > self._least:
+            first = -((self._least - math.ceil(lo)) // self._cell)
+        if hi < self._most:
+            last = (math.floor(hi) - self._least - self._rounded_off) // self._cell
+        shares = self._shares[0][first : max(first, last + 1)]
+        if not shares.any():
+            raise self._unreachable(lo, hi)
+        cumulative = np.cumsum(shares)
+        # Thresholds in (0, sum] can only fall on a positive share.
+        totals = np.searchsorted(cumulative, (1 - rng.random(n)) * cumulative[-1])
+        return self._draw_totals(rng, first + totals)
+
+    def _draw_totals(self, rng: np.random.Generator, remaining: np.ndarray) -> list[np.ndarray]:
+        picks = []
+        for (members, values, first, sizes), later in zip(
+            self._groups, self._shares[1:], strict=True
+        ):
+            rest = remaining[:, None] - values
+            possible = (rest >= 0) & (rest < len(later))
+            share = np.where(possible, sizes * later[np.where(possible, rest, 0)], 0)
+            cumulative = np.cumsum(share, axis=1)
+            threshold = (1 - rng.random(len(share))) * cumulative[:, -1]
+            group = np.sum(cumulative < threshold[:, None], axis=1)
+            picks.append(members[first[group] + rng.integers(sizes[group])])
+            remaining = remaining - values[group]
+        return picks
+
+    def _unreachable(self, lo: float, hi: float) -> ValueError:
+        reachable = np.flatnonzero(self._shares[0])
+        macs = self._least + self._cell * reachable
+        nearest = reachable[np.argmin(np.maximum(lo - macs, macs - hi))]
+        picks = self._draw_totals(np.random.default_rng(0), np.array([nearest]))
+        exact = self._least + sum(
+            int(cost[pick[0]] - cost.min()) for cost, pick in zip(self._costs, picks, strict=True)
+        )
+        advice = ""
+        if self._rounded_off:
+            width = self._cell + self._rounded_off
+            advice = f"; use a window at least {width} MACs wide"
+        return ValueError(
+            f"no kept genes found inside the MACs window [{lo}, {hi}]; the space reaches "
+            f"{self._least}..{self._most}, the nearest found costs {exact}{advice}"
+        )

@@ -1,0 +1,44 @@
+"""Command line: python -m flora_jax.main --config=configs/digits.py --workdir=DIR"""
+
+import logging
+import pathlib
+import sys
+
+import absl.logging
+from absl import app, flags
+from ml_collections import config_flags
+
+from flora_jax import pipeline
+
+_DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(_DEFAULT_CONFIG), "What to run; any field can be set: --config.section.key=value"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and checkpoints.")
+_STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+    _show_log()
+    try:
+        pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _show_log() -> None:
+    """Our own lines in full; of the libraries', warnings only."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("flora_jax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("workdir")
+    app.run(main)

@@ -1,0 +1,131 @@
+"""Runs the configured stages in order: skips what is done, goes on with what was interrupted."""
+
+import difflib
+import json
+import logging
+import time
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from flora_jax.data.augment import eval_transform, train_transform
+from flora_jax.io.files import read_json, write_json
+from flora_jax.stages import STAGES, Run, train_settings
+
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, stage: str | None = None) -> None:
+    """Runs all stages of the config, or one of them, in `workdir`.
+
+    Raises:
+      ValueError: the config does not make sense, or `workdir` was made by another config.
+      RuntimeError: the one stage asked for needs an earlier one that is not done yet.
+    """
+    state = Run(config, epath.Path(workdir))
+    check(state)
+    if stage is not None and stage not in config.stages:
+        raise ValueError(_unknown("stage", stage, config.stages))
+    _claim(state)
+    done_file = state.folder / "stages.json"
+    done = read_json(done_file) if done_file.exists() else {}
+    for name in config.stages:
+        if stage is not None and name != stage:
+            if config.stages.index(name) < config.stages.index(stage) and name not in done:
+                raise RuntimeError(f"stage {stage!r} needs {name!r}, which is not done yet")
+            continue
+        if name in done and name != "report":
+            log.info("%s: done in %.0f s, skipped", name, done[name]["seconds"])
+            continue
+        log.info("%s: starts", name)
+        started = time.monotonic()
+        STAGES[name](state)
+        done[name] = {"seconds": round(time.monotonic() - started, 3)}
+        write_json(done_file, done)
+
+
+def check(state: Run) -> None:
+    """Everything in the config that can be wrong, before any expensive work."""
+    config = state.config
+    for name in config.stages:
+        if name not in STAGES:
+            raise ValueError(_unknown("stage", name, STAGES))
+    order = [name for name in STAGES if name in config.stages]
+    if list(config.stages) != order:
+        raise ValueError(f"stages {list(config.stages)} must come once each, in the order {order}")
+    low, high = config.budget.macs
+    if not 0 < low < high <= 1:
+        raise ValueError(
+            f"budget.macs {(low, high)} must be shares of the dense model's MACs, 0 < low < high <= 1"
+        )
+    least, most = state.regular_space.macs_range()
+    if state.macs_window[1] < least or state.macs_window[0] > most:
+        dense = state.spec.macs()
+        raise ValueError(
+            f"budget.macs {(low, high)} cannot be reached: the space spans "
+            f"{least / dense:.3f}..{most / dense:.3f} of the dense model's MACs"
+        )
+    if not 0 <= config.filter.drop < 1:
+        raise ValueError(f"filter.drop must lie in [0, 1), got {config.filter.drop}")
+    if not 0 < config.filter.train_fraction < 1:
+        raise ValueError(
+            f"filter.train_fraction must lie in (0, 1), got {config.filter.train_fraction}"
+        )
+    _ = state.evolution_settings
+    train_transform(**state.augmentation)
+    eval_transform(config.data.augmentation.name, state.spec.image_shape)
+    num_images = len(state.splits.train)
+    part = round(num_images * config.filter.train_fraction)
+    stages = {"pretrain": num_images, "supernet": num_images, "finetune": num_images}
+    for name, recipe, images in (
+        *((name, config[name], images) for name, images in stages.items()),
+        ("filter.train", config.filter.train, part),
+    ):
+        try:
+            train_settings(recipe, images)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if recipe.batch_size > images:
+            raise ValueError(f"{name}: batch_size {recipe.batch_size} exceeds its {images} images")
+    if state.splits.num_classes != state.spec.num_classes:
+        raise ValueError(
+            f"model.num_classes is {state.spec.num_classes}, but {config.data.name} has "
+            f"{state.splits.num_classes} classes"
+        )
+    if config.pretrained and not epath.Path(config.pretrained).is_file():
+        raise FileNotFoundError(f"pretrained: no file {config.pretrained}")
+
+
+def _claim(state: Run) -> None:
+    """A folder belongs to one config; the list of stages may change."""
+    path = state.folder / "config.json"
+    current = json.loads(state.config.to_json())
+    if not path.exists():
+        write_json(path, current)
+        return
+    differences = [
+        f"{name}: {there!r} there, {here!r} now"
+        for name, there, here in _differences(read_json(path), current)
+        if name != "stages"
+    ]
+    if differences:
+        raise ValueError(
+            f"{state.folder} was made by another config; choose another --workdir or undo:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _differences(there, here, name: str = ""):
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(there.get(key), here.get(key), inner)
+    elif there != here:
+        yield name, there, here
+
+
+def _unknown(what: str, name: str, known) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return f"unknown {what} {name!r}; choose one of {', '.join(known)}{hint}"

@@ -1,0 +1,260 @@
+"""Pictures of a run: accuracy against cost, the ranks found, the training curves.
+
+Everything is drawn on `matplotlib.figure.Figure` objects, never through pyplot: there is no global
+state, no window, and no display is needed.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from flora_jax.report.table import count_unit
+
+_COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
+_POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
+_MAX_BLOCK_TICKS = 26
+_LOG_LOSS_RANGE = 20  # largest / smallest loss from which a linear axis hides the end of training
+_LINE_HEIGHT = 14  # points, of a label
+
+
+def plot_trade_off(
+    ax: Axes,
+    candidates: Mapping[str, Sequence[float]],
+    points: Mapping[str, tuple[float, float]],
+    window: tuple[float, float],
+) -> None:
+    """Accuracy against MACs of everything the search scored and of the models evaluated.
+
+    Args:
+      candidates: {"macs": [P], "top1": [P] in 0..1 on the held-out split, "generation": [P]}.
+      points: {label: (macs, top1 in 0..1 on the test split)}, such as dense, uniform and subnet.
+      window: the MACs (lo, hi) that the search may spend.
+    """
+    macs, top1, generation = (np.asarray(candidates[k]) for k in ("macs", "top1", "generation"))
+    point_macs = np.array([point[0] for point in points.values()])
+    point_top1 = 100 * np.array([point[1] for point in points.values()])
+    unit, symbol = count_unit(max([*macs, *point_macs, window[1]]))
+
+    ax.axvspan(window[0] / unit, window[1] / unit, color="0.92", zorder=0, label="MAC window")
+    scatter = ax.scatter(
+        macs / unit, 100 * top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
+    )
+    front = _pareto_front(macs, top1)
+    ax.plot(
+        macs[front] / unit,
+        100 * top1[front],
+        color="0.2",
+        linewidth=1.2,
+        drawstyle="steps-post",
+        label="Pareto front (held-out split)",
+    )
+    ax.scatter(
+        point_macs / unit,
+        point_top1,
+        s=150,
+        marker="*",
+        c=[_POINT_COLORS[i % len(_POINT_COLORS)] for i in range(len(points))],
+        edgecolor="white",
+        zorder=4,
+        label="models (test split)",
+    )
+    if len(np.unique(generation)) > 1:
+        bar = ax.figure.colorbar(scatter, ax=ax, pad=0.01, aspect=30, label="generation")
+        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.margins(x=0.1, y=0.15)
+    _label_points(ax, list(points), point_macs / unit, point_top1)
+    ax.set_xlabel(f"MACs ({symbol})" if symbol else "MACs")
+    ax.set_ylabel("top-1 accuracy (%)")
+    ax.legend(loc="lower right", fontsize="small")
+
+
+def plot_ranks(
+    ax: Axes,
+    ranks: Sequence[int | None],
+    full_ranks: Sequence[int],
+    names: Sequence[str] = ("qkv", "fc1", "fc2"),
+    uniform_ratio: float | None = None,
+) -> None:
+    """The rank of every searchable layer as a share of its full rank, block by block.
+
+    Args:
+      ranks: [L] ranks in the order block by block, `names` within a block; None is a dense layer.
+      full_ranks: [L] the ranks at which nothing is lost.
+      names: the searchable layers of one block.
+      uniform_ratio: the share that every layer would get at the same budget.
+
+    Raises:
+      ValueError: there is not one full rank a layer, or L is not a multiple of len(names).
+    """
+    if len(ranks) != len(full_ranks):
+        raise ValueError(f"{len(ranks)} ranks were given, but {len(full_ranks)} full ranks")
+    if len(ranks) % len(names):
+        raise ValueError(f"{len(ranks)} ranks are not a multiple of the {len(names)} in a block")
+    num_blocks = len(ranks) // len(names)
+    shares = np.array([1.0 if r is None else r / f for r, f in zip(ranks, full_ranks, strict=True)])
+    width = 0.8 / len(names)
+    handles = []
+    for i, name in enumerate(names):
+        ax.bar(
+            np.arange(num_blocks) + (i - (len(names) - 1) / 2) * width,
+            100 * shares[i :: len(names)],
+            width=width,
+            color=_COLORS[i],
+            edgecolor="white",
+            hatch=["////" if rank is None else "" for rank in ranks[i :: len(names)]],
+        )
+        handles.append(Patch(facecolor=_COLORS[i], label=name))
+    if None in ranks:
+        handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="////", label="kept dense"))
+    if uniform_ratio is not None:
+        handles.append(
+            ax.axhline(
+                100 * uniform_ratio,
+                color="black",
+                linestyle="--",
+                linewidth=1.2,
+                label=f"uniform ({100 * uniform_ratio:.0f} %)",
+            )
+        )
+    ax.set_xticks(range(0, num_blocks, 1 + num_blocks // _MAX_BLOCK_TICKS))
+    ax.set_xlim(-0.6, num_blocks - 0.4)
+    ax.set_ylim(0, 104)
+    ax.set_xlabel("block")
+    ax.set_ylabel("rank (% of full rank)")
+    # Above the axes: a legend inside would hide bars.
+    ax.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=len(handles),
+        frameon=False,
+        fontsize="small",
+    )
+
+
+def plot_curves(
+    ax: Axes,
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    accuracies: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
+) -> None:
+    """Training loss of every stage, over the share of the stage that is done.
+
+    Stages differ in length by orders of magnitude; the legend gives the steps of each.
+
+    Args:
+      curves: {stage: (steps [T], loss [T])}, in the order in which they ran.
+      accuracies: {stage: (steps [E], top1 [E] in 0..1)}, dashed, on an axis of their own.
+    """
+    curves = {stage: curve for stage, curve in curves.items() if len(curve[0])}
+    if not curves:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no training curves", ha="center", va="center", color="0.4")
+        return
+    right = ax.twinx() if accuracies else None
+    for i, (stage, (steps, losses)) in enumerate(curves.items()):
+        color, last_step = _COLORS[i % len(_COLORS)], max(1, steps[-1])
+        label = f"{stage} ({last_step:,} steps)"
+        ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
+        if accuracies and stage in accuracies:
+            steps, top1 = map(np.asarray, accuracies[stage])
+            right.plot(100 * steps / last_step, 100 * top1, color=color, linestyle="--")
+    losses = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
+    if losses.min() > 0 and losses.max() / losses.min() > _LOG_LOSS_RANGE:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("share of the stage (%)")
+    ax.set_ylabel("training loss")
+    if right is not None:
+        right.set_ylabel("top-1 accuracy (%), dashed")
+    # Below the axes: no corner is free of both falling losses and rising accuracies.
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
+    )
+
+
+def report_figure(
+    candidates: Mapping[str, Sequence[float]],
+    points: Mapping[str, tuple[float, float]],
+    window: tuple[float, float],
+    ranks: Sequence[int | None],
+    full_ranks: Sequence[int],
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    *,
+    accuracies: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
+    uniform_ratio: float | None = None,
+    title: str = "",
+) -> Figure:
+    """The three plots as one picture; arguments as in plot_trade_off, plot_ranks, plot_curves."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    axes = figure.subplot_mosaic(
+        [["trade-off", "curves"], ["ranks", "ranks"]],
+        width_ratios=(3, 2),
+        height_ratios=(3, 2),
+    )
+    plot_trade_off(axes["trade-off"], candidates, points, window)
+    axes["trade-off"].set_title("Accuracy against cost", loc="left")
+    plot_curves(axes["curves"], curves, accuracies)
+    axes["curves"].set_title("Training", loc="left")
+    plot_ranks(axes["ranks"], ranks, full_ranks, uniform_ratio=uniform_ratio)
+    axes["ranks"].set_title("Ranks of the subnet", loc="left")
+    for ax in axes.values():
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+def save_figure(figure: Figure, path: epath.PathLike) -> None:
+    """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    path = epath.Path(path)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(png.getvalue())
+    partial.replace(path)
+
+
+def _pareto_front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
+    """Indices, by rising MACs, of the candidates that no cheaper or equal one matches."""
+    order = np.lexsort((-top1, macs))
+    best = np.maximum.accumulate(top1[order])
+    return order[np.diff(best, prepend=-np.inf) > 0]
+
+
+def _label_points(ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray) -> None:
+    """Names the points, each towards the middle of the plot.
+
+    The labels are fanned out by a line each, in the order of their points: whatever the final size
+    of the plot, no two of them meet.
+    """
+    middle = np.mean(ax.get_xlim())
+    for position, i in enumerate(np.argsort(-y)):
+        on_left, color = x[i] < middle, _POINT_COLORS[i % len(_POINT_COLORS)]
+        ax.annotate(
+            f"{labels[i]} {y[i]:.1f} %",
+            (x[i], y[i]),
+            xytext=(18 if on_left else -18, _LINE_HEIGHT * ((len(y) - 1) / 2 - position)),
+            textcoords="offset points",
+            ha="left" if on_left else "right",
+            va="center",
+            color=color,
+            weight="bold",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "relpos": (0 if on_left else 1, 0.5),  # from the near end of the label
+                "shrinkA": 0,
+                "shrinkB": 4,
+            },
+            zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )

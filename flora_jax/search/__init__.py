@@ -1,0 +1,1 @@
+"""Architecture search: filtering the rank space and evolving subnets in it."""

@@ -1,0 +1,50 @@
+"""Scores of every rank triple of one block, with all other blocks at full rank.
+
+Only the block varies, so what comes before it is computed once a batch, and its attention half
+once for each choice of the qkv rank. Every function here is compiled once per block shape.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.evaluate import EvaluationSet, count_correct
+from flora_jax.lowrank.supernet import Supernet
+from flora_jax.models import functional
+
+
+def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -> np.ndarray:
+    """Top-1 of each kept triple of `block`: float64 [K], in the order of `space.kept[block]`."""
+    network, triples = supernet.network, supernet.space.kept[block]
+    embed = _compiled(network, type(network).embed)
+    classify = _compiled(network, type(network).classify)
+    varied = network.blocks[block]
+    attention = _compiled(varied, type(varied).attention_half)
+    mlp = _compiled(varied, type(varied).mlp_half)
+    full_rank = [_compiled(module, type(module).__call__) for module in network.blocks]
+
+    correct = [jnp.int32(0)] * len(triples)
+    for images, labels, mask in evaluation_set.batches:
+        before = embed(images)
+        for run in full_rank[:block]:
+            before = run(before)
+        attended = {gene: attention(before, gene) for gene in np.unique(triples[:, 0])}
+        for k, (qkv, fc1, fc2) in enumerate(triples):
+            x = mlp(attended[qkv], (fc1, fc2))
+            for run in full_rank[block + 1 :]:
+                x = run(x)
+            correct[k] += count_correct(classify(x), labels, mask)
+    return np.asarray(jax.device_get(correct), np.float64) / evaluation_set.num_images
+
+
+def _compiled(module, method: Callable) -> Callable:
+    graphdef, parameters = functional.split(module)
+    return functools.partial(_run, graphdef, method, parameters)
+
+
+@jax.jit(static_argnums=(0, 1))
+def _run(graphdef, method, parameters, *arguments):
+    return method(functional.merge(graphdef, parameters), *arguments)

@@ -1,0 +1,289 @@
+"""Evolutionary search for the best subnet inside a MAC window (FLORA, evolutionary search).
+
+The random numbers of a generation depend on (seed, generation) alone and every scored generation
+is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from flora_jax.lowrank.space import RankSpace
+
+log = logging.getLogger(__name__)
+
+Genes = tuple[int, ...]
+
+# Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
+_BATCH = 256
+_ROUNDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolutionSettings:
+    """Sizes of the search; the defaults are FLORA's.
+
+    Attributes:
+      generations: scored populations, the first, random one among them.
+      population: candidates a generation.
+      parents: the best candidates so far, which mutants and crossovers descend from.
+      mutants, crossovers: how many of a generation are made in each way; the rest is random.
+      mutation_probability: chance of each block of a mutant to be redrawn.
+    """
+
+    generations: int = 20
+    population: int = 50
+    parents: int = 10
+    mutants: int = 25
+    crossovers: int = 25
+    mutation_probability: float = 0.2
+
+    def __post_init__(self):
+        for name, least in (
+            ("generations", 1),
+            ("population", 1),
+            ("parents", 1),
+            ("mutants", 0),
+            ("crossovers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.parents > self.population:
+            raise ValueError(f"{self.parents} parents exceed the population of {self.population}")
+        if self.mutants + self.crossovers > self.population:
+            raise ValueError(
+                f"{self.mutants} mutants and {self.crossovers} crossovers exceed the population "
+                f"of {self.population}"
+            )
+        if not 0 < self.mutation_probability <= 1:
+            raise ValueError(
+                f"mutation_probability must lie in (0, 1], got {self.mutation_probability}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A scored subnet: its L genes, the MACs of one image, and its top1 in 0..1."""
+
+    generation: int
+    genes: Genes
+    macs: int
+    top1: float
+
+
+def evolve(
+    space: RankSpace,
+    score: Callable[[np.ndarray], np.ndarray],
+    macs_window: tuple[float, float],
+    settings: EvolutionSettings,
+    seed: int,
+    history_path: str | os.PathLike,
+    on_generation: Callable[[int, list[Candidate]], None] | None = None,
+) -> Candidate:
+    """Searches for the most accurate subnet; continues the history where there is one.
+
+    No candidate is scored twice. The search ends early when no unseen legal genes are found.
+
+    Args:
+      space: the kept triples to search.
+      score: genes int32 [P, L] -> top1 float [P], of inherited subnets on held-out images.
+      macs_window: least and most MACs of a legal candidate.
+      settings: sizes of the search.
+      seed: of all random draws.
+      history_path: JSON lines, created if missing: what the search is, then every generation.
+      on_generation: called with a generation's number and candidates as soon as it is saved;
+        not for generations read from the history.
+
+    Returns:
+      The candidate of the highest top1; among equals the one of fewer MACs, then the earlier one.
+
+    Raises:
+      ValueError: the window holds no kept genes, the history belongs to another search, or `score`
+        returns another shape or a value that is not finite.
+    """
+    path = pathlib.Path(history_path)
+    header = _header(space, macs_window, settings, seed)
+    generations = _resume(path, header)
+    candidates = [candidate for members in generations for candidate in members]
+    for generation in range(len(generations), settings.generations):
+        rng = np.random.default_rng([seed, generation])
+        genes = _propose(space, macs_window, settings, rng, candidates)
+        if len(genes) == 0:
+            log.info("generation %d: no unseen subnet is left in the MACs window", generation)
+            break
+        members = _scored(space, score, genes, generation)
+        candidates += members
+        _append(path, ("" if generation else header) + _to_line(generation, members))
+        if on_generation is not None:
+            on_generation(generation, members)
+    return _best(candidates, 1)[0]
+
+
+def read_history(path: str | os.PathLike) -> list[Candidate]:
+    """Every candidate scored so far, in order; an unfinished last line is left out."""
+    _, generations, _ = _parse(pathlib.Path(path).read_bytes())
+    return [candidate for members in generations for candidate in members]
+
+
+def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
+    """Indices of the Pareto front by ascending MACs: nothing costs as little and is as accurate.
+
+    macs [P], top1 [P] -> int64 [F]; of equal points the first one.
+    """
+    macs, top1 = np.asarray(macs), np.asarray(top1)
+    order = np.lexsort((-top1, macs))
+    best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
+    return order[top1[order] > best_before[: len(order)]]
+
+
+def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndarray) -> np.ndarray:
+    """Children int32 [n, L] that take each block's whole triple from one of two parents [n, L].
+
+    Whole triples, because a mix of two kept triples need not be a kept one.
+    """
+    from_mother = rng.random((len(mothers), mothers.shape[1] // 3)) < 0.5
+    return np.where(np.repeat(from_mother, 3, axis=1), mothers, fathers)
+
+
+def mutate(
+    rng: np.random.Generator, space: RankSpace, genes: np.ndarray, probability: float
+) -> np.ndarray:
+    """genes [n, L] with each block redrawn from its kept triples at this probability."""
+    redrawn = rng.random((len(genes), space.num_blocks)) < probability
+    return np.where(np.repeat(redrawn, 3, axis=1), space.sample(rng, len(genes)), genes)
+
+
+def _propose(
+    space: RankSpace,
+    window: tuple[float, float],
+    settings: EvolutionSettings,
+    rng: np.random.Generator,
+    candidates: list[Candidate],
+) -> np.ndarray:
+    """Unseen legal genes int32 [P, L]; fewer than the population where the space runs out."""
+    seen = {candidate.genes for candidate in candidates}
+    population: list[Genes] = []
+
+    def fill(propose: Callable[[], np.ndarray], count: int) -> None:
+        wanted = len(population) + count
+        for _ in range(_ROUNDS):
+            if len(population) == wanted:
+                return
+            genes = propose()
+            macs = space.macs(genes)
+            legal = genes[(window[0] <= macs) & (macs <= window[1])]
+            new = [g for g in dict.fromkeys(map(tuple, legal.tolist())) if g not in seen]
+            new = new[: wanted - len(population)]
+            population.extend(new)
+            seen.update(new)
+
+    if candidates:
+        best = np.array([c.genes for c in _best(candidates, settings.parents)], np.int32)
+
+        def draw_parents():
+            return best[rng.integers(len(best), size=_BATCH)]
+
+        fill(
+            lambda: mutate(rng, space, draw_parents(), settings.mutation_probability),
+            settings.mutants,
+        )
+        fill(lambda: cross_blocks(rng, draw_parents(), draw_parents()), settings.crossovers)
+    fill(lambda: space.sample_within(rng, _BATCH, window), settings.population - len(population))
+    return np.array(population, np.int32).reshape(-1, space.num_layers)
+
+
+def _scored(
+    space: RankSpace, score: Callable[[np.ndarray], np.ndarray], genes: np.ndarray, generation: int
+) -> list[Candidate]:
+    top1 = np.asarray(score(genes), np.float64)
+    if top1.shape != (len(genes),) or not np.isfinite(top1).all():
+        raise ValueError(f"score must return {len(genes)} finite numbers, got {top1}")
+    rows = zip(genes.tolist(), space.macs(genes).tolist(), top1.tolist(), strict=True)
+    return [Candidate(generation, tuple(row), macs, accuracy) for row, macs, accuracy in rows]
+
+
+def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: (-candidate.top1, candidate.macs))[:count]
+
+
+def _header(
+    space: RankSpace, window: tuple[float, float], settings: EvolutionSettings, seed: int
+) -> str:
+    """The line that tells one search from another."""
+    space_text = repr(space.spec) + json.dumps(space.to_json())
+    search = {
+        "seed": seed,
+        "macs_window": [float(bound) for bound in window],
+        "settings": dataclasses.asdict(settings),
+        "space": hashlib.sha256(space_text.encode()).hexdigest(),
+    }
+    return json.dumps({"search": search}) + "\n"
+
+
+def _resume(path: pathlib.Path, header: str) -> list[list[Candidate]]:
+    """The complete generations of a history, which is cut behind the last of them."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    if header.encode().startswith(content):  # stopped while the first line was written
+        content = header.encode()
+    found, generations, good_bytes = _parse(content)
+    wanted = json.loads(header)["search"]
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        told = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in differing)
+        raise ValueError(f"history {path} belongs to another search ({told}); use another path")
+    if good_bytes < len(content):
+        log.warning("history %s is cut behind its %d complete generations", path, len(generations))
+        with path.open("r+b") as file:
+            file.truncate(good_bytes)
+            os.fsync(file.fileno())
+    return generations
+
+
+def _parse(content: bytes) -> tuple[dict, list[list[Candidate]], int]:
+    """What the search is, its complete generations, and the bytes up to the end of them."""
+    header, *lines = content.splitlines(keepends=True) or [b""]
+    try:
+        search = json.loads(header)["search"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("not the history of a search: its first line does not say so") from error
+    generations, good_bytes = [], 0
+    for line in lines:
+        members = _from_line(line, generation=len(generations))
+        if members is None:
+            break
+        generations.append(members)
+        good_bytes = (good_bytes or len(header)) + len(line)
+    return search, generations, good_bytes
+
+
+def _to_line(generation: int, members: list[Candidate]) -> str:
+    columns = {name: [getattr(c, name) for c in members] for name in ("genes", "macs", "top1")}
+    return json.dumps({"generation": generation, **columns}) + "\n"
+
+
+def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
+    """The candidates of a complete line of this generation, None for anything else."""
+    try:
+        record = json.loads(line)
+        columns = zip(record["genes"], record["macs"], record["top1"], strict=True)
+        members = [Candidate(generation, tuple(g), macs, top1) for g, macs, top1 in columns]
+        is_complete = line.endswith(b"\n") and record["generation"] == generation
+    except (ValueError, KeyError, TypeError):
+        return None
+    return members if is_complete else None
+
+
+def _append(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())

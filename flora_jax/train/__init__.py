@@ -1,0 +1,1 @@
+"""Training: one function that every stage uses."""

@@ -1,0 +1,142 @@
+"""The training loop of every stage: dense, local supernets, supernet, fine-tuning."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from flora_jax.data.normalize import Normalization
+from flora_jax.io.checkpoint import Checkpoints
+from flora_jax.io.files import replacing
+from flora_jax.models import functional
+from flora_jax.report.progress import Progress
+from flora_jax.train.mesh import make_mesh, replicate, shard_batch
+from flora_jax.train.settings import TrainSettings
+from flora_jax.train.step import TrainState, initial_state, make_step
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def train(
+    model: nnx.Module,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    settings: TrainSettings,
+    *,
+    directory: epath.PathLike,
+    name: str,
+    normalization: Normalization,
+    draw_genes: Callable[[int], np.ndarray] | None = None,
+    teacher: nnx.Module | None = None,
+) -> nnx.Module:
+    """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
+
+    Everything random is a function of the step, so an interrupted run that goes on gives the
+    same parameters, bit for bit, as one that was not.
+
+    Args:
+      model: where training starts when there is no checkpoint yet.
+      batches: step -> this process' batches from that step on: image uint8 [B_local, H, W, C],
+        label int32 [B_local].
+      directory: receives checkpoints/ and metrics.jsonl (step, loss, gradient norm).
+      name: what the progress display calls the stage.
+      draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
+      teacher: its soft predictions on the same images are the targets; None: the labels are.
+
+    Returns:
+      A model with the final parameters (their moving average where the settings ask for one).
+
+    Raises:
+      NonFiniteLossError: training diverged. The last good checkpoint is kept.
+    """
+    # What runs.
+    directory = epath.Path(directory)
+    graphdef, parameters = functional.split(model)
+    teacher_graphdef, teacher_parameters = functional.split(teacher) if teacher else (None, None)
+    step_function = make_step(graphdef, settings, normalization, teacher_graphdef)
+    mesh = make_mesh()
+    teacher_parameters = replicate(teacher_parameters, mesh)
+    # A copy, because the step donates its state and the caller keeps the model.
+    state = replicate(initial_state(jax.tree.map(np.array, parameters), settings), mesh)
+
+    with contextlib.ExitStack() as stack:
+        # Where it goes on.
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        state = checkpoints.restore(state)
+        start = int(state.step)
+        if start == settings.steps:
+            return _result(graphdef, state)
+        log = stack.enter_context(_MetricsLog(directory / "metrics.jsonl", start))
+        progress = stack.enter_context(
+            Progress(name, total=settings.steps, start=start, unit="step")
+        )
+        stream = batches(start)
+        if hasattr(stream, "close"):
+            stack.callback(stream.close)
+
+        # The loop. Metrics are read back in bulk, so that the device never waits for the host.
+        unread: list[jax.Array] = []
+        for step in range(start, settings.steps):
+            genes = None if draw_genes is None else draw_genes(step)
+            batch = shard_batch(next(stream), mesh)
+            state, metrics = step_function(state, batch, genes, teacher_parameters)
+            unread.append(metrics)
+            done = step + 1
+            saves = done % settings.checkpoint_every == 0 or done == settings.steps
+            if saves or done % settings.log_every == 0:
+                values = np.stack(jax.device_get(unread))
+                first = done - len(unread)
+                _check_finite(values, first, draw_genes, checkpoints)
+                log.write(first, values)
+                progress.update(len(unread), loss=float(values[:, 0].mean()))
+                unread.clear()
+            if saves:
+                checkpoints.save(done, state)
+        return _result(graphdef, state)
+
+
+def _result(graphdef, state: TrainState) -> nnx.Module:
+    return functional.merge(graphdef, state.parameters if state.average is None else state.average)
+
+
+def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Checkpoints) -> None:
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if not bad.size:
+        return
+    step = first + int(bad[0])
+    loss, gradient_norm = values[bad[0]]
+    genes = "" if draw_genes is None else f" with genes {np.asarray(draw_genes(step)).tolist()}"
+    raise NonFiniteLossError(
+        f"loss {loss} and gradient norm {gradient_norm} at step {step}{genes}. "
+        f"The last good checkpoint is {checkpoints.latest_path() or 'none yet'}; "
+        f"a lower learning rate, longer warm-up or a smaller clip_norm usually helps."
+    )
+
+
+class _MetricsLog:
+    """metrics.jsonl: a line a step; lines of steps that a resumed run repeats are dropped."""
+
+    def __init__(self, path: epath.Path, start: int):
+        self._path, self._start = path, start
+
+    def __enter__(self):
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._path.read_text().splitlines()[: self._start] if self._path.exists() else []
+        with replacing(self._path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines))
+        self._file = self._path.open("a")
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+    def write(self, first: int, values: np.ndarray) -> None:
+        for offset, (loss, gradient_norm) in enumerate(values.tolist()):
+            record = {"step": first + offset, "loss": loss, "gradient_norm": gradient_norm}
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()

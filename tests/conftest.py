@@ -1,0 +1,49 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+import flora_jax as flora
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def deit_golden():
+    """Numbers of the published FLORA implementation on a small random-weight DeiT."""
+    with np.load(DATA / "flora_deit_micro.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="session")
+def micro_spec():
+    return flora.ViTSpec(
+        image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10
+    )
+
+
+@pytest.fixture(scope="session")
+def micro_model(deit_golden, micro_spec):
+    weights = {k.removeprefix("sd/"): v for k, v in deit_golden.items() if k.startswith("sd/")}
+    return flora.from_state_dict(weights, micro_spec)
+
+
+@pytest.fixture(scope="session")
+def micro_space(deit_golden, micro_spec):
+    return flora.RankSpace.regular(micro_spec, ratios=deit_golden["ratios"].tolist())
+
+
+@pytest.fixture(scope="session")
+def micro_genes(deit_golden):
+    """The golden's 8 configurations as genes [8, 9]."""
+    return np.searchsorted(deit_golden["ratios"], deit_golden["configs"]).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def micro_images(deit_golden):
+    return deit_golden["images_nchw"].transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    return DATA

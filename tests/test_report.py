@@ -1,0 +1,394 @@
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from flora_jax.report import plots
+from flora_jax.report.progress import Progress
+from flora_jax.report.table import comparison_table, human_count
+
+CANDIDATES = {
+    "macs": [4.0e6, 4.5e6, 4.2e6, 5.0e6, 4.5e6],
+    "top1": [0.90, 0.95, 0.89, 0.95, 0.93],
+    "generation": [0, 0, 1, 1, 2],
+}
+POINTS = {"dense": (8.1e6, 0.98), "uniform": (4.6e6, 0.94), "subnet": (4.5e6, 0.96)}
+WINDOW = (4.0e6, 5.0e6)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+# Table
+
+
+def test_table_of_an_example():
+    result = {
+        "slim": {"top1": 0.98104, "macs": 6_000_000, "params": 130_000, "seconds": 3},
+        "seed": 0,
+        "subnet": {"top1": 0.985, "macs": 4_000_000, "params": 61_728},
+        "dense": {"top1": 0.98107, "macs": 8_123_456, "params": 123_456},
+        "uniform": {"top1": 0.9715, "macs": 4_100_000, "params": 70_000},
+        "settings": {"epochs": 3},
+    }
+    assert comparison_table(result).splitlines() == [
+        "model     top-1 %   change     MACs   fewer MACs     params   fewer params",
+        "dense       98.11            8.12 M                123.46 k",
+        "uniform     97.15    -0.96   4.10 M       49.5 %    70.00 k         43.3 %",
+        "subnet      98.50    +0.39   4.00 M       50.8 %    61.73 k         50.0 %",
+        "slim        98.10    +0.00   6.00 M       26.1 %   130.00 k         -5.3 %",
+    ]
+
+
+def test_table_of_the_dense_model_alone():
+    table = comparison_table({"dense": {"top1": 0.5, "macs": 17_570_000_000, "params": 10}})
+    assert table.splitlines()[1].split() == ["dense", "50.00", "17.57", "G", "10"]
+
+
+@pytest.mark.parametrize("result", [{}, {"dense": {"top1": 0.9}}])
+def test_table_needs_a_complete_dense_entry(result):
+    result["slim"] = {"top1": 0.9, "macs": 1, "params": 1}
+    with pytest.raises(ValueError, match=r"'dense' with top1, macs, params.*entries: slim"):
+        comparison_table(result)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (999_994, "999.99 k"),
+        (999_995, "1.00 M"),
+        (8_123_456, "8.12 M"),
+        (17_570_000_000, "17.57 G"),
+        (2.5e15, "2500.00 T"),
+    ],
+)
+def test_human_count(count, text):
+    assert human_count(count) == text
+
+
+@given(st.integers(1, 10**14))
+def test_human_count_keeps_three_digits_or_more(count):
+    text = human_count(count)
+    number, _, symbol = text.partition(" ")
+    value = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[symbol]
+    assert value == pytest.approx(count, rel=0.005)
+    assert float(number) < 1000
+
+
+# Progress
+
+
+def test_lines_of_a_resumed_run(capsys):
+    clock = Clock()
+    with Progress("supernet", total=1200, start=300, clock=clock) as progress:
+        for seconds, count in ((10, 142), (5, 8), (5, 50), (1, 1)):
+            clock.now += seconds
+            progress.update(count, loss=0.531234, epoch=3)
+        clock.now += 79
+        progress.update(699)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "supernet  442/1200 steps  36 %  14.2 steps/s  0:53 left  loss 0.5312  epoch 3",
+        # 15 s: too early for a line
+        "supernet  500/1200 steps  41 %  10.0 steps/s  1:10 left  loss 0.5312  epoch 3",
+        "supernet  1200/1200 steps  100 %  9.0 steps/s  0:00 left  loss 0.5312  epoch 3",
+        "supernet  1200/1200 steps  done in 1:40  9.0 steps/s  loss 0.5312  epoch 3",
+    ]
+
+
+def test_the_interval_is_configurable(capsys):
+    clock = Clock()
+    with Progress("filter", total=10, unit="block", interval=100, clock=clock) as progress:
+        for _ in range(10):
+            clock.now += 40
+            progress.update()
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.search(r"(\d+)/10 blocks", line).group(1) for line in lines]
+    assert counts == ["1", "4", "7", "10", "10"]
+    assert "40.0 s/block" in lines[0]
+    assert lines[-1] == "filter  10/10 blocks  done in 6:40  40.0 s/block"
+
+
+def test_summary_of_interrupted_work(capsys):
+    clock = Clock()
+
+    def interrupted():
+        with Progress("search", total=2, clock=clock) as progress:
+            clock.now += 7323
+            progress.update(2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "search  2/2 steps  stopped after 2:02:03" in capsys.readouterr().err
+
+
+def test_summary_of_work_left_early(capsys):
+    clock = Clock()
+    for step in Progress("search", total=9, clock=clock):
+        clock.now += 2
+        if step == 4:
+            break
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "search  4/9 steps  stopped after 0:10  2.5 s/step"
+
+
+def test_nothing_left_to_do(capsys):
+    with Progress("search", total=20, start=20, clock=Clock()):
+        pass
+    assert capsys.readouterr().err == "search  20/20 steps  done in 0:00\n"
+
+
+def test_iteration_counts_by_itself(capsys):
+    clock = Clock()
+    progress = Progress("search", total=5, start=2, unit="generation", clock=clock)
+    seen = []
+    for generation in progress:
+        progress.update(0, best=0.5)
+        clock.now += 1
+        seen.append(generation)
+    assert seen == [2, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("search  3/5 generations  60 %  1.0 generations/s  0:02 left")
+    assert lines[-1] == "search  5/5 generations  done in 0:03  1.0 generations/s  best 0.5"
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("supernet", total=10, start=4) as progress:
+        progress.update(5, loss=0.25)
+        progress._bar.refresh()
+        progress.update()
+    *bars, summary = re.split(r"[\r\n]+", terminal.getvalue().strip())
+    assert bars[0].startswith("supernet:  40%")
+    assert any(bar.startswith("supernet:  90%") and "loss 0.25" in bar for bar in bars)
+    assert summary.startswith("supernet  10/10 steps  done in 0:00")
+
+
+def test_values_must_be_on_the_host():
+    class DeviceArray:
+        def __float__(self):
+            raise AssertionError("the device was asked for a value")
+
+        __repr__ = __format__ = __float__
+
+    with (
+        pytest.raises(TypeError, match="loss must be a Python number, got a DeviceArray"),
+        Progress("supernet", total=2) as progress,
+    ):
+        progress.update(loss=DeviceArray())
+
+
+@pytest.mark.parametrize("total, start", [(0, 0), (5, 6), (5, -1)])
+def test_impossible_totals_are_refused(total, start):
+    with pytest.raises(ValueError, match="'search' must"):
+        Progress("search", total=total, start=start)
+
+
+# Plots
+
+
+def example_figure(**changes):
+    arguments = {
+        "candidates": CANDIDATES,
+        "points": POINTS,
+        "window": WINDOW,
+        "ranks": [8, None, 16, 32, 24, None],
+        "full_ranks": [32] * 6,
+        "curves": {"supernet": (np.arange(1, 50), np.geomspace(2, 0.5, 49))},
+        "uniform_ratio": 0.5,
+        "title": "example",
+    }
+    return plots.report_figure(**arguments | changes)
+
+
+def legend_texts(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_trade_off_draws_candidates_front_points_and_window():
+    ax = Figure().subplots()
+    plots.plot_trade_off(ax, CANDIDATES, POINTS, WINDOW)
+    cloud, stars = ax.collections
+    macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
+    np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
+    assert cloud.get_array().tolist() == CANDIDATES["generation"]
+    np.testing.assert_allclose(stars.get_offsets(), [[8.1, 98], [4.6, 94], [4.5, 96]])
+    assert len(np.unique(stars.get_facecolor(), axis=0)) == len(POINTS)
+    (front,) = ax.lines
+    np.testing.assert_allclose(front.get_xydata(), [[4.0, 90], [4.5, 95]])
+    (window,) = ax.patches
+    assert (window.get_x(), window.get_width()) == (4.0, 1.0)
+    assert {text.get_text() for text in ax.texts} == {
+        "dense 98.0 %",
+        "uniform 94.0 %",
+        "subnet 96.0 %",
+    }
+    assert ax.get_xlabel() == "MACs (M)"
+    assert legend_texts(ax) == [
+        "MAC window",
+        "candidates (held-out split)",
+        "Pareto front (held-out split)",
+        "models (test split)",
+    ]
+    assert ax.figure.axes[1].get_ylabel() == "generation"
+
+
+def test_trade_off_of_large_models_is_in_giga():
+    ax = Figure().subplots()
+    candidates = {"macs": [8e9], "top1": [0.8], "generation": [0]}
+    plots.plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, (7e9, 9e9))
+    assert ax.get_xlabel() == "MACs (G)"
+    assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30),
+)
+def test_pareto_front_dominates_everything_else(scores):
+    macs, top1 = np.array(scores, float).T
+    front = plots._pareto_front(macs, top1)
+    assert (np.diff(macs[front]) > 0).all()
+    assert (np.diff(top1[front]) > 0).all()
+    for m, t in scores:
+        assert ((macs[front] <= m) & (top1[front] >= t)).any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=4))
+def test_labels_of_points_never_overlap(values):
+    points = dict(zip(("dense", "uniform", "subnet", "slim"), values, strict=False))
+    figure = example_figure(points=points, window=(7e9, 9e9))
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    # The extent of an annotation includes its leader line, that of a text does not.
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_ranks_draw_three_bars_a_block():
+    ax = Figure().subplots()
+    plots.plot_ranks(ax, [8, None, 16, 32, 24, 4], [32, 32, 32, 64, 64, 64], uniform_ratio=0.3)
+    qkv, fc1, fc2 = ([bar.get_height() for bar in bars] for bars in ax.containers)
+    assert (qkv, fc1, fc2) == ([25, 50], [100, 37.5], [50, 6.25])
+    assert [[bool(bar.get_hatch()) for bar in bars] for bars in ax.containers] == [
+        [False, False],
+        [True, False],
+        [False, False],
+    ]
+    centres = [bars[1].get_x() + bars[1].get_width() / 2 for bars in ax.containers]
+    assert np.mean(centres) == pytest.approx(1)
+    assert ax.lines[0].get_ydata() == pytest.approx([30, 30])
+    assert legend_texts(ax) == ["qkv", "fc1", "fc2", "kept dense", "uniform (30 %)"]
+    assert ax.get_xticks().tolist() == [0, 1]
+
+
+def test_ranks_without_dense_layers_or_uniform_ratio():
+    ax = Figure().subplots()
+    plots.plot_ranks(ax, [8] * 3 * 60, [32] * 3 * 60)
+    assert legend_texts(ax) == ["qkv", "fc1", "fc2"]
+    assert not ax.lines
+    assert len(ax.get_xticks()) <= 26
+
+
+@pytest.mark.parametrize(
+    "ranks, full_ranks, message",
+    [([1, 2, 3], [4] * 2, "3 ranks were given, but 2"), ([1] * 4, [4] * 4, "4 ranks are not a")],
+)
+def test_ranks_of_other_lengths_are_refused(ranks, full_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_ranks(Figure().subplots(), ranks, full_ranks)
+
+
+def test_curves_share_an_axis_of_stage_shares():
+    ax = Figure().subplots()
+    curves = {
+        "pretrain": ([0, 500, 1000], [2.0, 0.5, 0.01]),
+        "filter": ([], []),
+        "finetune": ([20, 40], [0.1, 0.05]),
+    }
+    plots.plot_curves(ax, curves, accuracies={"pretrain": ([1000], [0.9])})
+    pretrain, finetune = ax.lines
+    np.testing.assert_allclose(pretrain.get_xydata(), [[0, 2], [50, 0.5], [100, 0.01]])
+    np.testing.assert_allclose(finetune.get_xydata(), [[50, 0.1], [100, 0.05]])
+    assert ax.get_yscale() == "log"
+    assert legend_texts(ax) == ["pretrain (1,000 steps)", "finetune (40 steps)"]
+    (accuracy,) = ax.figure.axes[1].lines
+    np.testing.assert_allclose(accuracy.get_xydata(), [[100, 90]])
+    assert to_rgba(accuracy.get_color()) == to_rgba(pretrain.get_color())
+
+
+@pytest.mark.parametrize("losses", [[2.0, 1.0], [2.0, 0.0]])
+def test_loss_axis_is_linear_where_a_logarithm_would_not_help(losses):
+    ax = Figure().subplots()
+    plots.plot_curves(ax, {"supernet": ([0, 1], losses)})
+    assert ax.get_yscale() == "linear"
+
+
+def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
+    figure = example_figure()
+    titles = {ax.get_title(loc="left") for ax in figure.axes}
+    assert {"Accuracy against cost", "Training", "Ranks of the subnet"} <= titles
+    path = tmp_path / "report.png"
+    path.write_bytes(b"an older picture")
+    plots.save_figure(figure, path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == (12 * 150, 8 * 150)
+        pixels = np.asarray(image.convert("RGB"))
+    assert {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)} >= {
+        tuple(round(255 * c) for c in to_rgba(color)[:3]) for color in plots._COLORS[:3]
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"candidates": {"macs": [4.5e6], "top1": [0.9], "generation": [0]}},
+        {"candidates": {"macs": [], "top1": [], "generation": []}, "points": {}},
+        {"points": {"dense": POINTS["dense"], "subnet": POINTS["subnet"]}, "uniform_ratio": None},
+        {"curves": {}},
+        {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": ([1], [0.5])}},
+    ],
+    ids=["one candidate", "no candidate", "no uniform point", "no curves", "empty curve"],
+)
+def test_sparse_runs_still_give_a_picture(changes, tmp_path):
+    plots.save_figure(example_figure(**changes), tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as image:
+        image.verify()
+
+
+def test_pyplot_stays_out():
+    program = (
+        "import sys\n"
+        "from flora_jax.report import plots\n"
+        "candidates = dict(macs=[1, 2], top1=[0.5, 0.6], generation=[0, 1])\n"
+        "figure = plots.report_figure(candidates, {}, (1, 2), [1, 2, 3], [4, 4, 4], {})\n"
+        "figure.draw_without_rendering()\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
