@@ -11,35 +11,35 @@ def get_config():
     config.model = {
         "image_size": 8,
         "patch_size": 2,
-        "embed_dim": 96,
+        "embed_dim": 64,
         "depth": 6,
-        "num_heads": 3,
+        "num_heads": 2,
         "num_classes": 10,
         "in_channels": 1,
     }
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
-    config.data.update({"mean": (0.3,), "std": (0.37,)})
+    config.data.update({"mean": (0.3,), "std": (0.37,), "eval_batch_size": 512})
     config.data.augmentation = {
         "name": "digits",
-        "degrees": 10.0,
-        "translate_pixels": 1.0,
-        "scale": (0.9, 1.1),
+        "degrees": 8.0,
+        "translate_pixels": 0.7,
+        "scale": (0.95, 1.05),
     }
     config.space.ratios = tuple(i / 6 for i in range(1, 7))
     config.budget.macs = (0.42, 0.45)
 
     shared = {
-        "batch_size": 128,
-        "warmup_learning_rate": 1e-5,
-        "min_learning_rate": 1e-5,
+        "batch_size": 64,
+        "warmup_learning_rate": 8e-5,
+        "min_learning_rate": 8e-5,
         "checkpoint_every": 200,
     }
     config.pretrain.update(shared | {"epochs": 100.0, "learning_rate": 8e-3, "warmup_epochs": 5.0})
     config.filter.train_fraction = 0.5
     config.filter.train.update(
-        shared | {"epochs": 2.0, "learning_rate": 1e-3, "warmup_epochs": 0.0}
+        shared | {"epochs": 4.0, "learning_rate": 2e-3, "warmup_epochs": 0.0}
     )
-    config.supernet.update(shared | {"epochs": 60.0, "learning_rate": 4e-3, "warmup_epochs": 3.0})
+    config.supernet.update(shared | {"epochs": 60.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
     config.search.update({"generations": 10, "population": 30, "mutants": 15, "crossovers": 10})
     config.finetune.update(shared | {"epochs": 20.0, "learning_rate": 2e-3, "warmup_epochs": 1.0})
     return config

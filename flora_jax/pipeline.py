@@ -12,7 +12,6 @@ from flora_jax.data.augment import eval_transform, train_transform
 from flora_jax.io.files import read_json, write_json
 from flora_jax.stages import STAGES, Run, train_settings
 
-
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +56,8 @@ def check(state: Run) -> None:
     low, high = config.budget.macs
     if not 0 < low < high <= 1:
         raise ValueError(
-            f"budget.macs {(low, high)} must be shares of the dense model's MACs, 0 < low < high <= 1"
+            f"budget.macs {(low, high)} must be two shares of the dense model's MACs, "
+            f"0 < low < high <= 1"
         )
     least, most = state.regular_space.macs_range()
     if state.macs_window[1] < least or state.macs_window[0] > most:

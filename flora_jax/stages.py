@@ -35,7 +35,7 @@ from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
-from flora_jax.models import Spec, create, functional
+from flora_jax.models import Spec, create
 from flora_jax.models.spec import ViTSpec
 from flora_jax.models.timm import from_pretrained
 from flora_jax.report import plots, table

@@ -1,4 +1,6 @@
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +8,30 @@ import pytest
 import flora_jax as flora
 
 DATA = pathlib.Path(__file__).parent / "data"
+ROOT = pathlib.Path(__file__).parents[1]
+TINY_CONFIG = "configs/deit_t.py:runlocal"
+
+
+def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The command line on the tiny config, as a user starts it."""
+    command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
+    return subprocess.run(
+        [*command, f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of one whole run. Tests read it and leave it as it is."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = run_flora(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
 
 
 @pytest.fixture(scope="session")

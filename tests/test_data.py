@@ -337,16 +337,36 @@ def test_affine_turns_moves_and_scales_about_the_centre(digits):
 
 
 @repeatable
-@given(seed=st.integers(0, 2**32), height=st.integers(30, 60), width=st.integers(30, 60))
-def test_random_resized_crop_takes_boxes_of_the_asked_area_and_ratio(seed, height, width):
+@given(seed=st.integers(0, 2**32), share=st.floats(0.2, 0.5), aspect=st.floats(0.6, 1.6))
+def test_random_resized_crop_takes_a_box_of_the_asked_area_and_ratio(seed, share, aspect):
     # In a picture whose value is its column (row), the spread of values is the width (height).
-    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    columns, rows = np.meshgrid(np.arange(60), np.arange(50))
     image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8) * 4
-    crop = augment.random_resized_crop(image, np.random.default_rng(seed), 64, scale=(0.3, 0.6))
+    crop = augment.random_resized_crop(
+        image, np.random.default_rng(seed), 64, (share, share), (aspect, aspect)
+    )
     assert crop.shape == (64, 64, 3)
-    spread = np.ptp(crop.astype(int), axis=(0, 1))[:2] / 4 + 1
-    assert 0.2 < spread.prod() / (height * width) < 0.75
-    assert 0.6 < spread[0] / spread[1] < 1.6
+    width, height, _ = np.ptp(crop.astype(int), axis=(0, 1)) / 4 + 1
+    area = share * 60 * 50
+    assert abs(width - np.sqrt(area * aspect)) < 1.2
+    assert abs(height - np.sqrt(area / aspect)) < 1.2
+
+
+def test_random_resized_crop_draws_areas_ratios_and_places_over_their_ranges():
+    columns, rows = np.meshgrid(np.arange(60), np.arange(60))
+    image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8) * 4
+    rng = np.random.default_rng(0)
+    crops = np.array([augment.random_resized_crop(image, rng, 64) for _ in range(300)], int)
+    width, height = (np.ptp(crops, axis=(1, 2)) / 4 + 1)[:, :2].T
+    share, aspect = width * height / 60**2, width / height
+    assert 0.06 < share.min() < 0.15
+    assert share.max() > 0.85
+    assert 0.65 < aspect.min() < 0.8
+    assert 1.25 < aspect.max() < 1.5
+    assert abs(np.log(aspect).mean()) < 0.05
+    centres = crops.mean(axis=(1, 2))[:, :2] / 4
+    assert (centres.min(axis=0) < 18).all()
+    assert (centres.max(axis=0) > 41).all()
 
 
 def test_random_resized_crop_of_a_very_long_image_falls_back_to_its_centre():
@@ -412,7 +432,7 @@ def test_train_batches_have_the_promised_shapes_and_types(digits):
 @repeatable
 @given(
     process_count=st.sampled_from([1, 2, 4]),
-    start_step=st.integers(0, 30),
+    start_step=st.integers(0, 12),
     seed=st.integers(0, 2**32),
     num_threads=st.integers(1, 3),
 )

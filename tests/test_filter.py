@@ -158,6 +158,19 @@ def test_a_smaller_budget_keeps_cheaper_triples():
         assert filtered.contains(space.full_rank_genes)
 
 
+def test_the_budget_is_that_of_the_whole_network():
+    space = RankSpace.regular(TWO_BLOCKS)
+    scores = [np.log(1 + space.block_macs(b)) for b in range(2)]
+    budget = sum(space.macs_range()) // 2
+    _, price = filter_space(space, scores, budget)
+
+    def macs_of_the_best(price):
+        best = [np.argmax(scores[b] - price * space.block_macs(b)) for b in range(2)]
+        return space.macs(np.concatenate([space.kept[b][i] for b, i in enumerate(best)]))
+
+    assert macs_of_the_best(price * (1 + 1e-6)) <= budget < macs_of_the_best(price * (1 - 1e-6))
+
+
 def test_filter_space_errors():
     space = RankSpace.regular(TWO_BLOCKS)
     scores = [np.zeros(343)] * 2

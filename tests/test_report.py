@@ -264,18 +264,6 @@ def test_trade_off_of_large_models_is_in_giga():
     assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30),
-)
-def test_pareto_front_dominates_everything_else(scores):
-    macs, top1 = np.array(scores, float).T
-    front = plots._pareto_front(macs, top1)
-    assert (np.diff(macs[front]) > 0).all()
-    assert (np.diff(top1[front]) > 0).all()
-    for m, t in scores:
-        assert ((macs[front] <= m) & (top1[front] >= t)).any()
-
-
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=4))
 def test_labels_of_points_never_overlap(values):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.lowrank import space as space_module
+from flora_jax.lowrank import window
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import ViTSpec, deit
 
@@ -249,7 +249,7 @@ def test_windows(space, data, max_cells):
     legal = (lo <= macs) & (macs <= hi)
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space_module, "_MAX_CELLS", max_cells)
+        patch.setattr(window, "_MAX_CELLS", max_cells)
         is_exact = space._window_sampler._rounded_off == 0
         try:
             genes = space.sample_within(rng, 20, (lo, hi))
@@ -275,7 +275,7 @@ def test_draws_within_a_window_are_uniform():
 
 
 def test_coarse_cells_lose_no_more_than_a_strip(monkeypatch):
-    monkeypatch.setattr(space_module, "_MAX_CELLS", 15)
+    monkeypatch.setattr(window, "_MAX_CELLS", 15)
     space = RankSpace.regular(TWO_BLOCKS, (3 / 8, 1))
     strip = space._window_sampler._rounded_off
     assert strip > 0

@@ -40,7 +40,7 @@ class RankedLinear(nnx.Module):
     ):
         self.ranks = tuple(ranks)
         self.implementation = implementation
-        init = nnx.initializers.truncated_normal(0.02)
+        init = nnx.initializers.xavier_uniform()
         self.down = nnx.Param(init(rngs.params(), (self.ranks[-1], in_features)))
         self.up = nnx.Param(init(rngs.params(), (self.ranks[-1], out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features))

@@ -12,7 +12,7 @@ _FAMILIES = {"vit": (ViTSpec, ViT)}
 
 
 def create(spec: Spec, seed: int = 0) -> nnx.Module:
-    """A model of this spec with random weights (truncated normal, std 0.02)."""
+    """A model of this spec with random weights (Xavier uniform; zero biases)."""
     return _FAMILIES[spec.family][1](spec, rngs=nnx.Rngs(seed))
 
 

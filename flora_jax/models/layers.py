@@ -4,20 +4,24 @@ Any layer in a searchable position is called as `layer(x, gene)`; only the super
 (`flora_jax.lowrank.layer.RankedLinear`) looks at the gene.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flora_jax.models.spec import Rank
 
-_truncated_normal = nnx.initializers.truncated_normal(0.02)
+# DeiT's truncated normal of std 0.02 fits a width of 768 only: at width 64 it trains to 88 % on the
+# digits where this reaches 98 % (docs/decisions.md).
+_initializer = nnx.initializers.xavier_uniform()
 
 
 class Linear(nnx.Module):
     """x [M, in] -> x @ kernel + bias [M, out]."""
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_truncated_normal(rngs.params(), (in_features, out_features)))
+        self.kernel = nnx.Param(_initializer(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features))
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
@@ -28,8 +32,8 @@ class LowRankLinear(nnx.Module):
     """x [M, in] -> x @ down.T @ up + bias [M, out], with down [R, in] and up [R, out]."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, rngs: nnx.Rngs):
-        self.down = nnx.Param(_truncated_normal(rngs.params(), (rank, in_features)))
-        self.up = nnx.Param(_truncated_normal(rngs.params(), (rank, out_features)))
+        self.down = nnx.Param(_initializer(rngs.params(), (rank, in_features)))
+        self.up = nnx.Param(_initializer(rngs.params(), (rank, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features))
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
@@ -51,8 +55,29 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = (centred * centred).mean(-1, keepdims=True)
-        normal = (centred * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
-        return normal * self.scale + self.bias
+        return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x, scale, bias, epsilon):
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+    normal = (centred * inverse_std).astype(x.dtype)
+    return normal * scale + bias, (normal, inverse_std, scale)
+
+
+def _layer_norm_backward(epsilon, saved, grad):
+    # By hand, because the derived backward makes XLA:CPU's training step 1.5 times as slow.
+    normal, inverse_std, scale = saved
+    wide_grad, wide_normal = (grad * scale).astype(jnp.float32), normal.astype(jnp.float32)
+    along = (wide_grad * wide_normal).mean(-1, keepdims=True)
+    grad_x = inverse_std * (wide_grad - wide_grad.mean(-1, keepdims=True) - wide_normal * along)
+    return grad_x.astype(grad.dtype), (grad * normal).sum(0), grad.sum(0)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

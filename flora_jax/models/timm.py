@@ -68,7 +68,8 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], spec: ViTSpec) -> nnx.Modu
     missing, unexpected = table.keys() - arrays.keys(), arrays.keys() - table.keys()
     if missing or unexpected:
         raise ValueError(
-            f"the weights do not fit the spec: missing {_few(missing)}, unexpected {_few(unexpected)}"
+            f"the weights do not fit the spec: missing {_few(missing)}, "
+            f"unexpected {_few(unexpected)}"
         )
     parameters = {
         target: np.ascontiguousarray(change(np.asarray(arrays[source], np.float32)))

@@ -82,7 +82,7 @@ class ViT(nnx.Module):
         self.spec = spec
         width = spec.embed_dim
         self.patch_embed = PatchEmbed(spec.patch_size, spec.in_channels, width, rngs=rngs)
-        init = nnx.initializers.truncated_normal(0.02)
+        init = nnx.initializers.normal(width**-0.5)
         self.cls_token = nnx.Param(init(rngs.params(), (1, width)))
         self.pos_embed = nnx.Param(init(rngs.params(), (spec.num_tokens, width)))
         self.blocks = nnx.List(

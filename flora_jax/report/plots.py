@@ -15,7 +15,9 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from flora_jax.io.files import replacing
 from flora_jax.report.table import count_unit
+from flora_jax.search.evolution import front
 
 _COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
@@ -46,10 +48,10 @@ def plot_trade_off(
     scatter = ax.scatter(
         macs / unit, 100 * top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
     )
-    front = _pareto_front(macs, top1)
+    on_front = front(macs, top1)
     ax.plot(
-        macs[front] / unit,
-        100 * top1[front],
+        macs[on_front] / unit,
+        100 * top1[on_front],
         color="0.2",
         linewidth=1.2,
         drawstyle="steps-post",
@@ -217,17 +219,8 @@ def save_figure(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
-    path = epath.Path(path)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(png.getvalue())
-    partial.replace(path)
-
-
-def _pareto_front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
-    """Indices, by rising MACs, of the candidates that no cheaper or equal one matches."""
-    order = np.lexsort((-top1, macs))
-    best = np.maximum.accumulate(top1[order])
-    return order[np.diff(best, prepend=-np.inf) > 0]
+    with replacing(path) as partial:
+        partial.write_bytes(png.getvalue())
 
 
 def _label_points(ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray) -> None:

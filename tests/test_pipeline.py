@@ -1,0 +1,249 @@
+"""The command line from end to end: results, skipping, being killed, and bad input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+from safetensors.numpy import load_file
+
+import flora_jax as flora
+from configs import common, deit_b, deit_s, deit_t, digits
+from flora_jax import pipeline
+from flora_jax.models import functional
+from flora_jax.search.evolution import read_history
+from flora_jax.stages import STAGES, Run
+from tests.conftest import ROOT, TINY_CONFIG, run_flora
+
+
+def tiny_config(**changes) -> ConfigDict:
+    config = deit_t.get_config("runlocal")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# --- a finished run ------------------------------------------------------------------------------
+
+
+def test_result_compares_dense_uniform_and_subnet(finished_run):
+    result = json.loads((finished_run / "result.json").read_text())
+    assert list(result) == ["dense", "uniform", "subnet"] or set(result) == {
+        "dense",
+        "uniform",
+        "subnet",
+    }
+    dense = result["dense"]["macs"]
+    low, high = tiny_config().budget.macs
+    assert low * dense <= result["subnet"]["macs"] <= high * dense
+    assert result["uniform"]["macs"] <= high * dense
+    for name in result:
+        model = flora.load(finished_run / name)
+        assert flora.macs(model.spec) == result[name]["macs"]
+        assert flora.num_params(model.spec) == result[name]["params"]
+        # 450 test images: top-1 is a whole number of them.
+        assert (result[name]["top1"] * 450) == pytest.approx(round(result[name]["top1"] * 450))
+
+
+def test_subnet_is_the_best_candidate_of_the_search(finished_run):
+    best = json.loads((finished_run / "search/best.json").read_text())
+    candidates = read_history(finished_run / "search/history.jsonl")
+    assert best["top1"] == max(candidate.top1 for candidate in candidates)
+    supernet = flora.load(finished_run / "supernet")
+    assert supernet.space.contains(best["genes"])
+    inherited = flora.load(finished_run / "extract/subnet")
+    expected = functional.split(flora.extract(supernet, best["genes"]))[1]
+    for name, value in functional.split(inherited)[1].items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_filter_keeps_three_tenths_of_the_triples(finished_run):
+    space = flora.load(finished_run / "supernet").space
+    assert [len(triples) for triples in space.kept] == [216 - int(0.7 * 216)] * 2
+
+
+def test_picture_is_drawn(finished_run):
+    with Image.open(finished_run / "report.png") as image:
+        assert image.size == (1800, 1200)
+        assert len(image.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_running_again_changes_nothing_and_prints_the_table(finished_run):
+    before = (finished_run / "result.json").stat().st_mtime_ns
+    done = run_flora(finished_run)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain: done in" in done.stderr
+    assert "fewer MACs" in done.stdout
+    assert (finished_run / "result.json").stat().st_mtime_ns == before
+
+
+# --- killed --------------------------------------------------------------------------------------
+
+
+def kill_when(condition, workdir: pathlib.Path, *arguments: str) -> None:
+    """Starts the command and sends SIGKILL as soon as the condition holds."""
+    command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
+    with subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_several_stages_ends_bit_for_bit_the_same(finished_run, tmp_path):
+    often = [
+        f"--config.{stage}.checkpoint_every=3"
+        for stage in ("pretrain", "filter.train", "supernet", "finetune")
+    ]
+
+    def has_checkpoint(stage, step):
+        return lambda: (tmp_path / stage / "checkpoints" / str(step)).is_dir()
+
+    def has_generations(count):
+        history = tmp_path / "search/history.jsonl"
+        return lambda: history.exists() and history.read_bytes().count(b"\n") > count
+
+    for condition in (
+        has_checkpoint("pretrain", 3),
+        has_checkpoint("filter/block_01", 3),
+        has_checkpoint("supernet", 3),
+        has_checkpoint("supernet", 6),
+        has_generations(1),
+        has_generations(2),
+        has_checkpoint("finetune/uniform", 3),
+    ):
+        kill_when(condition, tmp_path, *often)
+    done = run_flora(tmp_path, *often)
+    assert done.returncode == 0, done.stderr
+
+    for file in ("filter/space.json", "search/history.jsonl", "result.json"):
+        assert (tmp_path / file).read_bytes() == (finished_run / file).read_bytes(), file
+    for stage in ("pretrain", "supernet", "finetune/subnet"):
+        metrics = f"{stage}/metrics.jsonl"
+        assert (tmp_path / metrics).read_text() == (finished_run / metrics).read_text()
+    pairs = [
+        (
+            load_file(tmp_path / name / "model.safetensors"),
+            load_file(finished_run / name / "model.safetensors"),
+        )
+        for name in ("dense", "subnet", "uniform")
+    ]
+    pairs.append(
+        tuple(
+            functional.split(flora.load(run / "supernet").network)[1]
+            for run in (tmp_path, finished_run)
+        )
+    )
+    for disturbed, undisturbed in pairs:
+        assert disturbed.keys() == undisturbed.keys()
+        for name, value in disturbed.items():
+            np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+def test_one_stage_needs_those_before_it(tmp_path):
+    with pytest.raises(RuntimeError, match="stage 'search' needs 'pretrain'"):
+        pipeline.run(tiny_config(), tmp_path, "search")
+
+
+def test_one_stage_alone(finished_run, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished_run, workdir)
+    (workdir / "stages.json").write_text(
+        json.dumps({name: {"seconds": 1} for name in STAGES if name not in ("evaluate", "report")})
+    )
+    (workdir / "result.json").unlink()
+    done = run_flora(workdir, "--stage=evaluate")
+    assert done.returncode == 0, done.stderr
+    assert (workdir / "result.json").read_bytes() == (finished_run / "result.json").read_bytes()
+    assert "report" not in json.loads((workdir / "stages.json").read_text())
+
+
+def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
+    stages = tuple(name for name in common.STAGES if name != "filter")
+    assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+BAD_CONFIGS = {
+    "stage": ({"stages": ("pretrain", "serach")}, r"unknown stage 'serach'.*did you mean 'search'"),
+    "order": ({"stages": ("search", "pretrain")}, "in the order"),
+    "ratio": ({"space.ratios": (0.5, 1.5)}, r"ratio 1\.5 lies outside \(0, 1\]"),
+    "zero ratio": ({"space.ratios": (0.0, 1.0)}, r"ratio 0\.0 lies outside"),
+    "heads": ({"model.num_heads": 5}, "embed_dim 24 is not a multiple of num_heads 5.*25"),
+    "patch": ({"model.patch_size": 5}, "image_size 16 is not a multiple of patch_size 5.*15"),
+    "window": ({"budget.macs": (0.01, 0.02)}, r"cannot be reached: the space spans 0\.\d+\.\.1"),
+    "empty window": ({"budget.macs": (0.6, 0.4)}, "0 < low < high"),
+    "classes": ({"model.num_classes": 7}, "num_classes is 7, but digits has 10 classes"),
+    "dataset": ({"data.name": "digit"}, "unknown dataset 'digit'"),
+    "augmentation": ({"data.augmentation.name": "mixup"}, "unknown augmentation 'mixup'"),
+    "batch": ({"supernet.batch_size": 5000}, "supernet: batch_size 5000 exceeds its 1078 images"),
+    "dtype": ({"finetune.compute_dtype": "float8"}, "finetune: unknown compute_dtype 'float8'"),
+    "population": ({"search.parents": 99}, "99 parents exceed the population"),
+    "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
+    "weights": ({"pretrained": "nowhere.safetensors"}, "no file nowhere"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_config_fails_before_any_work(changes, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_of_another_config(finished_run):
+    with pytest.raises(
+        ValueError, match=r"made by another config(.|\n)*supernet.epochs: 1.0 there"
+    ):
+        pipeline.run(tiny_config(**{"supernet.epochs": 2.0}), finished_run)
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    done = run_flora(tmp_path / "run", "--stage=serach")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown stage 'serach'")
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_field_on_the_command_line(tmp_path):
+    done = run_flora(tmp_path / "run", "--config.supernet.epoch=3")
+    assert done.returncode != 0
+    assert "epoch" in done.stderr
+    assert "epochs" in done.stderr
+
+
+@pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t])
+def test_published_configs_make_sense(config_file, tmp_path):
+    config = config_file.get_config()
+    run = Run(config, tmp_path)
+    least, most = run.regular_space.macs_range()
+    assert least < run.macs_window[0] < run.macs_window[1] < most
+    with pytest.raises(ValueError, match="accepted: runlocal"):
+        config_file.get_config("runlocl")
+
+
+def test_digits_is_the_default_config():
+    assert digits.get_config().data.name == "digits"
+    values = flags.FlagValues()
+    from flora_jax.main import _DEFAULT_CONFIG
+
+    config_flags.DEFINE_config_file("config", str(_DEFAULT_CONFIG), flag_values=values)
+    values(["flora"])
+    assert values.config.to_dict() == digits.get_config().to_dict()
