@@ -34,7 +34,7 @@ def get_config():
         "min_learning_rate": 8e-5,
         "checkpoint_every": 200,
     }
-    config.pretrain.update(shared | {"epochs": 100.0, "learning_rate": 8e-3, "warmup_epochs": 5.0})
+    config.pretrain.update(shared | {"epochs": 60.0, "learning_rate": 1.6e-2, "warmup_epochs": 5.0})
     config.filter.train_fraction = 0.5
     config.filter.train.update(
         shared | {"epochs": 4.0, "learning_rate": 2e-3, "warmup_epochs": 0.0}

@@ -1,11 +1,15 @@
+import math
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import flora_jax as flora
+from flora_jax.models import functional
 
 DATA = pathlib.Path(__file__).parent / "data"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,3 +77,46 @@ def micro_images(deit_golden):
 @pytest.fixture(scope="session")
 def data_dir():
     return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_spec():
+    return flora.ViTSpec(
+        image_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_spec):
+    """Weights large enough that every rank changes the logits."""
+    model = flora.create(tiny_spec, seed=1)
+    weights = {name: 20 * value for name, value in functional.split(model)[1].items()}
+    return functional.with_parameters(model, weights)
+
+
+@pytest.fixture(scope="session")
+def tiny_space(tiny_spec):
+    return flora.RankSpace.regular(tiny_spec, ratios=(1 / 4, 1 / 2, 1))
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    """float32 [5, 8, 8, 3]"""
+    return np.random.default_rng(2).normal(size=(5, 8, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def count_macs():
+    """A function: jaxpr -> multiply-adds of all its matrix products, inner functions included."""
+
+    def count(jaxpr) -> int:
+        total = 0
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            if equation.primitive is jax.lax.dot_general_p:
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, product = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+                total += math.prod(product) * math.prod(left[axis] for axis in contracted)
+            total += sum(count(inner) for inner in jaxprs_in_params(equation.params))
+        return total
+
+    return count
