@@ -9,6 +9,7 @@ process against the limit.
 """
 
 import argparse
+import os
 import platform
 import resource
 import time
@@ -35,9 +36,9 @@ def main() -> None:
 
     spec = flora.deit(arguments.model)
     print(
-        f"DeiT-{arguments.model}, {spec.image_size} px, {human_count(spec.num_params())} parameters, "
-        f"batch {arguments.batch}, {arguments.implementation}; jax {jax.__version__} on "
-        f"{jax.devices()[0].device_kind} ({platform.machine()})"
+        f"DeiT-{arguments.model}, {spec.image_size} px, {human_count(spec.num_params())} "
+        f"parameters, batch {arguments.batch}, {arguments.implementation}; jax {jax.__version__} "
+        f"on {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)"
     )
 
     started = time.perf_counter()

@@ -107,7 +107,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.filter.train_fraction = 0.5
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
-    short = {"epochs": 1.0, "warmup_epochs": 0.0, "batch_size": 128, "learning_rate": 4e-3}
+    short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
     for stage in (config.pretrain, config.filter.train, config.supernet, config.finetune):
         stage.update(short)
     return config

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from flora_jax.data.normalize import Normalization
+from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.train.mesh import make_mesh, shard_batch
 
@@ -41,12 +43,23 @@ def _count_correct(graphdef, parameters, batch, genes):
     return count_correct(functional.merge(graphdef, parameters)(images, genes), labels, mask)
 
 
-def top1(model, evaluation_set: EvaluationSet, genes=None) -> float:
-    """Share of images whose class comes first; `genes` int [L] or [P, L] for a supernet's network.
+def top1(
+    model: nnx.Module | Supernet, evaluation_set: EvaluationSet, genes=None
+) -> float | np.ndarray:
+    """Share of the images whose class comes first.
+
+    Args:
+      model: a plain model, or a supernet.
+      genes: of the supernet: int [L] for one subnet, int [P, L] for a population.
 
     Returns:
       A float, or float64 [P] for a population. The device is read back once.
+
+    Raises:
+      ValueError: genes that do not fit the supernet.
     """
+    if isinstance(model, Supernet):
+        genes, model = model.space.validate(genes), model.network
     graphdef, parameters = functional.split(model)
     population = [None] if genes is None else np.atleast_2d(np.asarray(genes, np.int32))
     correct = [

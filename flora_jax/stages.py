@@ -6,7 +6,8 @@ Folder of a run:
   filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
   supernet/         the supernet's training run: open it with `flora_jax.load`
   search/           history.jsonl and best.json
-  extract/          subnet and uniform as they inherit their weights
+  extract/          subnet and uniform as they inherit their weights: from the supernet and, at
+                    the largest common ratio inside the budget, from the dense model
   finetune/         their training runs
   subnet/ uniform/  the finished models
   result.json, report.png
@@ -57,6 +58,12 @@ class Run:
 
     config: ConfigDict
     folder: epath.Path
+
+    @classmethod
+    def open(cls, folder: epath.PathLike) -> "Run":
+        """The run that was made in this folder."""
+        folder = epath.Path(folder)
+        return cls(ConfigDict(read_json(folder / "config.json")), folder)
 
     @functools.cached_property
     def spec(self) -> Spec:
@@ -236,7 +243,7 @@ def search(run: Run) -> None:
     with Progress("search", total=settings.generations, start=start, unit="generation") as progress:
         best = evolve(
             supernet.space,
-            lambda genes: top1(supernet.network, run.heldout_set, genes),
+            lambda genes: top1(supernet, run.heldout_set, genes),
             run.macs_window,
             settings,
             run.seed("search"),
@@ -248,22 +255,27 @@ def search(run: Run) -> None:
 
 
 def extract_subnets(run: Run) -> None:
-    """The winner, and the uniform-rank network of the same budget, cut out of the supernet."""
+    """The winner, cut out of the supernet; the uniform-rank network, out of the dense model."""
     supernet = folder.load(run.folder / "supernet")
     best = read_json(run.folder / "search/best.json")
-    uniform_ranks = supernet.space.uniform_ranks_within(run.macs_window[1])
-    subnets = {
-        "subnet": extract(supernet, best["genes"]),
-        "uniform": extract_ranks(supernet, uniform_ranks),
-    }
-    for name in COMPRESSED:
-        folder.save(subnets[name], run.folder / "extract" / name)
+    folder.save(extract(supernet, best["genes"]), run.folder / "extract/subnet")
+    uniform_ranks = run.regular_space.uniform_ranks_within(run.macs_window[1])
+    inherited = factorize(run.dense, run.regular_space)
+    folder.save(extract_ranks(inherited, uniform_ranks), run.folder / "extract/uniform")
 
 
 def finetune(run: Run) -> None:
-    """Both compressed networks, in the same way."""
-    for name in COMPRESSED:
-        model = folder.load(run.folder / "extract" / name)
+    """The subnet alone; the uniform-rank network first for as long as the supernet took.
+
+    So the baseline gets every step, recipe and teacher that the subnet got, for its own weights.
+    """
+    uniform = folder.load(run.folder / "extract/uniform")
+    folder.save_description(uniform, run.folder / "finetune/uniform_alone")
+    models = {
+        "subnet": folder.load(run.folder / "extract/subnet"),
+        "uniform": run.train(uniform, run.config.supernet, "finetune/uniform_alone"),
+    }
+    for name, model in models.items():
         folder.save_description(model, run.folder / "finetune" / name)
         model = run.train(model, run.config.finetune, f"finetune/{name}")
         folder.save(model, run.folder / name)
@@ -312,7 +324,7 @@ def report(run: Run) -> None:
 def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float]]]:
     """Loss by step of the long stages, averaged over about 1 % of the stage."""
     curves = {}
-    for name in ("pretrain", "supernet", "finetune/uniform", "finetune/subnet"):
+    for name in ("pretrain", "supernet", "finetune/uniform_alone", "finetune/subnet"):
         path = directory / name / "metrics.jsonl"
         if path.exists():
             losses = np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])

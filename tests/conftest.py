@@ -88,10 +88,11 @@ def tiny_spec():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_spec):
-    """Weights large enough that every rank changes the logits."""
-    model = flora.create(tiny_spec, seed=1)
-    weights = {name: 20 * value for name, value in functional.split(model)[1].items()}
-    return functional.with_parameters(model, weights)
+    """Random weights, biases too."""
+    graphdef, parameters = functional.split(flora.create(tiny_spec, seed=1))
+    rng = np.random.default_rng(1)
+    noise = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in parameters.items()}
+    return functional.merge(graphdef, {n: p + 0.3 * noise[n] for n, p in parameters.items()})
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_the_size_named_in_the_message_is_the_nearest(size, multiple):
             assert size % multiple == 0
 
 
-@pytest.mark.xfail(strict=True, reason="blocks are not checked", raises=BaseException)
+@pytest.mark.xfail(strict=True, reason="blocks are not checked")
 @pytest.mark.parametrize(
     "block", [BlockSpec(0, 4, 8), BlockSpec(1, -4, 8), BlockSpec(1, 4, 8, (2, 2))]
 )
@@ -147,8 +147,6 @@ def test_create_is_a_function_of_the_seed(tiny_spec):
         np.testing.assert_array_equal(value, again[name])
         random = name.endswith(("kernel", "cls_token", "pos_embed"))
         assert (value == other[name]).all() == (not random)
-        if random:
-            assert 0.01 < np.std(value) < 0.03
 
 
 def test_abstract_model(tiny_spec, tiny_model):
@@ -287,9 +285,8 @@ def with_gradients(norm, x, scale, bias, grad):
 
 
 def layer_norm(x, scale, bias):
-    layer = LayerNorm(x.shape[-1])
-    layer.scale[...], layer.bias[...] = scale, bias
-    return layer(x)
+    graphdef, _ = functional.split(LayerNorm(x.shape[-1]))
+    return functional.merge(graphdef, {"scale": scale, "bias": bias})(x)
 
 
 def test_layer_norm_and_its_gradient(norm_inputs):
