@@ -16,17 +16,29 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY_CONFIG = "configs/deit_t.py:runlocal"
 
 
-def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The command line on the tiny config, as a user starts it."""
+def flora_command(workdir: pathlib.Path, *arguments: str) -> dict:
+    """Arguments for subprocess: the command line on the tiny config, as a user starts it."""
     command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
+    return {"args": [*command, f"--workdir={workdir}", *arguments], "cwd": ROOT}
+
+
+def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*command, f"--workdir={workdir}", *arguments],
-        cwd=ROOT,
+        **flora_command(workdir, *arguments),
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The processes that tests start compile each program once between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

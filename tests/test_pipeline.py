@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -22,7 +21,7 @@ from flora_jax import pipeline
 from flora_jax.models import functional
 from flora_jax.search.evolution import read_history
 from flora_jax.stages import STAGES, Run
-from tests.conftest import ROOT, TINY_CONFIG, run_flora
+from tests.conftest import flora_command, run_flora
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -36,11 +35,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def test_result_compares_dense_uniform_and_subnet(finished_run):
     result = json.loads((finished_run / "result.json").read_text())
-    assert list(result) == ["dense", "uniform", "subnet"] or set(result) == {
-        "dense",
-        "uniform",
-        "subnet",
-    }
+    assert set(result) == {"dense", "uniform", "subnet"}
     dense = result["dense"]["macs"]
     low, high = tiny_config().budget.macs
     assert low * dense <= result["subnet"]["macs"] <= high * dense
@@ -90,9 +85,8 @@ def test_running_again_changes_nothing_and_prints_the_table(finished_run):
 
 def kill_when(condition, workdir: pathlib.Path, *arguments: str) -> None:
     """Starts the command and sends SIGKILL as soon as the condition holds."""
-    command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
     with subprocess.Popen(
-        [*command, f"--workdir={workdir}", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
+        **flora_command(workdir, *arguments), stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 240
         while not condition():
@@ -105,7 +99,7 @@ def kill_when(condition, workdir: pathlib.Path, *arguments: str) -> None:
 
 def test_killed_at_several_stages_ends_bit_for_bit_the_same(finished_run, tmp_path):
     often = [
-        f"--config.{stage}.checkpoint_every=3"
+        f"--config.{stage}.checkpoint_every=20"
         for stage in ("pretrain", "filter.train", "supernet", "finetune")
     ]
 
@@ -117,13 +111,11 @@ def test_killed_at_several_stages_ends_bit_for_bit_the_same(finished_run, tmp_pa
         return lambda: history.exists() and history.read_bytes().count(b"\n") > count
 
     for condition in (
-        has_checkpoint("pretrain", 3),
-        has_checkpoint("filter/block_01", 3),
-        has_checkpoint("supernet", 3),
-        has_checkpoint("supernet", 6),
-        has_generations(1),
+        has_checkpoint("filter/block_01", 20),
+        has_checkpoint("supernet", 40),
+        has_checkpoint("supernet", 100),
         has_generations(2),
-        has_checkpoint("finetune/uniform", 3),
+        has_checkpoint("finetune/uniform", 20),
     ):
         kill_when(condition, tmp_path, *often)
     done = run_flora(tmp_path, *often)
@@ -210,7 +202,7 @@ def test_bad_config_fails_before_any_work(changes, message, tmp_path):
 
 def test_workdir_of_another_config(finished_run):
     with pytest.raises(
-        ValueError, match=r"made by another config(.|\n)*supernet.epochs: 1.0 there"
+        ValueError, match=r"made by another config(.|\n)*supernet.epochs: 6.0 there"
     ):
         pipeline.run(tiny_config(**{"supernet.epochs": 2.0}), finished_run)
 

@@ -15,7 +15,7 @@ from flora_jax.models import functional
 from flora_jax.search.block_scores import score_block
 
 NORMALIZATION = Normalization((0.5,), (0.25,))
-NUM_IMAGES, BATCH = 13, 4
+NUM_IMAGES, BATCH = 13, 5
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def supernet(tiny_model, tiny_space):
 
 @pytest.fixture(scope="module")
 def evaluation_batches(tiny_model, tiny_spec):
-    """13 images in batches of 4. The labels are the model's own top class of most images, and
+    """13 images in batches of 5. The labels are the model's own top class of most images, and
     the images that fill up the last batch would count as correct if they were not masked."""
     rng = np.random.default_rng(5)
     padded = -(-NUM_IMAGES // BATCH) * BATCH

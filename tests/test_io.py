@@ -1,0 +1,246 @@
+"""Folders of models and checkpoints of runs: whole, damaged, and half-written."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora_jax as flora
+from flora_jax.io.checkpoint import Checkpoints, read_parameters
+from flora_jax.io.files import read_json, replacing, write_json
+from flora_jax.io.folder import describe, save_description
+from flora_jax.models import create_abstract, functional
+from flora_jax.train.mesh import make_mesh, replicate
+from flora_jax.train.settings import TrainSettings
+from flora_jax.train.step import initial_state
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def supernet(tiny_model, tiny_space):
+    kept = tiny_space.keep([tiny_space.kept[0][:5], tiny_space.kept[1][[2, 7, 26]]])
+    return flora.factorize(tiny_model, kept)
+
+
+@pytest.fixture(scope="module")
+def subnet(supernet):
+    return flora.extract(supernet, [0, 1, 2, 1, 0, 1])
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    flora.save(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same_parameters(ours, theirs):
+    (graphdef, parameters), (their_graphdef, their_parameters) = map(
+        functional.split, (ours, theirs)
+    )
+    assert graphdef == their_graphdef
+    assert parameters.keys() == their_parameters.keys()
+    for name, value in parameters.items():
+        assert value.dtype == their_parameters[name].dtype
+        np.testing.assert_array_equal(value, their_parameters[name])
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "subnet"])
+def test_model_comes_back_bit_for_bit(request, name, tmp_path):
+    model = request.getfixturevalue(name)
+    flora.save(model, tmp_path / "new" / "folder")
+    again = flora.load(str(tmp_path / "new" / "folder"))
+    assert again.spec == model.spec
+    assert_same_parameters(again, model)
+
+
+def test_supernet_comes_back_bit_for_bit(supernet, tmp_path):
+    flora.save(supernet, tmp_path)
+    again = flora.load(tmp_path)
+    assert isinstance(again, flora.Supernet)
+    assert again.space.spec == supernet.space.spec
+    assert again.space.choices == supernet.space.choices
+    for ours, theirs in zip(again.space.kept, supernet.space.kept, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert_same_parameters(again.network, supernet.network)
+
+
+def test_saving_over_another_model(saved, subnet):
+    flora.save(subnet, saved)
+    assert_same_parameters(flora.load(saved), subnet)
+    assert sorted(path.name for path in saved.iterdir()) == [WEIGHTS, "spec.json"]
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_flipped_bit(saved, position):
+    content = bytearray((saved / WEIGHTS).read_bytes())
+    content[position] ^= 1
+    (saved / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        flora.load(saved)
+
+
+def test_truncated_weights(saved):
+    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        flora.load(saved)
+
+
+def test_truncated_description(saved):
+    (saved / "spec.json").write_text((saved / "spec.json").read_text()[:-9])
+    with pytest.raises(ValueError, match=r"spec\.json is not valid JSON"):
+        flora.load(saved)
+
+
+def test_newer_format(saved):
+    write_json(saved / "spec.json", read_json(saved / "spec.json") | {"format": 2})
+    with pytest.raises(ValueError, match="has format 2; this version reads 1"):
+        flora.load(saved)
+
+
+@pytest.mark.xfail(strict=True, reason="a KeyError of the field", raises=KeyError)
+@pytest.mark.parametrize("field", ["format", "spec", "space", "sha256"])
+def test_description_lacks_a_field(saved, field):
+    description = read_json(saved / "spec.json")
+    del description[field]
+    write_json(saved / "spec.json", description)
+    with pytest.raises(ValueError, match=field):
+        flora.load(saved)
+
+
+def test_not_a_model(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no spec\.json: not a folder"):
+        flora.load(tmp_path / "nowhere")
+    save_description(flora.load(saved), tmp_path / "another")
+    with pytest.raises(FileNotFoundError, match=r"saved model; inside it are another, model$"):
+        flora.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        flora.load(tmp_path / "another")
+
+
+def test_description(supernet, subnet):
+    for model, spec in ((supernet, supernet.space.spec), (subnet, subnet.spec)):
+        description = json.loads(json.dumps(describe(model)))
+        assert description["format"] == 1
+        assert description["spec"]["embed_dim"] == spec.embed_dim
+        assert (description["space"] is None) == (model is subnet)
+
+
+# --- checkpoints of a run ------------------------------------------------------------------------
+
+
+def state_of(model, step, ema_decay=0.0):
+    """A state whose moving average differs from its parameters."""
+    settings = TrainSettings(steps=9, batch_size=1, learning_rate=0.1, ema_decay=ema_decay)
+    parameters = {name: np.array(value) for name, value in functional.split(model)[1].items()}
+    state = initial_state(parameters, settings)
+    if ema_decay:
+        state = state._replace(average={name: -value for name, value in parameters.items()})
+    return replicate(state._replace(step=jnp.int32(step)), make_mesh())
+
+
+def test_load_opens_a_training_folder(supernet, tmp_path):
+    save_description(supernet, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, state_of(supernet.network, 4))
+    again = flora.load(tmp_path)
+    assert_same_parameters(again.network, supernet.network)
+    assert again.space.choices == supernet.space.choices
+
+
+def test_load_prefers_the_moving_average(tiny_model, tmp_path):
+    save_description(tiny_model, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, state_of(tiny_model, 4, ema_decay=0.9))
+    loaded, parameters = (functional.split(m)[1] for m in (flora.load(tmp_path), tiny_model))
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(loaded[name], -value)
+
+
+def test_newest_two_checkpoints_are_kept(tiny_model, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        untouched = state_of(tiny_model, 0)
+        assert checkpoints.restore(untouched) is untouched
+        assert checkpoints.latest_path() is None
+        for step in (3, 6, 9):
+            checkpoints.save(step, state_of(tiny_model, step, ema_decay=0.9))
+        assert checkpoints.latest_path() == tmp_path / "9"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9"]
+    with Checkpoints(tmp_path) as checkpoints:
+        template = state_of(flora.create(tiny_model.spec), 0, ema_decay=0.9)
+        restored, wanted = checkpoints.restore(template), state_of(tiny_model, 9, ema_decay=0.9)
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_half_written_checkpoint_is_removed(tiny_model, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+    read_parameters(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(state_of(tiny_model, 0)).step) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+@pytest.mark.xfail(strict=True, reason="an empty folder counts as the newest step")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_empty_folder_is_no_checkpoint(tiny_model, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    (tmp_path / "6").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(state_of(tiny_model, 0)).step) == 3
+
+
+def test_checkpoint_of_another_network(tiny_model, micro_spec, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    save_description(create_abstract(micro_spec), tmp_path)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        flora.load(tmp_path)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_replacing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "sub" / "file"
+    with replacing(path) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    assert path.read_text() == "old"
+
+    def write_and_fail():
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_save_that_fails_keeps_the_old_model(saved, subnet, tiny_model, monkeypatch):
+    monkeypatch.setattr("flora_jax.io.folder.save_file", _write_half)
+    with pytest.raises(OSError, match="disk full"):
+        flora.save(subnet, saved)
+    assert_same_parameters(flora.load(saved), tiny_model)
+
+
+def _write_half(arrays, path):
+    path.write_bytes(b"half")
+    raise OSError("disk full")
+
+
+def test_json(tmp_path):
+    write_json(tmp_path / "a.json", {"genes": [1, 2], "top1": 0.5})
+    assert read_json(tmp_path / "a.json") == {"genes": [1, 2], "top1": 0.5}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
