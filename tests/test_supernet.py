@@ -231,18 +231,17 @@ def test_top1_counts_exactly(tiny_model, supernet, evaluation_batches, evaluatio
     assert isinstance(dense, float)
     assert dense == share_correct(tiny_model) == 10 / 13
     genes = np.array([[2] * 6, [0] * 6, [1, 2, 0, 0, 1, 2]])
-    scores = flora.top1(supernet.network, evaluation_set, genes)
+    scores = flora.top1(supernet, evaluation_set, genes)
     assert scores.dtype == np.float64
     assert scores.tolist() == [share_correct(lambda x, g=g: supernet(x, g)) for g in genes]
-    assert flora.top1(supernet.network, evaluation_set, genes[1]) == scores[1]
+    assert flora.top1(supernet, evaluation_set, genes[1]) == scores[1]
     assert flora.top1(supernet.network, evaluation_set) == scores[0]
 
 
-@pytest.mark.xfail(strict=True, reason="genes go unchecked into the network; clamped or ignored")
-@pytest.mark.parametrize("genes", [[0] * 9, [0] * 5, [7] * 6, [0.7] * 6])
-def test_top1_of_bad_genes(supernet, evaluation_set, genes):
-    with pytest.raises(ValueError, match="gene"):
-        flora.top1(supernet.network, evaluation_set, genes)
+@pytest.mark.parametrize(("genes", "message"), BAD_GENES)
+def test_top1_of_bad_genes(supernet, evaluation_set, genes, message):
+    with pytest.raises(ValueError, match=message):
+        flora.top1(supernet, evaluation_set, genes)
 
 
 @pytest.mark.parametrize("block", [0, 1])

@@ -351,6 +351,7 @@ def test_bad_rates(fields):
 
 def show_one_and_four_devices():
     """The program of a process with four devices: prints one line of JSON a result."""
+    assert jax.device_count() == 4
     settings, metrics = dataclasses.replace(SETTINGS, steps=3), {}
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
