@@ -9,14 +9,18 @@ from flax import nnx
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.lowrank.supernet import Supernet
+from flora_jax.mesh import make_mesh, replicate, spread
 from flora_jax.models import functional
-from flora_jax.train.mesh import make_mesh, shard_batch
 
 
 class EvaluationSet:
     """Normalised batches on the device: images [B, H, W, C], labels [B], mask [B].
 
-    The mask is 0 for the images that only fill up the last batch.
+    The mask is 0 for the images that only fill up the last batch. Every process passes the same
+    batches, whole.
+
+    Raises:
+      ValueError: there is no image.
     """
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
@@ -27,9 +31,11 @@ class EvaluationSet:
         for batch in batches:
             self.num_images += int(batch["mask"].sum())
             images, labels, mask = (
-                shard_batch(batch, mesh)[name] for name in ("image", "label", "mask")
+                spread(batch[name], mesh) for name in ("image", "label", "mask")
             )
             self.batches.append((normalize(images), labels, mask))
+        if not self.num_images:
+            raise ValueError("an evaluation set needs at least one image")
 
 
 def count_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
@@ -61,6 +67,7 @@ def top1(
     if isinstance(model, Supernet):
         genes, model = model.space.validate(genes), model.network
     graphdef, parameters = functional.split(model)
+    parameters = replicate(parameters, make_mesh())
     population = [None] if genes is None else np.atleast_2d(np.asarray(genes, np.int32))
     correct = [
         sum(_count_correct(graphdef, parameters, batch, one) for batch in evaluation_set.batches)

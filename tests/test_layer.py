@@ -74,7 +74,7 @@ def test_bfloat16(name, tokens):
 
 @pytest.mark.parametrize(
     "name",
-    ["masked", pytest.param("sliced", marks=pytest.mark.xfail(strict=True, reason="float32"))],
+    ["masked", "sliced"],
 )
 def test_gradient_has_the_dtype_of_the_input(name):
     x, down, up, _ = arrays(FEW)

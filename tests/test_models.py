@@ -102,13 +102,10 @@ def test_the_size_named_in_the_message_is_the_nearest(size, multiple):
             assert size % multiple == 0
 
 
-@pytest.mark.xfail(strict=True, reason="blocks are not checked")
-@pytest.mark.parametrize(
-    "block", [BlockSpec(0, 4, 8), BlockSpec(1, -4, 8), BlockSpec(1, 4, 8, (2, 2))]
-)
-def test_bad_block(block):
+@pytest.mark.parametrize("fields", [(0, 4, 8), (1, -4, 8), (1, 4, 0), (1, 4, 8, (2, 2))])
+def test_bad_block(fields):
     with pytest.raises(ValueError, match="block"):
-        ViTSpec(**SMALL, depth=1, blocks=(block,))
+        BlockSpec(*fields)
 
 
 def test_with_ranks():
@@ -196,12 +193,11 @@ def test_unknown_json():
         spec_from_json(value | {"gates": 1, "dropout": 0.1})
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError or KeyError", raises=(TypeError, KeyError))
 @pytest.mark.parametrize("block", [{"gates": 1}, {"ranks": None}])
 def test_unknown_json_of_a_block(block):
     value = spec_to_json(ViTSpec(**SMALL, depth=1))
     changed = {name: v for name, v in (value["blocks"][0] | block).items() if v is not None}
-    with pytest.raises(ValueError, match="BlockSpec"):
+    with pytest.raises(ValueError, match=r"BlockSpec|a block has 3 ranks"):
         spec_from_json(value | {"blocks": [changed]})
 
 
@@ -224,7 +220,6 @@ def test_from_state_dict_names_what_does_not_fit(timm_weights, micro_spec):
         flora.from_state_dict(timm_weights, dataclasses.replace(micro_spec, depth=4, blocks=()))
 
 
-@pytest.mark.xfail(strict=True, reason="first row taken, or numpy's own message")
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("pos_embed", (2, 17, 48)), ("patch_embed.proj.weight", (48, 192)), ("cls_token", ())],
@@ -308,7 +303,6 @@ def test_layer_norm_in_bfloat16(norm_inputs):
         )
 
 
-@pytest.mark.xfail(strict=True, reason="the gradient has the output's dtype")
 def test_layer_norm_gradient_has_the_dtype_of_the_input(norm_inputs):
     x, scale, bias, grad = norm_inputs
     assert with_gradients(layer_norm, jnp.bfloat16(x), scale, bias, grad)[1].dtype == jnp.bfloat16

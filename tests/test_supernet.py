@@ -87,7 +87,6 @@ def test_extract_ranks_that_the_space_does_not_list(supernet, tiny_model, tiny_i
     assert subnet.spec.ranks == (1, 3, 5, None, None, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="length: zip's message; above full rank: silently dense")
 @pytest.mark.parametrize(
     ("ranks", "message"), [((2,) * 5, "expected 6 ranks, got 5"), ((2,) * 5 + (9,), "rank 9")]
 )
@@ -123,7 +122,6 @@ def test_extract_bad_genes(supernet, genes, message):
         flora.extract(supernet, genes)
 
 
-@pytest.mark.xfail(strict=True, reason="a TypeError of int()", raises=TypeError)
 def test_extract_a_population(supernet):
     with pytest.raises(ValueError, match=POPULATION[1]):
         flora.extract(supernet, POPULATION[0])

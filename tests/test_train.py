@@ -21,9 +21,9 @@ import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.io.checkpoint import read_parameters
 from flora_jax.io.folder import save_description
+from flora_jax.mesh import make_mesh, replicate, shard_batch
 from flora_jax.models import create_abstract, functional
 from flora_jax.train.loop import NonFiniteLossError, train
-from flora_jax.train.mesh import make_mesh, replicate, shard_batch
 from flora_jax.train.optimizer import decays, make_optimizer
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import initial_state, make_step
@@ -340,7 +340,6 @@ def test_bad_settings(fields, message):
         dataclasses.replace(SETTINGS, **fields)
 
 
-@pytest.mark.xfail(strict=True, reason="not checked")
 @pytest.mark.parametrize(
     "fields", [{"learning_rate": math.nan}, {"warmup_steps": -1}, {"clip_norm": 0.0}]
 )
@@ -393,7 +392,6 @@ def test_several_devices_train_as_one(on_devices):
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="loaded parameters are committed to the first device")
 def test_several_devices_evaluate_a_loaded_run(on_devices):
     assert on_devices.returncode == 0, on_devices.stderr
     trained, loaded = json.loads(on_devices.stdout.splitlines()[1])

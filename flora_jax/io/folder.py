@@ -61,10 +61,14 @@ def load(path: epath.PathLike) -> nnx.Module | Supernet:
         hint = f"; inside it are {', '.join(found)}" if found else ""
         raise FileNotFoundError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
     description = read_json(path / SPEC_FILE)
+    has_weights = (path / WEIGHTS_FILE).exists()
+    needed = {"format", "spec", "space"} | ({"sha256"} if has_weights else set())
+    if missing := needed - description.keys():
+        raise ValueError(f"{path / SPEC_FILE} lacks {', '.join(sorted(missing))}")
     if description["format"] != FORMAT:
         raise ValueError(f"{path} has format {description['format']}; this version reads {FORMAT}")
     spec = spec_from_json(description["spec"])
-    if (path / WEIGHTS_FILE).exists():
+    if has_weights:
         parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
     else:
         parameters = read_parameters(path / CHECKPOINTS)

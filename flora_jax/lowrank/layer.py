@@ -66,9 +66,15 @@ def sliced_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
     return jax.lax.switch(gene, branches, x, down, up)
 
 
+# Multiplying the two factors first is cheaper at high rank with many tokens; each direction
+# compares its own multiply-adds, which are known when the branch is traced.
+
+
 def _forward(rank: int, x, down, up):
     down, up = down[:rank], up[:rank]
-    if _merges(rank, x, down, up):
+    tokens, in_features, out_features = x.shape[0], down.shape[1], up.shape[1]
+    kernel = in_features * out_features
+    if kernel * (rank + tokens) < tokens * rank * (in_features + out_features):
         return x @ (down.T @ up)
     return (x @ down.T) @ up
 
@@ -76,7 +82,9 @@ def _forward(rank: int, x, down, up):
 def _backward(rank: int, x, down, up, grad):
     """Gradients of x, down and up; rows beyond the rank get zeros."""
     used_down, used_up = down[:rank], up[:rank]
-    if _merges(rank, x, used_down, used_up):
+    tokens, in_features, out_features = x.shape[0], down.shape[1], up.shape[1]
+    kernel = in_features * out_features
+    if kernel * (3 * rank + 2 * tokens) < tokens * rank * (3 * in_features + 2 * out_features):
         grad_kernel = x.T @ grad
         grad_down, grad_up = used_up @ grad_kernel.T, used_down @ grad_kernel
         grad_x = grad @ (used_down.T @ used_up).T
@@ -85,14 +93,7 @@ def _backward(rank: int, x, down, up, grad):
         grad_down, grad_up = grad_hidden.T @ x, hidden.T @ grad
         grad_x = grad_hidden @ used_down
     unused = ((0, down.shape[0] - rank), (0, 0))
-    return grad_x, jnp.pad(grad_down, unused), jnp.pad(grad_up, unused)
-
-
-def _merges(rank: int, x, down, up) -> bool:
-    """Whether multiplying the factors first is cheaper: so at high rank, with many tokens."""
-    tokens, in_features, out_features = x.shape[0], down.shape[1], up.shape[1]
-    pair = tokens * rank * (in_features + out_features)
-    return in_features * out_features * (rank + tokens) < pair
+    return grad_x.astype(x.dtype), jnp.pad(grad_down, unused), jnp.pad(grad_up, unused)
 
 
 def _sliced_forward(x, down, up, gene, ranks: Ranks):

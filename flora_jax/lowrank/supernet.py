@@ -38,8 +38,7 @@ class Supernet:
                 )
         else:
             genes = self.space.validate(genes)
-            if genes.ndim != 1:
-                raise ValueError(f"genes have shape {genes.shape}; pass one subnet at a time")
+            _check_one_subnet(genes)
         graphdef, parameters = functional.split(self.network)
         return _forward(graphdef, parameters, images, jnp.asarray(genes))
 
@@ -126,6 +125,11 @@ def _submodule(module: nnx.Module, path: str) -> nnx.Module:
     return module
 
 
+def _check_one_subnet(genes: np.ndarray) -> None:
+    if genes.ndim != 1:
+        raise ValueError(f"genes have shape {genes.shape}; pass one subnet at a time")
+
+
 def extract(supernet: Supernet, genes) -> nnx.Module:
     """The chosen subnet as a smaller plain model, equal to the supernet at these genes.
 
@@ -134,18 +138,22 @@ def extract(supernet: Supernet, genes) -> nnx.Module:
     Raises:
       ValueError: genes of another length or out of range.
     """
-    return extract_ranks(supernet, tuple(int(rank) for rank in supernet.space.ranks(genes)))
+    genes = supernet.space.validate(genes)
+    _check_one_subnet(genes)
+    return extract_ranks(supernet, tuple(supernet.space.ranks(genes).tolist()))
 
 
 def extract_ranks(supernet: Supernet, ranks: tuple[int, ...]) -> nnx.Module:
     """As `extract`, for any rank from 1 to full, whether the space lists it or not."""
     space, parameters = supernet.space, functional.split(supernet.network)[1]
+    space.spec.with_ranks(ranks)  # raises where they do not fit
     stored_ranks: list[Rank] = []
     for layer, rank in zip(space.spec.layers, ranks, strict=True):
         down = parameters.pop(f"{layer.name}.down")[:rank]
         up = parameters.pop(f"{layer.name}.up")[:rank]
         if layer.is_cheaper_dense(rank):
-            parameters[f"{layer.name}.kernel"] = down.T @ up
+            kernel = jnp.matmul(down.T, up, precision="highest")  # it is kept for good
+            parameters[f"{layer.name}.kernel"] = kernel
             stored_ranks.append(None)
         else:
             parameters |= {f"{layer.name}.down": down, f"{layer.name}.up": up}

@@ -31,11 +31,15 @@ def spec_from_json(value: dict) -> Spec:
     family = fields.pop("family", None)
     if family not in _FAMILIES:
         raise ValueError(f"unknown model family {family!r}; known: {', '.join(_FAMILIES)}")
-    spec_class = _FAMILIES[family][0]
+    blocks = [
+        _from_fields(BlockSpec, {**block, "ranks": tuple(block.get("ranks", ()))})
+        for block in fields.get("blocks", ())
+    ]
+    return _from_fields(_FAMILIES[family][0], {**fields, "blocks": tuple(blocks)})
+
+
+def _from_fields(spec_class: type, fields: dict):
     unknown = fields.keys() - {field.name for field in dataclasses.fields(spec_class)}
     if unknown:
         raise ValueError(f"unknown fields of {spec_class.__name__}: {', '.join(sorted(unknown))}")
-    fields["blocks"] = tuple(
-        BlockSpec(**{**block, "ranks": tuple(block["ranks"])}) for block in fields["blocks"]
-    )
     return spec_class(**fields)

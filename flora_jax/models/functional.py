@@ -5,6 +5,7 @@ optimiser, the checkpoints, the safetensors files and the weight surgery all wor
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Parameters = dict[str, jax.Array]
@@ -41,7 +42,7 @@ def with_parameters(model: nnx.Module, parameters: Parameters) -> nnx.Module:
             raise ValueError(
                 f"parameter {name} has shape {tuple(value.shape)}, expected {own[name].shape}"
             )
-    return merge(graphdef, parameters)
+    return merge(graphdef, {name: jnp.asarray(value) for name, value in parameters.items()})
 
 
 def _path(name: str) -> tuple[str | int, ...]:

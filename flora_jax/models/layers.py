@@ -77,7 +77,7 @@ def _layer_norm_backward(epsilon, saved, grad):
     wide_grad, wide_normal = (grad * scale).astype(jnp.float32), normal.astype(jnp.float32)
     along = (wide_grad * wide_normal).mean(-1, keepdims=True)
     grad_x = inverse_std * (wide_grad - wide_grad.mean(-1, keepdims=True) - wide_normal * along)
-    return grad_x.astype(grad.dtype), (grad * normal).sum(0), grad.sum(0)
+    return grad_x.astype(normal.dtype), (grad * normal).sum(0), grad.sum(0)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

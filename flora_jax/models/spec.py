@@ -46,6 +46,13 @@ class BlockSpec:
     mlp_dim: int
     ranks: tuple[Rank, Rank, Rank] = (None, None, None)
 
+    def __post_init__(self):
+        for name in ("num_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a block must be at least 1, got {getattr(self, name)}")
+        if len(self.ranks) != 3:
+            raise ValueError(f"a block has 3 ranks (qkv, fc1, fc2), got {self.ranks}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:

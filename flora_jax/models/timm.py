@@ -22,8 +22,10 @@ def _patch_kernel(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
 
 
-def _first(array: np.ndarray) -> np.ndarray:
-    return array[0]
+def _only(array: np.ndarray) -> np.ndarray:
+    """[1, ...] -> [...]"""
+    (only,) = array
+    return only
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -33,8 +35,8 @@ def _same(array: np.ndarray) -> np.ndarray:
 def _table(spec: ViTSpec) -> dict[str, tuple[str, Callable]]:
     """timm name -> (our name, layout change)."""
     table = {
-        "cls_token": ("cls_token", _first),
-        "pos_embed": ("pos_embed", _first),
+        "cls_token": ("cls_token", _only),
+        "pos_embed": ("pos_embed", _only),
         "patch_embed.proj.weight": ("patch_embed.proj.kernel", _patch_kernel),
         "patch_embed.proj.bias": ("patch_embed.proj.bias", _same),
     }
@@ -71,10 +73,13 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], spec: ViTSpec) -> nnx.Modu
             f"the weights do not fit the spec: missing {_few(missing)}, "
             f"unexpected {_few(unexpected)}"
         )
-    parameters = {
-        target: np.ascontiguousarray(change(np.asarray(arrays[source], np.float32)))
-        for source, (target, change) in table.items()
-    }
+    parameters = {}
+    for source, (target, change) in table.items():
+        array = np.asarray(arrays[source], np.float32)
+        try:
+            parameters[target] = np.ascontiguousarray(change(array))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source} has an unexpected shape {array.shape}") from error
     return with_parameters(create_abstract(spec), parameters)
 
 

@@ -13,11 +13,18 @@ import numpy as np
 
 from flora_jax.evaluate import EvaluationSet, count_correct
 from flora_jax.lowrank.supernet import Supernet
+from flora_jax.mesh import make_mesh, replicate
 from flora_jax.models import functional
 
 
 def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -> np.ndarray:
-    """Top-1 of each kept triple of `block`: float64 [K], in the order of `space.kept[block]`."""
+    """Top-1 of each kept triple of `block`: float64 [K], in the order of `space.kept[block]`.
+
+    Raises:
+      ValueError: the network has no such block.
+    """
+    if not 0 <= block < supernet.space.num_blocks:
+        raise ValueError(f"block {block} lies outside 0..{supernet.space.num_blocks - 1}")
     network, triples = supernet.network, supernet.space.kept[block]
     embed = _compiled(network, type(network).embed)
     classify = _compiled(network, type(network).classify)
@@ -42,6 +49,7 @@ def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -
 
 def _compiled(module, method: Callable) -> Callable:
     graphdef, parameters = functional.split(module)
+    parameters = replicate(parameters, make_mesh())
     return functools.partial(_run, graphdef, method, parameters)
 
 

@@ -12,9 +12,9 @@ from flax import nnx
 from flora_jax.data.normalize import Normalization
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.files import replacing
+from flora_jax.mesh import make_mesh, replicate, shard_batch
 from flora_jax.models import functional
 from flora_jax.report.progress import Progress
-from flora_jax.train.mesh import make_mesh, replicate, shard_batch
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import TrainState, initial_state, make_step
 
@@ -69,6 +69,11 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
         state = checkpoints.restore(state)
         start = int(state.step)
+        if start > settings.steps:
+            raise ValueError(
+                f"{directory} holds a checkpoint of step {start}, but training ends at step "
+                f"{settings.steps}; choose another folder or at least {start} steps"
+            )
         if start == settings.steps:
             return _result(graphdef, state)
         log = stack.enter_context(_MetricsLog(directory / "metrics.jsonl", start))

@@ -1,6 +1,7 @@
 """What a training stage does, as one immutable value."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,11 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"unknown compute_dtype {self.compute_dtype!r}; choose float32 or bfloat16"

@@ -94,7 +94,7 @@ def make_step(
         average = state.average
         if average is not None:
             average = optax.incremental_update(parameters, average, 1 - settings.ema_decay)
-        metrics = jnp.stack([value, optax.global_norm(gradient)])
+        metrics = jnp.stack([value, optax.tree.norm(gradient)])
         return TrainState(state.step + 1, parameters, optimizer_state, average), metrics
 
     return step

@@ -19,6 +19,11 @@ def replicate(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process holds whole -> the same array split over "data"."""
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process' share [B_local, ...] of a batch -> global arrays [B, ...] split over "data"."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
