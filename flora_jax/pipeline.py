@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
 from flora_jax.io.files import read_json, write_json
-from flora_jax.stages import STAGES, Run, train_settings
+from flora_jax.run import Run, train_settings
+from flora_jax.stages import STAGES
 
 log = logging.getLogger(__name__)
 

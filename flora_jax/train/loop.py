@@ -61,8 +61,7 @@ def train(
     step_function = make_step(graphdef, settings, normalization, teacher_graphdef)
     mesh = make_mesh()
     teacher_parameters = replicate(teacher_parameters, mesh)
-    # A copy, because the step donates its state and the caller keeps the model.
-    state = replicate(initial_state(jax.tree.map(np.array, parameters), settings), mesh)
+    state = replicate(initial_state(parameters, settings), mesh)
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.

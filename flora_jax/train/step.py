@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
 
 
 def initial_state(parameters: Parameters, settings: TrainSettings) -> TrainState:
+    """Step 0, with a copy of the parameters: a step donates its state, the caller keeps them."""
+    parameters = jax.tree.map(jnp.copy, parameters)
     return TrainState(
         step=jnp.int32(0),
         parameters=parameters,

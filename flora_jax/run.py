@@ -1,0 +1,177 @@
+"""A run: a config, the folder it runs in, and what its stages share.
+
+Folder of a run:
+  dense/            the uncompressed model
+  pretrain/         its training run, unless the weights were given
+  filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
+  supernet/         the supernet's training run: open it with `flora_jax.load`
+  search/           history.jsonl and best.json
+  extract/          subnet and uniform as they inherit their weights: from the supernet and, at
+                    the largest common ratio inside the budget, from the dense model
+  finetune/         their training runs
+  subnet/ uniform/  the finished models
+  result.json, report.png
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+
+from flora_jax.data.augment import eval_transform, train_transform
+from flora_jax.data.batches import eval_batches, train_batches
+from flora_jax.data.normalize import Normalization
+from flora_jax.data.sources import Source
+from flora_jax.data.splits import Splits, load_splits
+from flora_jax.evaluate import EvaluationSet
+from flora_jax.io import folder
+from flora_jax.io.files import read_json
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet
+from flora_jax.models import Spec
+from flora_jax.models.spec import ViTSpec
+from flora_jax.search.evolution import EvolutionSettings
+from flora_jax.train.loop import train
+from flora_jax.train.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config and the folder it runs in, with what the stages share. Raises as its parts do."""
+
+    config: ConfigDict
+    folder: epath.Path
+
+    @classmethod
+    def open(cls, folder: epath.PathLike) -> "Run":
+        """The run that was made in this folder."""
+        folder = epath.Path(folder)
+        return cls(ConfigDict(read_json(folder / "config.json")), folder)
+
+    @functools.cached_property
+    def spec(self) -> Spec:
+        return ViTSpec(**self.config.model)
+
+    @functools.cached_property
+    def regular_space(self) -> RankSpace:
+        return RankSpace.regular(self.spec, tuple(self.config.space.ratios))
+
+    @property
+    def space(self) -> RankSpace:
+        """The filtered space where the run filters, otherwise every rank triple."""
+        if "filter" not in self.config.stages:
+            return self.regular_space
+        return RankSpace.from_json(self.spec, read_json(self.folder / "filter/space.json"))
+
+    @functools.cached_property
+    def macs_window(self) -> tuple[int, int]:
+        low, high = self.config.budget.macs
+        return round(low * self.spec.macs()), round(high * self.spec.macs())
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        data = self.config.data
+        return load_splits(
+            data.name,
+            heldout_fraction=data.heldout_fraction,
+            seed=self.config.seed,
+            data_dir=data.data_dir or None,
+        )
+
+    @functools.cached_property
+    def normalization(self) -> Normalization:
+        return Normalization(tuple(self.config.data.mean), tuple(self.config.data.std))
+
+    @functools.cached_property
+    def augmentation(self) -> dict:
+        return {"image_shape": self.spec.image_shape, **self.config.data.augmentation}
+
+    @property
+    def evolution_settings(self) -> EvolutionSettings:
+        return EvolutionSettings(**self.config.search)
+
+    @functools.cached_property
+    def heldout_set(self) -> EvaluationSet:
+        return self.evaluation_set(self.splits.heldout)
+
+    @functools.cached_property
+    def dense(self) -> nnx.Module:
+        return folder.load(self.folder / "dense")
+
+    def evaluation_set(self, source: Source) -> EvaluationSet:
+        size = min(self.config.data.eval_batch_size, len(source))
+        size = -(-size // jax.device_count()) * jax.device_count()
+        name = self.config.data.augmentation.name
+        transform = eval_transform(name, self.spec.image_shape)
+        return EvaluationSet(eval_batches(source, transform, size), self.normalization)
+
+    def seed(self, purpose: str) -> int:
+        """A seed of its own for everything random, 31 bits."""
+        words = np.random.SeedSequence([self.config.seed, zlib.crc32(purpose.encode())])
+        return int(words.generate_state(1)[0] >> 1)
+
+    def train(
+        self,
+        model: nnx.Module,
+        recipe: ConfigDict,
+        name: str,
+        *,
+        source: Source | None = None,
+        draw_genes: Callable[[int], np.ndarray] | None = None,
+    ) -> nnx.Module:
+        """Trains in the folder `name` by a recipe of the config; distils from the dense model."""
+        source = source or self.splits.train
+        transform = train_transform(**self.augmentation)
+
+        def batches(start_step: int):
+            return train_batches(
+                source,
+                transform,
+                recipe.batch_size,
+                self.seed(f"{name}/batches"),
+                start_step,
+                jax.process_index(),
+                jax.process_count(),
+                self.config.data.num_threads,
+            )
+
+        return train(
+            model,
+            batches,
+            train_settings(recipe, len(source)),
+            directory=self.folder / name,
+            name=name,
+            normalization=self.normalization,
+            draw_genes=draw_genes,
+            teacher=self.dense if recipe.distill else None,
+        )
+
+    def train_supernet(
+        self, supernet: Supernet, recipe: ConfigDict, name: str, law: str, source=None
+    ) -> Supernet:
+        """Trains a subnet a step, drawn from the supernet's space by a law."""
+        seed, space = self.seed(f"{name}/genes"), supernet.space
+
+        def draw_genes(step: int) -> np.ndarray:
+            return space.sample(np.random.default_rng([seed, step]), 1, law)[0]
+
+        network = self.train(supernet.network, recipe, name, source=source, draw_genes=draw_genes)
+        return Supernet(network, space)
+
+
+def train_settings(recipe: ConfigDict, num_images: int) -> TrainSettings:
+    """A recipe in epochs and per-512-images learning rates, as steps and rates of this run."""
+    fields = recipe.to_dict()
+    del fields["distill"]
+    steps_per_epoch, scale = num_images / recipe.batch_size, recipe.batch_size / 512
+    fields["steps"] = max(1, round(fields.pop("epochs") * steps_per_epoch))
+    fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)
+    for rate in ("learning_rate", "warmup_learning_rate", "min_learning_rate"):
+        fields[rate] *= scale
+    return TrainSettings(**fields)

@@ -1,0 +1,44 @@
+"""The benchmarks run and print what their documentation says, on the smallest case."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.seeds import summary
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    "program, last_line",
+    [
+        ("full_size.py --model tiny --batch 1 --steps 1", "within the limit of 16 GiB"),
+        ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
+    ],
+)
+def test_benchmark_runs(program, last_line):
+    name, *arguments = program.split()
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert last_line in done.stdout.splitlines()[-1]
+
+
+def test_summary_of_seeds():
+    runs = [
+        {
+            "dense": {"top1": dense, "macs": 100, "params": 50},
+            "subnet": {"top1": subnet, "macs": 40, "params": 20},
+        }
+        for dense, subnet in ((0.99, 0.98), (0.97, 0.98))
+    ]
+    dense, subnet = summary(runs).splitlines()[2:]
+    assert dense == "| dense | 99.00, 97.00 | 98.00 ± 1.41 | +0.00 | 0.0 % | 0.0 % |"
+    assert subnet == "| subnet | 98.00, 98.00 | 98.00 ± 0.00 | +0.00 | 60.0 % | 60.0 % |"
