@@ -78,6 +78,8 @@ def imagenet() -> ConfigDict:
             "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
             # The subnet's multiply-adds as a share of the dense model's: at least and at most.
             "budget": {"macs": (0.43, 0.46)},
+            # What filter and search maximise on the held-out images: top1 or log_likelihood.
+            "metric": "top1",
             "filter": {
                 "drop": 0.7,
                 "train_fraction": 0.1,
@@ -105,6 +107,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.data.augmentation = {"name": "digits"}
     config.budget.macs = (0.4, 0.6)
     config.filter.train_fraction = 0.5
+    config.metric = "log_likelihood"
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
     short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}

@@ -1,6 +1,6 @@
 """flora_jax: vision transformers made smaller and faster by low-rank architecture search."""
 
-from flora_jax.evaluate import EvaluationSet, top1
+from flora_jax.evaluation import EvaluationSet, evaluate, top1
 from flora_jax.io.folder import load, save
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, factorize
@@ -28,6 +28,7 @@ __all__ = [
     "ViTSpec",
     "create",
     "deit",
+    "evaluate",
     "extract",
     "factorize",
     "from_pretrained",

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
+from flora_jax.evaluation import METRICS
 from flora_jax.io.files import read_json, write_json
 from flora_jax.run import Run, train_settings
 from flora_jax.stages import STAGES
@@ -67,6 +68,8 @@ def check(state: Run) -> None:
             f"budget.macs {(low, high)} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's MACs"
         )
+    if config.metric not in METRICS:
+        raise ValueError(_unknown("metric", config.metric, METRICS))
     if not 0 <= config.filter.drop < 1:
         raise ValueError(f"filter.drop must lie in [0, 1), got {config.filter.drop}")
     if not 0 < config.filter.train_fraction < 1:

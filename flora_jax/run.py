@@ -29,7 +29,7 @@ from flora_jax.data.batches import eval_batches, train_batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import Source
 from flora_jax.data.splits import Splits, load_splits
-from flora_jax.evaluate import EvaluationSet
+from flora_jax.evaluation import EvaluationSet
 from flora_jax.io import folder
 from flora_jax.io.files import read_json
 from flora_jax.lowrank.space import RankSpace

@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.splits import hold_out
-from flora_jax.evaluate import top1
+from flora_jax.evaluation import evaluate as evaluate_metrics
+from flora_jax.evaluation import top1
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
@@ -58,9 +59,11 @@ def filter_candidates(run: Run) -> None:
                 only_this_block[block] = triples
                 local = Supernet(inherited.network, space.keep(only_this_block))
                 local = run.train_supernet(local, settings.train, name, "uniform", source=part)
-                write_json(scores_file, score_block(local, block, run.heldout_set).tolist())
-            scores.append(np.asarray(read_json(scores_file)))
-            progress.update(best_top1=float(scores[-1].max()))
+                metrics = score_block(local, block, run.heldout_set)
+                write_json(scores_file, {name: m.tolist() for name, m in metrics.items()})
+            metrics = read_json(scores_file)
+            scores.append(np.asarray(metrics[run.config.metric]))
+            progress.update(best_top1=max(metrics["top1"]))
     kept, price = filter_space(space, scores, run.macs_window[1], settings.drop)
     write_json(
         run.folder / "filter/space.json",
@@ -82,10 +85,14 @@ def search(run: Run) -> None:
     done = read_history(history) if history.exists() else []
     start = len({candidate.generation for candidate in done})
 
+    def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        metrics = evaluate_metrics(supernet, run.heldout_set, genes)
+        return metrics[run.config.metric], metrics["top1"]
+
     with Progress("search", total=settings.generations, start=start, unit="generation") as progress:
         best = evolve(
             supernet.space,
-            lambda genes: top1(supernet, run.heldout_set, genes),
+            score,
             run.macs_window,
             settings,
             run.seed("search"),

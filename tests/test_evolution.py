@@ -32,17 +32,20 @@ TARGET = SPACE.sample_within(np.random.default_rng(99), 1, WINDOW)[0]
 
 
 def closeness(genes):
-    """A made-up top1: how near the ranks are to hidden ones."""
+    """A made-up score: how near the ranks are to hidden ones."""
     return 1 - np.abs(SPACE.ranks(genes) - SPACE.ranks(TARGET)).mean(axis=-1) / 48
+
+
+def metrics(genes):
+    """Score and top1, which disagree about what is best."""
+    return closeness(genes), 1 - closeness(genes)
 
 
 def test_finds_better_than_random_draws(tmp_path):
     for seed in range(3):
-        best = evolve(
-            SPACE, closeness, WINDOW, EvolutionSettings(), seed, tmp_path / f"{seed}.jsonl"
-        )
+        best = evolve(SPACE, metrics, WINDOW, EvolutionSettings(), seed, tmp_path / f"{seed}.jsonl")
         draws = SPACE.sample_within(np.random.default_rng(seed), 1000, WINDOW)
-        assert best.top1 > closeness(draws).max() + 0.02
+        assert best.score > closeness(draws).max() + 0.02
 
 
 def test_candidates_are_legal_distinct_and_recorded(tmp_path):
@@ -51,7 +54,7 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     def score(genes):
         assert genes.dtype == np.int32
         scored.append(genes)
-        return closeness(genes)
+        return metrics(genes)
 
     best = evolve(
         SPACE,
@@ -71,15 +74,16 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     macs = SPACE.macs(genes)
     assert WINDOW[0] <= macs.min() <= macs.max() <= WINDOW[1]
     assert [candidate.macs for candidate in history] == macs.tolist()
-    assert [candidate.top1 for candidate in history] == closeness(genes).tolist()
+    assert [candidate.score for candidate in history] == metrics(genes)[0].tolist()
+    assert [candidate.top1 for candidate in history] == metrics(genes)[1].tolist()
     assert [generation for generation, _ in seen_generations] == [0, 1, 2, 3]
     assert [member for _, members in seen_generations for member in members] == history
-    assert best == max(history, key=lambda candidate: (candidate.top1, -candidate.macs))
+    assert best == max(history, key=lambda candidate: (candidate.score, -candidate.macs))
 
 
 def test_among_equals_fewer_macs_win(tmp_path):
     path = tmp_path / "history.jsonl"
-    best = evolve(SPACE, lambda genes: np.full(len(genes), 0.5), WINDOW, SMALL, 0, path)
+    best = evolve(SPACE, lambda genes: (np.full(len(genes), 0.5),) * 2, WINDOW, SMALL, 0, path)
     assert best.macs == min(candidate.macs for candidate in read_history(path))
 
 
@@ -108,7 +112,7 @@ def test_mutants_redraw_blocks_at_the_given_rate():
 @pytest.fixture(scope="module")
 def whole_history(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "history.jsonl"
-    best = evolve(SPACE, closeness, WINDOW, SMALL, 7, path)
+    best = evolve(SPACE, metrics, WINDOW, SMALL, 7, path)
     return path.read_bytes(), best
 
 
@@ -125,7 +129,7 @@ def test_resumes_at_every_generation(tmp_path, whole_history, generations_left, 
 
     def score(genes):
         calls.append(len(genes))
-        return closeness(genes)
+        return metrics(genes)
 
     with caplog.at_level(logging.WARNING):
         assert evolve(SPACE, score, WINDOW, SMALL, 7, path) == best
@@ -139,7 +143,7 @@ def test_resumes_after_a_cut_anywhere(tmp_path_factory, whole_history, data):
     content, best = whole_history
     path = tmp_path_factory.mktemp("cut") / "history.jsonl"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    assert evolve(SPACE, closeness, WINDOW, SMALL, 7, path) == best
+    assert evolve(SPACE, metrics, WINDOW, SMALL, 7, path) == best
     assert path.read_bytes() == content
 
 
@@ -165,7 +169,7 @@ def test_refuses_the_history_of_another_search(tmp_path, whole_history, change, 
     path.write_bytes(whole_history[0])
     search = {"space": SPACE, "macs_window": WINDOW, "settings": SMALL, "seed": 7, **change}
     with pytest.raises(ValueError, match=f"belongs to another search .*{message}"):
-        evolve(score=closeness, history_path=path, **search)
+        evolve(score=metrics, history_path=path, **search)
     assert path.read_bytes() == whole_history[0]
 
 
@@ -174,7 +178,7 @@ def test_refuses_other_files(tmp_path, content):
     path = tmp_path / "history.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not the history of a search"):
-        evolve(SPACE, closeness, WINDOW, SMALL, 7, path)
+        evolve(SPACE, metrics, WINDOW, SMALL, 7, path)
     assert path.read_bytes() == content
 
 
@@ -182,7 +186,7 @@ def test_stops_when_the_space_is_exhausted(tmp_path):
     space = SPACE.keep([SPACE.kept[0][:5], SPACE.kept[1][:4], SPACE.kept[2][:1], SPACE.kept[3][:1]])
     settings = EvolutionSettings(generations=9, population=8, parents=3, mutants=3, crossovers=3)
     path = tmp_path / "history.jsonl"
-    best = evolve(space, closeness, space.macs_range(), settings, 0, path)
+    best = evolve(space, metrics, space.macs_range(), settings, 0, path)
     history = read_history(path)
     assert len({candidate.genes for candidate in history}) == len(history) == 20
     content = path.read_bytes()
@@ -193,14 +197,16 @@ def test_stops_when_the_space_is_exhausted(tmp_path):
 def test_impossible_window_leaves_no_history(tmp_path):
     path = tmp_path / "history.jsonl"
     with pytest.raises(ValueError, match="no kept genes found"):
-        evolve(SPACE, closeness, (MOST + 1, MOST + 2), SMALL, 0, path)
+        evolve(SPACE, metrics, (MOST + 1, MOST + 2), SMALL, 0, path)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("scores", [np.zeros(3), np.full(8, np.nan)])
 def test_bad_scores(tmp_path, scores):
     with pytest.raises(ValueError, match="score must return 8 finite numbers"):
-        evolve(SPACE, lambda genes: scores, WINDOW, SMALL, 0, tmp_path / "history.jsonl")
+        evolve(
+            SPACE, lambda genes: (np.zeros(8), scores), WINDOW, SMALL, 0, tmp_path / "history.jsonl"
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,4 +240,4 @@ def test_front(points):
 def test_history_is_json_lines(whole_history):
     header, *lines = map(json.loads, whole_history[0].splitlines())
     assert header["search"]["seed"] == 7
-    assert [set(line) for line in lines] == [{"generation", "genes", "macs", "top1"}] * 4
+    assert [set(line) for line in lines] == [{"generation", "genes", "macs", "score", "top1"}] * 4

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax import evaluate
+from flora_jax import evaluation
 from flora_jax.data.normalize import Normalization
 from flora_jax.lowrank.supernet import abstract_supernet, extract_ranks, svd_factors
 from flora_jax.models import functional
@@ -154,13 +154,13 @@ def test_traced_genes(supernet, tiny_images):
 def test_one_program_serves_every_subnet(supernet, tiny_images, evaluation_set):
     genes = every_triple(0)
     supernet(tiny_images, genes[0])
-    flora.top1(supernet.network, evaluation_set, genes[:1])
-    compiled = evaluate._count_correct._cache_size()
+    flora.top1(supernet, evaluation_set, genes[:1])
+    compiled = evaluation._sum_metrics._cache_size()
     with jax.no_tracing():
         for one in genes[1:4]:
             supernet(tiny_images, one)
-    flora.top1(supernet.network, evaluation_set, genes)
-    assert evaluate._count_correct._cache_size() == compiled
+    flora.top1(supernet, evaluation_set, genes)
+    assert evaluation._sum_metrics._cache_size() == compiled
 
 
 def test_every_layer_and_rank_matters(supernet, tiny_images):
@@ -243,13 +243,12 @@ def test_top1_of_bad_genes(supernet, evaluation_set, genes, message):
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_score_block_is_top1_of_the_whole_network(supernet, evaluation_set, block):
+def test_score_block_measures_the_whole_network(supernet, evaluation_set, block):
     scores = score_block(supernet, block, evaluation_set)
-    assert scores.dtype == np.float64
-    assert len(np.unique(scores)) > 1
-    np.testing.assert_array_equal(
-        scores, flora.top1(supernet.network, evaluation_set, every_triple(block))
-    )
+    expected = flora.evaluate(supernet, evaluation_set, every_triple(block))
+    assert len(np.unique(scores["top1"])) > 1
+    np.testing.assert_array_equal(scores["top1"], expected["top1"])
+    np.testing.assert_allclose(scores["log_likelihood"], expected["log_likelihood"], rtol=1e-5)
 
 
 def test_score_block_keeps_the_order_of_the_kept_triples(supernet, evaluation_set, tiny_space):
@@ -257,4 +256,6 @@ def test_score_block_keeps_the_order_of_the_kept_triples(supernet, evaluation_se
     rows = [3, 4, 11, 26]
     kept = tiny_space.keep([tiny_space.kept[0], every[rows, 3:]])
     some = score_block(flora.Supernet(supernet.network, kept), 1, evaluation_set)
-    np.testing.assert_array_equal(some, score_block(supernet, 1, evaluation_set)[rows])
+    every_score = score_block(supernet, 1, evaluation_set)
+    for metric in ("top1", "log_likelihood"):
+        np.testing.assert_array_equal(some[metric], every_score[metric][rows])

@@ -8,17 +8,21 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.evaluate import EvaluationSet, count_correct
+from flora_jax.evaluation import EvaluationSet, means, sum_metrics
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.mesh import make_mesh, replicate
 from flora_jax.models import functional
 
 
-def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -> np.ndarray:
-    """Top-1 of each kept triple of `block`: float64 [K], in the order of `space.kept[block]`.
+def score_block(
+    supernet: Supernet, block: int, evaluation_set: EvaluationSet
+) -> dict[str, np.ndarray]:
+    """Metrics of each kept triple of `block`, in the order of `space.kept[block]`.
+
+    Returns:
+      {"top1": float64 [K], "log_likelihood": float64 [K]}
 
     Raises:
       ValueError: the network has no such block.
@@ -33,7 +37,7 @@ def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -
     mlp = _compiled(varied, type(varied).mlp_half)
     full_rank = [_compiled(module, type(module).__call__) for module in network.blocks]
 
-    correct = [jnp.int32(0)] * len(triples)
+    sums = [[] for _ in triples]
     for images, labels, mask in evaluation_set.batches:
         before = embed(images)
         for run in full_rank[:block]:
@@ -43,8 +47,8 @@ def score_block(supernet: Supernet, block: int, evaluation_set: EvaluationSet) -
             x = mlp(attended[qkv], (fc1, fc2))
             for run in full_rank[block + 1 :]:
                 x = run(x)
-            correct[k] += count_correct(classify(x), labels, mask)
-    return np.asarray(jax.device_get(correct), np.float64) / evaluation_set.num_images
+            sums[k].append(sum_metrics(classify(x), labels, mask))
+    return means(sums, evaluation_set.num_images)
 
 
 def _compiled(module, method: Callable) -> Callable:

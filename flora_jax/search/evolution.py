@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 Genes = tuple[int, ...]
 
+_COLUMNS = ("genes", "macs", "score", "top1")
+
 # Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
 _BATCH = 256
 _ROUNDS = 20
@@ -69,30 +71,39 @@ class EvolutionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A scored subnet: its L genes, the MACs of one image, and its top1 in 0..1."""
+    """A scored subnet.
+
+    Attributes:
+      genes: L of them.
+      macs: of one image.
+      score: what the search maximises.
+      top1: accuracy in 0..1 on the same images.
+    """
 
     generation: int
     genes: Genes
     macs: int
+    score: float
     top1: float
 
 
 def evolve(
     space: RankSpace,
-    score: Callable[[np.ndarray], np.ndarray],
+    score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     macs_window: tuple[float, float],
     settings: EvolutionSettings,
     seed: int,
     history_path: str | os.PathLike,
     on_generation: Callable[[int, list[Candidate]], None] | None = None,
 ) -> Candidate:
-    """Searches for the most accurate subnet; continues the history where there is one.
+    """Searches for the subnet of the highest score; continues the history where there is one.
 
     No candidate is scored twice. The search ends early when no unseen legal genes are found.
 
     Args:
       space: the kept triples to search.
-      score: genes int32 [P, L] -> top1 float [P], of inherited subnets on held-out images.
+      score: genes int32 [P, L] -> (score float [P], top1 float [P]) of inherited subnets on
+        held-out images; the two may be the same.
       macs_window: least and most MACs of a legal candidate.
       settings: sizes of the search.
       seed: of all random draws.
@@ -101,7 +112,7 @@ def evolve(
         not for generations read from the history.
 
     Returns:
-      The candidate of the highest top1; among equals the one of fewer MACs, then the earlier one.
+      The candidate of the highest score; among equals the one of fewer MACs, then the earlier one.
 
     Raises:
       ValueError: the window holds no kept genes, the history belongs to another search, or `score`
@@ -199,17 +210,20 @@ def _propose(
 
 
 def _scored(
-    space: RankSpace, score: Callable[[np.ndarray], np.ndarray], genes: np.ndarray, generation: int
+    space: RankSpace, score: Callable, genes: np.ndarray, generation: int
 ) -> list[Candidate]:
-    top1 = np.asarray(score(genes), np.float64)
-    if top1.shape != (len(genes),) or not np.isfinite(top1).all():
-        raise ValueError(f"score must return {len(genes)} finite numbers, got {top1}")
-    rows = zip(genes.tolist(), space.macs(genes).tolist(), top1.tolist(), strict=True)
-    return [Candidate(generation, tuple(row), macs, accuracy) for row, macs, accuracy in rows]
+    scores, top1 = (np.asarray(values, np.float64) for values in score(genes))
+    for values in (scores, top1):
+        if values.shape != (len(genes),) or not np.isfinite(values).all():
+            raise ValueError(f"score must return {len(genes)} finite numbers, got {values}")
+    columns = (genes.tolist(), space.macs(genes).tolist(), scores.tolist(), top1.tolist())
+    return [
+        Candidate(generation, tuple(row), *values) for row, *values in zip(*columns, strict=True)
+    ]
 
 
 def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    return sorted(candidates, key=lambda candidate: (-candidate.top1, candidate.macs))[:count]
+    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.macs))[:count]
 
 
 def _header(
@@ -265,7 +279,7 @@ def _parse(content: bytes) -> tuple[dict, list[list[Candidate]], int]:
 
 
 def _to_line(generation: int, members: list[Candidate]) -> str:
-    columns = {name: [getattr(c, name) for c in members] for name in ("genes", "macs", "top1")}
+    columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
     return json.dumps({"generation": generation, **columns}) + "\n"
 
 
@@ -273,8 +287,8 @@ def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
     """The candidates of a complete line of this generation, None for anything else."""
     try:
         record = json.loads(line)
-        columns = zip(record["genes"], record["macs"], record["top1"], strict=True)
-        members = [Candidate(generation, tuple(g), macs, top1) for g, macs, top1 in columns]
+        columns = zip(*(record[name] for name in _COLUMNS), strict=True)
+        members = [Candidate(generation, tuple(genes), *values) for genes, *values in columns]
         is_complete = line.endswith(b"\n") and record["generation"] == generation
     except (ValueError, KeyError, TypeError):
         return None
