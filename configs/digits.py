@@ -42,5 +42,5 @@ def get_config():
     )
     config.supernet.update(shared | {"epochs": 60.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
     config.search.update({"generations": 10, "population": 30, "mutants": 15, "crossovers": 10})
-    config.finetune.update(shared | {"epochs": 20.0, "learning_rate": 2e-3, "warmup_epochs": 1.0})
+    config.finetune.update(shared | {"epochs": 30.0, "learning_rate": 8e-3, "warmup_epochs": 2.0})
     return config
