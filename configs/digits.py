@@ -25,7 +25,7 @@ def get_config():
         "translate_pixels": 0.7,
         "scale": (0.95, 1.05),
     }
-    config.space.ratios = tuple(i / 6 for i in range(1, 7))
+    config.space.ratios = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
     config.budget.macs = (0.42, 0.45)
 
     shared = {
@@ -40,7 +40,7 @@ def get_config():
     config.filter.train.update(
         shared | {"epochs": 4.0, "learning_rate": 2e-3, "warmup_epochs": 0.0}
     )
-    config.supernet.update(shared | {"epochs": 60.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
+    config.supernet.update(shared | {"epochs": 45.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
     config.search.update({"generations": 10, "population": 30, "mutants": 15, "crossovers": 10})
-    config.finetune.update(shared | {"epochs": 30.0, "learning_rate": 8e-3, "warmup_epochs": 2.0})
+    config.finetune.update(shared | {"epochs": 60.0, "learning_rate": 8e-3, "warmup_epochs": 2.0})
     return config

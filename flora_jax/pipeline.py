@@ -68,6 +68,8 @@ def check(state: Run) -> None:
             f"budget.macs {(low, high)} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's MACs"
         )
+    if config.pretrain.distill:
+        raise ValueError("pretrain.distill must be False: the dense model has no teacher")
     if config.metric not in METRICS:
         raise ValueError(_unknown("metric", config.metric, METRICS))
     if not 0 <= config.filter.drop < 1:

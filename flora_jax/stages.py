@@ -28,8 +28,6 @@ from flora_jax.search.filter import filter_space
 
 log = logging.getLogger(__name__)
 
-COMPRESSED = ("subnet", "uniform")
-
 
 def pretrain(run: Run) -> None:
     """The dense model: trained from scratch, or read from the weights that the config names."""
@@ -81,9 +79,8 @@ def search(run: Run) -> None:
     """Evolution inside the MAC window, scored on held-out images."""
     supernet, settings = folder.load(run.folder / "supernet"), run.evolution_settings
     history = run.folder / "search/history.jsonl"
-    history.parent.mkdir(parents=True, exist_ok=True)
-    done = read_history(history) if history.exists() else []
-    start = len({candidate.generation for candidate in done})
+    # A header line and one for each generation; the progress display needs no more than this.
+    start = max(0, history.read_bytes().count(b"\n") - 1) if history.exists() else 0
 
     def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         metrics = evaluate_metrics(supernet, run.heldout_set, genes)
@@ -133,10 +130,13 @@ def finetune(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """The only look at the test split."""
     test_set = run.evaluation_set(run.splits.test)
-    finished = run.folder if "finetune" in run.config.stages else run.folder / "extract"
+    if "finetune" in run.config.stages:
+        folders = {name: run.folder / name for name in ("dense", "uniform", "subnet")}
+    else:  # the baseline is trained by that stage only
+        folders = {"dense": run.folder / "dense", "subnet": run.folder / "extract/subnet"}
     result = {}
-    for name in ("dense", *COMPRESSED):
-        model = run.dense if name == "dense" else folder.load(finished / name)
+    for name, path in folders.items():
+        model = folder.load(path)
         result[name] = {
             "top1": top1(model, test_set),
             "macs": model.spec.macs(),
