@@ -78,6 +78,10 @@ def imagenet() -> ConfigDict:
             "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
             # The subnet's multiply-adds as a share of the dense model's: at least and at most.
             "budget": {"macs": (0.43, 0.46)},
+            # The uniform-rank network of the same budget: "supernet" cuts it out of the supernet
+            # like the subnet; "alone" trains it from the dense model's SVD for as many steps as
+            # supernet and fine-tuning together; "none" leaves it out.
+            "uniform_baseline": "supernet",
             # What filter and search maximise on the held-out images: top1 or log_likelihood.
             "metric": "top1",
             "filter": {

@@ -40,7 +40,7 @@ def get_config():
     config.filter.train.update(
         shared | {"epochs": 4.0, "learning_rate": 2e-3, "warmup_epochs": 0.0}
     )
-    config.supernet.update(shared | {"epochs": 45.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
+    config.supernet.update(shared | {"epochs": 60.0, "learning_rate": 6e-3, "warmup_epochs": 2.0})
     config.search.update({"generations": 10, "population": 30, "mutants": 15, "crossovers": 10})
-    config.finetune.update(shared | {"epochs": 60.0, "learning_rate": 8e-3, "warmup_epochs": 2.0})
+    config.finetune.update(shared | {"epochs": 20.0, "learning_rate": 4e-3, "warmup_epochs": 1.0})
     return config

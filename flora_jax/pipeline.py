@@ -14,6 +14,8 @@ from flora_jax.io.files import read_json, write_json
 from flora_jax.run import Run, train_settings
 from flora_jax.stages import STAGES
 
+UNIFORM_BASELINES = ("supernet", "alone", "none")
+
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +72,8 @@ def check(state: Run) -> None:
         )
     if config.pretrain.distill:
         raise ValueError("pretrain.distill must be False: the dense model has no teacher")
+    if config.uniform_baseline not in UNIFORM_BASELINES:
+        raise ValueError(_unknown("uniform_baseline", config.uniform_baseline, UNIFORM_BASELINES))
     if config.metric not in METRICS:
         raise ValueError(_unknown("metric", config.metric, METRICS))
     if not 0 <= config.filter.drop < 1:

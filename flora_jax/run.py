@@ -6,8 +6,8 @@ Folder of a run:
   filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
   supernet/         the supernet's training run: open it with `flora_jax.load`
   search/           history.jsonl and best.json
-  extract/          subnet and uniform as they inherit their weights: from the supernet and, at
-                    the largest common ratio inside the budget, from the dense model
+  extract/          the subnet, and the baseline at the largest common ratio inside the budget,
+                    with the weights that they inherit
   finetune/         their training runs
   subnet/ uniform/  the finished models
   result.json, report.png

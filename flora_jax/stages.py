@@ -101,26 +101,31 @@ def search(run: Run) -> None:
 
 
 def extract_subnets(run: Run) -> None:
-    """The winner, cut out of the supernet; the uniform-rank network, out of the dense model."""
+    """The winner and the uniform-rank baseline, cut out of the supernet (or the dense model)."""
     supernet = folder.load(run.folder / "supernet")
     best = read_json(run.folder / "search/best.json")
     folder.save(extract(supernet, best["genes"]), run.folder / "extract/subnet")
-    uniform_ranks = run.regular_space.uniform_ranks_within(run.macs_window[1])
-    inherited = factorize(run.dense, run.regular_space)
-    folder.save(extract_ranks(inherited, uniform_ranks), run.folder / "extract/uniform")
+    if run.config.uniform_baseline == "none":
+        return
+    if run.config.uniform_baseline == "alone":
+        supernet = factorize(run.dense, run.regular_space)
+    uniform_ranks = supernet.space.uniform_ranks_within(run.macs_window[1])
+    folder.save(extract_ranks(supernet, uniform_ranks), run.folder / "extract/uniform")
 
 
 def finetune(run: Run) -> None:
-    """The subnet alone; the uniform-rank network first for as long as the supernet took.
+    """The subnet and the uniform-rank baseline, in the same way.
 
-    So the baseline gets every step, recipe and teacher that the subnet got, for its own weights.
+    A baseline that starts from the dense model is first trained alone by the supernet's recipe.
     """
-    uniform = folder.load(run.folder / "extract/uniform")
-    folder.save_description(uniform, run.folder / "finetune/uniform_alone")
-    models = {
-        "subnet": folder.load(run.folder / "extract/subnet"),
-        "uniform": run.train(uniform, run.config.supernet, "finetune/uniform_alone"),
-    }
+    models = {"subnet": folder.load(run.folder / "extract/subnet")}
+    if run.config.uniform_baseline != "none":
+        models["uniform"] = folder.load(run.folder / "extract/uniform")
+    if run.config.uniform_baseline == "alone":
+        folder.save_description(models["uniform"], run.folder / "finetune/uniform_alone")
+        models["uniform"] = run.train(
+            models["uniform"], run.config.supernet, "finetune/uniform_alone"
+        )
     for name, model in models.items():
         folder.save_description(model, run.folder / "finetune" / name)
         model = run.train(model, run.config.finetune, f"finetune/{name}")
@@ -130,10 +135,13 @@ def finetune(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """The only look at the test split."""
     test_set = run.evaluation_set(run.splits.test)
-    if "finetune" in run.config.stages:
-        folders = {name: run.folder / name for name in ("dense", "uniform", "subnet")}
-    else:  # the baseline is trained by that stage only
-        folders = {"dense": run.folder / "dense", "subnet": run.folder / "extract/subnet"}
+    is_finetuned = "finetune" in run.config.stages
+    folders = {
+        "dense": run.folder / "dense",
+        "subnet": run.folder / ("subnet" if is_finetuned else "extract/subnet"),
+    }
+    if is_finetuned and run.config.uniform_baseline != "none":
+        folders["uniform"] = run.folder / "uniform"
     result = {}
     for name, path in folders.items():
         model = folder.load(path)
@@ -149,9 +157,12 @@ def report(run: Run) -> None:
     """The table on the terminal and the picture in the folder."""
     result = read_json(run.folder / "result.json")
     candidates = read_history(run.folder / "search/history.jsonl")
-    uniform = folder.load(run.folder / "extract/uniform").spec
     subnet = folder.load(run.folder / "extract/subnet").spec
-    layers = run.spec.layers
+    full_ranks = [layer.full_rank for layer in run.spec.layers]
+    uniform_ratio = None
+    if run.config.uniform_baseline != "none":
+        ranks = run.regular_space.uniform_ranks_within(run.macs_window[1])
+        uniform_ratio = ranks[0] / full_ranks[0]
     figure = plots.report_figure(
         candidates={
             field: [getattr(candidate, field) for candidate in candidates]
@@ -160,9 +171,9 @@ def report(run: Run) -> None:
         points={name: (row["macs"], row["top1"]) for name, row in result.items()},
         window=run.macs_window,
         ranks=subnet.ranks,
-        full_ranks=[layer.full_rank for layer in layers],
+        full_ranks=full_ranks,
         curves=_loss_curves(run.folder),
-        uniform_ratio=(uniform.ranks[0] or layers[0].full_rank) / layers[0].full_rank,
+        uniform_ratio=uniform_ratio,
         title=f"{run.folder.name}: {table.human_count(subnet.macs())} of "
         f"{table.human_count(run.spec.macs())} multiply-adds",
     )
@@ -173,7 +184,7 @@ def report(run: Run) -> None:
 def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float]]]:
     """Loss by step of the long stages, averaged over about 1 % of the stage."""
     curves = {}
-    for name in ("pretrain", "supernet", "finetune/uniform_alone", "finetune/subnet"):
+    for name in ("pretrain", "supernet", "finetune/uniform", "finetune/subnet"):
         path = directory / name / "metrics.jsonl"
         if path.exists():
             losses = np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])

@@ -189,6 +189,7 @@ BAD_CONFIGS = {
     "batch": ({"supernet.batch_size": 5000}, "supernet: batch_size 5000 exceeds its 1078 images"),
     "dtype": ({"finetune.compute_dtype": "float8"}, "finetune: unknown compute_dtype 'float8'"),
     "population": ({"search.parents": 99}, "99 parents exceed the population"),
+    "baseline": ({"uniform_baseline": "alon"}, "unknown uniform_baseline 'alon'.*mean 'alone'"),
     "metric": ({"metric": "accuracy"}, "unknown metric 'accuracy'; choose one of top1, log_likel"),
     "teacher": ({"pretrain.distill": True}, "pretrain.distill must be False"),
     "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
