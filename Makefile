@@ -12,7 +12,8 @@ setup: .venv/installed
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		--requirement requirements.txt --requirement requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
