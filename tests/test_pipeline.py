@@ -167,6 +167,28 @@ def test_one_stage_alone(finished_run, tmp_path):
     assert "report" not in json.loads((workdir / "stages.json").read_text())
 
 
+@pytest.mark.parametrize("baseline", ["alone", "none"])
+def test_other_uniform_baselines(finished_run, tmp_path, baseline):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished_run, workdir)
+    for name in ("extract", "finetune", "uniform", "subnet"):
+        shutil.rmtree(workdir / name)
+    (workdir / "config.json").unlink()
+    done_before = ("pretrain", "filter", "supernet", "search")
+    (workdir / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done_before}))
+    done = run_flora(workdir, f"--config.uniform_baseline={baseline}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workdir / "result.json").read_text())
+    expected = json.loads((finished_run / "result.json").read_text())
+    assert result["subnet"] == expected["subnet"]
+    if baseline == "none":
+        assert set(result) == {"dense", "subnet"}
+    else:
+        assert result["uniform"]["macs"] == expected["uniform"]["macs"]
+        steps = (workdir / "finetune/uniform_alone/metrics.jsonl").read_text().count("\n")
+        assert steps == (workdir / "supernet/metrics.jsonl").read_text().count("\n")
+
+
 def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
     stages = tuple(name for name in common.STAGES if name != "filter")
     assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
