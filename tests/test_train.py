@@ -364,7 +364,10 @@ def show_one_and_four_devices():
         loaded = flora.load(directory / "4").network
     batch = batch_of(0) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}
     evaluation_set = flora.EvaluationSet([batch], NORMALIZATION)
-    scores = [flora.top1(model, evaluation_set, genes_of(0)) for model in (network, loaded)]
+    scores = [
+        flora.top1(flora.Supernet(model, SPACE), evaluation_set, genes_of(0))
+        for model in (network, loaded)
+    ]
     print(json.dumps(scores))
 
 
