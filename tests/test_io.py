@@ -186,6 +186,16 @@ def test_half_written_checkpoint_is_removed(tiny_model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
+def test_relative_folders(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("run/checkpoints") as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    save_description(tiny_model, "run")
+    loaded = functional.split(flora.load("run"))[1]
+    for name, value in state_of(tiny_model, 3).parameters.items():
+        np.testing.assert_array_equal(loaded[name], value)
+
+
 def test_checkpoint_of_another_network(tiny_model, micro_spec, tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, state_of(tiny_model, 3))

@@ -10,7 +10,7 @@ class Checkpoints:
     """The checkpoints of one run under `directory`/<step>. Use as a context manager."""
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        self._directory = epath.Path(directory)
+        self._directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
         self._directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
@@ -48,10 +48,11 @@ def read_parameters(directory: epath.PathLike) -> dict[str, jax.Array]:
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    steps = [int(p.name) for p in epath.Path(directory).glob("*") if p.name.isdigit()]
+    directory = epath.Path(directory).resolve()
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}")
-    path = epath.Path(directory) / str(max(steps))
+    path = directory / str(max(steps))
     saved = ocp.metadata(path).metadata
     wanted = "parameters" if saved["average"] is None else "average"
     device = SingleDeviceSharding(jax.local_devices()[0])
