@@ -70,8 +70,8 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Means over the images: how often the right class comes first, and its log-likelihood.
 
-    The likelihood is the finer measure: on 270 held-out digits it predicts a subnet's accuracy on
-    other images up to twice as well as the accuracy itself (docs/decisions.md).
+    The likelihood is the finer measure: on few images it predicts a subnet's accuracy on other
+    images better than the accuracy itself (docs/decisions.md).
 
     Args:
       model: a plain model, or a supernet.
