@@ -547,14 +547,6 @@ def test_eval_batches_cover_every_image_once_in_order(size, batch_size):
     assert dtypes == {"image": np.uint8, "label": np.int32, "mask": np.float32}
 
 
-def test_stacked_eval_batches_are_the_eval_batches():
-    source, transform = numbered_source(10), augment.eval_transform("digits", (16, 16, 3))
-    stacked = batches.stacked_eval_batches(source, transform, 4)
-    assert stacked["image"].shape == (3, 4, 16, 16, 3)
-    unstacked = [{name: array[i] for name, array in stacked.items()} for i in range(3)]
-    assert_same_batches(unstacked, take_eval(source, 4, transform))
-
-
 def test_eval_batches_errors(digits):
     transform = augment.eval_transform("digits", SHAPE)
     with pytest.raises(ValueError, match="at least 1, got 0"):

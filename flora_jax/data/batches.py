@@ -105,14 +105,6 @@ def eval_batches(
     return iter(batches.to_iter_dataset(_read_options(num_threads)))
 
 
-def stacked_eval_batches(
-    source: Source, transform: augment.EvalTransform, batch_size: int
-) -> Batch:
-    """The batches of `eval_batches` as arrays [num_batches, B, ...], to keep on a device."""
-    batches = list(eval_batches(source, transform, batch_size))
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-
-
 def _read_options(num_threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
 
