@@ -11,8 +11,9 @@ from ml_collections import config_flags
 from flora_jax import pipeline
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
+# A default file would be read here at once, and the overrides meant for another file applied to it.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_DEFAULT_CONFIG), "What to run; any field can be set: --config.section.key=value"
+    "config", None, "What to run; any field can be set: --config.section.key=value"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and checkpoints.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
@@ -25,6 +26,16 @@ def main(arguments: list[str]) -> None:
     try:
         pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
     except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """A config field that does not exist, or has another type, is a user's error: no traceback."""
+    if not any(argument.split("=")[0] in ("--config", "-config") for argument in arguments):
+        arguments = [arguments[0], f"--config={_DEFAULT_CONFIG}", *arguments[1:]]
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -41,4 +52,4 @@ def _show_log() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -242,9 +242,9 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 def test_unknown_field_on_the_command_line(tmp_path):
     done = run_flora(tmp_path / "run", "--config.supernet.epoch=3")
-    assert done.returncode != 0
-    assert "epoch" in done.stderr
-    assert "epochs" in done.stderr
+    assert done.returncode == 1
+    assert 'Did you mean "epochs" instead of "epoch"?' in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t])
