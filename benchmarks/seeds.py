@@ -8,6 +8,7 @@ Runs the command line once a seed in WORKDIR/seed_N; a finished run is not repea
 import argparse
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -28,6 +29,8 @@ def main() -> None:
         subprocess.run([*command, f"--workdir={workdir}", f"--config.seed={seed}"], check=True)
         results.append(json.loads((workdir / "result.json").read_text()))
     print(summary(results))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"peak memory of a run: {peak:.1f} GiB")
 
 
 def summary(results: list[dict]) -> str:

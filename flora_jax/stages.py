@@ -23,8 +23,9 @@ from flora_jax.report import plots, table
 from flora_jax.report.progress import Progress
 from flora_jax.run import Run
 from flora_jax.search.block_scores import score_block
-from flora_jax.search.evolution import evolve, read_history
+from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
+from flora_jax.search.history import read_history
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from flora_jax.search.evolution import (
     evolve,
     front,
     mutate,
-    read_history,
 )
+from flora_jax.search.history import read_history
 
 SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 REGULAR = RankSpace.regular(SPEC)

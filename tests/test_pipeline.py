@@ -20,7 +20,7 @@ from configs import common, deit_b, deit_s, deit_t, digits
 from flora_jax import pipeline
 from flora_jax.models import functional
 from flora_jax.run import Run
-from flora_jax.search.evolution import read_history
+from flora_jax.search.history import read_history
 from flora_jax.stages import STAGES
 from tests.conftest import flora_command, run_flora
 
