@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from flora_jax.models import Spec, spec_to_json
+
 STAGES = (
     "pretrain",
     "filter",
@@ -39,21 +41,20 @@ def recipe(**changes) -> ConfigDict:
     return fields
 
 
-def imagenet() -> ConfigDict:
-    """FLORA on a published DeiT, ImageNet, global batch 1024; the sizes are set by the caller."""
+def model(spec: Spec) -> dict:
+    """The config's `model` section: a dense network of equal blocks."""
+    fields = spec_to_json(spec)
+    del fields["blocks"]
+    return fields
+
+
+def imagenet(spec: Spec) -> ConfigDict:
+    """FLORA on a published network, ImageNet, global batch 1024; recipe and budget of DeiT-B."""
     return ConfigDict(
         {
             "seed": 0,
             "stages": STAGES,
-            "model": {
-                "image_size": 224,
-                "patch_size": 16,
-                "embed_dim": 768,
-                "depth": 12,
-                "num_heads": 12,
-                "num_classes": 1000,
-                "in_channels": 3,
-            },
+            "model": model(spec),
             "data": {
                 "name": "tfds:imagenet2012",
                 "data_dir": "",  # empty: the TFDS default
@@ -64,7 +65,7 @@ def imagenet() -> ConfigDict:
                 "eval_batch_size": 256,
                 "num_threads": 16,
             },
-            # A .safetensors file under timm's names; empty: the pretrain stage trains from scratch.
+            # Weights in any layout that flora_jax.from_pretrained reads; empty: train from scratch.
             "pretrained": "",
             "pretrain": recipe(
                 epochs=300.0,
@@ -103,10 +104,22 @@ def imagenet() -> ConfigDict:
     )
 
 
+_RUN_LOCAL_MODELS = {
+    "vit": {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    "swin": {
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": (2, 1),
+        "num_heads": (2, 4),
+        "window_size": 4,
+    },
+}
+
+
 def run_local(config: ConfigDict) -> ConfigDict:
     """The same stages on the bundled digits with a tiny model: seconds on a laptop."""
-    config.model.update({"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2})
-    config.model.update({"num_heads": 3, "num_classes": 10})
+    config.model.update(_RUN_LOCAL_MODELS[config.model.family])
+    config.model.update({"image_size": 16, "num_classes": 10})
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
     config.data.augmentation = {"name": "digits"}
     config.budget.macs = (0.4, 0.6)

@@ -10,14 +10,12 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
     python -m flora_jax.main --config=configs/deit_b.py:runlocal --workdir=runs/tiny
 """
 
+import flora_jax as flora
 from configs import common
 
 
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet()
-    config.model.update({"embed_dim": 768, "num_heads": 12})
-    config.space.ratios = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
-    config.budget.macs = (0.43, 0.46)
+    config = common.imagenet(flora.deit("base"))
     return common.run_local(config) if argument == "runlocal" else config

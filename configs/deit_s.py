@@ -10,14 +10,14 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
     python -m flora_jax.main --config=configs/deit_s.py:runlocal --workdir=runs/tiny
 """
 
+import flora_jax as flora
 from configs import common
 
 
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet()
-    config.model.update({"embed_dim": 384, "num_heads": 6})
+    config = common.imagenet(flora.deit("small"))
     config.space.ratios = tuple(i / 6 for i in range(1, 7))
     config.budget.macs = (0.57, 0.60)
     config.supernet.update({"epochs": 300.0, "learning_rate": 7.5e-5})

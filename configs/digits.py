@@ -3,20 +3,22 @@
 python -m flora_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
+import flora_jax as flora
 from configs import common
 
 
 def get_config():
-    config = common.imagenet()
-    config.model = {
-        "image_size": 8,
-        "patch_size": 2,
-        "embed_dim": 64,
-        "depth": 6,
-        "num_heads": 2,
-        "num_classes": 10,
-        "in_channels": 1,
-    }
+    config = common.imagenet(
+        flora.ViTSpec(
+            image_size=8,
+            patch_size=2,
+            embed_dim=64,
+            depth=6,
+            num_heads=2,
+            num_classes=10,
+            in_channels=1,
+        )
+    )
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
     config.data.update({"mean": (0.3,), "std": (0.37,), "eval_batch_size": 512})
     config.data.augmentation = {

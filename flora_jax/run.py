@@ -34,8 +34,7 @@ from flora_jax.io import folder
 from flora_jax.io.files import read_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
-from flora_jax.models import Spec
-from flora_jax.models.spec import ViTSpec
+from flora_jax.models import Spec, spec_from_json
 from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.train.loop import train
 from flora_jax.train.settings import TrainSettings
@@ -56,7 +55,7 @@ class Run:
 
     @functools.cached_property
     def spec(self) -> Spec:
-        return ViTSpec(**self.config.model)
+        return spec_from_json(self.config.model.to_dict())
 
     @functools.cached_property
     def regular_space(self) -> RankSpace:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax.lowrank.space import RankSpace
-from flora_jax.models.spec import ViTSpec
+from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.search.evolution import (
     EvolutionSettings,
     cross_blocks,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax.lowrank.space import RankSpace
-from flora_jax.models.spec import ViTSpec, deit
+from flora_jax.models.vit_spec import ViTSpec, deit
 from flora_jax.search.filter import budget_price, filter_space, keep_triples
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -15,29 +15,75 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax.models import create_abstract, functional, spec_from_json, spec_to_json
 from flora_jax.models.layers import LayerNorm
-from flora_jax.models.spec import BlockSpec, ViTSpec
+from flora_jax.models.spec import BlockSpec
+from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.vit_spec import ViTSpec
 
 SMALL = {"image_size": 4, "patch_size": 2, "embed_dim": 6, "num_heads": 2, "num_classes": 3}
 
 
-@st.composite
-def specs(draw):
-    """Two or three blocks of different shapes, layers dense or of any legal rank."""
-    blocks = draw(
-        st.lists(
-            st.builds(BlockSpec, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)),
-            min_size=2,
-            max_size=3,
-        )
-    )
-    channels = draw(st.integers(1, 3))
-    dense = ViTSpec(**SMALL, in_channels=channels, depth=len(blocks), blocks=tuple(blocks))
+SMALL_SWIN = {"patch_size": 1, "num_classes": 3, "mlp_ratio": 2}
+
+
+def with_any_ranks(draw, dense):
     ranks = [st.none() | st.integers(1, layer.full_rank) for layer in dense.layers]
     return dense.with_ranks(tuple(draw(rank) for rank in ranks))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(spec=specs())
+block_specs = st.builds(BlockSpec, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
+
+
+@st.composite
+def vit_specs(draw):
+    """Two or three blocks of different shapes, layers dense or of any legal rank."""
+    blocks = draw(st.lists(block_specs, min_size=2, max_size=3))
+    pool = draw(st.sampled_from(["token", "mean"]))
+    dense = ViTSpec(
+        **SMALL,
+        in_channels=draw(st.integers(1, 3)),
+        qkv_bias=draw(st.booleans()),
+        pool=pool,
+        distilled=pool == "token" and draw(st.booleans()),
+        class_token=pool == "token" or draw(st.booleans()),
+        depth=len(blocks),
+        blocks=tuple(blocks),
+    )
+    return with_any_ranks(draw, dense)
+
+
+@st.composite
+def swin_specs(draw):
+    """Two or three stages, the last ones smaller than a window or not."""
+    depths = draw(st.lists(st.integers(1, 2), min_size=2, max_size=3))
+    window_size = draw(st.integers(1, 3))
+    dense = SwinSpec(
+        **SMALL_SWIN,
+        image_size=window_size * 2 ** draw(st.integers(len(depths) - 1, 3)),
+        embed_dim=2 * draw(st.integers(1, 3)),
+        in_channels=draw(st.integers(1, 3)),
+        qkv_bias=draw(st.booleans()),
+        patch_norm=draw(st.booleans()),
+        absolute_pos_embed=draw(st.booleans()),
+        window_size=window_size,
+        depths=tuple(depths),
+        num_heads=(1,) * len(depths),
+        blocks=tuple(draw(block_specs) for _ in range(sum(depths))),
+    )
+    return with_any_ranks(draw, dense)
+
+
+def norm_macs(spec) -> int:
+    """Multiply-adds of the norms around the blocks, as the published tables count them."""
+    if isinstance(spec, ViTSpec):
+        return (1 + spec.distilled) * spec.embed_dim
+    patches = spec.grid_size**2
+    merged = sum(stage.tokens * stage.width for stage in spec.stages[:-1])
+    last = spec.num_features * patches // 2 ** len(spec.depths)
+    return spec.patch_norm * patches * spec.embed_dim + merged + last
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(spec=vit_specs() | swin_specs())
 def test_costs_are_those_of_the_model(spec, count_macs):
     graphdef, parameters = functional.split(create_abstract(spec))
     assert sum(math.prod(p.shape) for p in parameters.values()) == flora.num_params(spec)
@@ -47,8 +93,8 @@ def test_costs_are_those_of_the_model(spec, count_macs):
 
     image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     products = count_macs(jax.make_jaxpr(logits)(parameters, image))
-    norms = (2 * spec.depth * spec.num_tokens + 1) * spec.embed_dim
-    assert products + norms == flora.macs(spec)
+    in_blocks = sum(2 * into.tokens * into.width for into in spec.block_inputs)
+    assert products + in_blocks + norm_macs(spec) == flora.macs(spec)
 
 
 def test_blocks_of_different_shapes():
@@ -176,7 +222,7 @@ def test_with_parameters_of_another_model(tiny_model):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(spec=specs())
+@given(spec=vit_specs() | swin_specs())
 def test_spec_survives_json(spec):
     again = spec_from_json(json.loads(json.dumps(spec_to_json(spec))))
     assert again == spec
@@ -185,12 +231,16 @@ def test_spec_survives_json(spec):
 
 def test_unknown_json():
     value = spec_to_json(ViTSpec(**SMALL, depth=1))
-    with pytest.raises(ValueError, match="unknown model family 'resnet'; known: vit"):
+    with pytest.raises(ValueError, match="unknown model family 'resnet'; known: vit, swin"):
         spec_from_json(value | {"family": "resnet"})
     with pytest.raises(ValueError, match="unknown model family None"):
         spec_from_json({})
-    with pytest.raises(ValueError, match="unknown fields of ViTSpec: dropout, gates"):
+    with pytest.raises(ValueError, match="ViTSpec has no field dropout"):
         spec_from_json(value | {"gates": 1, "dropout": 0.1})
+    with pytest.raises(
+        ValueError, match=r"ViTSpec has no field num_head \(did you mean num_heads\?\)"
+    ):
+        spec_from_json(value | {"num_head": 1})
 
 
 @pytest.mark.parametrize("block", [{"gates": 1}, {"ranks": None}])
@@ -280,7 +330,7 @@ def with_gradients(norm, x, scale, bias, grad):
 
 
 def layer_norm(x, scale, bias):
-    graphdef, _ = functional.split(LayerNorm(x.shape[-1]))
+    graphdef, _ = functional.split(LayerNorm(x.shape[-1], 1e-6))
     return functional.merge(graphdef, {"scale": scale, "bias": bias})(x)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import flora_jax as flora
-from configs import common, deit_b, deit_s, deit_t, digits
+from configs import common, deit_b, deit_s, deit_t, digits, digits_swin, swin_b, swin_s, swin_t
 from flora_jax import pipeline
 from flora_jax.models import functional
 from flora_jax.run import Run
@@ -194,6 +194,21 @@ def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
     assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
 
 
+def test_swin_from_end_to_end(tmp_path):
+    config = digits_swin.get_config()
+    for recipe in (config.pretrain, config.filter.train, config.supernet, config.finetune):
+        recipe.update({"epochs": 2.0, "warmup_epochs": 0.0})
+    config.search.update({"generations": 2, "population": 6, "parents": 3})
+    config.search.update({"mutants": 2, "crossovers": 2})
+    pipeline.run(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
+    subnet = flora.load(tmp_path / "subnet")
+    assert subnet.spec.family == "swin"
+    assert flora.macs(subnet.spec) == result["subnet"]["macs"]
+    assert any(rank is not None for rank in subnet.spec.ranks)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 BAD_CONFIGS = {
@@ -202,6 +217,7 @@ BAD_CONFIGS = {
     "ratio": ({"space.ratios": (0.5, 1.5)}, r"ratio 1\.5 lies outside \(0, 1\]"),
     "zero ratio": ({"space.ratios": (0.0, 1.0)}, r"ratio 0\.0 lies outside"),
     "heads": ({"model.num_heads": 5}, "embed_dim 24 is not a multiple of num_heads 5.*25"),
+    "family": ({"model.family": "swim"}, "unknown model family 'swim'; known: vit, swin"),
     "patch": ({"model.patch_size": 5}, "image_size 16 is not a multiple of patch_size 5.*15"),
     "window": ({"budget.macs": (0.01, 0.02)}, r"cannot be reached: the space spans 0\.\d+\.\.1"),
     "empty window": ({"budget.macs": (0.6, 0.4)}, "0 < low < high"),
@@ -247,12 +263,15 @@ def test_unknown_field_on_the_command_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t])
+@pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t, swin_b, swin_s, swin_t])
 def test_published_configs_make_sense(config_file, tmp_path):
     config = config_file.get_config()
     run = Run(config, tmp_path)
     least, most = run.regular_space.macs_range()
     assert least < run.macs_window[0] < run.macs_window[1] < most
+    small = Run(config_file.get_config("runlocal"), tmp_path)
+    assert small.spec.family == run.spec.family
+    pipeline.check(small)
     with pytest.raises(ValueError, match="accepted: runlocal"):
         config_file.get_config("runlocl")
 

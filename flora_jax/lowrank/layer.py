@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flora_jax.models.layers import add_bias
+
 Ranks = tuple[int, ...]
 IMPLEMENTATIONS = ("masked", "sliced")
 
@@ -36,6 +38,7 @@ class RankedLinear(nnx.Module):
         ranks: Sequence[int],
         implementation: str,
         *,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         self.ranks = tuple(ranks)
@@ -43,13 +46,14 @@ class RankedLinear(nnx.Module):
         init = nnx.initializers.xavier_uniform()
         self.down = nnx.Param(init(rngs.params(), (self.ranks[-1], in_features)))
         self.up = nnx.Param(init(rngs.params(), (self.ranks[-1], out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
         if gene is None:
             gene = jnp.int32(len(self.ranks) - 1)
         multiply = {"masked": masked_product, "sliced": sliced_product}[self.implementation]
-        return multiply(x, self.down[...], self.up[...], gene, self.ranks) + self.bias
+        product = multiply(x, self.down[...], self.up[...], gene, self.ranks)
+        return add_bias(product, self.bias)
 
 
 def masked_product(x, down, up, gene, ranks: Ranks) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from flora_jax.lowrank.window import WindowSampler
 
 if TYPE_CHECKING:
-    from flora_jax.models.spec import LinearShape, ViTSpec
+    from flora_jax.models.spec import LinearShape, Spec
 
 LAWS = ("uniform", "low_rank_aware")
 _TRIPLE = 3
@@ -37,7 +37,7 @@ class RankSpace:
         missing, repeated or out of range.
     """
 
-    spec: "ViTSpec"
+    spec: "Spec"
     choices: tuple[tuple[int, ...], ...]
     kept: tuple[np.ndarray, ...]
 
@@ -93,7 +93,7 @@ class RankSpace:
 
     @classmethod
     def regular(
-        cls, spec: "ViTSpec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1)
+        cls, spec: "Spec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1)
     ) -> "RankSpace":
         """The space of all triples over ranks `int(round(ratio * full_rank))`, at least 1.
 
@@ -135,7 +135,7 @@ class RankSpace:
         }
 
     @classmethod
-    def from_json(cls, spec: "ViTSpec", data: dict) -> "RankSpace":
+    def from_json(cls, spec: "Spec", data: dict) -> "RankSpace":
         """The space that `to_json` described; raises ValueError where it does not fit the spec."""
         if missing := {"choices", "kept"} - set(data):
             raise ValueError(f"a rank space needs {' and '.join(sorted(missing))}")

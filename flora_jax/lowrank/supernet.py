@@ -1,17 +1,20 @@
 """The low-rank supernet: SVD weight inheritance in, any smaller network out (FLORA, section 3)."""
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from threadpoolctl import threadpool_limits
 
 from flora_jax.lowrank.layer import IMPLEMENTATIONS, RankedLinear, default_implementation
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models import create, create_abstract, functional
+from flora_jax.models.layers import check_images
 from flora_jax.models.spec import LinearShape, Rank
-from flora_jax.models.vit import check_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,14 @@ def factorize(
     if model.spec != space.spec:
         raise ValueError("the model's spec is not the spec of the rank space")
     parameters = functional.split(model)[1]
-    for layer in space.spec.layers:
-        kernel = np.asarray(parameters.pop(f"{layer.name}.kernel"))
-        down, up = svd_factors(kernel, singular_values_into="up" if _is_fc2(layer) else "down")
-        parameters[f"{layer.name}.down"] = jnp.asarray(down)
-        parameters[f"{layer.name}.up"] = jnp.asarray(up)
+    layers = space.spec.layers
+    kernels = [np.asarray(parameters.pop(f"{layer.name}.kernel")) for layer in layers]
+    sides = ["up" if _is_fc2(layer) else "down" for layer in layers]
+    # A thread a layer: LAPACK's own threads stall one another for minutes on a busy machine.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for layer, (down, up) in zip(layers, pool.map(svd_factors, kernels, sides), strict=True):
+            parameters[f"{layer.name}.down"] = jnp.asarray(down)
+            parameters[f"{layer.name}.up"] = jnp.asarray(up)
     return Supernet(
         functional.with_parameters(_abstract_network(space, implementation), parameters), space
     )
@@ -111,6 +117,7 @@ def _abstract_network(space: RankSpace, implementation: str | None) -> nnx.Modul
                 layer.out_features,
                 ranks,
                 implementation,
+                use_bias=layer.use_bias,
                 rngs=nnx.Rngs(0),
             )
             setattr(_submodule(network, parent), name, ranked)

@@ -1,14 +1,17 @@
 """Network architectures: specs, NNX modules, and weights by name."""
 
 import dataclasses
+import difflib
 
 from flax import nnx
 
-from flora_jax.models.spec import BlockSpec, ViTSpec
+from flora_jax.models.spec import BlockSpec, Spec
+from flora_jax.models.swin import Swin
+from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit import ViT
+from flora_jax.models.vit_spec import ViTSpec
 
-Spec = ViTSpec
-_FAMILIES = {"vit": (ViTSpec, ViT)}
+_FAMILIES = {"vit": (ViTSpec, ViT), "swin": (SwinSpec, Swin)}
 
 
 def create(spec: Spec, seed: int = 0) -> nnx.Module:
@@ -26,7 +29,11 @@ def spec_to_json(spec: Spec) -> dict:
 
 
 def spec_from_json(value: dict) -> Spec:
-    """Raises ValueError for a family or a field that this version does not know."""
+    """The spec of {"family": "vit" or "swin", its fields}.
+
+    Raises:
+      ValueError: a family or a field that does not exist, or fields that make no network.
+    """
     fields = dict(value)
     family = fields.pop("family", None)
     if family not in _FAMILIES:
@@ -39,7 +46,9 @@ def spec_from_json(value: dict) -> Spec:
 
 
 def _from_fields(spec_class: type, fields: dict):
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(spec_class)}
-    if unknown:
-        raise ValueError(f"unknown fields of {spec_class.__name__}: {', '.join(sorted(unknown))}")
+    known = [field.name for field in dataclasses.fields(spec_class)]
+    for name in sorted(fields.keys() - set(known)):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{spec_class.__name__} has no field {name}{hint}")
     return spec_class(**fields)

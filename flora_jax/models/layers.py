@@ -20,36 +20,52 @@ _initializer = nnx.initializers.xavier_uniform()
 class Linear(nnx.Module):
     """x [M, in] -> x @ kernel + bias [M, out]."""
 
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
+    ):
         self.kernel = nnx.Param(_initializer(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        return x @ self.kernel + self.bias
+        return add_bias(x @ self.kernel, self.bias)
 
 
 class LowRankLinear(nnx.Module):
     """x [M, in] -> x @ down.T @ up + bias [M, out], with down [R, in] and up [R, out]."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.down = nnx.Param(_initializer(rngs.params(), (rank, in_features)))
         self.up = nnx.Param(_initializer(rngs.params(), (rank, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        return x @ self.down.T @ self.up + self.bias
+        return add_bias(x @ self.down.T @ self.up, self.bias)
 
 
-def make_linear(in_features: int, out_features: int, rank: Rank, *, rngs: nnx.Rngs) -> nnx.Module:
+def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias
+
+
+def make_linear(
+    in_features: int, out_features: int, rank: Rank, *, use_bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Module:
     if rank is None:
-        return Linear(in_features, out_features, rngs=rngs)
-    return LowRankLinear(in_features, out_features, rank, rngs=rngs)
+        return Linear(in_features, out_features, use_bias=use_bias, rngs=rngs)
+    return LowRankLinear(in_features, out_features, rank, use_bias=use_bias, rngs=rngs)
 
 
 class LayerNorm(nnx.Module):
     """Normalises the last axis of x [M, D]; statistics in float32."""
 
-    def __init__(self, features: int, epsilon: float = 1e-6):
+    def __init__(self, features: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.epsilon = epsilon
@@ -81,3 +97,15 @@ def _layer_norm_backward(epsilon, saved, grad):
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
+    if images.ndim != 4 or images.shape[1:] != image_shape:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; expected [B, {image_shape[0]}, "
+            f"{image_shape[1]}, {image_shape[2]}] (batch, height, width, channels)"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}; expected normalised floating point images, float32"
+        )

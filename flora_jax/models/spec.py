@@ -4,8 +4,11 @@ A compressed model is just another spec, so every block carries its own shape.
 MACs (multiply-adds) are counted for one image, as in the tables of FLORA (WACV 2024).
 """
 
+import abc
 import dataclasses
-from typing import ClassVar
+import itertools
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 Rank = int | None  # None: one dense matrix; an integer: a pair of factors of that rank
 
@@ -18,6 +21,7 @@ class LinearShape:
     in_features: int
     out_features: int
     tokens: int
+    use_bias: bool = True
 
     @property
     def full_rank(self) -> int:
@@ -53,70 +57,41 @@ class BlockSpec:
         if len(self.ranks) != 3:
             raise ValueError(f"a block has 3 ranks (qkv, fc1, fc2), got {self.ranks}")
 
+    @property
+    def attention_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
 
 @dataclasses.dataclass(frozen=True)
-class ViTSpec:
-    """A DeiT: class token, learned position embedding, pre-norm blocks.
+class BlockInput:
+    """What a block works on: tokens of one image, their width, and how many each attends to."""
 
-    `blocks` is filled with `depth` equal blocks of `num_heads` heads when it is left empty.
+    width: int
+    tokens: int
+    attended_tokens: int
 
-    Raises:
-      ValueError: image_size is not a multiple of patch_size, embed_dim is not a multiple of
-        num_heads, a size is not positive, `blocks` does not have `depth` entries, or a rank
-        lies outside 1..full rank.
-    """
 
-    family: ClassVar[str] = "vit"
+class Spec(abc.ABC):
+    """What every family's spec can do. A family adds its fields and what lies around its blocks."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    num_classes: int = 1000
-    in_channels: int = 3
-    mlp_ratio: int = 4
-    blocks: tuple[BlockSpec, ...] = ()
+    family: ClassVar[str]
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "blocks" and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
-        if self.image_size % self.patch_size:
-            nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                f"the nearest that is: {nearest}"
-            )
-        if not self.blocks:
-            if self.embed_dim % self.num_heads:
-                nearest = max(1, round(self.embed_dim / self.num_heads)) * self.num_heads
-                raise ValueError(
-                    f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}; "
-                    f"the nearest that is: {nearest}"
-                )
-            block = BlockSpec(
-                self.num_heads, self.embed_dim // self.num_heads, self.mlp_ratio * self.embed_dim
-            )
-            object.__setattr__(self, "blocks", (block,) * self.depth)
-        if len(self.blocks) != self.depth:
-            raise ValueError(f"depth is {self.depth} but {len(self.blocks)} blocks were given")
-        for layer, rank in zip(self.layers, self.ranks, strict=True):
-            if rank is not None and not 1 <= rank <= layer.full_rank:
-                raise ValueError(
-                    f"rank {rank} of {layer.name} lies outside 1..{layer.full_rank} "
-                    f"(None keeps the layer dense)"
-                )
+    image_size: int
+    in_channels: int
+    num_classes: int
+    qkv_bias: bool
+    blocks: tuple[BlockSpec, ...]
 
     @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+    @abc.abstractmethod
+    def block_inputs(self) -> tuple[BlockInput, ...]:
+        """One a block."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Patches and the class token."""
-        return self.num_patches + 1
+    @abc.abstractmethod
+    def _macs_around_blocks(self) -> int: ...
+
+    @abc.abstractmethod
+    def _params_around_blocks(self) -> int: ...
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -126,14 +101,13 @@ class ViTSpec:
     def layers(self) -> tuple[LinearShape, ...]:
         """The searchable layers, block by block (qkv, fc1, fc2). FLORA section 3."""
         layers = []
-        for i, block in enumerate(self.blocks):
-            attention_dim = block.num_heads * block.head_dim
+        for i, (block, into) in enumerate(zip(self.blocks, self.block_inputs, strict=True)):
+            width, hidden, tokens = into.width, block.mlp_dim, into.tokens
+            qkv = 3 * block.attention_dim
             layers += [
-                LinearShape(
-                    f"blocks.{i}.attn.qkv", self.embed_dim, 3 * attention_dim, self.num_tokens
-                ),
-                LinearShape(f"blocks.{i}.mlp.fc1", self.embed_dim, block.mlp_dim, self.num_tokens),
-                LinearShape(f"blocks.{i}.mlp.fc2", block.mlp_dim, self.embed_dim, self.num_tokens),
+                LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, self.qkv_bias),
+                LinearShape(f"blocks.{i}.mlp.fc1", width, hidden, tokens),
+                LinearShape(f"blocks.{i}.mlp.fc2", hidden, width, tokens),
             ]
         return tuple(layers)
 
@@ -141,7 +115,7 @@ class ViTSpec:
     def ranks(self) -> tuple[Rank, ...]:
         return tuple(rank for block in self.blocks for rank in block.ranks)
 
-    def with_ranks(self, ranks: tuple[Rank, ...]) -> "ViTSpec":
+    def with_ranks(self, ranks: tuple[Rank, ...]) -> Self:
         """The same network with these ranks, one a searchable layer."""
         if len(ranks) != len(self.layers):
             raise ValueError(f"expected {len(self.layers)} ranks, got {len(ranks)}")
@@ -153,36 +127,53 @@ class ViTSpec:
 
     def macs(self) -> int:
         """Multiply-adds for one image."""
-        tokens, width = self.num_tokens, self.embed_dim
-        total = self.num_patches * width * self.in_channels * self.patch_size**2
-        for block in self.blocks:
-            attention_dim = block.num_heads * block.head_dim
-            total += 2 * tokens * width  # the two norms
-            total += 2 * tokens * tokens * attention_dim  # q @ k and attention @ v
-            total += tokens * attention_dim * width  # output projection
-        total += sum(layer.macs(rank) for layer, rank in zip(self.layers, self.ranks, strict=True))
-        return total + width + width * self.num_classes  # last norm and head: class token only
+        total = self._macs_around_blocks()
+        for block, into in zip(self.blocks, self.block_inputs, strict=True):
+            total += 2 * into.tokens * into.width  # the two norms
+            # q @ k and attention @ v
+            total += 2 * into.tokens * into.attended_tokens * block.attention_dim
+            total += into.tokens * block.attention_dim * into.width  # output projection
+        pairs = zip(self.layers, self.ranks, strict=True)
+        return total + sum(layer.macs(rank) for layer, rank in pairs)
 
     def num_params(self) -> int:
         """Every parameter of the model, as stored."""
-        width = self.embed_dim
-        total = width * (self.in_channels * self.patch_size**2 + 1)
-        total += width + self.num_tokens * width  # class token, position embedding
-        for block in self.blocks:
-            attention_dim = block.num_heads * block.head_dim
-            total += 4 * width  # the two norms
-            total += attention_dim * width + width  # output projection
+        total = self._params_around_blocks()
+        for block, into in zip(self.blocks, self.block_inputs, strict=True):
+            total += 4 * into.width  # the two norms
+            total += (block.attention_dim + 1) * into.width  # output projection
         for layer, rank in zip(self.layers, self.ranks, strict=True):
-            total += layer.num_weights(rank) + layer.out_features
-        return total + 2 * width + (width + 1) * self.num_classes
+            total += layer.num_weights(rank) + layer.out_features * layer.use_bias
+        return total
+
+    def _check_ranks(self) -> None:
+        for layer, rank in zip(self.layers, self.ranks, strict=True):
+            if rank is not None and not 1 <= rank <= layer.full_rank:
+                raise ValueError(
+                    f"rank {rank} of {layer.name} lies outside 1..{layer.full_rank} "
+                    f"(None keeps the layer dense)"
+                )
 
 
-_DEIT_WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+def check_positive(spec: Spec, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def deit(size: str, **overrides) -> ViTSpec:
-    """DeiT of the published size: "tiny", "small" or "base"; overrides replace any field."""
-    if size not in _DEIT_WIDTHS:
-        raise ValueError(f"unknown DeiT size {size!r}; choose one of {', '.join(_DEIT_WIDTHS)}")
-    embed_dim, num_heads = _DEIT_WIDTHS[size]
-    return ViTSpec(**{"embed_dim": embed_dim, "num_heads": num_heads, **overrides})
+def check_multiple(spec: Spec, name: str, divisor_name: str) -> None:
+    value, divisor = getattr(spec, name), getattr(spec, divisor_name)
+    if value % divisor:
+        nearest = max(1, round(value / divisor)) * divisor
+        raise ValueError(
+            f"{name} {value} is not a multiple of {divisor_name} {divisor}; "
+            f"the nearest that is: {nearest}"
+        )
+
+
+def nearest(value: int, is_legal: Callable[[int], bool]) -> int:
+    """The positive integer closest to `value` that is legal, which one must be."""
+    outward = (value + sign * distance for distance in itertools.count() for sign in (-1, 1))
+    return next(number for number in outward if number > 0 and is_legal(number))

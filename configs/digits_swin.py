@@ -1,0 +1,25 @@
+"""FLORA on a small Swin and the handwritten digits bundled with scikit-learn.
+
+python -m flora_jax.main --config=configs/digits_swin.py --workdir=runs/digits_swin
+"""
+
+import flora_jax as flora
+from configs import common, digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.model = common.model(
+        flora.SwinSpec(
+            image_size=8,
+            patch_size=1,
+            embed_dim=32,
+            depths=(2, 4),
+            num_heads=(2, 4),
+            window_size=4,
+            num_classes=10,
+            in_channels=1,
+        )
+    )
+    config.budget.macs = (0.53, 0.56)
+    return config

@@ -1,0 +1,168 @@
+"""Swin Transformer (Liu et al. 2021) as NNX modules built from a SwinSpec."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flora_jax.models.block import Block, PatchEmbed, run_blocks
+from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
+from flora_jax.models.spec import BlockSpec
+from flora_jax.models.swin_spec import Stage, SwinSpec
+
+_HIDDEN = -100.0  # as published: the logit added between tokens that are no neighbours
+
+
+class WindowAttention(nnx.Module):
+    """Self-attention inside windows of T tokens, with a learned bias per relative position.
+
+    Shifted windows wrap around the edges of the feature map; tokens that only meet by wrapping do
+    not see each other (Swin section 3.2).
+    """
+
+    def __init__(
+        self, stage: Stage, shift: int, block: BlockSpec, qkv_bias: bool, *, rngs: nnx.Rngs
+    ):
+        self.num_heads, self.head_dim = block.num_heads, block.head_dim
+        self.grid_size, self.window_size, self.shift = stage.grid_size, stage.window_size, shift
+        self.qkv = make_linear(
+            stage.width, 3 * block.attention_dim, block.ranks[0], use_bias=qkv_bias, rngs=rngs
+        )
+        self.proj = Linear(block.attention_dim, stage.width, rngs=rngs)
+        table = ((2 * stage.window_size - 1) ** 2, block.num_heads)
+        init = nnx.initializers.truncated_normal(0.02)
+        self.relative_position_bias_table = nnx.Param(init(rngs.params(), table))
+
+    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+        qkv = self.qkv(self._into_windows(x), gene)
+        bias = self._bias()
+        tokens = self.window_size**2
+        qkv = qkv.reshape(-1, len(bias), tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = (qkv[:, :, :, i] for i in range(3))
+        attend = jax.vmap(jax.nn.dot_product_attention, in_axes=(1, 1, 1, 0), out_axes=1)
+        mixed = attend(query, key, value, bias[:, None])
+        mixed = mixed.reshape(x.shape[0], self.num_heads * self.head_dim)
+        return self._out_of_windows(self.proj(mixed))
+
+    def _bias(self) -> jax.Array:
+        """[windows, H, T, T]; one window stands for all where none is shifted."""
+        index = _relative_position_index(self.window_size)
+        bias = self.relative_position_bias_table[index].transpose(2, 0, 1)[None]
+        if self.shift:
+            mask = _shift_mask(self.grid_size, self.window_size, self.shift)
+            bias = bias + mask[:, None].astype(bias.dtype)
+        return bias
+
+    def _into_windows(self, x: jax.Array) -> jax.Array:
+        """[B*N, D] row by row -> [B*N, D] window by window."""
+        side, window = self.grid_size, self.window_size
+        grid = x.reshape(-1, side, side, x.shape[-1])
+        if self.shift:
+            grid = jnp.roll(grid, (-self.shift, -self.shift), (1, 2))
+        windows = grid.reshape(-1, side // window, window, side // window, window, x.shape[-1])
+        return windows.swapaxes(2, 3).reshape(x.shape)
+
+    def _out_of_windows(self, x: jax.Array) -> jax.Array:
+        side, window = self.grid_size, self.window_size
+        windows = x.reshape(-1, side // window, side // window, window, window, x.shape[-1])
+        grid = windows.swapaxes(2, 3).reshape(-1, side, side, x.shape[-1])
+        if self.shift:
+            grid = jnp.roll(grid, (self.shift, self.shift), (1, 2))
+        return grid.reshape(x.shape)
+
+
+@functools.lru_cache
+def _relative_position_index(window_size: int) -> np.ndarray:
+    """[T, T]: the row of the table that holds the bias between two tokens of a window."""
+    row, column = np.divmod(np.arange(window_size**2), window_size)
+    rows, columns = row[:, None] - row, column[:, None] - column
+    return (rows + window_size - 1) * (2 * window_size - 1) + columns + window_size - 1
+
+
+@functools.lru_cache
+def _shift_mask(grid_size: int, window_size: int, shift: int) -> np.ndarray:
+    """float32 [windows, T, T]: 0 between neighbours, _HIDDEN between tokens met by wrapping."""
+    position = np.arange(grid_size)
+    region = (position >= grid_size - window_size).astype(int) + (position >= grid_size - shift)
+    regions = 3 * region[:, None] + region
+    windows = grid_size // window_size
+    tiles = regions.reshape(windows, window_size, windows, window_size).swapaxes(1, 2)
+    tiles = tiles.reshape(windows**2, window_size**2)
+    return np.where(tiles[:, :, None] == tiles[:, None, :], 0, _HIDDEN).astype(np.float32)
+
+
+class PatchMerging(nnx.Module):
+    """Each 2 x 2 patches become one of twice the width. x [B*N, C] -> [B*N/4, 2C]."""
+
+    def __init__(self, stage: Stage, epsilon: float, *, rngs: nnx.Rngs):
+        self.grid_size = stage.grid_size
+        self.norm = LayerNorm(4 * stage.width, epsilon)
+        self.reduction = Linear(4 * stage.width, 2 * stage.width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        half, channels = self.grid_size // 2, x.shape[-1]
+        grid = x.reshape(-1, half, 2, half, 2, channels)
+        # The published order of the four: down the left column, then down the right one.
+        merged = grid.transpose(0, 1, 3, 4, 2, 5).reshape(-1, 4 * channels)
+        return self.reduction(self.norm(merged))
+
+
+class Swin(nnx.Module):
+    """images float32 [B, H, W, C], normalised -> logits [B, num_classes].
+
+    Raises:
+      ValueError: the images have another shape than the spec's, or are not floating point.
+    """
+
+    def __init__(self, spec: SwinSpec, *, rngs: nnx.Rngs):
+        self.spec = spec
+        epsilon = spec.layer_norm_eps
+        norm = LayerNorm(spec.embed_dim, epsilon) if spec.patch_norm else None
+        self.patch_embed = PatchEmbed(
+            spec.patch_size, spec.in_channels, spec.embed_dim, norm, rngs=rngs
+        )
+        init = nnx.initializers.normal(spec.embed_dim**-0.5)
+        shape = (spec.grid_size**2, spec.embed_dim)
+        self.absolute_pos_embed = (
+            nnx.Param(init(rngs.params(), shape)) if spec.absolute_pos_embed else None
+        )
+        self.blocks = nnx.List(_blocks(spec, rngs))
+        self.norm = LayerNorm(spec.num_features, epsilon)
+        self.head = Linear(spec.num_features, spec.num_classes, rngs=rngs)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """images [B, H, W, C] -> tokens [B*N, D]."""
+        check_images(images, self.spec.image_shape)
+        x = self.patch_embed(images)
+        if self.absolute_pos_embed is not None:
+            position = self.absolute_pos_embed[...]
+            x = (x.reshape(-1, *position.shape) + position).reshape(x.shape)
+        return x
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        """tokens [B*N, D] of the last stage -> logits [B, num_classes], read off their mean."""
+        tokens = self.spec.stages[-1].tokens
+        return self.head(self.norm(x).reshape(-1, tokens, x.shape[-1]).mean(1))
+
+    def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:
+        return self.classify(run_blocks(self.blocks, self.embed(images), genes))
+
+
+def _blocks(spec: SwinSpec, rngs: nnx.Rngs):
+    """The blocks of all stages; the first of each later stage merges patches."""
+    blocks, before = iter(spec.blocks), None
+    for stage in spec.stages:
+        for i in range(stage.depth):
+            merges = i == 0 and before is not None
+            block, shift = next(blocks), stage.shift if i % 2 else 0
+            yield Block(
+                stage.width,
+                block,
+                WindowAttention(stage, shift, block, spec.qkv_bias, rngs=rngs),
+                spec.layer_norm_eps,
+                PatchMerging(before, spec.layer_norm_eps, rngs=rngs) if merges else None,
+                rngs=rngs,
+            )
+        before = stage

@@ -1,0 +1,202 @@
+"""Swin Transformer (Liu et al. 2021): its stages, windows and costs."""
+
+import dataclasses
+from typing import ClassVar
+
+from flora_jax.models.spec import (
+    BlockInput,
+    BlockSpec,
+    Spec,
+    check_multiple,
+    check_positive,
+    nearest,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A run of blocks at one resolution. The window is the feature map's where that is smaller."""
+
+    width: int
+    grid_size: int
+    window_size: int
+    depth: int
+    num_heads: int
+
+    @property
+    def tokens(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def shift(self) -> int:
+        """By how much every second block moves its windows; 0 where one window covers it all."""
+        return self.window_size // 2 if self.window_size < self.grid_size else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinSpec(Spec):
+    """A Swin: attention inside windows, patches merged 2 x 2 between stages.
+
+    `blocks` lists the blocks of all stages in order; left empty, it is filled with equal blocks a
+    stage.
+
+    Attributes:
+      image_size, patch_size: side lengths in pixels. window_size: side length in patches.
+      depths, num_heads: one a stage.
+
+    Raises:
+      ValueError: windows do not tile a stage's feature map, a stage's width is not a multiple of
+        its num_heads, a size is not positive, depths and num_heads differ in length, `blocks` does
+        not have sum(depths) entries, or a rank lies outside 1..full rank.
+    """
+
+    family: ClassVar[str] = "swin"
+
+    image_size: int = 224
+    patch_size: int = 4
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    num_classes: int = 1000
+    in_channels: int = 3
+    mlp_ratio: int = 4
+    qkv_bias: bool = True
+    patch_norm: bool = True
+    absolute_pos_embed: bool = False
+    layer_norm_eps: float = 1e-5
+    blocks: tuple[BlockSpec, ...] = ()
+
+    def __post_init__(self):
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_positive(
+            self,
+            *("image_size", "patch_size", "embed_dim", "depths", "num_heads"),
+            *("window_size", "num_classes", "in_channels", "mlp_ratio"),
+        )
+        if not self.depths or len(self.depths) != len(self.num_heads):
+            raise ValueError(
+                f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage"
+            )
+        check_multiple(self, "image_size", "patch_size")
+        self._check_windows()
+        if not self.blocks:
+            object.__setattr__(self, "blocks", self._regular_blocks())
+        if len(self.blocks) != sum(self.depths):
+            raise ValueError(
+                f"depths {self.depths} make {sum(self.depths)} blocks but {len(self.blocks)} "
+                f"were given"
+            )
+        self._check_ranks()
+
+    def _check_windows(self) -> None:
+        for number in range(len(self.depths)):
+            if self._tiles(self.image_size, self.window_size, number):
+                continue
+            choice = f"image_size: {nearest(self.image_size, self._tiles_everywhere)}"
+            if self._tiles_everywhere(self.image_size, 1):
+                window_size = nearest(
+                    self.window_size, lambda size: self._tiles_everywhere(self.image_size, size)
+                )
+                choice += f", or window_size: {window_size}"
+            raise ValueError(
+                f"windows of {self.window_size} x {self.window_size} patches do not tile stage "
+                f"{number + 1} of an image of {self.image_size} pixels, which has "
+                f"{self.image_size / self.patch_size / 2**number:g} patches a side; "
+                f"the nearest {choice}"
+            )
+
+    def _tiles(self, image_size: int, window_size: int, number: int) -> bool:
+        """Whether stage `number` has a whole number of patches and of windows."""
+        grid_size, rest = divmod(image_size, self.patch_size * 2**number)
+        return not rest and grid_size % min(window_size, grid_size) == 0
+
+    def _tiles_everywhere(self, image_size: int, window_size: int | None = None) -> bool:
+        window_size = window_size or self.window_size
+        return all(
+            self._tiles(image_size, window_size, number) for number in range(len(self.depths))
+        )
+
+    def _regular_blocks(self) -> tuple[BlockSpec, ...]:
+        blocks = []
+        for number, stage in enumerate(self.stages):
+            if stage.width % stage.num_heads:
+                legal = nearest(stage.num_heads, lambda n, width=stage.width: width % n == 0)
+                raise ValueError(
+                    f"stage {number + 1} has width {stage.width}, not a multiple of its num_heads "
+                    f"{stage.num_heads}; the nearest that divides it: {legal}"
+                )
+            head_dim = stage.width // stage.num_heads
+            block = BlockSpec(stage.num_heads, head_dim, self.mlp_ratio * stage.width)
+            blocks += [block] * stage.depth
+        return tuple(blocks)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        stages = []
+        for number, (depth, num_heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+            grid_size = self.grid_size // 2**number
+            window_size = min(self.window_size, grid_size)
+            stages.append(
+                Stage(self.embed_dim * 2**number, grid_size, window_size, depth, num_heads)
+            )
+        return tuple(stages)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches a side after the patch embedding."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_features(self) -> int:
+        """Width of the last stage."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    @property
+    def block_inputs(self) -> tuple[BlockInput, ...]:
+        return tuple(
+            BlockInput(stage.width, stage.tokens, stage.window_size**2)
+            for stage in self.stages
+            for _ in range(stage.depth)
+        )
+
+    def _macs_around_blocks(self) -> int:
+        tokens = self.grid_size**2
+        total = tokens * self.embed_dim * self.in_channels * self.patch_size**2
+        total += tokens * self.embed_dim * self.patch_norm
+        for stage in self.stages[:-1]:  # merging: norm, then 4C -> 2C for a quarter of the tokens
+            total += stage.tokens * stage.width
+            total += stage.tokens // 4 * 4 * stage.width * 2 * stage.width
+        # The published count of the last norm divides by 2 a stage, not by 4 a merging.
+        total += self.num_features * tokens // 2 ** len(self.depths)
+        return total + self.num_features * self.num_classes
+
+    def _params_around_blocks(self) -> int:
+        total = (self.in_channels * self.patch_size**2 + 1) * self.embed_dim
+        total += 2 * self.embed_dim * self.patch_norm
+        total += self.grid_size**2 * self.embed_dim * self.absolute_pos_embed
+        for stage in self.stages[:-1]:
+            total += 2 * 4 * stage.width + 4 * stage.width * 2 * stage.width
+        blocks = iter(self.blocks)
+        for stage in self.stages:
+            table = (2 * stage.window_size - 1) ** 2
+            total += sum(table * next(blocks).num_heads for _ in range(stage.depth))
+        return total + 2 * self.num_features + (self.num_features + 1) * self.num_classes
+
+
+_SWIN_SIZES = {
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+
+def swin(size: str, **overrides) -> SwinSpec:
+    """Swin of the published size: "tiny", "small" or "base"; overrides replace any field."""
+    if size not in _SWIN_SIZES:
+        raise ValueError(f"unknown Swin size {size!r}; choose one of {', '.join(_SWIN_SIZES)}")
+    embed_dim, depths, num_heads = _SWIN_SIZES[size]
+    return SwinSpec(
+        **{"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, **overrides}
+    )
