@@ -17,6 +17,7 @@ def get_config():
             depths=(2, 4),
             num_heads=(2, 4),
             window_size=4,
+            absolute_pos_embed=True,
             num_classes=10,
             in_channels=1,
         )

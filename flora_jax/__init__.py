@@ -1,12 +1,15 @@
 """flora_jax: vision transformers made smaller and faster by low-rank architecture search."""
 
 from flora_jax.evaluation import EvaluationSet, evaluate, top1
+from flora_jax.io.export import export_timm
 from flora_jax.io.folder import load, save
+from flora_jax.io.pretrained import from_pretrained, from_state_dict
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, factorize
 from flora_jax.models import Spec, create
-from flora_jax.models.spec import BlockSpec, ViTSpec, deit
-from flora_jax.models.timm import from_pretrained, from_state_dict
+from flora_jax.models.spec import BlockSpec
+from flora_jax.models.swin_spec import SwinSpec, swin
+from flora_jax.models.vit_spec import ViTSpec, deit
 
 
 def macs(spec: Spec) -> int:
@@ -25,10 +28,12 @@ __all__ = [
     "RankSpace",
     "Spec",
     "Supernet",
+    "SwinSpec",
     "ViTSpec",
     "create",
     "deit",
     "evaluate",
+    "export_timm",
     "extract",
     "factorize",
     "from_pretrained",
@@ -37,5 +42,6 @@ __all__ = [
     "macs",
     "num_params",
     "save",
+    "swin",
     "top1",
 ]

@@ -103,8 +103,8 @@ def check(state: Run) -> None:
             f"model.num_classes is {state.spec.num_classes}, but {config.data.name} has "
             f"{state.splits.num_classes} classes"
         )
-    if config.pretrained and not epath.Path(config.pretrained).is_file():
-        raise FileNotFoundError(f"pretrained: no file {config.pretrained}")
+    if config.pretrained and not epath.Path(config.pretrained).exists():
+        raise FileNotFoundError(f"pretrained: no file or folder {config.pretrained}")
 
 
 def _claim(state: Run) -> None:

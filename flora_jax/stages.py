@@ -16,9 +16,9 @@ from flora_jax.evaluation import evaluate as evaluate_metrics
 from flora_jax.evaluation import top1
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
+from flora_jax.io.pretrained import from_pretrained
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
 from flora_jax.models import create
-from flora_jax.models.timm import from_pretrained
 from flora_jax.report import plots, table
 from flora_jax.report.progress import Progress
 from flora_jax.run import Run

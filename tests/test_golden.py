@@ -1,4 +1,4 @@
-"""Parity with the published FLORA implementation on a small DeiT."""
+"""Parity with the published FLORA implementation on a small DeiT and a small Swin."""
 
 import jax
 import jax.numpy as jnp
@@ -12,55 +12,92 @@ from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import task_loss
 
 CONFIGS = range(8)
+SWIN_SPEC = flora.SwinSpec(
+    image_size=32,
+    patch_size=2,
+    embed_dim=24,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    window_size=4,
+    num_classes=10,
+)
+
+
+@pytest.fixture(scope="module", params=["deit", "swin"])
+def golden(request, deit_golden, data_dir):
+    if request.param == "deit":
+        return deit_golden
+    with np.load(data_dir / "flora_swin_micro.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="module")
+def model(golden, deit_golden, micro_spec):
+    weights = {k.removeprefix("sd/"): v for k, v in golden.items() if k.startswith("sd/")}
+    return flora.from_state_dict(weights, micro_spec if golden is deit_golden else SWIN_SPEC)
+
+
+@pytest.fixture(scope="module")
+def space(golden, model):
+    return flora.RankSpace.regular(model.spec, ratios=golden["ratios"].tolist())
+
+
+@pytest.fixture(scope="module")
+def images(golden):
+    return golden["images_nchw"].transpose(0, 2, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def genes(golden):
+    """The golden's 8 configurations, int32 [8, L]."""
+    return np.searchsorted(golden["ratios"], golden["configs"]).astype(np.int32)
 
 
 @pytest.fixture(scope="module", params=["masked", "sliced"])
-def supernet(request, micro_model, micro_space):
-    return flora.factorize(micro_model, micro_space, implementation=request.param)
+def supernet(request, model, space):
+    return flora.factorize(model, space, implementation=request.param)
 
 
-def test_dense_logits(micro_model, micro_images, deit_golden):
-    np.testing.assert_allclose(micro_model(micro_images), deit_golden["dense_logits"], atol=1e-4)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_supernet_logits(supernet, micro_images, micro_genes, deit_golden, config):
-    logits = supernet(micro_images, micro_genes[config])
-    np.testing.assert_allclose(logits, deit_golden["logits"][config], atol=1e-4)
+def test_dense_logits(model, images, golden):
+    np.testing.assert_allclose(model(images), golden["dense_logits"], atol=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_extracted_logits(supernet, micro_images, micro_genes, deit_golden, config):
-    subnet = flora.extract(supernet, micro_genes[config])
-    np.testing.assert_allclose(subnet(micro_images), deit_golden["logits"][config], atol=1e-4)
-    np.testing.assert_allclose(
-        subnet(micro_images), supernet(micro_images, micro_genes[config]), atol=1e-5
-    )
+def test_supernet_logits(supernet, images, genes, golden, config):
+    logits = supernet(images, genes[config])
+    np.testing.assert_allclose(logits, golden["logits"][config], atol=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_macs(micro_space, micro_genes, deit_golden, supernet, config):
-    assert micro_space.macs(micro_genes[config]) == deit_golden["macs"][config]
-    subnet = flora.extract(supernet, micro_genes[config])
-    assert flora.macs(subnet.spec) == deit_golden["macs"][config]
+def test_extracted_logits(supernet, images, genes, golden, config):
+    subnet = flora.extract(supernet, genes[config])
+    np.testing.assert_allclose(subnet(images), golden["logits"][config], atol=1e-4)
+    np.testing.assert_allclose(subnet(images), supernet(images, genes[config]), atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_macs(space, genes, golden, supernet, config):
+    assert space.macs(genes[config]) == golden["macs"][config]
+    subnet = flora.extract(supernet, genes[config])
+    assert flora.macs(subnet.spec) == golden["macs"][config]
     stored = sum(p.size for p in functional.split(subnet)[1].values())
-    assert stored == flora.num_params(subnet.spec) == micro_space.params(micro_genes[config])
+    assert stored == flora.num_params(subnet.spec) == space.params(genes[config])
 
 
-def test_distillation_loss_and_gradients(supernet, micro_images, micro_genes, deit_golden):
+def test_distillation_loss_and_gradients(supernet, images, genes, golden):
     graphdef, parameters = functional.split(supernet.network)
 
     def loss(parameters):
-        logits = functional.merge(graphdef, parameters)(micro_images, jnp.asarray(micro_genes[0]))
-        return task_loss(logits, deit_golden["teacher_probs"])
+        logits = functional.merge(graphdef, parameters)(images, jnp.asarray(genes[0]))
+        return task_loss(logits, golden["teacher_probs"])
 
     value, gradient = jax.value_and_grad(loss)(parameters)
-    np.testing.assert_allclose(value, deit_golden["kd_loss_cfg0"], atol=1e-5)
+    np.testing.assert_allclose(value, golden["kd_loss_cfg0"], atol=1e-5)
     layers = [layer.name for layer in supernet.space.spec.layers]
     for factor, key in (("down", "grad_norm_V_cfg0"), ("up", "grad_norm_U_cfg0")):
         norms = [jnp.linalg.norm(gradient[f"{name}.{factor}"]) for name in layers]
-        np.testing.assert_allclose(norms, deit_golden[key], rtol=1e-3)
-    np.testing.assert_allclose(gradient["head.kernel"].T, deit_golden["grad_head_cfg0"], atol=1e-6)
+        np.testing.assert_allclose(norms, golden[key], rtol=1e-3)
+    np.testing.assert_allclose(gradient["head.kernel"].T, golden["grad_head_cfg0"], atol=1e-6)
 
 
 def test_learning_rate_is_the_published_schedule(data_dir):

@@ -1,6 +1,5 @@
 """Specs, models built from them, weights by name, and layer normalisation."""
 
-import dataclasses
 import json
 import math
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.models import create_abstract, functional, spec_from_json, spec_to_json
@@ -249,65 +247,6 @@ def test_unknown_json_of_a_block(block):
     changed = {name: v for name, v in (value["blocks"][0] | block).items() if v is not None}
     with pytest.raises(ValueError, match=r"BlockSpec|a block has 3 ranks"):
         spec_from_json(value | {"blocks": [changed]})
-
-
-@pytest.fixture(scope="module")
-def timm_weights(deit_golden):
-    return {k.removeprefix("sd/"): v for k, v in deit_golden.items() if k.startswith("sd/")}
-
-
-def test_from_state_dict_names_what_does_not_fit(timm_weights, micro_spec):
-    renamed = timm_weights | {"dist_token": np.zeros((1, 1, 48))}
-    del renamed["head.bias"]
-    with pytest.raises(ValueError, match=r"missing head\.bias, unexpected dist_token"):
-        flora.from_state_dict(renamed, micro_spec)
-    with pytest.raises(ValueError, match=r"missing .* and \d+ more, unexpected none"):
-        flora.from_state_dict({}, micro_spec)
-    wider = timm_weights | {"head.weight": np.zeros((11, 48), np.float32)}
-    with pytest.raises(ValueError, match=r"head\.kernel has shape \(48, 11\), expected \(48, 10\)"):
-        flora.from_state_dict(wider, micro_spec)
-    with pytest.raises(ValueError, match="missing"):
-        flora.from_state_dict(timm_weights, dataclasses.replace(micro_spec, depth=4, blocks=()))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [("pos_embed", (2, 17, 48)), ("patch_embed.proj.weight", (48, 192)), ("cls_token", ())],
-)
-def test_from_state_dict_names_the_array_of_another_shape(timm_weights, micro_spec, name, shape):
-    with pytest.raises(ValueError, match=name.replace("weight", "(weight|kernel)")):
-        flora.from_state_dict(timm_weights | {name: np.zeros(shape, np.float32)}, micro_spec)
-
-
-def test_from_pretrained(timm_weights, micro_spec, micro_model, tmp_path):
-    save_file(timm_weights, tmp_path / "deit.safetensors")
-    model = flora.from_pretrained(tmp_path / "deit.safetensors", micro_spec)
-    for name, value in functional.split(micro_model)[1].items():
-        np.testing.assert_array_equal(functional.split(model)[1][name], value)
-
-
-def test_from_pretrained_of_half_precision(timm_weights, micro_spec, tmp_path):
-    halves = {name: value.astype(np.float16) for name, value in timm_weights.items()}
-    save_file(halves, tmp_path / "deit.safetensors")
-    model = flora.from_pretrained(tmp_path / "deit.safetensors", micro_spec)
-    head = functional.split(model)[1]["head.kernel"]
-    assert head.dtype == np.float32
-    np.testing.assert_array_equal(head, halves["head.weight"].T)
-
-
-def test_from_pretrained_of_what_is_not_weights(timm_weights, micro_spec, tmp_path):
-    path = tmp_path / "deit.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"no file .*deit\.safetensors"):
-        flora.from_pretrained(path, micro_spec)
-    save_file(timm_weights, path)
-    whole = path.read_bytes()
-    for part in (b"", whole[:5], whole[:100], whole[:-1]):
-        path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"deit\.safetensors is not a readable"):
-            flora.from_pretrained(path, micro_spec)
-    (tmp_path / "deit.pth").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"deit\.pth is not a \.safetensors file"):
-        flora.from_pretrained(tmp_path / "deit.pth", micro_spec)
 
 
 def plain_layer_norm(x, scale, bias):

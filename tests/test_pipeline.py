@@ -231,7 +231,7 @@ BAD_CONFIGS = {
     "metric": ({"metric": "accuracy"}, "unknown metric 'accuracy'; choose one of top1, log_likel"),
     "teacher": ({"pretrain.distill": True}, "pretrain.distill must be False"),
     "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
-    "weights": ({"pretrained": "nowhere.safetensors"}, "no file nowhere"),
+    "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
 }
 
 
