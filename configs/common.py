@@ -1,6 +1,7 @@
 """What all configs share: the published FLORA recipe (WACV 2024), and how to shrink it."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from flora_jax.models import Spec, spec_to_json
 
@@ -14,6 +15,10 @@ STAGES = (
     "evaluate",
     "report",
 )
+
+SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
+FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *STAGES[1:])
+TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
 
 def recipe(**changes) -> ConfigDict:
@@ -58,6 +63,7 @@ def imagenet(spec: Spec) -> ConfigDict:
             "data": {
                 "name": "tfds:imagenet2012",
                 "data_dir": "",  # empty: the TFDS default
+                "classes": (),  # some of the dataset's, numbered anew; empty: all
                 "heldout_fraction": 0.02,
                 "augmentation": {"name": "inception"},
                 "mean": (0.485, 0.456, 0.406),
@@ -76,6 +82,31 @@ def imagenet(spec: Spec) -> ConfigDict:
                 label_smoothing=0.1,
                 distill=False,
             ),
+            # ViT-Slim (CVPR 2022), where the stages name it. Budgets: the share of each kind of
+            # gate to keep, or one share of the dense MACs that sets them all (0: not used).
+            "slim": {
+                "attention": "dim",
+                "tokens": placeholder(bool),  # None: where the network's tokens can leave
+                "penalty": {"attn": 2e-4, "mlp": 5e-5, "patch": 1e-4},
+                "gates": recipe(
+                    epochs=50.0,
+                    learning_rate=5e-4,
+                    min_learning_rate=5e-4,
+                    warmup_epochs=0.0,
+                    weight_decay=1e-3,
+                    distill=False,
+                ),
+                "budget": {"attn": 0.7, "mlp": 0.7, "patch": 0.7, "macs": 0.0},
+                "fold": True,
+                "tile": 1,
+                "retrain": recipe(
+                    epochs=300.0,
+                    learning_rate=5e-4,
+                    warmup_learning_rate=1e-6,
+                    min_learning_rate=1e-5,
+                    weight_decay=0.05,
+                ),
+            },
             "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
             # The subnet's multiply-adds as a share of the dense model's: at least and at most.
             "budget": {"macs": (0.43, 0.46)},
@@ -128,6 +159,9 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
     short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
-    for stage in (config.pretrain, config.filter.train, config.supernet, config.finetune):
+    for stage in (
+        *(config.pretrain, config.slim.gates, config.slim.retrain),
+        *(config.filter.train, config.supernet, config.finetune),
+    ):
         stage.update(short)
     return config

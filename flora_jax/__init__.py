@@ -1,5 +1,6 @@
-"""flora_jax: vision transformers made smaller and faster by low-rank architecture search."""
+"""flora_jax: vision transformers made smaller and faster, by FLORA and ViT-Slim."""
 
+from flora_jax import slim
 from flora_jax.evaluation import EvaluationSet, evaluate, top1
 from flora_jax.io.export import export_timm
 from flora_jax.io.folder import load, save
@@ -42,6 +43,7 @@ __all__ = [
     "macs",
     "num_params",
     "save",
+    "slim",
     "swin",
     "top1",
 ]

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     _show_log()
     try:
         pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
-    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

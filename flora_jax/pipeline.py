@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
 from flora_jax.evaluation import METRICS
+from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
 from flora_jax.run import Run, train_settings
+from flora_jax.slim import SparsityPenalty, abstract_gated
 from flora_jax.stages import STAGES
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
@@ -57,21 +59,15 @@ def check(state: Run) -> None:
     order = [name for name in STAGES if name in config.stages]
     if list(config.stages) != order:
         raise ValueError(f"stages {list(config.stages)} must come once each, in the order {order}")
+    _check_teachers(config)
     low, high = config.budget.macs
     if not 0 < low < high <= 1:
         raise ValueError(
             f"budget.macs {(low, high)} must be two shares of the dense model's MACs, "
             f"0 < low < high <= 1"
         )
-    least, most = state.regular_space.macs_range()
-    if state.macs_window[1] < least or state.macs_window[0] > most:
-        dense = state.spec.macs()
-        raise ValueError(
-            f"budget.macs {(low, high)} cannot be reached: the space spans "
-            f"{least / dense:.3f}..{most / dense:.3f} of the dense model's MACs"
-        )
-    if config.pretrain.distill:
-        raise ValueError("pretrain.distill must be False: the dense model has no teacher")
+    if "slim" not in config.stages:  # a slimmed model's shape is not known yet
+        state.check_budget(state.spec)
     if config.uniform_baseline not in UNIFORM_BASELINES:
         raise ValueError(_unknown("uniform_baseline", config.uniform_baseline, UNIFORM_BASELINES))
     if config.metric not in METRICS:
@@ -83,15 +79,23 @@ def check(state: Run) -> None:
             f"filter.train_fraction must lie in (0, 1), got {config.filter.train_fraction}"
         )
     _ = state.evolution_settings
+    if "slim" in config.stages:
+        _check_slim(state)
     train_transform(**state.augmentation)
     eval_transform(config.data.augmentation.name, state.spec.image_shape)
     num_images = len(state.splits.train)
     part = round(num_images * config.filter.train_fraction)
-    stages = {"pretrain": num_images, "supernet": num_images, "finetune": num_images}
-    for name, recipe, images in (
-        *((name, config[name], images) for name, images in stages.items()),
-        ("filter.train", config.filter.train, part),
+    for stage, name, recipe, images in (
+        ("pretrain", "pretrain", config.pretrain, num_images),
+        ("transfer", "finetune", config.finetune, num_images),
+        ("slim", "slim.gates", config.slim.gates, num_images),
+        ("slim", "slim.retrain", config.slim.retrain, num_images),
+        ("filter", "filter.train", config.filter.train, part),
+        ("supernet", "supernet", config.supernet, num_images),
+        ("finetune", "finetune", config.finetune, num_images),
     ):
+        if stage not in config.stages:
+            continue
         try:
             train_settings(recipe, images)
         except ValueError as error:
@@ -105,6 +109,38 @@ def check(state: Run) -> None:
         )
     if config.pretrained and not epath.Path(config.pretrained).exists():
         raise FileNotFoundError(f"pretrained: no file or folder {config.pretrained}")
+
+
+def _check_teachers(config: ConfigDict) -> None:
+    if config.pretrain.distill:
+        raise ValueError("pretrain.distill must be False: the dense model has no teacher")
+    if "transfer" in config.stages:
+        if config.finetune.distill:
+            raise ValueError("finetune.distill must be False: nobody teaches the new classes")
+        others = set(config.stages) - {"transfer", "evaluate", "report"}
+        if others:
+            raise ValueError(f"transfer stands alone, without {', '.join(sorted(others))}")
+        if not (epath.Path(config.pretrained or "none") / folder.SPEC_FILE).exists():
+            raise FileNotFoundError(
+                f"transfer needs the folder of a finished model: pretrained={config.pretrained!r}"
+            )
+
+
+def _check_slim(state: Run) -> None:
+    settings = state.config.slim
+    abstract_gated(state.spec, settings.attention, settings.tokens)
+    SparsityPenalty(**settings.penalty)
+    for kind, share in settings.budget.items():
+        if not (0 < share <= 1 or (kind == "macs" and share == 0)):
+            raise ValueError(f"slim.budget.{kind} must lie in (0, 1], got {share}")
+    if settings.tile < 1:
+        raise ValueError(f"slim.tile must be at least 1, got {settings.tile}")
+    high = state.config.budget.macs[1]
+    if "search" in state.config.stages and 0 < settings.budget.macs < high:
+        raise ValueError(
+            f"slim.budget.macs {settings.budget.macs} is below the subnet's, {high}: the slimmed "
+            f"model must leave something to save"
+        )
 
 
 def _claim(state: Run) -> None:

@@ -3,6 +3,9 @@
 Folder of a run:
   dense/            the uncompressed model
   pretrain/         its training run, unless the weights were given
+  slim/             the slimmed model, from which FLORA goes on where the run slims; in it gates/,
+                    cut/ and retrain/: training of the gates, the model after the cut, retraining
+  transfer/         a finished model fine-tuned on this dataset
   filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
   supernet/         the supernet's training run: open it with `flora_jax.load`
   search/           history.jsonl and best.json
@@ -35,6 +38,7 @@ from flora_jax.io.files import read_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import Spec, spec_from_json
+from flora_jax.models.functional import Parameters
 from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.train.loop import train
 from flora_jax.train.settings import TrainSettings
@@ -55,23 +59,59 @@ class Run:
 
     @functools.cached_property
     def spec(self) -> Spec:
-        return spec_from_json(self.config.model.to_dict())
+        """Of the dense model; of a finished one where the run transfers that to other classes."""
+        spec = spec_from_json(self.config.model.to_dict())
+        if "transfer" not in self.config.stages:
+            return spec
+        finished = folder.load_spec(self.config.pretrained)
+        return dataclasses.replace(finished, num_classes=spec.num_classes)
+
+    @functools.cached_property
+    def base(self) -> nnx.Module:
+        """The model that FLORA compresses."""
+        return folder.load(self.folder / "slim") if self._slims else self.dense
+
+    @property
+    def _slims(self) -> bool:
+        return "slim" in self.config.stages
 
     @functools.cached_property
     def regular_space(self) -> RankSpace:
-        return RankSpace.regular(self.spec, tuple(self.config.space.ratios))
+        spec = self.base.spec if self._slims else self.spec
+        return self._regular_space_of(spec)
+
+    def _regular_space_of(self, spec: Spec) -> RankSpace:
+        return RankSpace.regular(spec, tuple(self.config.space.ratios))
 
     @property
     def space(self) -> RankSpace:
         """The filtered space where the run filters, otherwise every rank triple."""
         if "filter" not in self.config.stages:
             return self.regular_space
-        return RankSpace.from_json(self.spec, read_json(self.folder / "filter/space.json"))
+        kept = read_json(self.folder / "filter/space.json")
+        return RankSpace.from_json(self.regular_space.spec, kept)
 
     @functools.cached_property
     def macs_window(self) -> tuple[int, int]:
+        """Of the subnet; the config gives it as shares of the dense model's."""
         low, high = self.config.budget.macs
         return round(low * self.spec.macs()), round(high * self.spec.macs())
+
+    def check_budget(self, spec: Spec) -> None:
+        """Whether FLORA can reach its MAC window from a model of this spec, where it will try.
+
+        Raises:
+          ValueError: it cannot; names the window and what can be reached.
+        """
+        if "search" not in self.config.stages:
+            return
+        least, most = self._regular_space_of(spec).macs_range()
+        if self.macs_window[1] < least or self.macs_window[0] > most:
+            dense = self.spec.macs()
+            raise ValueError(
+                f"budget.macs {tuple(self.config.budget.macs)} cannot be reached: the space spans "
+                f"{least / dense:.3f}..{most / dense:.3f} of the dense model's MACs"
+            )
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -81,6 +121,7 @@ class Run:
             heldout_fraction=data.heldout_fraction,
             seed=self.config.seed,
             data_dir=data.data_dir or None,
+            classes=tuple(data.classes),
         )
 
     @functools.cached_property
@@ -123,6 +164,7 @@ class Run:
         *,
         source: Source | None = None,
         draw_genes: Callable[[int], np.ndarray] | None = None,
+        penalty: Callable[[Parameters], jax.Array] | None = None,
     ) -> nnx.Module:
         """Trains in the folder `name` by a recipe of the config; distils from the dense model."""
         source = source or self.splits.train
@@ -149,6 +191,7 @@ class Run:
             normalization=self.normalization,
             draw_genes=draw_genes,
             teacher=self.dense if recipe.distill else None,
+            penalty=penalty,
         )
 
     def train_supernet(

@@ -60,7 +60,7 @@ def test_table_of_the_dense_model_alone():
 
 
 @pytest.mark.parametrize("result", [{}, {"dense": {"top1": 0.9}}])
-def test_table_needs_a_complete_dense_entry(result):
+def test_table_needs_a_complete_entry(result):
     result["slim"] = {"top1": 0.9, "macs": 1, "params": 1}
     with pytest.raises(ValueError, match=r"'dense' with top1, macs, params.*entries: slim"):
         comparison_table(result)

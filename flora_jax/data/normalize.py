@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,3 +19,7 @@ class Normalization:
         scaled = images.astype(jnp.float32) / 255.0
         mean, std = (jnp.asarray(v, jnp.float32) for v in (self.mean, self.std))
         return ((scaled - mean) / std).astype(dtype)
+
+    def invert(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images float [..., C] -> pixels in 0..1, float."""
+        return np.clip(images * np.asarray(self.std) + np.asarray(self.mean), 0, 1)

@@ -6,6 +6,7 @@ is taken out of the training images; `test` is reported once.
 """
 
 import dataclasses
+import functools
 import hashlib
 
 import numpy as np
@@ -39,6 +40,38 @@ class Subset:
 
     def __getitem__(self, index: int) -> sources.Example:
         return self.source[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassSubset:
+    """The examples of some classes of `source`, which are numbered anew in the order given."""
+
+    source: sources.Source
+    classes: tuple[int, ...]
+
+    @functools.cached_property
+    def _indices(self) -> np.ndarray:
+        return np.flatnonzero(np.isin(self.source.labels, self.classes))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        number = np.zeros(self.source.num_classes, np.int32)
+        number[list(self.classes)] = np.arange(self.num_classes)
+        return number[self.source.labels[self._indices]]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self._indices[index]))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> sources.Example:
+        example = self.source[int(self._indices[index])]
+        return {**example, "label": int(self.labels[index])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +130,7 @@ def load_splits(
     seed: int = 0,
     data_dir: str | None = None,
     test_split: str = "validation",
+    classes: tuple[int, ...] = (),
 ) -> Splits:
     """The splits of a dataset.
 
@@ -106,9 +140,10 @@ def load_splits(
       seed: picks the held-out images; the test images do not depend on it.
       data_dir: folder of the TFDS datasets; None: the TFDS default.
       test_split: the TFDS split that is reported on.
+      classes: the classes to take, numbered anew from 0; empty for all.
 
     Raises:
-      ValueError: unknown name, fraction not between 0 and 1, or dataset not on disk.
+      ValueError: unknown name or class, fraction not between 0 and 1, or dataset not on disk.
     """
     _check_fraction(heldout_fraction)
     if name == "digits":
@@ -121,8 +156,18 @@ def load_splits(
             f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' (did you mean "
             f"'tfds:{name}'?)"
         )
+    if classes:
+        rest, test = _of_classes(rest, classes), _of_classes(test, classes)
     train, heldout = hold_out(rest, heldout_fraction, seed)
     return Splits(train, heldout, test)
+
+
+def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> ClassSubset:
+    if len(set(classes)) < len(classes) or not set(classes) <= set(range(source.num_classes)):
+        raise ValueError(
+            f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
+        )
+    return ClassSubset(source, tuple(classes))
 
 
 def _check_fraction(fraction: float) -> None:

@@ -15,7 +15,7 @@ from flora_jax.io.checkpoint import read_parameters
 from flora_jax.io.files import read_json, replacing, write_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
-from flora_jax.models import create_abstract, functional, spec_from_json, spec_to_json
+from flora_jax.models import Spec, create_abstract, functional, spec_from_json, spec_to_json
 
 FORMAT = 1
 SPEC_FILE, WEIGHTS_FILE, CHECKPOINTS = "spec.json", "model.safetensors", "checkpoints"
@@ -56,19 +56,9 @@ def load(path: epath.PathLike) -> nnx.Module | Supernet:
       ValueError: the folder was written by a newer version, or its content is damaged.
     """
     path = epath.Path(path)
-    if not (path / SPEC_FILE).exists():
-        found = sorted(p.parent.name for p in path.glob(f"*/{SPEC_FILE}")) if path.exists() else []
-        hint = f"; inside it are {', '.join(found)}" if found else ""
-        raise FileNotFoundError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
-    description = read_json(path / SPEC_FILE)
-    has_weights = (path / WEIGHTS_FILE).exists()
-    needed = {"format", "spec", "space"} | ({"sha256"} if has_weights else set())
-    if missing := needed - description.keys():
-        raise ValueError(f"{path / SPEC_FILE} lacks {', '.join(sorted(missing))}")
-    if description["format"] != FORMAT:
-        raise ValueError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    description = _read_description(path)
     spec = spec_from_json(description["spec"])
-    if has_weights:
+    if (path / WEIGHTS_FILE).exists():
         parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
     else:
         parameters = read_parameters(path / CHECKPOINTS)
@@ -76,6 +66,25 @@ def load(path: epath.PathLike) -> nnx.Module | Supernet:
         return functional.with_parameters(create_abstract(spec), parameters)
     supernet = abstract_supernet(RankSpace.from_json(spec, description["space"]))
     return Supernet(functional.with_parameters(supernet.network, parameters), supernet.space)
+
+
+def load_spec(path: epath.PathLike) -> Spec:
+    """The spec of a saved model, without its weights. Raises as `load`."""
+    return spec_from_json(_read_description(epath.Path(path))["spec"])
+
+
+def _read_description(path: epath.Path) -> dict:
+    if not (path / SPEC_FILE).exists():
+        found = sorted(p.parent.name for p in path.glob(f"*/{SPEC_FILE}")) if path.exists() else []
+        hint = f"; inside it are {', '.join(found)}" if found else ""
+        raise FileNotFoundError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
+    description = read_json(path / SPEC_FILE)
+    needed = {"format", "spec", "space"} | ({"sha256"} if (path / WEIGHTS_FILE).exists() else set())
+    if missing := needed - description.keys():
+        raise ValueError(f"{path / SPEC_FILE} lacks {', '.join(sorted(missing))}")
+    if description["format"] != FORMAT:
+        raise ValueError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    return description
 
 
 def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:

@@ -97,9 +97,10 @@ class RankSpace:
     ) -> "RankSpace":
         """The space of all triples over ranks `int(round(ratio * full_rank))`, at least 1.
 
+        A narrow layer to which two ratios give the same rank has it once.
+
         Raises:
-          ValueError: a ratio lies outside (0, 1] or is repeated, 1 is missing, or two ratios give
-            a layer the same rank.
+          ValueError: a ratio lies outside (0, 1] or is repeated, or 1 is missing.
         """
         ratios = sorted(ratios)
         for ratio in ratios:
@@ -110,18 +111,10 @@ class RankSpace:
                 raise ValueError(f"ratio {smaller} is given twice")
         if not ratios or ratios[-1] != 1:
             raise ValueError(f"ratios {ratios} must contain 1: full rank is always a choice")
-        choices = []
-        for layer in spec.layers:
-            ranks = [_rank_at(ratio, layer) for ratio in ratios]
-            for i, (smaller, larger) in enumerate(itertools.pairwise(ranks)):
-                if smaller == larger:
-                    raise ValueError(
-                        f"ratios {ratios[i]} and {ratios[i + 1]} both give rank {smaller} "
-                        f"in {layer.name}, whose full rank is {layer.full_rank}"
-                    )
-            choices.append(tuple(ranks))
-        triples = np.array(list(itertools.product(range(len(ratios)), repeat=_TRIPLE)), np.int32)
-        return cls(spec, tuple(choices), (triples,) * (len(choices) // _TRIPLE))
+        choices = tuple(
+            tuple(sorted({_rank_at(ratio, layer) for ratio in ratios})) for layer in spec.layers
+        )
+        return cls(spec, choices, _every_triple(choices))
 
     def keep(self, kept) -> "RankSpace":
         """The same choices with only these gene triples, one integer array [K_b, 3] a block."""
@@ -281,6 +274,15 @@ class RankSpace:
         if best == 0:
             raise ValueError(f"no uniform rank costs at most {hi} MACs; the least is {macs(1)}")
         return ranks(best)
+
+
+def _every_triple(choices) -> tuple[np.ndarray, ...]:
+    """All gene triples [K_b, 3] of each block."""
+    sizes = [len(ranks) for ranks in choices]
+    return tuple(
+        np.array(list(np.ndindex(*sizes[b : b + _TRIPLE])), np.int32)
+        for b in range(0, len(sizes), _TRIPLE)
+    )
 
 
 def _rank_at(ratio: float, layer: "LinearShape") -> int:

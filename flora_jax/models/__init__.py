@@ -38,11 +38,17 @@ def spec_from_json(value: dict) -> Spec:
     family = fields.pop("family", None)
     if family not in _FAMILIES:
         raise ValueError(f"unknown model family {family!r}; known: {', '.join(_FAMILIES)}")
-    blocks = [
-        _from_fields(BlockSpec, {**block, "ranks": tuple(block.get("ranks", ()))})
-        for block in fields.get("blocks", ())
-    ]
+    blocks = [_block_from_json(block) for block in fields.get("blocks", ())]
     return _from_fields(_FAMILIES[family][0], {**fields, "blocks": tuple(blocks)})
+
+
+def _block_from_json(value: dict) -> BlockSpec:
+    tokens = value.get("tokens")
+    tuples = {
+        "ranks": tuple(value.get("ranks", ())),
+        "tokens": None if tokens is None else tuple(tokens),
+    }
+    return _from_fields(BlockSpec, {**value, **tuples})
 
 
 def _from_fields(spec_class: type, fields: dict):

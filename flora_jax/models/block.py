@@ -1,6 +1,7 @@
 """The pre-norm transformer block and the patch embedding, which all families share."""
 
 import jax
+import numpy as np
 from flax import nnx
 
 from flora_jax.models.layers import LayerNorm, Linear, make_linear
@@ -58,7 +59,10 @@ def run_blocks(blocks: nnx.List, x: jax.Array, genes: jax.Array | None) -> jax.A
 
 
 class PatchEmbed(nnx.Module):
-    """images [B, H, W, C] -> patches projected to [B*N, D], normalised by `norm` if given."""
+    """images [B, H, W, C] -> patches projected to [B*N, D], normalised by `norm` if given.
+
+    `kept` lists the patches to project, in rows; None for all.
+    """
 
     def __init__(
         self,
@@ -66,10 +70,11 @@ class PatchEmbed(nnx.Module):
         in_channels: int,
         width: int,
         norm: LayerNorm | None = None,
+        kept: tuple[int, ...] | None = None,
         *,
         rngs: nnx.Rngs,
     ):
-        self.patch_size = patch_size
+        self.patch_size, self.kept = patch_size, kept
         self.proj = Linear(patch_size * patch_size * in_channels, width, rngs=rngs)
         self.norm = norm
 
@@ -77,5 +82,8 @@ class PatchEmbed(nnx.Module):
         batch, height, width, channels = images.shape
         size = self.patch_size
         grid = images.reshape(batch, height // size, size, width // size, size, channels)
-        x = self.proj(grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size * size * channels))
+        patches = grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+        if self.kept is not None:
+            patches = patches[:, np.array(self.kept, int)]
+        x = self.proj(patches.reshape(-1, patches.shape[-1]))
         return x if self.norm is None else self.norm(x)

@@ -43,12 +43,19 @@ class LinearShape:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """One transformer block. `ranks` belong to its (qkv, fc1, fc2)."""
+    """One transformer block.
+
+    Attributes:
+      ranks: of its (qkv, fc1, fc2).
+      tokens: numbers of the tokens that it works on, ascending, counted in the uncut image; None
+        for all of them.
+    """
 
     num_heads: int
     head_dim: int
     mlp_dim: int
     ranks: tuple[Rank, Rank, Rank] = (None, None, None)
+    tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name in ("num_heads", "head_dim", "mlp_dim"):
@@ -86,6 +93,16 @@ class Spec(abc.ABC):
     @abc.abstractmethod
     def block_inputs(self) -> tuple[BlockInput, ...]:
         """One a block."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches."""
+        return 0
+
+    @property
+    @abc.abstractmethod
+    def why_tokens_stay(self) -> str | None:
+        """Why no token may leave between blocks; None where they may."""
 
     @abc.abstractmethod
     def _macs_around_blocks(self) -> int: ...

@@ -88,6 +88,8 @@ class SwinSpec(Spec):
                 f"depths {self.depths} make {sum(self.depths)} blocks but {len(self.blocks)} "
                 f"were given"
             )
+        if any(block.tokens is not None for block in self.blocks):
+            raise ValueError(f"no token can leave: {self.why_tokens_stay}")
         self._check_ranks()
 
     def _check_windows(self) -> None:
@@ -142,6 +144,10 @@ class SwinSpec(Spec):
                 Stage(self.embed_dim * 2**number, grid_size, window_size, depth, num_heads)
             )
         return tuple(stages)
+
+    @property
+    def why_tokens_stay(self) -> str:
+        return "the windows of a Swin need the whole feature map"
 
     @property
     def grid_size(self) -> int:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flora_jax.models.block import Block, PatchEmbed, run_blocks
@@ -11,13 +12,25 @@ from flora_jax.models.vit_spec import ViTSpec
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over the N tokens of each image."""
+    """Multi-head self-attention over the N tokens of each image.
+
+    Tokens that left before (`num_left`) would all be the same here: their input is zero, so their
+    key and value are qkv's bias. One constant of that key and value stands for them, with
+    log(num_left) added to its logit, which is exact.
+    """
 
     def __init__(
-        self, width: int, num_tokens: int, block: BlockSpec, qkv_bias: bool, *, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_tokens: int,
+        num_left: int,
+        block: BlockSpec,
+        qkv_bias: bool,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
-        self.num_tokens = num_tokens
+        self.num_tokens, self.num_left = num_tokens, num_left
         self.qkv = make_linear(
             width, 3 * block.attention_dim, block.ranks[0], use_bias=qkv_bias, rngs=rngs
         )
@@ -26,8 +39,31 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
         qkv = self.qkv(x, gene).reshape(-1, self.num_tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = jax.nn.dot_product_attention(query, key, value)
+        bias = None
+        if self.num_left:
+            key, value = self._with_constant(key, 1), self._with_constant(value, 2)
+            bias = np.zeros((1, 1, 1, self.num_tokens + 1), np.float32)
+            bias[..., -1] = np.log(self.num_left)
+        mixed = jax.nn.dot_product_attention(query, key, value, bias)
         return self.proj(mixed.reshape(x.shape[0], self.num_heads * self.head_dim))
+
+    def _with_constant(self, tokens: jax.Array, part: int) -> jax.Array:
+        """[B, N, H, d] -> [B, N+1, H, d]: qkv's bias of this part (1 key, 2 value) at the end."""
+        constant = jnp.zeros_like(tokens[:, :1])
+        if self.qkv.bias is not None:
+            constant += self.qkv.bias[...].reshape(3, self.num_heads, self.head_dim)[part]
+        return jnp.concatenate([tokens, constant], axis=1)
+
+
+class TokenSelection(nnx.Module):
+    """x [B*N, D] -> the tokens at `positions` of each image, [B*len(positions), D]."""
+
+    def __init__(self, num_tokens: int, positions: tuple[int, ...]):
+        self.num_tokens, self.positions = num_tokens, positions
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, self.num_tokens, x.shape[-1])
+        return tokens[:, np.array(self.positions)].reshape(-1, x.shape[-1])
 
 
 class ViT(nnx.Module):
@@ -39,21 +75,21 @@ class ViT(nnx.Module):
 
     def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
         self.spec = spec
-        width, epsilon = spec.embed_dim, spec.layer_norm_eps
-        self.patch_embed = PatchEmbed(spec.patch_size, spec.in_channels, width, rngs=rngs)
+        width, embedded = spec.embed_dim, spec.block_tokens[0]
+        kept = None
+        if len(embedded) < spec.num_tokens:
+            kept = tuple(t - spec.num_prefix_tokens for t in embedded[spec.num_prefix_tokens :])
+        self.patch_embed = PatchEmbed(
+            spec.patch_size, spec.in_channels, width, kept=kept, rngs=rngs
+        )
         init = nnx.initializers.normal(width**-0.5)
         self.cls_token = nnx.Param(init(rngs.params(), (1, width))) if spec.class_token else None
         self.dist_token = nnx.Param(init(rngs.params(), (1, width))) if spec.distilled else None
-        self.pos_embed = nnx.Param(init(rngs.params(), (spec.num_tokens, width)))
-        self.blocks = nnx.List([self._block(block, rngs) for block in spec.blocks])
-        self.norm = LayerNorm(width, epsilon)
+        self.pos_embed = nnx.Param(init(rngs.params(), (len(embedded), width)))
+        self.blocks = nnx.List(_blocks(spec, rngs))
+        self.norm = LayerNorm(width, spec.layer_norm_eps)
         self.head = Linear(width, spec.num_classes, rngs=rngs)
         self.head_dist = Linear(width, spec.num_classes, rngs=rngs) if spec.distilled else None
-
-    def _block(self, block: BlockSpec, rngs: nnx.Rngs) -> Block:
-        spec = self.spec
-        attention = Attention(spec.embed_dim, spec.num_tokens, block, spec.qkv_bias, rngs=rngs)
-        return Block(spec.embed_dim, block, attention, spec.layer_norm_eps, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """images [B, H, W, C] -> tokens [B*N, D], positions added."""
@@ -69,14 +105,29 @@ class ViT(nnx.Module):
 
     def classify(self, x: jax.Array) -> jax.Array:
         """tokens [B*N, D] -> logits [B, num_classes]."""
-        spec = self.spec
+        spec, num_tokens = self.spec, len(self.spec.block_tokens[-1])
         if spec.pool == "mean":
-            patches = x.reshape(-1, spec.num_tokens, spec.embed_dim)[:, spec.num_prefix_tokens :]
+            patches = x.reshape(-1, num_tokens, spec.embed_dim)[:, spec.num_prefix_tokens :]
             return self.head(self.norm(patches.mean(1)))
-        logits = self.head(self.norm(x[:: spec.num_tokens]))
+        logits = self.head(self.norm(x[::num_tokens]))
         if spec.distilled:
-            return (logits + self.head_dist(self.norm(x[1 :: spec.num_tokens]))) / 2
+            return (logits + self.head_dist(self.norm(x[1::num_tokens]))) / 2
         return logits
 
     def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:
         return self.classify(run_blocks(self.blocks, self.embed(images), genes))
+
+
+def _blocks(spec: ViTSpec, rngs: nnx.Rngs):
+    before = spec.block_tokens[0]
+    for block, tokens in zip(spec.blocks, spec.block_tokens, strict=True):
+        num_left = spec.num_tokens - len(tokens)
+        attention = Attention(
+            spec.embed_dim, len(tokens), num_left, block, spec.qkv_bias, rngs=rngs
+        )
+        selection = None
+        if tokens != before:
+            positions = np.searchsorted(before, tokens).tolist()
+            selection = TokenSelection(len(before), tuple(positions))
+        yield Block(spec.embed_dim, block, attention, spec.layer_norm_eps, selection, rngs=rngs)
+        before = tokens

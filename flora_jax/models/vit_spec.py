@@ -21,10 +21,14 @@ class ViTSpec(Spec):
       pool: what is classified: the class "token", or the "mean" of all patches, normalised after
         averaging.
 
+    A block may work on fewer tokens than the one before (ViT-Slim section 3): what leaves is gone
+    for the rest of the network, and stands in the attention of later blocks as one constant.
+
     Raises:
       ValueError: image_size is not a multiple of patch_size, embed_dim is not a multiple of
         num_heads, a size is not positive, tokens and pool contradict each other, `blocks` does not
-        have `depth` entries, or a rank lies outside 1..full rank.
+        have `depth` entries, a block's tokens are not among those of the block before, or a rank
+        lies outside 1..full rank.
     """
 
     family: ClassVar[str] = "vit"
@@ -60,7 +64,24 @@ class ViTSpec(Spec):
             object.__setattr__(self, "blocks", (block,) * self.depth)
         if len(self.blocks) != self.depth:
             raise ValueError(f"depth is {self.depth} but {len(self.blocks)} blocks were given")
+        self._check_tokens()
         self._check_ranks()
+
+    def _check_tokens(self) -> None:
+        before = tuple(range(self.num_tokens))
+        for i, block in enumerate(self.blocks):
+            tokens = before if block.tokens is None else block.tokens
+            if list(tokens) != sorted(set(tokens) & set(before)):
+                raise ValueError(
+                    f"tokens of block {i} must ascend and be among those of the block before"
+                )
+            if block.tokens is None and len(before) < self.num_tokens:
+                raise ValueError(f"block {i} cannot work on all tokens: some left before it")
+            if list(tokens[: self.num_prefix_tokens]) != list(range(self.num_prefix_tokens)):
+                raise ValueError(f"block {i} must keep the tokens that are classified")
+            if self.why_tokens_stay and len(tokens) < self.num_tokens:
+                raise ValueError(f"no token can leave: {self.why_tokens_stay}")
+            before = tokens
 
     def _check_pool(self) -> None:
         if self.pool not in POOLS:
@@ -69,6 +90,11 @@ class ViTSpec(Spec):
             raise ValueError("pool 'token' needs class_token=True; without it choose pool 'mean'")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True classifies its two tokens: pool must be 'token'")
+
+    @property
+    def why_tokens_stay(self) -> str | None:
+        is_mean = self.pool == "mean"
+        return "the mean over all patches needs every one of them to the end" if is_mean else None
 
     @property
     def num_patches(self) -> int:
@@ -81,21 +107,38 @@ class ViTSpec(Spec):
 
     @property
     def num_tokens(self) -> int:
+        """Of the uncut image."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
+    def block_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the tokens that each block works on."""
+        every = tuple(range(self.num_tokens))
+        return tuple(every if block.tokens is None else block.tokens for block in self.blocks)
+
+    @property
     def block_inputs(self) -> tuple[BlockInput, ...]:
-        return (BlockInput(self.embed_dim, self.num_tokens, self.num_tokens),) * self.depth
+        inputs = []
+        for tokens in self.block_tokens:
+            has_left = len(tokens) < self.num_tokens  # then one constant stands for what has left
+            inputs.append(BlockInput(self.embed_dim, len(tokens), len(tokens) + has_left))
+        return tuple(inputs)
+
+    @property
+    def num_embedded_tokens(self) -> int:
+        """Tokens that the first block works on: the others are not even embedded."""
+        return len(self.block_tokens[0])
 
     def _macs_around_blocks(self) -> int:
         width, num_heads = self.embed_dim, 1 + self.distilled
-        patch_embed = self.num_patches * width * self.in_channels * self.patch_size**2
+        num_patches = self.num_embedded_tokens - self.num_prefix_tokens
+        patch_embed = num_patches * width * self.in_channels * self.patch_size**2
         return patch_embed + num_heads * (width + width * self.num_classes)  # norm and head
 
     def _params_around_blocks(self) -> int:
         width, num_heads = self.embed_dim, 1 + self.distilled
         patch_embed = (self.in_channels * self.patch_size**2 + 1) * width
-        tokens = (self.num_prefix_tokens + self.num_tokens) * width
+        tokens = (self.num_prefix_tokens + self.num_embedded_tokens) * width
         return patch_embed + tokens + 2 * width + num_heads * (width + 1) * self.num_classes
 
 

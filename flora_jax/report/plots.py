@@ -19,9 +19,9 @@ from flora_jax.io.files import replacing
 from flora_jax.report.table import count_unit
 from flora_jax.search.evolution import front
 
-_COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
+COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
-_MAX_BLOCK_TICKS = 26
+MAX_BLOCK_TICKS = 26
 _LOG_LOSS_RANGE = 20  # largest / smallest loss from which a linear axis hides the end of training
 _LINE_HEIGHT = 14  # points, of a label
 
@@ -108,11 +108,11 @@ def plot_ranks(
             np.arange(num_blocks) + (i - (len(names) - 1) / 2) * width,
             100 * shares[i :: len(names)],
             width=width,
-            color=_COLORS[i],
+            color=COLORS[i],
             edgecolor="white",
             hatch=["////" if rank is None else "" for rank in ranks[i :: len(names)]],
         )
-        handles.append(Patch(facecolor=_COLORS[i], label=name))
+        handles.append(Patch(facecolor=COLORS[i], label=name))
     if None in ranks:
         handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="////", label="kept dense"))
     if uniform_ratio is not None:
@@ -125,7 +125,7 @@ def plot_ranks(
                 label=f"uniform ({100 * uniform_ratio:.0f} %)",
             )
         )
-    ax.set_xticks(range(0, num_blocks, 1 + num_blocks // _MAX_BLOCK_TICKS))
+    ax.set_xticks(range(0, num_blocks, 1 + num_blocks // MAX_BLOCK_TICKS))
     ax.set_xlim(-0.6, num_blocks - 0.4)
     ax.set_ylim(0, 104)
     ax.set_xlabel("block")
@@ -161,7 +161,7 @@ def plot_curves(
         return
     right = ax.twinx() if accuracies else None
     for i, (stage, (steps, losses)) in enumerate(curves.items()):
-        color, last_step = _COLORS[i % len(_COLORS)], max(1, steps[-1])
+        color, last_step = COLORS[i % len(COLORS)], max(1, steps[-1])
         label = f"{stage} ({last_step:,} steps)"
         ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
         if accuracies and stage in accuracies:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _HEADER = ("model", "top-1 %", "change", "MACs", "fewer MACs", "params", "fewer params")
-_FIRST_ROWS = ("dense", "uniform", "subnet")
+_FIRST_ROWS = ("dense", "slim", "uniform", "subnet")
 _FIELDS = ("top1", "macs", "params")
 
 
@@ -23,51 +23,49 @@ def human_count(n: float) -> str:
 
 
 def comparison_table(result: Mapping) -> str:
-    """Accuracy and cost of every model of result.json, and its change against the dense one.
+    """Accuracy and cost of every model of result.json, and its change against the first one.
 
     Args:
-      result: {model: {"top1": share in 0..1, "macs": int, "params": int}} with at least "dense".
+      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one.
         Entries and keys of another form are ignored.
 
     Returns:
-      One line a model: dense, uniform, subnet, then the others in the order given. "change" is in
-      percentage points of top-1.
+      One line a model: dense, slim, uniform, subnet, then the others in the order given. "change"
+      is in percentage points of top-1.
 
     Raises:
-      ValueError: "dense" is missing or lacks one of its numbers.
+      ValueError: no entry has all its numbers.
     """
     models = {
         name: entry
         for name, entry in result.items()
         if isinstance(entry, Mapping) and all(field in entry for field in _FIELDS)
     }
-    if "dense" not in models:
-        raise ValueError(
-            f"the comparison needs an entry 'dense' with {', '.join(_FIELDS)}; "
-            f"complete entries: {', '.join(models) or 'none'}"
-        )
+    if not models:
+        raise ValueError(f"no entry has {', '.join(_FIELDS)}; entries: {', '.join(result)}")
     names = [name for name in _FIRST_ROWS if name in models]
     names += [name for name in models if name not in _FIRST_ROWS]
-    rows = [_HEADER] + [_row(name, models[name], models["dense"]) for name in names]
+    first = models[names[0]]
+    rows = [_HEADER] + [_row(name, models[name], first) for name in names]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_align(row, widths) for row in rows)
 
 
-def _row(name: str, model: Mapping, dense: Mapping) -> tuple[str, ...]:
-    compared = name != "dense"
+def _row(name: str, model: Mapping, first: Mapping) -> tuple[str, ...]:
+    compared = model is not first
     return (
         name,
         f"{100 * model['top1']:.2f}",
-        f"{_rounded(100 * (model['top1'] - dense['top1']), 2):+.2f}" if compared else "",
+        f"{_rounded(100 * (model['top1'] - first['top1']), 2):+.2f}" if compared else "",
         human_count(model["macs"]),
-        _saving(model["macs"], dense["macs"]) if compared else "",
+        _saving(model["macs"], first["macs"]) if compared else "",
         human_count(model["params"]),
-        _saving(model["params"], dense["params"]) if compared else "",
+        _saving(model["params"], first["params"]) if compared else "",
     )
 
 
-def _saving(count: int, dense_count: int) -> str:
-    return f"{_rounded(100 * (1 - count / dense_count), 1):.1f} %"
+def _saving(count: int, first_count: int) -> str:
+    return f"{_rounded(100 * (1 - count / first_count), 1):.1f} %"
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -33,6 +33,7 @@ def train(
     normalization: Normalization,
     draw_genes: Callable[[int], np.ndarray] | None = None,
     teacher: nnx.Module | None = None,
+    penalty: Callable[[functional.Parameters], jax.Array] | None = None,
 ) -> nnx.Module:
     """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
 
@@ -47,6 +48,7 @@ def train(
       name: what the progress display calls the stage.
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
       teacher: its soft predictions on the same images are the targets; None: the labels are.
+      penalty: of the parameters, added to the loss.
 
     Returns:
       A model with the final parameters (their moving average where the settings ask for one).
@@ -58,7 +60,7 @@ def train(
     directory = epath.Path(directory)
     graphdef, parameters = functional.split(model)
     teacher_graphdef, teacher_parameters = functional.split(teacher) if teacher else (None, None)
-    step_function = make_step(graphdef, settings, normalization, teacher_graphdef)
+    step_function = make_step(graphdef, settings, normalization, teacher_graphdef, penalty)
     mesh = make_mesh()
     teacher_parameters = replicate(teacher_parameters, mesh)
     state = replicate(initial_state(parameters, settings), mesh)

@@ -5,7 +5,14 @@ import optax
 
 from flora_jax.train.settings import TrainSettings
 
-_NEVER_DECAYED = ("cls_token", "pos_embed", "relative_position_bias_table")
+_NEVER_DECAYED = (
+    "cls_token",
+    "dist_token",
+    "pos_embed",
+    "absolute_pos_embed",
+    "relative_position_bias_table",
+    "gate",
+)
 
 
 def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:

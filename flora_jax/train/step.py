@@ -42,9 +42,15 @@ def task_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=32)
 def make_step(
-    graphdef, settings: TrainSettings, normalization: Normalization, teacher_graphdef=None
+    graphdef,
+    settings: TrainSettings,
+    normalization: Normalization,
+    teacher_graphdef=None,
+    penalty: Callable[[Parameters], jax.Array] | None = None,
 ) -> Callable:
     """The compiled step of a network; equal arguments give the same compiled function.
+
+    A `penalty` on the parameters (hashable, so that equal ones compile once) adds to the loss.
 
     Returns:
       step(state, batch, genes, teacher_parameters) -> (state, metrics float32 [2]) where batch
@@ -68,7 +74,8 @@ def make_step(
             targets = optax.smooth_labels(
                 jax.nn.one_hot(batch["label"], logits.shape[-1]), settings.label_smoothing
             )
-        return task_loss(logits, targets)
+        task = task_loss(logits, targets)
+        return task if penalty is None else task + penalty(parameters)
 
     def loss_and_gradient(parameters, batch, genes, teacher_parameters):
         value_and_grad = jax.value_and_grad(loss)

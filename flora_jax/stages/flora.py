@@ -1,45 +1,19 @@
-"""The stages of FLORA, in order; each reads and writes the folder of its run.
-
-The files are listed in `flora_jax.run`.
-"""
+"""The stages of FLORA in order: filter, supernet, search, extract, finetune."""
 
 import dataclasses
-import json
-import logging
-from collections.abc import Callable
 
 import numpy as np
-from etils import epath
 
 from flora_jax.data.splits import hold_out
 from flora_jax.evaluation import evaluate as evaluate_metrics
-from flora_jax.evaluation import top1
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
-from flora_jax.io.pretrained import from_pretrained
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
-from flora_jax.models import create
-from flora_jax.report import plots, table
 from flora_jax.report.progress import Progress
 from flora_jax.run import Run
 from flora_jax.search.block_scores import score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
-from flora_jax.search.history import read_history
-
-log = logging.getLogger(__name__)
-
-
-def pretrain(run: Run) -> None:
-    """The dense model: trained from scratch, or read from the weights that the config names."""
-    if run.config.pretrained:
-        model = from_pretrained(run.config.pretrained, run.spec)
-    else:
-        model = create(run.spec, run.seed("create"))
-        folder.save_description(model, run.folder / "pretrain")
-        model = run.train(model, run.config.pretrain, "pretrain")
-    folder.save(model, run.folder / "dense")
-    log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, run.heldout_set))
 
 
 def filter_candidates(run: Run) -> None:
@@ -47,7 +21,7 @@ def filter_candidates(run: Run) -> None:
     settings = run.config.filter
     space, full_rank = run.regular_space, run.regular_space.full_rank_genes.reshape(-1, 3)
     part = hold_out(run.splits.train, settings.train_fraction, run.seed("filter/part"))[1]
-    inherited = factorize(run.dense, space)
+    inherited = factorize(run.base, space)
     scores = []
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
         for block, triples in enumerate(space.kept):
@@ -71,7 +45,7 @@ def filter_candidates(run: Run) -> None:
 
 
 def train_supernet(run: Run) -> None:
-    supernet = factorize(run.dense, run.space)
+    supernet = factorize(run.base, run.space)
     folder.save_description(supernet, run.folder / "supernet")
     run.train_supernet(supernet, run.config.supernet, "supernet", "low_rank_aware")
 
@@ -102,14 +76,14 @@ def search(run: Run) -> None:
 
 
 def extract_subnets(run: Run) -> None:
-    """The winner and the uniform-rank baseline, cut out of the supernet (or the dense model)."""
+    """The winner, and the uniform-rank baseline out of the same supernet or one of its own."""
     supernet = folder.load(run.folder / "supernet")
     best = read_json(run.folder / "search/best.json")
     folder.save(extract(supernet, best["genes"]), run.folder / "extract/subnet")
     if run.config.uniform_baseline == "none":
         return
     if run.config.uniform_baseline == "alone":
-        supernet = factorize(run.dense, run.regular_space)
+        supernet = factorize(run.base, run.regular_space)
     uniform_ranks = supernet.space.uniform_ranks_within(run.macs_window[1])
     folder.save(extract_ranks(supernet, uniform_ranks), run.folder / "extract/uniform")
 
@@ -117,7 +91,7 @@ def extract_subnets(run: Run) -> None:
 def finetune(run: Run) -> None:
     """The subnet and the uniform-rank baseline, in the same way.
 
-    A baseline that starts from the dense model is first trained alone by the supernet's recipe.
+    A baseline of its own is first trained alone by the supernet's recipe.
     """
     models = {"subnet": folder.load(run.folder / "extract/subnet")}
     if run.config.uniform_baseline != "none":
@@ -131,77 +105,3 @@ def finetune(run: Run) -> None:
         folder.save_description(model, run.folder / "finetune" / name)
         model = run.train(model, run.config.finetune, f"finetune/{name}")
         folder.save(model, run.folder / name)
-
-
-def evaluate(run: Run) -> None:
-    """The only look at the test split."""
-    test_set = run.evaluation_set(run.splits.test)
-    is_finetuned = "finetune" in run.config.stages
-    folders = {
-        "dense": run.folder / "dense",
-        "subnet": run.folder / ("subnet" if is_finetuned else "extract/subnet"),
-    }
-    if is_finetuned and run.config.uniform_baseline != "none":
-        folders["uniform"] = run.folder / "uniform"
-    result = {}
-    for name, path in folders.items():
-        model = folder.load(path)
-        result[name] = {
-            "top1": top1(model, test_set),
-            "macs": model.spec.macs(),
-            "params": model.spec.num_params(),
-        }
-    write_json(run.folder / "result.json", result)
-
-
-def report(run: Run) -> None:
-    """The table on the terminal and the picture in the folder."""
-    result = read_json(run.folder / "result.json")
-    candidates = read_history(run.folder / "search/history.jsonl")
-    subnet = folder.load(run.folder / "extract/subnet").spec
-    full_ranks = [layer.full_rank for layer in run.spec.layers]
-    uniform_ratio = None
-    if run.config.uniform_baseline != "none":
-        ranks = run.regular_space.uniform_ranks_within(run.macs_window[1])
-        uniform_ratio = ranks[0] / full_ranks[0]
-    figure = plots.report_figure(
-        candidates={
-            field: [getattr(candidate, field) for candidate in candidates]
-            for field in ("macs", "top1", "generation")
-        },
-        points={name: (row["macs"], row["top1"]) for name, row in result.items()},
-        window=run.macs_window,
-        ranks=subnet.ranks,
-        full_ranks=full_ranks,
-        curves=_loss_curves(run.folder),
-        uniform_ratio=uniform_ratio,
-        title=f"{run.folder.name}: {table.human_count(subnet.macs())} of "
-        f"{table.human_count(run.spec.macs())} multiply-adds",
-    )
-    plots.save_figure(figure, run.folder / "report.png")
-    print(f"\n{table.comparison_table(result)}\n\nPicture: {run.folder / 'report.png'}")
-
-
-def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Loss by step of the long stages, averaged over about 1 % of the stage."""
-    curves = {}
-    for name in ("pretrain", "supernet", "finetune/uniform", "finetune/subnet"):
-        path = directory / name / "metrics.jsonl"
-        if path.exists():
-            losses = np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])
-            parts = np.array_split(losses, min(100, len(losses)))
-            steps = np.cumsum([len(part) for part in parts])
-            curves[name] = (steps.tolist(), [float(part.mean()) for part in parts])
-    return curves
-
-
-STAGES: dict[str, Callable[[Run], None]] = {
-    "pretrain": pretrain,
-    "filter": filter_candidates,
-    "supernet": train_supernet,
-    "search": search,
-    "extract": extract_subnets,
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "report": report,
-}

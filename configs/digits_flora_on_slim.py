@@ -1,0 +1,13 @@
+"""FLORA on top of ViT-Slim on the handwritten digits bundled with scikit-learn.
+
+python -m flora_jax.main --config=configs/digits_flora_on_slim.py --workdir=runs/digits_both
+"""
+
+from configs import common, digits_slim
+
+
+def get_config():
+    config = digits_slim.get_config()
+    config.stages = common.FLORA_ON_SLIM_STAGES
+    config.budget.macs = (0.38, 0.4)  # slimming leaves about 0.52
+    return config

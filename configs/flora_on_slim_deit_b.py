@@ -1,0 +1,25 @@
+"""FLORA on a slimmed DeiT-B, ImageNet: the paper reports a further 21 to 26 % fewer multiply-adds.
+
+    python -m flora_jax.main --config=configs/flora_on_slim_deit_b.py --workdir=runs/both \
+        --config.pretrained=deit_base_patch16_224.safetensors
+
+On a laptop, in seconds, with a tiny model and the bundled digits:
+
+    python -m flora_jax.main --config=configs/flora_on_slim_deit_b.py:runlocal --workdir=runs/tiny
+"""
+
+import flora_jax as flora
+from configs import common
+
+
+def get_config(argument: str = ""):
+    if argument not in ("", "runlocal"):
+        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
+    config = common.imagenet(flora.deit("base"))
+    config.stages = common.FLORA_ON_SLIM_STAGES
+    config.slim.budget.macs = 0.6
+    if argument == "runlocal":
+        config = common.run_local(config)
+        config.slim.budget.macs = 0.8
+    config.budget.macs = (0.45, 0.47)  # 22 to 25 % fewer than what slimming leaves
+    return config

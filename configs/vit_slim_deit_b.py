@@ -1,0 +1,23 @@
+"""ViT-Slim on DeiT-B, ImageNet: gates, cut, retraining.
+
+Published: 10.6 G of 17.57 G multiply-adds, 52.6 M of 86.6 M parameters, 82.4 % top-1.
+
+    python -m flora_jax.main --config=configs/vit_slim_deit_b.py --workdir=runs/vit_slim_deit_b \
+        --config.pretrained=deit_base_patch16_224.safetensors
+
+On a laptop, in seconds, with a tiny model and the bundled digits:
+
+    python -m flora_jax.main --config=configs/vit_slim_deit_b.py:runlocal --workdir=runs/tiny
+"""
+
+import flora_jax as flora
+from configs import common
+
+
+def get_config(argument: str = ""):
+    if argument not in ("", "runlocal"):
+        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
+    config = common.imagenet(flora.deit("base"))
+    config.stages = common.SLIM_STAGES
+    config.slim.budget.macs = 0.6
+    return common.run_local(config) if argument == "runlocal" else config

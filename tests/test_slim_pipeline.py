@@ -1,0 +1,133 @@
+"""ViT-Slim, FLORA on top of it, and the transfer of the result, from end to end."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import flora_jax as flora
+from configs import digits_slim, flora_on_slim_deit_b, transfer, vit_slim_deit_b, vit_slim_deit_s
+from flora_jax import pipeline
+from flora_jax.models import functional
+from flora_jax.run import Run
+
+
+def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
+    config = module.get_config("runlocal")
+    for recipe in (
+        *(config.pretrain, config.slim.gates, config.slim.retrain),
+        *(config.filter.train, config.supernet, config.finetune),
+    ):
+        recipe.epochs = 2.0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of a run that slims and then searches."""
+    workdir = tmp_path_factory.mktemp("both") / "run"
+    pipeline.run(tiny_config(), workdir)
+    return workdir
+
+
+def test_flora_goes_on_from_the_slimmed_model(both):
+    result = json.loads((both / "result.json").read_text())
+    assert set(result) == {"dense", "slim", "subnet", "uniform"}
+    macs = {name: row["macs"] for name, row in result.items()}
+    assert macs["slim"] <= 0.8 * macs["dense"]
+    assert 0.45 * macs["dense"] <= macs["subnet"] <= 0.47 * macs["dense"]
+    slim, subnet = flora.load(both / "slim").spec, flora.load(both / "subnet").spec
+    assert [block.mlp_dim for block in subnet.blocks] == [block.mlp_dim for block in slim.blocks]
+    assert [block.tokens for block in subnet.blocks] == [block.tokens for block in slim.blocks]
+    assert slim.blocks != Run(tiny_config(), both).spec.blocks
+    for name in ("slim.png", "report.png"):
+        assert (both / name).stat().st_size > 10_000
+
+
+def test_gates_are_trained_under_the_penalty(both):
+    """The same training without it leaves larger gates."""
+    config = tiny_config()
+    config.slim.penalty = {"attn": 0.0, "mlp": 0.0, "patch": 0.0}
+    run = Run(tiny_config(), both)
+    free = Run(config, both.parent / "free")
+    flora.save(run.dense, free.folder / "dense")
+    from flora_jax.stages.slim import trained_gates
+
+    for kind, gates in trained_gates(run).gates().items():
+        others = trained_gates(free).gates()[kind]
+        assert np.mean(np.concatenate(gates, None)) < np.mean(np.concatenate(others, None)), kind
+
+
+def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
+    config = transfer.get_config("digits")
+    config.update_from_flattened_dict(
+        {"pretrained": str(both / "slim"), "finetune.epochs": 2.0, "finetune.warmup_epochs": 0.0}
+    )
+    with pytest.warns(UserWarning, match="head has 10 classes in the weights and 5 in the spec"):
+        pipeline.run(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"transfer"}
+    slim, moved = flora.load(both / "slim"), flora.load(tmp_path / "transfer")
+    assert moved.spec.blocks == slim.spec.blocks
+    assert moved.spec.num_classes == 5
+    before, after = (functional.split(model)[1] for model in (slim, moved))
+    assert before["head.kernel"].shape != after["head.kernel"].shape
+
+
+BAD_CONFIGS = {
+    "budget": ({"slim.budget.mlp": 0.0}, r"slim\.budget\.mlp must lie in \(0, 1\], got 0"),
+    "large budget": ({"slim.budget.attn": 1.5}, r"slim\.budget\.attn must lie in \(0, 1\]"),
+    "gates": ({"slim.attention": "heads"}, "unknown attention gates 'heads'; choose one of dim"),
+    "tile": ({"slim.tile": 0}, r"slim\.tile must be at least 1"),
+    "nothing left": ({"slim.budget.macs": 0.4}, r"0\.4 is below the subnet's, 0\.47"),
+    "batch": ({"slim.retrain.batch_size": 5000}, "slim.retrain: batch_size 5000 exceeds"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_config_fails_before_any_work(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_token_gates_of_a_swin_are_refused(tmp_path):
+    from configs import digits_swin
+
+    config = digits_swin.get_config()
+    config.stages = digits_slim.get_config().stages
+    config.slim.tokens = True
+    with pytest.raises(ValueError, match="no token gates here: the windows of a Swin"):
+        pipeline.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pretrained": "nowhere"}, "no file or folder nowhere|needs the folder"),
+        ({"pretrained": ""}, "transfer needs the folder of a finished model"),
+        ({"finetune.distill": True}, "nobody teaches the new classes"),
+        ({"stages": ("transfer", "filter")}, "transfer stands alone, without filter"),
+        ({"data.classes": (1, 1, 2)}, r"classes \(1, 1, 2\) must be different ones of 0\.\.9"),
+        ({"data.classes": (9, 10)}, r"must be different ones of 0\.\.9"),
+        ({"data.classes": (1, 2)}, "num_classes is 5, but digits has 2 classes"),
+    ],
+)
+def test_bad_transfer(both, changes, message, tmp_path):
+    config = transfer.get_config("digits")
+    config.pretrained = str(both / "slim")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [vit_slim_deit_b, vit_slim_deit_s, flora_on_slim_deit_b])
+def test_published_configs_make_sense(module, tmp_path):
+    config = module.get_config()
+    assert Run(config, tmp_path).spec.image_size == 224
+    pipeline.check(Run(module.get_config("runlocal"), tmp_path))
+    with pytest.raises(ValueError, match="accepted: runlocal"):
+        module.get_config("runlocl")
