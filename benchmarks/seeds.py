@@ -2,7 +2,8 @@
 
     python benchmarks/seeds.py --config configs/digits.py --workdir runs/seeds --seeds 0 1 2
 
-Runs the command line once a seed in WORKDIR/seed_N; a finished run is not repeated.
+Runs the command line once a seed in WORKDIR/seed_N; a finished run is not repeated. Further
+arguments, such as --config.budget.macs="(0.38,0.4)", go to it as they are.
 """
 
 import argparse
@@ -20,13 +21,14 @@ def main() -> None:
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
 
     results = []
     for seed in arguments.seeds:
         workdir = arguments.workdir / f"seed_{seed}"
         command = [sys.executable, "-m", "flora_jax.main", f"--config={arguments.config}"]
-        subprocess.run([*command, f"--workdir={workdir}", f"--config.seed={seed}"], check=True)
+        own = [f"--workdir={workdir}", f"--config.seed={seed}"]
+        subprocess.run([*command, *own, *others], check=True)
         results.append(json.loads((workdir / "result.json").read_text()))
     print(summary(results))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

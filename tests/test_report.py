@@ -348,7 +348,7 @@ def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
         assert image.size == (12 * 150, 8 * 150)
         pixels = np.asarray(image.convert("RGB"))
     assert {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)} >= {
-        tuple(round(255 * c) for c in to_rgba(color)[:3]) for color in plots._COLORS[:3]
+        tuple(round(255 * c) for c in to_rgba(color)[:3]) for color in plots.COLORS[:3]
     }
     assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
 

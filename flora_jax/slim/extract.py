@@ -75,13 +75,8 @@ def extract(gated: "Gated", masks: "Masks", fold: bool = True, tile: int = 1) ->
         mlp_gate = parameters.pop(f"{name}.mlp.fc2.gate")
         token_gate = np.tanh(parameters.pop(f"{name}.token_gate", np.inf))
         if fold:
-            _fold(parameters, name, block, attn_gate, mlp_gate)
-            if masks.patch:
-                for norm in ("norm1", "norm2"):
-                    for part in ("scale", "bias"):
-                        parameters[f"{name}.{norm}.{part}"] = (
-                            parameters[f"{name}.{norm}.{part}"] * token_gate[masks.patch[b]].mean()
-                        )
+            kept_tokens = token_gate[masks.patch[b]].mean() if masks.patch else 1.0
+            _fold(parameters, name, block, attn_gate, mlp_gate, kept_tokens)
         _cut_attention(parameters, f"{name}.attn", block, cut, masks.attn[b])
         _cut_mlp(parameters, f"{name}.mlp", cut.mlp_dim, masks.mlp[b])
     if masks.patch:
@@ -89,14 +84,15 @@ def extract(gated: "Gated", masks: "Masks", fold: bool = True, tile: int = 1) ->
     return functional.with_parameters(create_abstract(spec), parameters)
 
 
-def _fold(parameters, name: str, block: BlockSpec, attn_gate, mlp_gate) -> None:
+def _fold(parameters, name: str, block: BlockSpec, attn_gate, mlp_gate, token_gate) -> None:
     per_column = np.broadcast_to(attn_gate, (3, block.num_heads, block.head_dim)).ravel()
-    for part in ("kernel", "bias"):
-        if f"{name}.attn.qkv.{part}" in parameters:
-            parameters[f"{name}.attn.qkv.{part}"] = (
-                parameters[f"{name}.attn.qkv.{part}"] * per_column
-            )
-    parameters[f"{name}.mlp.fc2.kernel"] = parameters[f"{name}.mlp.fc2.kernel"] * mlp_gate[:, None]
+    factors = {"attn.qkv.kernel": per_column, "attn.qkv.bias": per_column}
+    factors["mlp.fc2.kernel"] = mlp_gate[:, None]
+    for norm in ("norm1", "norm2"):
+        factors |= {f"{norm}.scale": token_gate, f"{norm}.bias": token_gate}
+    for part, factor in factors.items():
+        if f"{name}.{part}" in parameters:
+            parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"] * factor
 
 
 def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask) -> None:
@@ -107,21 +103,16 @@ def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask
 
     def columns(array):
         """[..., H*d of the uncut block] -> [..., H, d of the cut one]"""
-        by_head = array.reshape(*array.shape[:-1], block.num_heads, block.head_dim)[..., heads, :]
-        picked = np.take_along_axis(
-            by_head, np.broadcast_to(order, (*by_head.shape[:-1], order.shape[1])), -1
-        )
-        return np.where(is_kept, picked, 0)
+        by_head = array.reshape(*array.shape[:-1], block.num_heads, block.head_dim)
+        return np.where(is_kept, by_head[..., heads[:, None], order], 0)
 
     # Attention divides logits by the root of the head's width, which must stay that of the uncut.
     scales = np.array([np.sqrt(cut.head_dim / block.head_dim), 1, 1])[:, None, None]
     for part in ("kernel", "bias"):
         array = parameters.get(f"{name}.qkv.{part}")
         if array is not None:
-            qkv = columns(array.reshape(*array.shape[:-1], 3, -1)) * scales
-            parameters[f"{name}.qkv.{part}"] = qkv.reshape(*array.shape[:-1], -1).astype(
-                array.dtype
-            )
+            qkv = (columns(array.reshape(*array.shape[:-1], 3, -1)) * scales).astype(array.dtype)
+            parameters[f"{name}.qkv.{part}"] = qkv.reshape(*array.shape[:-1], -1)
     proj = columns(parameters[f"{name}.proj.kernel"].T)
     parameters[f"{name}.proj.kernel"] = proj.reshape(len(proj), -1).T
     table = f"{name}.relative_position_bias_table"

@@ -1,0 +1,37 @@
+"""Accuracy right after the cut: with the gates folded into the weights, and with hard 0/1 gates.
+
+    python benchmarks/fold.py runs/seeds_slim/seed_0 runs/seeds_slim/seed_1
+
+Each argument is the folder of a finished run with a slim stage. Held-out top-1, before retraining.
+"""
+
+import argparse
+import pathlib
+
+import flora_jax as flora
+from flora_jax.run import Run
+from flora_jax.stages.slim import choose_masks, trained_gates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=pathlib.Path)
+    arguments = parser.parse_args()
+    print("| run | gated, nothing cut | cut, folded | cut, 0/1 | retrained |")
+    print("|---|---|---|---|---|")
+    for folder in arguments.runs:
+        run = Run.open(folder)
+        gated = trained_gates(run)
+        masks = choose_masks(run, gated)
+        models = [
+            gated.network,
+            flora.slim.extract(gated, masks, fold=True),
+            flora.slim.extract(gated, masks, fold=False),
+            flora.load(folder / "slim"),
+        ]
+        shares = [100 * flora.top1(model, run.heldout_set) for model in models]
+        print(f"| {folder.name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+
+
+if __name__ == "__main__":
+    main()
