@@ -37,7 +37,7 @@ def recipe(**changes) -> ConfigDict:
             "compute_dtype": "float32",
             "ema_decay": 0.0,  # 0: no moving average
             "label_smoothing": 0.0,
-            "distill": True,  # soft targets from the dense model; False: the labels
+            "distill": True,  # soft targets from the model before; False: the labels
             "log_every": 20,
             "checkpoint_every": 1000,
         }
@@ -65,7 +65,17 @@ def imagenet(spec: Spec) -> ConfigDict:
                 "data_dir": "",  # empty: the TFDS default
                 "classes": (),  # some of the dataset's, numbered anew; empty: all
                 "heldout_fraction": 0.02,
-                "augmentation": {"name": "inception"},
+                "augmentation": {
+                    "name": "deit",
+                    "scale": (0.08, 1.0),
+                    "ratio": (3 / 4, 4 / 3),
+                    "rand_augment": True,
+                    "magnitude": 9.0,
+                    "magnitude_std": 0.5,
+                    "num_operations": 2,
+                    "color_jitter": 0.0,  # the published code has 0.4 but RandAugment turns it off
+                    "erase_probability": 0.25,
+                },
                 "mean": (0.485, 0.456, 0.406),
                 "std": (0.229, 0.224, 0.225),
                 "eval_batch_size": 256,

@@ -9,5 +9,5 @@ from configs import common, digits_slim
 def get_config():
     config = digits_slim.get_config()
     config.stages = common.FLORA_ON_SLIM_STAGES
-    config.budget.macs = (0.38, 0.4)  # slimming leaves about 0.52
+    config.budget.macs = (0.39, 0.41)  # slimming leaves 0.52 to 0.53
     return config

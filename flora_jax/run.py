@@ -165,8 +165,12 @@ class Run:
         source: Source | None = None,
         draw_genes: Callable[[int], np.ndarray] | None = None,
         penalty: Callable[[Parameters], jax.Array] | None = None,
+        teacher: nnx.Module | None = None,
     ) -> nnx.Module:
-        """Trains in the folder `name` by a recipe of the config; distils from the dense model."""
+        """Trains in the folder `name` by a recipe of the config.
+
+        Where the recipe distils, it is from `teacher`, or from the model that FLORA compresses.
+        """
         source = source or self.splits.train
         transform = train_transform(**self.augmentation)
 
@@ -190,7 +194,7 @@ class Run:
             name=name,
             normalization=self.normalization,
             draw_genes=draw_genes,
-            teacher=self.dense if recipe.distill else None,
+            teacher=(teacher or self.base) if recipe.distill else None,
             penalty=penalty,
         )
 

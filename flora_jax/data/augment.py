@@ -1,7 +1,7 @@
-"""Image transforms on uint8 [H, W, C] arrays, C 1 or 3: random ones to train, fixed ones to test.
+"""The augmentations that a config names: random ones to train, fixed ones to test.
 
-The functions at the top do one thing to one image. The recipes below them are what a config
-names: every image that a recipe returns has the recipe's `image_shape`.
+Each is made of functions of one image, uint8 [H, W, C], C 1 or 3, and every image it returns has
+its `image_shape`.
 """
 
 import dataclasses
@@ -10,134 +10,20 @@ import math
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
 
-BICUBIC = Image.Resampling.BICUBIC
-BILINEAR = Image.Resampling.BILINEAR
-AFFINE = Image.Transform.AFFINE
+from flora_jax.data.geometry import (
+    affine,
+    eval_resize_crop,
+    horizontal_flip,
+    match_channels,
+    random_resized_crop,
+    resize,
+    shift,
+)
+from flora_jax.data.pixels import color_jitter, random_erasing
+from flora_jax.data.randaugment import MAX_MAGNITUDE, rand_augment
 
 Shape = tuple[int, int, int]
-
-
-def shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarray:
-    """Moves the image by up to `pixels` whole pixels each way; zeros come in at the edges.
-
-    Raises:
-      ValueError: pixels is negative or not below the height and width of the image.
-    """
-    height, width, _ = image.shape
-    if not 0 <= pixels < min(height, width):
-        raise ValueError(
-            f"pixels must lie in 0..{min(height, width) - 1} for an image of shape "
-            f"{image.shape}, got {pixels}"
-        )
-    dy, dx = rng.integers(-pixels, pixels, size=2, endpoint=True)
-    shifted = np.zeros_like(image)
-    shifted[max(dy, 0) : height + dy, max(dx, 0) : width + dx] = image[
-        max(-dy, 0) : height - dy, max(-dx, 0) : width - dx
-    ]
-    return shifted
-
-
-def affine(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    degrees: float,
-    translate_pixels: float,
-    scale: tuple[float, float],
-) -> np.ndarray:
-    """Rotates, scales and moves the image about its centre, bilinear, zeros outside.
-
-    Args:
-      degrees: the angle is uniform in -degrees..degrees.
-      translate_pixels: the move along each axis is uniform in -translate_pixels..translate_pixels.
-      scale: the factor is uniform in this range; above 1 enlarges.
-    """
-    u = rng.random(4).tolist()
-    angle = math.radians(degrees * (2 * u[0] - 1))
-    factor = scale[0] + (scale[1] - scale[0]) * u[1]
-    height, width, _ = image.shape
-    # Pillow asks where each output pixel comes from: the inverse of the motion.
-    cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
-    x = width / 2 + translate_pixels * (2 * u[2] - 1)
-    y = height / 2 + translate_pixels * (2 * u[3] - 1)
-    inverse = (
-        *(cos, sin, width / 2 - cos * x - sin * y),
-        *(-sin, cos, height / 2 + sin * x - cos * y),
-    )
-    return _to_array(_to_pillow(image).transform((width, height), AFFINE, inverse, BILINEAR))
-
-
-def random_resized_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    size: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """A random box of the image, resized to size x size, bicubic ("Inception" cropping).
-
-    Args:
-      scale: the area of the box, as a share of the image's, is uniform in this range.
-      ratio: width over height of the box is log-uniform in this range.
-    """
-    height, width, _ = image.shape
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = rng.integers(height - box_height, endpoint=True)
-            left = rng.integers(width - box_width, endpoint=True)
-            break
-    else:  # no box fits a very long image: the largest central one of an allowed ratio
-        aspect = min(max(width / height, ratio[0]), ratio[1])
-        box_width = min(width, round(height * aspect))
-        box_height = min(height, round(width / aspect))
-        top, left = (height - box_height) // 2, (width - box_width) // 2
-    return resize(image[top : top + box_height, left : left + box_width], size)
-
-
-def horizontal_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors every second image."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
-
-
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image at size x size, bicubic; the same array when it has that size already."""
-    if image.shape[:2] == (size, size):
-        return image
-    return _to_array(_to_pillow(image).resize((size, size), BICUBIC))
-
-
-def eval_resize_crop(image: np.ndarray, size: int, crop_pct: float = 0.875) -> np.ndarray:
-    """The central size x size square of the image, whose short side is first made size/crop_pct.
-
-    Bicubic. At 224 the short side becomes 256, as DeiT and Swin are evaluated.
-    """
-    height, width, _ = image.shape
-    short = int(size / crop_pct)
-    resized_width = short * width // min(height, width)
-    resized_height = short * height // min(height, width)
-    top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
-    picture = _to_pillow(image).resize((resized_width, resized_height), BICUBIC)
-    return _to_array(picture.crop((left, top, left + size, top + size)))
-
-
-def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Repeats the channel of a grey image to `channels`.
-
-    Raises:
-      ValueError: a colour image has another number of channels.
-    """
-    if image.shape[2] == channels:
-        return image
-    if image.shape[2] != 1:
-        raise ValueError(
-            f"image of shape {image.shape} does not fit a model of {channels} input channels; "
-            f"accepted: 1 or {channels} channels"
-        )
-    return np.repeat(image, channels, axis=2)
 
 
 class TrainTransform(Protocol):
@@ -202,8 +88,7 @@ class _Digits:
 
     def __post_init__(self):
         for name in ("degrees", "translate_pixels"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            _check_number(name, getattr(self, name))
         _check_range("scale", self.scale)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -228,15 +113,55 @@ class _Inception:
         return match_channels(horizontal_flip(cropped, rng), self.image_shape[2])
 
 
-_RECIPES = {"digits": _Digits, "shift": _Shift, "inception": _Inception}
+@dataclasses.dataclass(frozen=True)
+class _Deit(_Inception):
+    rand_augment: bool = True
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
+    num_operations: int = 2
+    color_jitter: float = 0.4
+    erase_probability: float = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_shape[2] != 3:
+            raise ValueError(
+                f"augmentation 'deit' makes colour images, (size, size, 3), got image_shape "
+                f"{self.image_shape}; 'inception' is the nearest for other numbers of channels"
+            )
+        _check_number("magnitude", self.magnitude, MAX_MAGNITUDE)
+        _check_number("magnitude_std", self.magnitude_std)
+        _check_number("color_jitter", self.color_jitter, 1)
+        _check_number("erase_probability", self.erase_probability, 1)
+        if not isinstance(self.num_operations, int) or self.num_operations < 1:
+            raise ValueError(
+                f"num_operations must be an integer of at least 1, got {self.num_operations!r}; "
+                "rand_augment=False does without"
+            )
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        image = super().__call__(image, rng)
+        if self.rand_augment:
+            image = rand_augment(
+                image, rng, self.magnitude, self.magnitude_std, self.num_operations
+            )
+        if self.color_jitter > 0:
+            image = color_jitter(image, rng, self.color_jitter)
+        return random_erasing(image, rng, self.erase_probability)
+
+
+_RECIPES = {"digits": _Digits, "shift": _Shift, "inception": _Inception, "deit": _Deit}
 
 
 def train_transform(name: str, image_shape: Shape, **settings) -> TrainTransform:
     """The random transform of a recipe.
 
     Args:
-      name: "digits" (affine: degrees, translate_pixels, scale), "shift" (pixels) or "inception"
-        (random resized crop and flip: scale, ratio).
+      name: "digits" (affine: degrees, translate_pixels, scale), "shift" (pixels), "inception"
+        (random resized crop and flip: scale, ratio) or "deit" (those of "inception", then
+        RandAugment: rand_augment=True, magnitude, magnitude_std, num_operations; colour jitter:
+        color_jitter, 0 for none; random erasing: erase_probability). timm, with which DeiT was
+        trained, leaves the colour jitter out where RandAugment is on: color_jitter=0.
       image_shape: (size, size, channels) that the model takes.
       **settings: replace the recipe's defaults.
 
@@ -250,7 +175,7 @@ def eval_transform(name: str, image_shape: Shape, **settings) -> EvalTransform:
     """The fixed transform that goes with a recipe.
 
     The whole image resized to fit for "digits" and "shift"; resize and central crop (setting:
-    crop_pct) for "inception". Arguments and errors as in `train_transform`.
+    crop_pct) for "inception" and "deit". Arguments and errors as in `train_transform`.
     """
     return _build(_recipe(name).evaluation, image_shape, settings)
 
@@ -281,10 +206,6 @@ def _check_range(name: str, bounds: tuple[float, float], highest: float = math.i
         raise ValueError(f"{name} must be (low, high), 0 < low <= high <= {highest}, got {bounds}")
 
 
-def _to_pillow(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def _to_array(picture: Image.Image) -> np.ndarray:
-    pixels = np.array(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+def _check_number(name: str, value: float, highest: float = math.inf) -> None:
+    if not 0 <= value <= highest:
+        raise ValueError(f"{name} must lie in 0..{highest}, got {value}")

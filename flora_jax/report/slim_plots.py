@@ -28,6 +28,7 @@ def plot_gates(ax: Axes, gates: Sequence[np.ndarray], threshold: float, color: s
     values = np.concatenate([np.ravel(gate) for gate in gates])
     ax.hist(values, bins=40, color=color)
     ax.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel("gate")
     ax.set_ylabel("gates")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -27,7 +27,7 @@ def slim_down(run: Run) -> None:
     run.check_budget(small.spec)
     folder.save(small, run.folder / "slim/cut")
     folder.save_description(small, run.folder / "slim/retrain")
-    small = run.train(small, settings.retrain, "slim/retrain")
+    small = run.train(small, settings.retrain, "slim/retrain", teacher=run.dense)
     folder.save(small, run.folder / "slim")
 
 
@@ -36,7 +36,9 @@ def trained_gates(run: Run) -> slim.Gated:
     settings = run.config.slim
     gated = slim.add_gates(run.dense, settings.attention, settings.tokens)
     penalty = slim.SparsityPenalty(**settings.penalty)
-    network = run.train(gated.network, settings.gates, "slim/gates", penalty=penalty)
+    network = run.train(
+        gated.network, settings.gates, "slim/gates", penalty=penalty, teacher=run.dense
+    )
     return dataclasses.replace(gated, network=network)
 
 

@@ -1,0 +1,164 @@
+"""RandAugment (arXiv 1909.13719) as timm's `rand-m9-mstd0.5-inc1`, with which DeiT is trained.
+
+"inc1" is the set of 15 operations below, each of which changes an image more the larger the
+magnitude is. They agree with timm's pixel for pixel.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+BICUBIC = Image.Resampling.BICUBIC
+AFFINE = Image.Transform.AFFINE
+
+FILL = (124, 116, 104)  # ImageNet's mean colour, where an operation has no pixel to take
+MAX_MAGNITUDE = 10
+PROBABILITY = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation on an RGB picture.
+
+    Attributes:
+      apply: (picture) or (picture, argument) -> picture.
+      argument: magnitude -> what `apply` takes, in its own units (degrees, bits, ...). None: it
+        takes nothing.
+      signed: magnitudes lie in -10..10, the negative ones going the other way; otherwise 0..10.
+    """
+
+    apply: Callable[..., Image.Image]
+    argument: Callable[[float], float] | None = None
+    signed: bool = False
+
+    def __call__(self, picture: Image.Image, magnitude: float) -> Image.Image:
+        if self.argument is None:
+            return self.apply(picture)
+        return self.apply(picture, self.argument(magnitude))
+
+
+def _up_to(limit: float) -> Callable[[float], float]:
+    return lambda magnitude: magnitude / MAX_MAGNITUDE * limit
+
+
+def _enhance_factor(magnitude: float) -> float:
+    return max(0.1, 1 + magnitude / MAX_MAGNITUDE * 0.9)
+
+
+def _posterize_bits(magnitude: float) -> int:
+    # timm asks for 0 bits at magnitude 10, which Pillow refuses.
+    return max(1, 4 - int(magnitude / MAX_MAGNITUDE * 4))
+
+
+def _solarize_threshold(magnitude: float) -> int:
+    return 256 - int(magnitude / MAX_MAGNITUDE * 256)
+
+
+def _solarize_addend(magnitude: float) -> int:
+    return int(magnitude / MAX_MAGNITUDE * 110)
+
+
+def _enhance(enhancer) -> Operation:
+    return Operation(
+        lambda picture, factor: enhancer(picture).enhance(factor), _enhance_factor, signed=True
+    )
+
+
+def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
+    return picture.rotate(degrees, BICUBIC, fillcolor=FILL)
+
+
+def _solarize_add(picture: Image.Image, addend: int) -> Image.Image:
+    table = [min(255, value + addend) if value < 128 else value for value in range(256)]
+    return picture.point(table * 3)
+
+
+def _affine(picture: Image.Image, *inverse: float) -> Image.Image:
+    return picture.transform(picture.size, AFFINE, inverse, BICUBIC, fillcolor=FILL)
+
+
+def _shear_x(picture: Image.Image, slope: float) -> Image.Image:
+    return _affine(picture, 1, slope, 0, 0, 1, 0)
+
+
+def _shear_y(picture: Image.Image, slope: float) -> Image.Image:
+    return _affine(picture, 1, 0, 0, slope, 1, 0)
+
+
+def _translate_x(picture: Image.Image, share: float) -> Image.Image:
+    return _affine(picture, 1, 0, share * picture.width, 0, 1, 0)
+
+
+def _translate_y(picture: Image.Image, share: float) -> Image.Image:
+    return _affine(picture, 1, 0, 0, 0, 1, share * picture.height)
+
+
+# By timm's names.
+OPERATIONS = {
+    "AutoContrast": Operation(ImageOps.autocontrast),
+    "Equalize": Operation(ImageOps.equalize),
+    "Invert": Operation(ImageOps.invert),
+    "Rotate": Operation(_rotate, _up_to(30), signed=True),
+    "PosterizeIncreasing": Operation(ImageOps.posterize, _posterize_bits),
+    "SolarizeIncreasing": Operation(ImageOps.solarize, _solarize_threshold),
+    "SolarizeAdd": Operation(_solarize_add, _solarize_addend),
+    "ColorIncreasing": _enhance(ImageEnhance.Color),
+    "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
+    "ShearX": Operation(_shear_x, _up_to(0.3), signed=True),
+    "ShearY": Operation(_shear_y, _up_to(0.3), signed=True),
+    "TranslateXRel": Operation(_translate_x, _up_to(0.45), signed=True),
+    "TranslateYRel": Operation(_translate_y, _up_to(0.45), signed=True),
+}
+
+
+def draw_operations(
+    rng: np.random.Generator,
+    magnitude: float = 9.0,
+    magnitude_std: float = 0.5,
+    num_operations: int = 2,
+) -> list[tuple[str, float]]:
+    """What to do to one image: (name, magnitude, negative for the other way) in order.
+
+    `num_operations` are drawn, the same one perhaps again, and each is kept with probability 0.5.
+    Their magnitudes are normal(magnitude, magnitude_std) clipped to 0..10.
+    """
+    names = list(OPERATIONS)
+    drawn = []
+    for index in rng.integers(len(names), size=num_operations):
+        if rng.random() < PROBABILITY:
+            strength = min(max(rng.normal(magnitude, magnitude_std), 0.0), MAX_MAGNITUDE)
+            negated = OPERATIONS[names[index]].signed and rng.random() < 0.5
+            drawn.append((names[index], -strength if negated else strength))
+    return drawn
+
+
+def rand_augment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    magnitude: float = 9.0,
+    magnitude_std: float = 0.5,
+    num_operations: int = 2,
+) -> np.ndarray:
+    """Does randomly drawn operations to the image, uint8 [H, W, 3]; see `draw_operations`.
+
+    Resampling is bicubic, as DeiT's recipe asks of timm.
+
+    Raises:
+      ValueError: the image is not uint8 of 3 channels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"RandAugment takes colour images, uint8 [H, W, 3], got {image.dtype} "
+            f"{list(image.shape)}; repeat the channel of a grey image three times"
+        )
+    drawn = draw_operations(rng, magnitude, magnitude_std, num_operations)
+    if not drawn:
+        return image
+    picture = Image.fromarray(image)
+    for name, strength in drawn:
+        picture = OPERATIONS[name](picture, strength)
+    return np.array(picture)
