@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.model:
         models = {name: create(spec) for name, spec in full_size(arguments.model).items()}
     else:
-        models = {"/".join(path.parts[-2:]): flora.load(path) for path in arguments.folders}
+        models = {str(path): flora.load(path) for path in arguments.folders}
     machine = (
         f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, float32, batch {arguments.batch}"
@@ -116,7 +116,7 @@ def measure(forwards: dict[str, Callable], rounds: int) -> dict[str, list[float]
 def print_table(models: dict, times: dict[str, list[float]], batch: int) -> dict[str, float]:
     """Returns the ratios `realised_saving` by model."""
     print(
-        f"{'model':24}{'MACs':>10}{'share':>8}{'ms':>10}{'share':>8}{'images/s':>10}{'realised':>10}"
+        f"{'model':32}{'MACs':>10}{'share':>8}{'ms':>10}{'share':>8}{'images/s':>10}{'realised':>10}"
     )
     reference, *_ = models
     dense, ratios = models[reference].spec.macs(), {}
@@ -130,7 +130,7 @@ def print_table(models: dict, times: dict[str, list[float]], batch: int) -> dict
             ratios[f"realised_saving of {name}"] = (1 - share) / (1 - macs / dense)
             realised = f"{100 * ratios[f'realised_saving of {name}']:.0f} %"
         print(
-            f"{name:24}{human_count(macs):>10}{macs / dense:>8.3f}{milliseconds:>10.2f}"
+            f"{name:32}{human_count(macs):>10}{macs / dense:>8.3f}{milliseconds:>10.2f}"
             f"{share:>8.3f}{1000 * batch / milliseconds:>10.0f}{realised:>10}"
         )
     return ratios
