@@ -62,7 +62,9 @@ def imagenet(spec: Spec) -> ConfigDict:
             "model": model(spec),
             "data": {
                 "name": "tfds:imagenet2012",
-                "data_dir": "",  # empty: the TFDS default
+                "data_dir": "",  # of TFDS; empty: its default
+                "test_split": "",  # empty: "validation" of TFDS, "val" of a folder
+                "on_bad_image": "raise",  # or "skip": the next good one takes its place
                 "classes": (),  # some of the dataset's, numbered anew; empty: all
                 "heldout_fraction": 0.02,
                 "augmentation": {

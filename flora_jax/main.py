@@ -17,6 +17,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and checkpoints.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    ImportError,
+    RuntimeError,
+    FloatingPointError,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +33,7 @@ def main(arguments: list[str]) -> None:
     _show_log()
     try:
         pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError, FloatingPointError) as error:
+    except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
 

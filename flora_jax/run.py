@@ -121,6 +121,8 @@ class Run:
             heldout_fraction=data.heldout_fraction,
             seed=self.config.seed,
             data_dir=data.data_dir or None,
+            test_split=data.test_split or None,
+            on_bad_image=data.on_bad_image,
             classes=tuple(data.classes),
         )
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import flora_jax as flora
 from configs import common, deit_b, deit_s, deit_t, digits, digits_swin, swin_b, swin_s, swin_t
-from flora_jax import pipeline
+from flora_jax import pipeline, validation
 from flora_jax.models import functional
 from flora_jax.run import Run
 from flora_jax.search.history import read_history
@@ -271,7 +271,7 @@ def test_published_configs_make_sense(config_file, tmp_path):
     assert least < run.macs_window[0] < run.macs_window[1] < most
     small = Run(config_file.get_config("runlocal"), tmp_path)
     assert small.spec.family == run.spec.family
-    pipeline.check(small)
+    validation.check(small)
     with pytest.raises(ValueError, match="accepted: runlocal"):
         config_file.get_config("runlocl")
 

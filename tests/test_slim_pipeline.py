@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import flora_jax as flora
 from configs import digits_slim, flora_on_slim_deit_b, transfer, vit_slim_deit_b, vit_slim_deit_s
-from flora_jax import pipeline
+from flora_jax import pipeline, validation
 from flora_jax.models import functional
 from flora_jax.run import Run
 
@@ -128,6 +128,6 @@ def test_bad_transfer(both, changes, message, tmp_path):
 def test_published_configs_make_sense(module, tmp_path):
     config = module.get_config()
     assert Run(config, tmp_path).spec.image_size == 224
-    pipeline.check(Run(module.get_config("runlocal"), tmp_path))
+    validation.check(Run(module.get_config("runlocal"), tmp_path))
     with pytest.raises(ValueError, match="accepted: runlocal"):
         module.get_config("runlocl")

@@ -3,11 +3,18 @@
 import dataclasses
 import functools
 import io
+import logging
 from typing import Protocol, TypedDict
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+log = logging.getLogger(__name__)
+
+
+class BadImageError(ValueError):
+    """An encoded image that cannot be decoded; the message names it."""
 
 
 class Example(TypedDict):
@@ -34,6 +41,28 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+def decode_rgb(encoded: bytes, name: str) -> np.ndarray:
+    """The pixels of an encoded image of any kind that Pillow reads, uint8 [H, W, 3].
+
+    As torchvision reads images, EXIF rotation and transparency are ignored. Unlike there, 16-bit
+    grey is scaled to 8 bits, not clipped.
+
+    Raises:
+      BadImageError: not an image, or a damaged one; the message starts with `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as picture:
+            if picture.mode.startswith("I"):
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
+                picture = picture.convert("RGBA")
+            return np.array(picture.convert("RGB"))
+    except Exception as error:  # a damaged file can raise anything in a decoder
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise BadImageError(f"{name} cannot be decoded: {reason}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +97,46 @@ def digits() -> ArraySource:
     return ArraySource("digits", images, bunch.target.astype(np.int32), num_classes=10)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkippingSource:
+    """`source`, with the next good example, in index order, in place of one that is bad.
+
+    Attributes:
+      skipped: keys of the bad images that this process has met, each logged once.
+    """
+
+    source: Source
+    skipped: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            try:
+                return self.source[candidate]
+            except BadImageError as error:
+                self._count(self.key(candidate), error)
+        raise BadImageError(f"none of the {len(self)} images can be decoded")
+
+    def _count(self, key: str, error: BadImageError) -> None:
+        if key not in self.skipped:
+            self.skipped.add(key)
+            log.warning("skipped, bad images so far %d: %s", len(self.skipped), error)
+
+
 class TfdsSource:
     """A split of a TFDS dataset on disk. Images are decoded one by one, as they are asked for."""
 
@@ -90,8 +159,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
-        with Image.open(io.BytesIO(record["image"])) as picture:
-            image = np.array(picture.convert("RGB"))
+        image = decode_rgb(record["image"], self.key(index))
         return {"image": image, "label": int(record["label"]), "key": self.key(index)}
 
 

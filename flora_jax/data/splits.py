@@ -12,6 +12,7 @@ import hashlib
 import numpy as np
 
 from flora_jax.data import sources
+from flora_jax.data.image_folder import ImageFolderSource, image_folder
 
 DIGITS_TEST_FRACTION = 0.25
 DIGITS_TEST_SEED = 0  # not the user's seed: the reported images never change
@@ -108,7 +109,10 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
     """
     _check_fraction(fraction)
     hashes = [
-        hashlib.blake2b(f"{seed}/{source.key(i)}".encode(), digest_size=16).digest()
+        # A file name need not be valid UTF-8: its bytes are hashed as they are.
+        hashlib.blake2b(
+            f"{seed}/{source.key(i)}".encode(errors="surrogateescape"), digest_size=16
+        ).digest()
         for i in range(len(source))
     ]
     labels, is_held_out = source.labels, np.zeros(len(source), bool)
@@ -129,37 +133,66 @@ def load_splits(
     heldout_fraction: float = 0.1,
     seed: int = 0,
     data_dir: str | None = None,
-    test_split: str = "validation",
+    test_split: str | None = None,
     classes: tuple[int, ...] = (),
+    on_bad_image: str = "raise",
 ) -> Splits:
     """The splits of a dataset.
 
     Args:
-      name: "digits", or "tfds:NAME" for a TFDS dataset with a "train" split.
+      name: "digits", "tfds:NAME" for a TFDS dataset with a "train" split, or "folder:PATH" for
+        images at PATH/{train,val}/CLASS/*.jpeg (see `image_folder`).
       heldout_fraction: share of the training images that is held out for the search.
       seed: picks the held-out images; the test images do not depend on it.
       data_dir: folder of the TFDS datasets; None: the TFDS default.
-      test_split: the TFDS split that is reported on.
+      test_split: the split that is reported on; None: "validation" of TFDS, "val" of a folder.
       classes: the classes to take, numbered anew from 0; empty for all.
+      on_bad_image: "raise" BadImageError when an image that cannot be decoded is read, or "skip"
+        it: each source is a `SkippingSource`, which takes the next good image of the same split.
 
     Raises:
-      ValueError: unknown name or class, fraction not between 0 and 1, or dataset not on disk.
+      ValueError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
+        on disk, or a folder whose two splits have different classes.
     """
     _check_fraction(heldout_fraction)
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
     if name == "digits":
         rest, test = hold_out(sources.digits(), DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
     elif name.startswith("tfds:"):
         rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir)
-        test = sources.tfds(name.removeprefix("tfds:"), test_split, data_dir)
+        test = sources.tfds(name.removeprefix("tfds:"), test_split or "validation", data_dir)
+    elif name.startswith("folder:"):
+        rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val")
     else:
+        kind = "folder" if "/" in name else "tfds"
         raise ValueError(
-            f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' (did you mean "
-            f"'tfds:{name}'?)"
+            f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' or 'folder:PATH' (did you "
+            f"mean '{kind}:{name}'?)"
         )
     if classes:
         rest, test = _of_classes(rest, classes), _of_classes(test, classes)
-    train, heldout = hold_out(rest, heldout_fraction, seed)
-    return Splits(train, heldout, test)
+    parts = (*hold_out(rest, heldout_fraction, seed), test)
+    if on_bad_image == "skip":
+        parts = map(sources.SkippingSource, parts)
+    return Splits(*parts)
+
+
+def _folder_splits(root: str, test_split: str) -> tuple[ImageFolderSource, ImageFolderSource]:
+    train, test = image_folder(root, "train"), image_folder(root, test_split)
+    if train.classes != test.classes:
+        raise ValueError(
+            f"train and {test_split} in {root} must have the same class folders; "
+            f"only in train: {_missing(train.classes, test.classes)}; "
+            f"only in {test_split}: {_missing(test.classes, train.classes)}"
+        )
+    return train, test
+
+
+def _missing(classes: tuple[str, ...], others: tuple[str, ...], most: int = 5) -> str:
+    names = sorted(set(classes) - set(others))
+    shown = ", ".join(map(repr, names[:most])) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> ClassSubset:
