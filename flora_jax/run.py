@@ -25,11 +25,13 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
 from flora_jax.data.batches import eval_batches, train_batches
 from flora_jax.data.normalize import Normalization
+from flora_jax.data.predictions import StoredPredictions
 from flora_jax.data.sources import Source
 from flora_jax.data.splits import Splits, load_splits
 from flora_jax.evaluation import EvaluationSet
@@ -42,6 +44,7 @@ from flora_jax.models.functional import Parameters
 from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.train.loop import train
 from flora_jax.train.settings import TrainSettings
+from flora_jax.train.teacher import Teacher, describe, write_predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +191,44 @@ class Run:
                 self.config.data.num_threads,
             )
 
+        settings = train_settings(recipe, len(source))
+        teacher = (teacher or self.base) if recipe.distill else None
+        targets = batches
+        if teacher is not None and recipe.stored_predictions:
+            targets = self._with_predictions(teacher, batches, settings, name, source)
+            teacher = None
         return train(
             model,
-            batches,
-            train_settings(recipe, len(source)),
+            targets,
+            settings,
             directory=self.folder / name,
             name=name,
             normalization=self.normalization,
             draw_genes=draw_genes,
-            teacher=(teacher or self.base) if recipe.distill else None,
+            teacher=teacher,
             penalty=penalty,
         )
+
+    def _with_predictions(
+        self, model: nnx.Module, batches, settings: TrainSettings, name: str, source: Source
+    ):
+        """The same batches with the teacher's predictions, which are written to disk first."""
+        teacher = Teacher(model, self.normalization, settings.compute_dtype)
+        description = describe(
+            self.config.data.name,
+            source,
+            teacher,
+            batch_size=settings.batch_size,
+            steps=settings.steps,
+            seed=self.seed(f"{name}/batches"),
+            augmentation=self.augmentation,
+        )
+        process = (jax.process_index(), jax.process_count())
+        directory = self.folder / name / "predictions"
+        write_predictions(directory, description, teacher, batches, *process)
+        multihost_utils.sync_global_devices(f"{name}/predictions")
+        stored = StoredPredictions(directory, description, *process)
+        return lambda start_step: stored.attach(batches(start_step), start_step)
 
     def train_supernet(
         self, supernet: Supernet, recipe: ConfigDict, name: str, law: str, source=None
@@ -216,7 +246,7 @@ class Run:
 def train_settings(recipe: ConfigDict, num_images: int) -> TrainSettings:
     """A recipe in epochs and per-512-images learning rates, as steps and rates of this run."""
     fields = recipe.to_dict()
-    del fields["distill"]
+    del fields["distill"], fields["stored_predictions"]
     steps_per_epoch, scale = num_images / recipe.batch_size, recipe.batch_size / 512
     fields["steps"] = max(1, round(fields.pop("epochs") * steps_per_epoch))
     fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)

@@ -194,6 +194,23 @@ def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
     assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
 
 
+def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path):
+    losses = []
+    for stored in (False, True):
+        config = tiny_config(**{"finetune.epochs": 1.0, "finetune.stored_predictions": stored})
+        run = Run(config, tmp_path / str(stored))
+        shutil.copytree(finished_run / "dense", run.folder / "dense")
+        model = flora.load(finished_run / "subnet")
+        trained = run.train(model, config.finetune, "finetune/subnet")
+        assert trained.spec == model.spec
+        lines = (run.folder / "finetune/subnet/metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert (tmp_path / "True/finetune/subnet/predictions/meta.json").exists()
+    assert not (tmp_path / "False/finetune/subnet/predictions").exists()
+    assert len(losses[0]) > 30
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
 def test_swin_from_end_to_end(tmp_path):
     config = digits_swin.get_config()
     for recipe in (config.pretrain, config.filter.train, config.supernet, config.finetune):

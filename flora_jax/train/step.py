@@ -40,6 +40,36 @@ def task_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
 
 
+def soft_targets(probs: jax.Array, index: jax.Array, num_classes: int) -> jax.Array:
+    """The likeliest classes of a prediction, and the rest of the mass evenly over the others.
+
+    Args:
+      probs: float [B, k], as they were stored, k at most num_classes.
+      index: integer [B, k], the class of each; no class twice in a row.
+
+    Returns:
+      float32 [B, num_classes], rows sum to 1.
+    """
+    probs = probs.astype(jnp.float32)
+    rest = jnp.maximum(1 - probs.sum(-1), 0)
+    others = rest / max(num_classes - probs.shape[-1], 1)
+    targets = jax.vmap(lambda other, i, p: jnp.full(num_classes, other).at[i].set(p))(
+        others, index.astype(jnp.int32), probs
+    )
+    return targets / targets.sum(-1, keepdims=True)  # rounding may have left more or less than 1
+
+
+def teacher_targets(graphdef, parameters: Parameters, images: jax.Array) -> jax.Array:
+    """A teacher's probabilities for normalised images, float32 [B, classes]."""
+    return jax.nn.softmax(_logits(graphdef, parameters, images).astype(jnp.float32))
+
+
+def _logits(graphdef, parameters: Parameters, images: jax.Array, genes=None) -> jax.Array:
+    """Computed in the dtype of the images."""
+    parameters = jax.tree.map(lambda p: p.astype(images.dtype), parameters)
+    return functional.merge(graphdef, parameters)(images, genes)
+
+
 @functools.lru_cache(maxsize=32)
 def make_step(
     graphdef,
@@ -56,20 +86,19 @@ def make_step(
       step(state, batch, genes, teacher_parameters) -> (state, metrics float32 [2]) where batch
       has image uint8 [B, H, W, C] and label int32 [B], genes is int32 [L] or None, and metrics
       are the loss and the gradient's norm before clipping. The state passed in is donated.
+      Where the batch has target_probs [B, k] and target_index [B, k], the arguments of
+      `soft_targets`, these are what the network learns from, without any teacher.
     """
     optimizer = make_optimizer(settings)
     dtype = jnp.dtype(settings.compute_dtype)
 
-    def logits_of(graphdef, parameters, images, genes=None):
-        parameters = jax.tree.map(lambda p: p.astype(dtype), parameters)
-        return functional.merge(graphdef, parameters)(images, genes)
-
     def loss(parameters, batch, genes, teacher_parameters):
         images = normalization(batch["image"], dtype)
-        logits = logits_of(graphdef, parameters, images, genes)
-        if teacher_graphdef is not None:
-            teacher_logits = logits_of(teacher_graphdef, teacher_parameters, images)
-            targets = jax.nn.softmax(teacher_logits.astype(jnp.float32))
+        logits = _logits(graphdef, parameters, images, genes)
+        if "target_probs" in batch:
+            targets = soft_targets(batch["target_probs"], batch["target_index"], logits.shape[-1])
+        elif teacher_graphdef is not None:
+            targets = teacher_targets(teacher_graphdef, teacher_parameters, images)
         else:
             targets = optax.smooth_labels(
                 jax.nn.one_hot(batch["label"], logits.shape[-1]), settings.label_smoothing
