@@ -85,6 +85,7 @@ def imagenet(spec: Spec) -> ConfigDict:
                 "std": (0.229, 0.224, 0.225),
                 "eval_batch_size": 256,
                 "num_threads": 16,
+                "num_workers": 0,  # processes that prepare training batches in place of threads
             },
             # Weights in any layout that flora_jax.from_pretrained reads; empty: train from scratch.
             "pretrained": "",

@@ -189,6 +189,7 @@ class Run:
                 jax.process_index(),
                 jax.process_count(),
                 self.config.data.num_threads,
+                self.config.data.num_workers,
             )
 
         settings = train_settings(recipe, len(source))

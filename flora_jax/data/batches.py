@@ -1,9 +1,15 @@
 """Batches of images, as numpy arrays, for training and for evaluation."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import grain
+import jax
 import numpy as np
+from absl import flags
 
 from flora_jax.data import augment
 from flora_jax.data.sources import Source
@@ -20,14 +26,15 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 1,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Endless shuffled, augmented batches, prepared ahead in background threads.
+    """Endless shuffled, augmented batches, prepared ahead in background threads or processes.
 
     A batch is a function of (source, transform, batch_size, seed, step) alone. Starting at
     `start_step` gives the batches that an uninterrupted run would see from there, and the local
     batches of a step, one after another in process order, are the global batch, for any number
-    of processes. Every epoch is a new order and a new augmentation of all images; batches run
-    across the end of an epoch.
+    of processes, threads and workers. Every epoch is a new order and a new augmentation of all
+    images; batches run across the end of an epoch.
 
     Args:
       batch_size: images a step over all processes, B_local * process_count.
@@ -35,16 +42,23 @@ def train_batches(
       start_step: the step of the first batch.
       num_threads: each prepares whole batches. Decoding a photograph runs in parallel; digits,
         which cost Python time alone, are fastest with one.
+      num_workers: background processes that prepare whole batches in turn, in place of threads;
+        0: threads. They take seconds to start, `source` and `transform` must pickle, and shared
+        memory must have room for a few batches of each.
 
     Returns:
       An iterator of {"image": uint8 [B_local, H, W, C], "label": int32 [B_local]}; its close()
-      stops the threads.
+      stops the threads and workers.
 
     Raises:
       ValueError: batch_size is below 1, above len(source) or no multiple of process_count,
-        process_index, seed or start_step is out of range, or an image does not fit the transform.
+        process_index, seed, start_step, num_threads or num_workers is out of range, or an image
+        does not fit the transform.
     """
-    _check_batch_size(batch_size)
+    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(
+        0, seed=seed, start_step=start_step, num_threads=num_threads, num_workers=num_workers
+    )
     if batch_size > len(source):
         raise ValueError(f"batch_size {batch_size} is larger than the {len(source)} images")
     if not 0 <= process_index < process_count:
@@ -55,9 +69,6 @@ def train_batches(
             f"batch_size {batch_size} is not a multiple of the {process_count} processes; "
             f"the nearest that is: {nearest}"
         )
-    for name, value in (("seed", seed), ("start_step", start_step)):
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
 
     def prepare(example, rng):
         image = transform(example["image"], rng)
@@ -73,23 +84,30 @@ def train_batches(
         # Sharding comes last: the order and the random numbers belong to the global position.
         .batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
-    return iter(batches[start_step:].to_iter_dataset(_read_options(num_threads)))
+    return _prefetched(batches[start_step:], num_threads, num_workers)
 
 
 def eval_batches(
-    source: Source, transform: augment.EvalTransform, batch_size: int, num_threads: int = 1
+    source: Source,
+    transform: augment.EvalTransform,
+    batch_size: int,
+    num_threads: int = 1,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Every image once, in the order of the source; zeros fill the last batch.
+
+    Threads and workers are those of `train_batches`.
 
     Returns:
       An iterator of {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": float32 [B]},
       mask 1 for an image and 0 for filling.
 
     Raises:
-      ValueError: batch_size is below 1, the source is empty, or an image does not fit the
-        transform.
+      ValueError: batch_size, num_threads or num_workers is out of range, the source is empty, or
+        an image does not fit the transform.
     """
-    _check_batch_size(batch_size)
+    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(0, num_threads=num_threads, num_workers=num_workers)
     if not len(source):
         raise ValueError("the source has no images")
 
@@ -102,16 +120,37 @@ def eval_batches(
 
     _check_shape(transform(source[0]["image"]), transform)
     batches = grain.MapDataset.source(source).map(prepare).batch(batch_size, batch_fn=stack)
-    return iter(batches.to_iter_dataset(_read_options(num_threads)))
+    return _prefetched(batches, num_threads, num_workers)
 
 
-def _read_options(num_threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+def _prefetched(
+    batches: grain.MapDataset, num_threads: int, num_workers: int
+) -> grain.DatasetIterator:
+    if num_workers:
+        num_threads = 0  # a worker prepares its batches itself
+        if not flags.FLAGS.is_parsed():  # Grain reads flags, which a notebook has not parsed
+            flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    workers = grain.MultiprocessingOptions(num_workers=num_workers)
+    return iter(batches.to_iter_dataset(options).mp_prefetch(workers, _start_worker))
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Ties a worker's life to the main process', and keeps its hands off the accelerators."""
+    jax.config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to answer
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _check_at_least(lowest: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
 def _check_shape(image: np.ndarray, transform) -> None:

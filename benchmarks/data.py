@@ -1,0 +1,169 @@
+"""Images per second and core of the input pipeline, beside a plain Pillow loop.
+
+    python benchmarks/data.py --json data.json
+
+Reads photograph-like JPEGs of 500x375 pixels, about as large as ImageNet's, from class folders in
+a temporary folder and makes batches of 224 px, with DeiT's augmentation to train and with the
+resize and crop to evaluate. The floor is a loop over the files that decodes with Pillow, does the
+same transform and stacks. Against it: the pipeline with no worker (one thread), 1 and 2 workers.
+They take turns, round after round; the table has medians. Two workers need two free cores. What
+all cores of a host would feed supposes that each is as fast as those in use here.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from flora_jax.data import augment, batches, splits
+from flora_jax.data.image_folder import image_folder
+from flora_jax.data.sources import Source
+
+SHAPE = (224, 224, 3)
+WORKERS = {"0 workers": 0, "1 worker": 1, "2 workers": 2}
+FLOOR = "plain loop"
+UNTIMED = 8  # batches at the start, while workers come up one by one and fill their buffers
+
+Pipelines = dict[str, Callable[[], Iterator]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=256, help="different images")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=16, help="of each pipeline in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--appetite",
+        type=float,
+        default=3000,
+        help="images/s that an accelerator trains on. The default is no measurement: it is "
+        "assumed for a supernet step of DeiT-B in bfloat16 on one H200",
+    )
+    parser.add_argument("--cores", type=int, default=16, help="of the host of the accelerator")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.batch <= arguments.images:
+        parser.error(f"--batch must lie in 1..{arguments.images}, got {arguments.batch}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_images(pathlib.Path(folder), arguments.images)
+        machine = (
+            f"{platform.machine()}, {os.cpu_count()} cores, JPEGs of 500x375 pixels and "
+            f"{size / 1000:.0f} kB, batch {arguments.batch}"
+        )
+        print(machine)
+        source = image_folder(folder, "train", cache_dir=folder)
+        paths = [pathlib.Path(folder) / source.key(index) for index in range(len(source))]
+        train, evaluation = pipelines(source, paths, arguments.batch)
+        train_times = measure(train, arguments)
+        eval_times = measure(evaluation, arguments)
+    print(
+        f"{'':24}{'ms/image':>10}{'time':>8}{'images/s/core':>15}"
+        f"{f'{arguments.cores} cores feed':>16} of {arguments.appetite:.0f} images/s"
+    )
+    ratios = {
+        f"eval_{name}": ratio for name, ratio in print_table("eval", eval_times, arguments).items()
+    }
+    ratios |= print_table("train", train_times, arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1))
+
+
+def write_images(folder: pathlib.Path, count: int) -> float:
+    """Smooth pictures with grain, in two classes. Returns their mean size in bytes."""
+    rng = np.random.default_rng(0)
+    sizes = []
+    for index in range(count):
+        smooth = rng.integers(256, size=(12, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(smooth).resize((500, 375), Image.Resampling.BICUBIC)
+        grain = 24 * rng.standard_normal((375, 500, 1), np.float32)
+        pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+        path = folder / "train" / str(index % 2) / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+        sizes.append(path.stat().st_size)
+    return statistics.mean(sizes)
+
+
+def pipelines(source: Source, paths: list[pathlib.Path], batch: int) -> tuple[Pipelines, Pipelines]:
+    """To train and to evaluate: by name, what starts an endless iterator of batches."""
+    train_transform = augment.train_transform("deit", SHAPE, color_jitter=0.0)
+    eval_transform = augment.eval_transform("deit", SHAPE)
+    rng = np.random.default_rng(0)
+    # As many as ImageNet has, which also makes the shuffle of Grain, slow on few, as fast as there.
+    source = splits.subset(source, np.arange(1_281_167) % len(source))
+    train: Pipelines = {FLOOR: lambda: plain_loop(paths, lambda x: train_transform(x, rng), batch)}
+    evaluation: Pipelines = {FLOOR: lambda: plain_loop(paths, eval_transform, batch)}
+    for name, n in WORKERS.items():
+        train[name] = lambda n=n: batches.train_batches(
+            source, train_transform, batch, seed=0, num_workers=n
+        )
+        evaluation[name] = lambda n=n: batches.eval_batches(
+            source, eval_transform, batch, num_workers=n
+        )
+    return train, evaluation
+
+
+def plain_loop(paths: list[pathlib.Path], transform: Callable, batch: int) -> Iterator:
+    endless = itertools.cycle(paths)
+    while True:
+        images = []
+        for path in itertools.islice(endless, batch):
+            with Image.open(io.BytesIO(path.read_bytes())) as picture:
+                images.append(transform(np.array(picture.convert("RGB"))))
+        yield np.stack(images)
+
+
+def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds an image of every pipeline in every round. Each starts anew in every round."""
+    times = {name: [] for name in pipelines}
+    for _ in range(arguments.rounds):
+        for name, start in pipelines.items():
+            with contextlib.closing(start()) as iterator:
+                for _ in range(UNTIMED):
+                    next(iterator)
+                started = time.perf_counter()
+                for _ in range(arguments.batches):
+                    next(iterator)
+                elapsed = time.perf_counter() - started
+            times[name].append(1000 * elapsed / (arguments.batches * arguments.batch))
+    return times
+
+
+def print_table(
+    kind: str, times: dict[str, list[float]], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Returns the overhead over the floor without workers, and how much faster two make it."""
+    for name, own in times.items():
+        milliseconds = statistics.median(own)
+        per_core = 1000 / milliseconds / max(1, WORKERS.get(name, 1))
+        fed = arguments.cores * per_core / arguments.appetite
+        print(
+            f"{f'{kind}, {name}':24}{milliseconds:>10.2f}{_ratio(own, times[FLOOR]):>8.2f}"
+            f"{per_core:>15.0f}{f'{100 * fed:.0f} %':>16}"
+        )
+    return {
+        "overhead_0_workers": _ratio(times["0 workers"], times[FLOOR]) - 1,
+        "speedup_2_workers": _ratio(times["0 workers"], times["2 workers"]),
+    }
+
+
+def _ratio(times: list[float], others: list[float]) -> float:
+    """The median over rounds: both were timed side by side."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+if __name__ == "__main__":
+    main()
