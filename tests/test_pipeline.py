@@ -215,7 +215,8 @@ def test_swin_from_end_to_end(tmp_path):
     config = digits_swin.get_config()
     for recipe in (config.pretrain, config.filter.train, config.supernet, config.finetune):
         recipe.update({"epochs": 2.0, "warmup_epochs": 0.0})
-    config.space.ratios = (0.25, 0.5, 1.0)  # fewer triples to score
+    config.model.depths = (2, 1)  # fewer programs to compile
+    config.space.ratios = (0.25, 0.5, 1.0)
     config.search.update({"generations": 2, "population": 6, "parents": 3})
     config.search.update({"mutants": 2, "crossovers": 2})
     pipeline.run(config, tmp_path)
