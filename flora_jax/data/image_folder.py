@@ -107,8 +107,11 @@ def _cached_scan(folder: epath.Path, cache_dir: epath.PathLike) -> _Index:
         index = read_json(cache)
         if all(_modified(folder / inside) == modified for inside, (modified, _) in index.items()):
             return index
-    except (OSError, ValueError, AttributeError, TypeError):
-        pass  # there is no index, a folder that it names is gone, or the file is no index
+        log.info("%s has changed since its index was made", folder)
+    except FileNotFoundError:
+        log.info("%s is listed for the first time, or one of its folders is gone", folder)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("the index %s cannot be used and is made again: %s", cache, error)
     index = _scan(folder)
     try:
         write_json(cache, index)

@@ -189,6 +189,7 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> TfdsSource:
             download=False,
             decoders={"image": tensorflow_datasets.decode.SkipDecoding()},
         )
+    # TFDS raises NotImplementedError for files in another format, KeyError for an unknown split.
     except (tensorflow_datasets.core.DatasetNotFoundError, NotImplementedError, KeyError) as error:
         folder = epath.Path(data_dir or tensorflow_datasets.core.constants.DATA_DIR)
         raise ValueError(

@@ -226,12 +226,12 @@ class RankSpace:
             raise ValueError(
                 f"unknown law {law!r}; choose one of {', '.join(LAWS)} (nearest: {nearest})"
             )
-        picks = []
+        layers, picks = self.spec.layers, []
         for b, triples in enumerate(self.kept):
             weights = np.ones(len(triples))
             if law == "low_rank_aware":
                 for i, column in enumerate(triples.T, start=_TRIPLE * b):
-                    weights *= self.spec.layers[i].full_rank / np.array(self.choices[i])[column]
+                    weights *= layers[i].full_rank / np.array(self.choices[i])[column]
             picks.append(rng.choice(len(triples), size=n, p=weights / weights.sum()))
         return self._genes_of(picks)
 
