@@ -20,7 +20,7 @@ from PIL import Image
 from flora_jax.data import augment, batches, image_folder, sources, splits
 from flora_jax.data.sources import BadImageError
 from tests.conftest import ROOT
-from tests.test_data import tiny_tfds  # noqa: F401
+from tests.test_splits import tiny_tfds  # noqa: F401
 
 SHAPE = (16, 16, 3)
 

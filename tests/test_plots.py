@@ -1,5 +1,5 @@
-import io
-import re
+"""The picture of a search: what is drawn is what was given, and nothing overlaps."""
+
 import subprocess
 import sys
 
@@ -13,207 +13,18 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flora_jax.report import plots
-from flora_jax.report.progress import Progress
-from flora_jax.report.table import comparison_table, human_count
 
 CANDIDATES = {
     "macs": [4.0e6, 4.5e6, 4.2e6, 5.0e6, 4.5e6],
     "top1": [0.90, 0.95, 0.89, 0.95, 0.93],
     "generation": [0, 0, 1, 1, 2],
 }
+
+
 POINTS = {"dense": (8.1e6, 0.98), "uniform": (4.6e6, 0.94), "subnet": (4.5e6, 0.96)}
+
+
 WINDOW = (4.0e6, 5.0e6)
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-# Table
-
-
-def test_table_of_an_example():
-    result = {
-        "slim": {"top1": 0.98104, "macs": 6_000_000, "params": 130_000, "seconds": 3},
-        "seed": 0,
-        "subnet": {"top1": 0.985, "macs": 4_000_000, "params": 61_728},
-        "dense": {"top1": 0.98107, "macs": 8_123_456, "params": 123_456},
-        "uniform": {"top1": 0.9715, "macs": 4_100_000, "params": 70_000},
-        "settings": {"epochs": 3},
-    }
-    assert comparison_table(result).splitlines() == [
-        "model     top-1 %   change     MACs   fewer MACs     params   fewer params",
-        "dense       98.11            8.12 M                123.46 k",
-        "slim        98.10    +0.00   6.00 M       26.1 %   130.00 k         -5.3 %",
-        "uniform     97.15    -0.96   4.10 M       49.5 %    70.00 k         43.3 %",
-        "subnet      98.50    +0.39   4.00 M       50.8 %    61.73 k         50.0 %",
-    ]
-
-
-def test_table_of_the_dense_model_alone():
-    table = comparison_table({"dense": {"top1": 0.5, "macs": 17_570_000_000, "params": 10}})
-    assert table.splitlines()[1].split() == ["dense", "50.00", "17.57", "G", "10"]
-
-
-def test_table_compares_with_the_first_model():
-    slim, moved = ({"top1": top1, "macs": macs, "params": 8} for top1, macs in ((0.9, 8), (0.8, 2)))
-    rows = comparison_table({"moved": moved, "slim": slim}).splitlines()[1:]
-    assert [row.split()[0] for row in rows] == ["slim", "moved"]
-    assert rows[1].split()[1:5] == ["80.00", "-10.00", "2", "75.0"]
-
-
-@pytest.mark.parametrize("result", [{}, {"dense": {"top1": 0.9}}])
-def test_table_needs_a_complete_entry(result):
-    with pytest.raises(ValueError, match=r"no entry has top1, macs, params; entries: (dense)?"):
-        comparison_table(result)
-
-
-@pytest.mark.parametrize(
-    "count, text",
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00 k"),
-        (999_994, "999.99 k"),
-        (999_995, "1.00 M"),
-        (8_123_456, "8.12 M"),
-        (17_570_000_000, "17.57 G"),
-        (2.5e15, "2500.00 T"),
-    ],
-)
-def test_human_count(count, text):
-    assert human_count(count) == text
-
-
-@given(st.integers(1, 10**14))
-def test_human_count_keeps_three_digits_or_more(count):
-    text = human_count(count)
-    number, _, symbol = text.partition(" ")
-    value = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[symbol]
-    assert value == pytest.approx(count, rel=0.005)
-    assert float(number) < 1000
-
-
-# Progress
-
-
-def test_lines_of_a_resumed_run(capsys):
-    clock = Clock()
-    with Progress("supernet", total=1200, start=300, clock=clock) as progress:
-        for seconds, count in ((10, 142), (5, 8), (5, 50), (1, 1)):
-            clock.now += seconds
-            progress.update(count, loss=0.531234, epoch=3)
-        clock.now += 79
-        progress.update(699)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "supernet  442/1200 steps  36 %  14.2 steps/s  0:53 left  loss 0.5312  epoch 3",
-        # 15 s: too early for a line
-        "supernet  500/1200 steps  41 %  10.0 steps/s  1:10 left  loss 0.5312  epoch 3",
-        "supernet  1200/1200 steps  100 %  9.0 steps/s  0:00 left  loss 0.5312  epoch 3",
-        "supernet  1200/1200 steps  done in 1:40  9.0 steps/s  loss 0.5312  epoch 3",
-    ]
-
-
-def test_the_interval_is_configurable(capsys):
-    clock = Clock()
-    with Progress("filter", total=10, unit="block", interval=100, clock=clock) as progress:
-        for _ in range(10):
-            clock.now += 40
-            progress.update()
-    lines = capsys.readouterr().err.splitlines()
-    counts = [re.search(r"(\d+)/10 blocks", line).group(1) for line in lines]
-    assert counts == ["1", "4", "7", "10", "10"]
-    assert "40.0 s/block" in lines[0]
-    assert lines[-1] == "filter  10/10 blocks  done in 6:40  40.0 s/block"
-
-
-def test_summary_of_interrupted_work(capsys):
-    clock = Clock()
-
-    def interrupted():
-        with Progress("search", total=2, clock=clock) as progress:
-            clock.now += 7323
-            progress.update(2)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert "search  2/2 steps  stopped after 2:02:03" in capsys.readouterr().err
-
-
-def test_summary_of_work_left_early(capsys):
-    clock = Clock()
-    for step in Progress("search", total=9, clock=clock):
-        clock.now += 2
-        if step == 4:
-            break
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "search  4/9 steps  stopped after 0:10  2.5 s/step"
-
-
-def test_nothing_left_to_do(capsys):
-    with Progress("search", total=20, start=20, clock=Clock()):
-        pass
-    assert capsys.readouterr().err == "search  20/20 steps  done in 0:00\n"
-
-
-def test_iteration_counts_by_itself(capsys):
-    clock = Clock()
-    progress = Progress("search", total=5, start=2, unit="generation", clock=clock)
-    seen = []
-    for generation in progress:
-        progress.update(0, best=0.5)
-        clock.now += 1
-        seen.append(generation)
-    assert seen == [2, 3, 4]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("search  3/5 generations  60 %  1.0 generations/s  0:02 left")
-    assert lines[-1] == "search  5/5 generations  done in 0:03  1.0 generations/s  best 0.5"
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress("supernet", total=10, start=4) as progress:
-        progress.update(5, loss=0.25)
-        progress._bar.refresh()
-        progress.update()
-    *bars, summary = re.split(r"[\r\n]+", terminal.getvalue().strip())
-    assert bars[0].startswith("supernet:  40%")
-    assert any(bar.startswith("supernet:  90%") and "loss 0.25" in bar for bar in bars)
-    assert summary.startswith("supernet  10/10 steps  done in 0:00")
-
-
-def test_values_must_be_on_the_host():
-    class DeviceArray:
-        def __float__(self):
-            raise AssertionError("the device was asked for a value")
-
-        __repr__ = __format__ = __float__
-
-    with (
-        pytest.raises(TypeError, match="loss must be a Python number, got a DeviceArray"),
-        Progress("supernet", total=2) as progress,
-    ):
-        progress.update(loss=DeviceArray())
-
-
-@pytest.mark.parametrize("total, start", [(0, 0), (5, 6), (5, -1)])
-def test_impossible_totals_are_refused(total, start):
-    with pytest.raises(ValueError, match="'search' must"):
-        Progress("search", total=total, start=start)
-
-
-# Plots
 
 
 def example_figure(**changes):

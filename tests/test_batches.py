@@ -1,0 +1,197 @@
+"""Batches: the same for any number of processes and from any step on."""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flora_jax.data import augment, batches, sources, splits
+
+SHAPE = (8, 8, 1)
+
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=25)
+
+
+def numbered_source(size: int, num_classes: int = 3) -> sources.ArraySource:
+    """Image i is filled with the value i, so that a batch tells which images it holds."""
+    images = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None, None], (size, *SHAPE))
+    labels = np.arange(size, dtype=np.int32) % num_classes
+    return sources.ArraySource("numbered", images, labels, num_classes)
+
+
+class AddNoise:
+    """Leaves the number of the image in its first pixel and a random number in the last one."""
+
+    image_shape = SHAPE
+
+    def __call__(self, image, rng):
+        image = image.copy()
+        image[-1, -1, 0] = rng.integers(256)
+        return image
+
+
+def take_train(source, steps, batch_size, seed=0, transform=None, **kwargs):
+    transform = transform or AddNoise()
+    with contextlib.closing(
+        batches.train_batches(source, transform, batch_size, seed, **kwargs)
+    ) as iterator:
+        return list(itertools.islice(iterator, steps))
+
+
+def take_eval(source, batch_size, transform=None):
+    transform = transform or augment.eval_transform("digits", SHAPE)
+    return list(batches.eval_batches(source, transform, batch_size))
+
+
+def assert_same_batches(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.digits()
+
+
+def test_train_batches_have_the_promised_shapes_and_types(digits):
+    transform = augment.train_transform("digits", (16, 16, 3))
+    (batch,) = take_train(digits, 1, 6, transform=transform, process_index=1, process_count=2)
+    assert batch.keys() == {"image", "label"}
+    assert (batch["image"].shape, batch["image"].dtype) == ((3, 16, 16, 3), np.uint8)
+    assert (batch["label"].shape, batch["label"].dtype) == ((3,), np.int32)
+
+
+@repeatable
+@given(
+    process_count=st.sampled_from([1, 2, 4]),
+    start_step=st.integers(0, 12),
+    seed=st.integers(0, 2**32),
+    num_threads=st.integers(1, 3),
+)
+def test_local_batches_in_process_order_are_the_global_batch(
+    process_count, start_step, seed, num_threads
+):
+    source = numbered_source(21)
+    whole = take_train(source, start_step + 3, 8, seed)
+    parts = [
+        take_train(
+            source,
+            3,
+            8,
+            seed,
+            start_step=start_step,
+            process_index=i,
+            process_count=process_count,
+            num_threads=num_threads,
+        )
+        for i in range(process_count)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same_batches(joined, whole[start_step:])
+
+
+def test_every_epoch_holds_each_image_once_in_a_new_order_with_new_augmentation():
+    source = numbered_source(21)
+    steps = take_train(source, 9, 7)
+    images = np.concatenate([batch["image"] for batch in steps])
+    labels = np.concatenate([batch["label"] for batch in steps])
+    order, noise = images[:, 0, 0, 0].reshape(3, 21), images[:, -1, -1, 0].reshape(3, 21)
+    np.testing.assert_array_equal(labels, order.reshape(-1) % 3)
+    for epoch in order:
+        assert sorted(epoch) == list(range(21))
+    for one, other in itertools.combinations(range(3), 2):
+        assert (order[one] != order[other]).any()
+        same_image = noise[one][np.argsort(order[one])] == noise[other][np.argsort(order[other])]
+        assert same_image.mean() < 0.2
+
+
+def test_batches_run_across_the_end_of_an_epoch():
+    steps = take_train(numbered_source(10), 5, 4)
+    numbers = np.concatenate([batch["image"][:, 0, 0, 0] for batch in steps])
+    assert Counter(numbers.tolist()) == dict.fromkeys(range(10), 2)
+
+
+def test_another_seed_gives_another_order():
+    one, other = (take_train(numbered_source(40), 1, 40, seed) for seed in (0, 1))
+    assert (one[0]["label"] != other[0]["label"]).any()
+
+
+def test_close_stops_the_threads(digits):
+    def prefetch_threads():
+        return {t for t in threading.enumerate() if t.name.startswith("grain-prefetch")}
+
+    before = prefetch_threads()
+    transform = augment.train_transform("digits", SHAPE)
+    iterator = batches.train_batches(digits, transform, 32, seed=0, num_threads=2)
+    next(iterator)
+    started = prefetch_threads() - before
+    assert started
+    iterator.close()
+    deadline = time.monotonic() + 10
+    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "at least 1, got 0"),
+        ({"batch_size": 10}, "batch_size 10 is larger than the 9 images"),
+        ({"process_count": 3}, "8 is not a multiple of the 3 processes.*: 9"),
+        ({"process_index": 2, "process_count": 2}, r"process_index 2 lies outside 0\.\.1"),
+        ({"start_step": -1}, "start_step must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_train_batches_errors(arguments, message):
+    arguments = {"batch_size": 8, "seed": 0, **arguments}
+    with pytest.raises(ValueError, match=message):
+        batches.train_batches(numbered_source(9), AddNoise(), **arguments)
+
+
+def test_a_transform_that_breaks_its_promise_is_refused_before_the_first_batch(monkeypatch):
+    monkeypatch.setattr(AddNoise, "image_shape", (16, 16, 1))
+    with pytest.raises(ValueError, match=r"\(8, 8, 1\), expected \(16, 16, 1\)"):
+        batches.train_batches(numbered_source(9), AddNoise(), 8, seed=0)
+
+
+@repeatable
+@given(size=st.integers(1, 20), batch_size=st.integers(1, 24))
+def test_eval_batches_cover_every_image_once_in_order(size, batch_size):
+    source = numbered_source(size)
+    steps = take_eval(source, batch_size)
+    assert len(steps) == -(-size // batch_size)
+    joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+    assert len(joined["mask"]) == len(steps) * batch_size
+    assert joined["mask"].tolist() == [1] * size + [0] * (len(steps) * batch_size - size)
+    np.testing.assert_array_equal(joined["image"][:size], source.images)
+    np.testing.assert_array_equal(joined["label"][:size], source.labels)
+    assert not joined["image"][size:].any()
+    assert not joined["label"][size:].any()
+    dtypes = {name: array.dtype for name, array in joined.items()}
+    assert dtypes == {"image": np.uint8, "label": np.int32, "mask": np.float32}
+
+
+def test_eval_batches_errors(digits):
+    transform = augment.eval_transform("digits", SHAPE)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        batches.eval_batches(digits, transform, 0)
+    with pytest.raises(ValueError, match="no images"):
+        batches.eval_batches(splits.subset(digits, []), transform, 8)
+    colour = sources.ArraySource("colour", np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), 1)
+    with pytest.raises(ValueError, match="does not fit a model of 1 input channels"):
+        batches.eval_batches(colour, transform, 2)

@@ -1,0 +1,129 @@
+"""Progress of long work: lines in a log, a bar on a terminal."""
+
+import io
+import re
+import sys
+
+import pytest
+
+from flora_jax.report.progress import Progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_lines_of_a_resumed_run(capsys):
+    clock = Clock()
+    with Progress("supernet", total=1200, start=300, clock=clock) as progress:
+        for seconds, count in ((10, 142), (5, 8), (5, 50), (1, 1)):
+            clock.now += seconds
+            progress.update(count, loss=0.531234, epoch=3)
+        clock.now += 79
+        progress.update(699)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "supernet  442/1200 steps  36 %  14.2 steps/s  0:53 left  loss 0.5312  epoch 3",
+        # 15 s: too early for a line
+        "supernet  500/1200 steps  41 %  10.0 steps/s  1:10 left  loss 0.5312  epoch 3",
+        "supernet  1200/1200 steps  100 %  9.0 steps/s  0:00 left  loss 0.5312  epoch 3",
+        "supernet  1200/1200 steps  done in 1:40  9.0 steps/s  loss 0.5312  epoch 3",
+    ]
+
+
+def test_the_interval_is_configurable(capsys):
+    clock = Clock()
+    with Progress("filter", total=10, unit="block", interval=100, clock=clock) as progress:
+        for _ in range(10):
+            clock.now += 40
+            progress.update()
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.search(r"(\d+)/10 blocks", line).group(1) for line in lines]
+    assert counts == ["1", "4", "7", "10", "10"]
+    assert "40.0 s/block" in lines[0]
+    assert lines[-1] == "filter  10/10 blocks  done in 6:40  40.0 s/block"
+
+
+def test_summary_of_interrupted_work(capsys):
+    clock = Clock()
+
+    def interrupted():
+        with Progress("search", total=2, clock=clock) as progress:
+            clock.now += 7323
+            progress.update(2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "search  2/2 steps  stopped after 2:02:03" in capsys.readouterr().err
+
+
+def test_summary_of_work_left_early(capsys):
+    clock = Clock()
+    for step in Progress("search", total=9, clock=clock):
+        clock.now += 2
+        if step == 4:
+            break
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "search  4/9 steps  stopped after 0:10  2.5 s/step"
+
+
+def test_nothing_left_to_do(capsys):
+    with Progress("search", total=20, start=20, clock=Clock()):
+        pass
+    assert capsys.readouterr().err == "search  20/20 steps  done in 0:00\n"
+
+
+def test_iteration_counts_by_itself(capsys):
+    clock = Clock()
+    progress = Progress("search", total=5, start=2, unit="generation", clock=clock)
+    seen = []
+    for generation in progress:
+        progress.update(0, best=0.5)
+        clock.now += 1
+        seen.append(generation)
+    assert seen == [2, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("search  3/5 generations  60 %  1.0 generations/s  0:02 left")
+    assert lines[-1] == "search  5/5 generations  done in 0:03  1.0 generations/s  best 0.5"
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("supernet", total=10, start=4) as progress:
+        progress.update(5, loss=0.25)
+        progress._bar.refresh()
+        progress.update()
+    *bars, summary = re.split(r"[\r\n]+", terminal.getvalue().strip())
+    assert bars[0].startswith("supernet:  40%")
+    assert any(bar.startswith("supernet:  90%") and "loss 0.25" in bar for bar in bars)
+    assert summary.startswith("supernet  10/10 steps  done in 0:00")
+
+
+def test_values_must_be_on_the_host():
+    class DeviceArray:
+        def __float__(self):
+            raise AssertionError("the device was asked for a value")
+
+        __repr__ = __format__ = __float__
+
+    with (
+        pytest.raises(TypeError, match="loss must be a Python number, got a DeviceArray"),
+        Progress("supernet", total=2) as progress,
+    ):
+        progress.update(loss=DeviceArray())
+
+
+@pytest.mark.parametrize("total, start", [(0, 0), (5, 6), (5, -1)])
+def test_impossible_totals_are_refused(total, start):
+    with pytest.raises(ValueError, match="'search' must"):
+        Progress("search", total=total, start=start)

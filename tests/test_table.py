@@ -1,0 +1,69 @@
+"""The comparison table and its counts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flora_jax.report.table import comparison_table, human_count
+
+
+def test_table_of_an_example():
+    result = {
+        "slim": {"top1": 0.98104, "macs": 6_000_000, "params": 130_000, "seconds": 3},
+        "seed": 0,
+        "subnet": {"top1": 0.985, "macs": 4_000_000, "params": 61_728},
+        "dense": {"top1": 0.98107, "macs": 8_123_456, "params": 123_456},
+        "uniform": {"top1": 0.9715, "macs": 4_100_000, "params": 70_000},
+        "settings": {"epochs": 3},
+    }
+    assert comparison_table(result).splitlines() == [
+        "model     top-1 %   change     MACs   fewer MACs     params   fewer params",
+        "dense       98.11            8.12 M                123.46 k",
+        "slim        98.10    +0.00   6.00 M       26.1 %   130.00 k         -5.3 %",
+        "uniform     97.15    -0.96   4.10 M       49.5 %    70.00 k         43.3 %",
+        "subnet      98.50    +0.39   4.00 M       50.8 %    61.73 k         50.0 %",
+    ]
+
+
+def test_table_of_the_dense_model_alone():
+    table = comparison_table({"dense": {"top1": 0.5, "macs": 17_570_000_000, "params": 10}})
+    assert table.splitlines()[1].split() == ["dense", "50.00", "17.57", "G", "10"]
+
+
+def test_table_compares_with_the_first_model():
+    slim, moved = ({"top1": top1, "macs": macs, "params": 8} for top1, macs in ((0.9, 8), (0.8, 2)))
+    rows = comparison_table({"moved": moved, "slim": slim}).splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["slim", "moved"]
+    assert rows[1].split()[1:5] == ["80.00", "-10.00", "2", "75.0"]
+
+
+@pytest.mark.parametrize("result", [{}, {"dense": {"top1": 0.9}}])
+def test_table_needs_a_complete_entry(result):
+    with pytest.raises(ValueError, match=r"no entry has top1, macs, params; entries: (dense)?"):
+        comparison_table(result)
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (999_994, "999.99 k"),
+        (999_995, "1.00 M"),
+        (8_123_456, "8.12 M"),
+        (17_570_000_000, "17.57 G"),
+        (2.5e15, "2500.00 T"),
+    ],
+)
+def test_human_count(count, text):
+    assert human_count(count) == text
+
+
+@given(st.integers(1, 10**14))
+def test_human_count_keeps_three_digits_or_more(count):
+    text = human_count(count)
+    number, _, symbol = text.partition(" ")
+    value = float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[symbol]
+    assert value == pytest.approx(count, rel=0.005)
+    assert float(number) < 1000

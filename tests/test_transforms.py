@@ -1,0 +1,184 @@
+"""One-image transforms and the recipes made of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flora_jax.data import augment, sources
+
+SHAPE = (8, 8, 1)
+
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=25)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.digits()
+
+
+@pytest.fixture(scope="module")
+def photograph(data_dir):
+    with np.load(data_dir / "eval_transform.npz") as archive:
+        return dict(archive)
+
+
+def test_eval_transform_equals_the_published_one(photograph):
+    transform = augment.eval_transform("inception", (224, 224, 3))
+    np.testing.assert_array_equal(transform(photograph["image"]), photograph["cropped"])
+
+
+@repeatable
+@given(
+    height=st.integers(8, 40),
+    width=st.integers(8, 40),
+    channels=st.sampled_from([1, 3]),
+    name=st.sampled_from(["digits", "shift", "inception"]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_recipe_returns_its_image_shape(height, width, channels, name, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(256, size=(height, width, channels), dtype=np.uint8)
+    for out in (
+        augment.train_transform(name, (16, 16, 3))(image, rng),
+        augment.eval_transform(name, (16, 16, 3))(image),
+    ):
+        assert out.shape == (16, 16, 3)
+        assert out.dtype == np.uint8
+
+
+@repeatable
+@given(pixels=st.integers(0, 7), seed=st.integers(0, 2**32))
+def test_shift_moves_whole_pixels_and_fills_with_zeros(pixels, seed):
+    image = np.arange(1, 65, dtype=np.uint8).reshape(SHAPE)
+    shifted = augment.shift(image, np.random.default_rng(seed), pixels)
+    padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
+    windows = [
+        padded[y : y + 8, x : x + 8] for y in range(2 * pixels + 1) for x in range(2 * pixels + 1)
+    ]
+    assert any(np.array_equal(shifted, window) for window in windows)
+
+
+def test_shift_reaches_every_offset():
+    image = np.zeros((5, 5, 1), np.uint8)
+    image[2, 2] = 1
+    rng = np.random.default_rng(0)
+    places = {tuple(np.argwhere(augment.shift(image, rng, 1))[0][:2]) for _ in range(200)}
+    assert places == set(itertools.product((1, 2, 3), repeat=2))
+
+
+class FixedRng:
+    """Returns the given uniform numbers; 0.5 is the middle of every symmetric range."""
+
+    def __init__(self, *numbers):
+        self.numbers = np.array(numbers)
+
+    def random(self, size):
+        assert size == len(self.numbers)
+        return self.numbers
+
+
+def test_affine_with_nothing_to_do_is_the_identity(digits):
+    image = digits.images[5]
+    out = augment.affine(image, FixedRng(0.5, 0.5, 0.5, 0.5), 30, 2, (0.5, 1.5))
+    np.testing.assert_array_equal(out, image)
+
+
+def test_affine_turns_moves_and_scales_about_the_centre(digits):
+    image = digits.images[5]
+    quarter = augment.affine(image, FixedRng(1, 0.5, 0.5, 0.5), 90, 0, (1, 1))
+    np.testing.assert_allclose(quarter.astype(int), np.rot90(image, k=-1), atol=1)
+    moved = augment.affine(image, FixedRng(0.5, 0, 1, 0.5), 0, 2, (1, 1))
+    np.testing.assert_array_equal(moved[:, 2:], image[:, :-2])
+    assert not moved[:, :2].any()
+    doubled = augment.affine(np.full(SHAPE, 9, np.uint8), FixedRng(0.5, 1, 0.5, 0.5), 0, 0, (1, 2))
+    assert (doubled == 9).all()
+    halved = augment.affine(np.full(SHAPE, 9, np.uint8), FixedRng(0.5, 0, 0.5, 0.5), 0, 0, (0.5, 1))
+    assert (halved[2:6, 2:6] == 9).all()
+    assert halved.sum() == 9 * 16
+
+
+@repeatable
+@given(seed=st.integers(0, 2**32), share=st.floats(0.2, 0.5), aspect=st.floats(0.6, 1.6))
+def test_random_resized_crop_takes_a_box_of_the_asked_area_and_ratio(seed, share, aspect):
+    # In a picture whose value is its column (row), the spread of values is the width (height).
+    columns, rows = np.meshgrid(np.arange(60), np.arange(50))
+    image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8) * 4
+    crop = augment.random_resized_crop(
+        image, np.random.default_rng(seed), 64, (share, share), (aspect, aspect)
+    )
+    assert crop.shape == (64, 64, 3)
+    width, height, _ = np.ptp(crop.astype(int), axis=(0, 1)) / 4 + 1
+    area = share * 60 * 50
+    assert abs(width - np.sqrt(area * aspect)) < 1.2
+    assert abs(height - np.sqrt(area / aspect)) < 1.2
+
+
+def test_random_resized_crop_draws_areas_ratios_and_places_over_their_ranges():
+    columns, rows = np.meshgrid(np.arange(60), np.arange(60))
+    image = np.stack([columns, rows, rows], axis=-1).astype(np.uint8) * 4
+    rng = np.random.default_rng(0)
+    crops = np.array([augment.random_resized_crop(image, rng, 64) for _ in range(300)], int)
+    width, height = (np.ptp(crops, axis=(1, 2)) / 4 + 1)[:, :2].T
+    share, aspect = width * height / 60**2, width / height
+    assert 0.06 < share.min() < 0.15
+    assert share.max() > 0.85
+    assert 0.65 < aspect.min() < 0.8
+    assert 1.25 < aspect.max() < 1.5
+    assert abs(np.log(aspect).mean()) < 0.05
+    centres = crops.mean(axis=(1, 2))[:, :2] / 4
+    assert (centres.min(axis=0) < 18).all()
+    assert (centres.max(axis=0) > 41).all()
+
+
+def test_random_resized_crop_of_a_very_long_image_falls_back_to_its_centre():
+    image = np.zeros((4, 400, 1), np.uint8)
+    image[:, 198:202] = 200
+    crop = augment.random_resized_crop(image, np.random.default_rng(0), 4, scale=(1.0, 1.0))
+    assert crop[:, 1:3].min() > 100
+
+
+def test_horizontal_flip_mirrors_half_of_the_images():
+    image = np.arange(64, dtype=np.uint8).reshape(SHAPE)
+    rng = np.random.default_rng(0)
+    outs = [augment.horizontal_flip(image, rng) for _ in range(200)]
+    flipped = sum(np.array_equal(out, image[:, ::-1]) for out in outs)
+    kept = sum(np.array_equal(out, image) for out in outs)
+    assert flipped + kept == 200
+    assert 70 < flipped < 130
+
+
+def test_grey_digits_fit_a_model_of_three_channels(digits):
+    out = augment.eval_transform("digits", (32, 32, 3))(digits.images[0])
+    expected = Image.fromarray(digits.images[0][..., 0]).resize((32, 32), Image.Resampling.BICUBIC)
+    for channel in range(3):
+        np.testing.assert_array_equal(out[..., channel], np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: augment.train_transform("cutout", SHAPE), "'cutout'; choose one of digits, shift"),
+        (lambda: augment.eval_transform("cutout", SHAPE), "'cutout'; choose one of digits, shift"),
+        (lambda: augment.train_transform("digits", SHAPE, degree=3), "did you mean 'degrees'"),
+        (lambda: augment.eval_transform("digits", SHAPE, crop_pct=1), "accepted: none"),
+        (lambda: augment.train_transform("digits", SHAPE, degrees=-3), "degrees .* got -3"),
+        (lambda: augment.train_transform("digits", SHAPE, scale=(1.2, 0.8)), "scale must be"),
+        (lambda: augment.train_transform("inception", SHAPE, scale=(0.1, 2)), "scale must be"),
+        (lambda: augment.train_transform("inception", SHAPE, ratio=(0, 1)), "ratio must be"),
+        (lambda: augment.eval_transform("inception", SHAPE, crop_pct=1.5), "crop_pct .* 1.5"),
+        (lambda: augment.eval_transform("digits", (8, 9, 1)), "square"),
+        (lambda: augment.shift(np.zeros(SHAPE, np.uint8), None, 8), r"0\.\.7 .* got 8"),
+        (
+            lambda: augment.eval_transform("digits", SHAPE)(np.zeros((8, 8, 3), np.uint8)),
+            "does not fit a model of 1 input channels",
+        ),
+    ],
+)
+def test_augmentation_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

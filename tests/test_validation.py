@@ -1,0 +1,92 @@
+"""Bad input: every mistake is named before any work starts."""
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import deit_b, deit_s, deit_t, digits, swin_b, swin_s, swin_t
+from flora_jax import pipeline, validation
+from flora_jax.run import Run
+from tests.conftest import run_flora
+
+
+def tiny_config(**changes) -> ConfigDict:
+    config = deit_t.get_config("runlocal")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+BAD_CONFIGS = {
+    "stage": ({"stages": ("pretrain", "serach")}, r"unknown stage 'serach'.*did you mean 'search'"),
+    "order": ({"stages": ("search", "pretrain")}, "in the order"),
+    "ratio": ({"space.ratios": (0.5, 1.5)}, r"ratio 1\.5 lies outside \(0, 1\]"),
+    "zero ratio": ({"space.ratios": (0.0, 1.0)}, r"ratio 0\.0 lies outside"),
+    "heads": ({"model.num_heads": 5}, "embed_dim 24 is not a multiple of num_heads 5.*25"),
+    "family": ({"model.family": "swim"}, "unknown model family 'swim'; known: vit, swin"),
+    "patch": ({"model.patch_size": 5}, "image_size 16 is not a multiple of patch_size 5.*15"),
+    "window": ({"budget.macs": (0.01, 0.02)}, r"cannot be reached: the space spans 0\.\d+\.\.1"),
+    "empty window": ({"budget.macs": (0.6, 0.4)}, "0 < low < high"),
+    "classes": ({"model.num_classes": 7}, "num_classes is 7, but digits has 10 classes"),
+    "dataset": ({"data.name": "digit"}, "unknown dataset 'digit'"),
+    "augmentation": ({"data.augmentation.name": "mixup"}, "unknown augmentation 'mixup'"),
+    "batch": ({"supernet.batch_size": 5000}, "supernet: batch_size 5000 exceeds its 1078 images"),
+    "dtype": ({"finetune.compute_dtype": "float8"}, "finetune: unknown compute_dtype 'float8'"),
+    "population": ({"search.parents": 99}, "99 parents exceed the population"),
+    "baseline": ({"uniform_baseline": "alon"}, "unknown uniform_baseline 'alon'.*mean 'alone'"),
+    "metric": ({"metric": "accuracy"}, "unknown metric 'accuracy'; choose one of top1, log_likel"),
+    "teacher": ({"pretrain.distill": True}, "pretrain.distill must be False"),
+    "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
+    "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_config_fails_before_any_work(changes, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_of_another_config(finished_run):
+    with pytest.raises(
+        ValueError, match=r"made by another config(.|\n)*supernet.epochs: 6.0 there"
+    ):
+        pipeline.run(tiny_config(**{"supernet.epochs": 2.0}), finished_run)
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    done = run_flora(tmp_path / "run", "--stage=serach")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown stage 'serach'")
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_field_on_the_command_line(tmp_path):
+    done = run_flora(tmp_path / "run", "--config.supernet.epoch=3")
+    assert done.returncode == 1
+    assert 'Did you mean "epochs" instead of "epoch"?' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t, swin_b, swin_s, swin_t])
+def test_published_configs_make_sense(config_file, tmp_path):
+    config = config_file.get_config()
+    run = Run(config, tmp_path)
+    least, most = run.regular_space.macs_range()
+    assert least < run.macs_window[0] < run.macs_window[1] < most
+    small = Run(config_file.get_config("runlocal"), tmp_path)
+    assert small.spec.family == run.spec.family
+    validation.check(small)
+    with pytest.raises(ValueError, match="accepted: runlocal"):
+        config_file.get_config("runlocl")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_digits_is_the_default_config():
+    assert digits.get_config().data.name == "digits"
+    values = flags.FlagValues()
+    from flora_jax.main import _DEFAULT_CONFIG
+
+    config_flags.DEFINE_config_file("config", str(_DEFAULT_CONFIG), flag_values=values)
+    values(["flora"])
+    assert values.config.to_dict() == digits.get_config().to_dict()
