@@ -19,6 +19,7 @@ import numpy as np
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
+from flora_jax.mesh import make_mesh
 from flora_jax.models import functional
 from flora_jax.report.table import human_count
 from flora_jax.train.settings import TrainSettings
@@ -52,7 +53,7 @@ def main() -> None:
     )
     graphdef, parameters = functional.split(supernet.network)
     teacher_graphdef, teacher_parameters = functional.split(dense)
-    step = make_step(graphdef, settings, Normalization(), teacher_graphdef)
+    step = make_step(graphdef, settings, Normalization(), make_mesh(), teacher_graphdef)
     state = initial_state(parameters, settings)
     del parameters, supernet
 

@@ -20,6 +20,8 @@ SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
 FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *STAGES[1:])
 TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
+DEIT_MIXING = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3}
+
 
 def recipe(**changes) -> ConfigDict:
     """One training stage. Learning rates are per 512 images of a batch."""
@@ -37,6 +39,11 @@ def recipe(**changes) -> ConfigDict:
             "compute_dtype": "float32",
             "ema_decay": 0.0,  # 0: no moving average
             "label_smoothing": 0.0,
+            # Parameters of the Beta distributions that images of a batch are mixed by; 0: none.
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "repeats": 1,  # times that an image comes in a row, each time augmented anew
+            "rematerialize": False,  # less memory for a third more multiply-adds
             "distill": True,  # soft targets from the model before; False: the labels
             # The teacher runs once, before training, and its top 100 classes of every augmented
             # image are kept on disk (ImageNet: 0.5 GB an epoch); False: it runs in every step.
@@ -62,6 +69,7 @@ def imagenet(spec: Spec) -> ConfigDict:
         {
             "seed": 0,
             "stages": STAGES,
+            "fsdp": 1,  # devices that share one copy of the parameters and the optimiser's state
             "model": model(spec),
             "data": {
                 "name": "tfds:imagenet2012",
@@ -96,6 +104,7 @@ def imagenet(spec: Spec) -> ConfigDict:
                 min_learning_rate=1e-5,
                 weight_decay=0.05,
                 label_smoothing=0.1,
+                **DEIT_MIXING,
                 distill=False,
             ),
             # ViT-Slim (CVPR 2022), where the stages name it. Budgets: the share of each kind of
@@ -121,6 +130,7 @@ def imagenet(spec: Spec) -> ConfigDict:
                     warmup_learning_rate=1e-6,
                     min_learning_rate=1e-5,
                     weight_decay=0.05,
+                    **DEIT_MIXING,
                 ),
             },
             "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
@@ -175,6 +185,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
     short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
+    short |= {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
     for stage in (
         *(config.pretrain, config.slim.gates, config.slim.retrain),
         *(config.filter.train, config.supernet, config.finetune),

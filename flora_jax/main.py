@@ -6,9 +6,12 @@ import sys
 
 import absl.logging
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from flora_jax import pipeline
+from flora_jax.run import Run
+from flora_jax.stages.predictions import check_predictions
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
 # A default file would be read here at once, and the overrides meant for another file applied to it.
@@ -17,6 +20,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and checkpoints.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
+_CHECK_PREDICTIONS = flags.DEFINE_bool(
+    "check_predictions", False, "Compare stored predictions with a fresh pass of their teacher."
+)
 _USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -32,7 +38,10 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
     _show_log()
     try:
-        pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+        if _CHECK_PREDICTIONS.value:
+            check_predictions(Run(_CONFIG.value, epath.Path(_WORKDIR.value)))
+        else:
+            pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
 

@@ -19,32 +19,32 @@ Folder of a run:
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
-from flora_jax.data.batches import eval_batches, train_batches
+from flora_jax.data.batches import Batch, eval_batches, train_batches
 from flora_jax.data.normalize import Normalization
-from flora_jax.data.predictions import StoredPredictions
 from flora_jax.data.sources import Source
 from flora_jax.data.splits import Splits, load_splits
+from flora_jax.distillation import StoredTeacher
 from flora_jax.evaluation import EvaluationSet
 from flora_jax.io import folder
 from flora_jax.io.files import read_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
+from flora_jax.mesh import make_mesh
 from flora_jax.models import Spec, spec_from_json
 from flora_jax.models.functional import Parameters
 from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.train.loop import train
 from flora_jax.train.settings import TrainSettings
-from flora_jax.train.teacher import Teacher, describe, write_predictions
+from flora_jax.train.teacher import Teacher, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +177,30 @@ class Run:
         Where the recipe distils, it is from `teacher`, or from the model that FLORA compresses.
         """
         source = source or self.splits.train
+        teacher = (teacher or self.base) if recipe.distill else None
+        batches = self._batches(recipe, name, source)
+        if teacher is not None and recipe.stored_predictions:
+            stored = self.stored_teacher(teacher, recipe, name, source)
+            stored.write()
+            teacher, batches = None, stored.taught_batches
+        return train(
+            model,
+            batches,
+            train_settings(recipe, len(source), self.config.seed),
+            directory=self.folder / name,
+            name=name,
+            normalization=self.normalization,
+            draw_genes=draw_genes,
+            teacher=teacher,
+            penalty=penalty,
+            mesh=make_mesh(self.config.fsdp),
+        )
+
+    def _batches(self, recipe: ConfigDict, name: str, source: Source):
+        """step -> this process' batches of the training `name` from that step on."""
         transform = train_transform(**self.augmentation)
 
-        def batches(start_step: int):
+        def batches(start_step: int) -> Iterator[Batch]:
             return train_batches(
                 source,
                 transform,
@@ -190,46 +211,27 @@ class Run:
                 jax.process_count(),
                 self.config.data.num_threads,
                 self.config.data.num_workers,
+                recipe.repeats,
             )
 
-        settings = train_settings(recipe, len(source))
-        teacher = (teacher or self.base) if recipe.distill else None
-        targets = batches
-        if teacher is not None and recipe.stored_predictions:
-            targets = self._with_predictions(teacher, batches, settings, name, source)
-            teacher = None
-        return train(
-            model,
-            targets,
-            settings,
-            directory=self.folder / name,
-            name=name,
-            normalization=self.normalization,
-            draw_genes=draw_genes,
-            teacher=teacher,
-            penalty=penalty,
-        )
+        return batches
 
-    def _with_predictions(
-        self, model: nnx.Module, batches, settings: TrainSettings, name: str, source: Source
-    ):
-        """The same batches with the teacher's predictions, which are written to disk first."""
-        teacher = Teacher(model, self.normalization, settings.compute_dtype)
+    def stored_teacher(
+        self, model: nnx.Module, recipe: ConfigDict, name: str, source: Source
+    ) -> StoredTeacher:
+        """The model as the teacher of the training `name`, its predictions kept on disk."""
+        teacher = Teacher(model, self.normalization, recipe.compute_dtype)
         description = describe(
             self.config.data.name,
             source,
             teacher,
-            batch_size=settings.batch_size,
-            steps=settings.steps,
+            batch_size=recipe.batch_size,
+            steps=train_settings(recipe, len(source)).steps,
             seed=self.seed(f"{name}/batches"),
-            augmentation=self.augmentation,
+            augmentation={**self.augmentation, "repeats": recipe.repeats},
         )
-        process = (jax.process_index(), jax.process_count())
-        directory = self.folder / name / "predictions"
-        write_predictions(directory, description, teacher, batches, *process)
-        multihost_utils.sync_global_devices(f"{name}/predictions")
-        stored = StoredPredictions(directory, description, *process)
-        return lambda start_step: stored.attach(batches(start_step), start_step)
+        folder = self.folder / name / "predictions"
+        return StoredTeacher(folder, teacher, description, self._batches(recipe, name, source))
 
     def train_supernet(
         self, supernet: Supernet, recipe: ConfigDict, name: str, law: str, source=None
@@ -244,13 +246,14 @@ class Run:
         return Supernet(network, space)
 
 
-def train_settings(recipe: ConfigDict, num_images: int) -> TrainSettings:
+def train_settings(recipe: ConfigDict, num_images: int, seed: int = 0) -> TrainSettings:
     """A recipe in epochs and per-512-images learning rates, as steps and rates of this run."""
     fields = recipe.to_dict()
-    del fields["distill"], fields["stored_predictions"]
+    for name in ("distill", "stored_predictions", "repeats"):
+        del fields[name]
     steps_per_epoch, scale = num_images / recipe.batch_size, recipe.batch_size / 512
     fields["steps"] = max(1, round(fields.pop("epochs") * steps_per_epoch))
     fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)
     for rate in ("learning_rate", "warmup_learning_rate", "min_learning_rate"):
         fields[rate] *= scale
-    return TrainSettings(**fields)
+    return TrainSettings(**fields, seed=seed)

@@ -2,12 +2,14 @@
 
 import difflib
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from flora_jax.data.augment import eval_transform, train_transform
 from flora_jax.evaluation import METRICS
 from flora_jax.io import folder
+from flora_jax.mesh import make_mesh
 from flora_jax.run import Run, train_settings
 from flora_jax.slim import SparsityPenalty, abstract_gated
 from flora_jax.stages import STAGES
@@ -48,6 +50,7 @@ def check(state: Run) -> None:
         _check_slim(state)
     train_transform(**state.augmentation)
     eval_transform(config.data.augmentation.name, state.spec.image_shape)
+    make_mesh(config.fsdp)
     _check_recipes(state)
     if state.splits.num_classes != state.spec.num_classes:
         raise ValueError(
@@ -79,6 +82,25 @@ def _check_recipes(state: Run) -> None:
             raise ValueError(f"{name}: {error}") from error
         if recipe.batch_size > images:
             raise ValueError(f"{name}: batch_size {recipe.batch_size} exceeds its {images} images")
+        if recipe.repeats < 1:
+            raise ValueError(f"{name}: repeats must be at least 1, got {recipe.repeats}")
+        _check_share(name, recipe)
+        if recipe.distill and recipe.stored_predictions and (recipe.mixup or recipe.cutmix):
+            raise ValueError(
+                f"{name}: stored predictions are of single images and cannot teach mixed ones; "
+                f"set mixup and cutmix to 0, or stored_predictions to False"
+            )
+
+
+def _check_share(name: str, recipe: ConfigDict) -> None:
+    """Each device takes an equal share of every micro-batch."""
+    share = jax.device_count() * recipe.accumulate
+    if recipe.batch_size % share:
+        nearest = max(1, round(recipe.batch_size / share)) * share
+        raise ValueError(
+            f"{name}: batch_size {recipe.batch_size} cannot be shared by {jax.device_count()} "
+            f"devices in {recipe.accumulate} parts; the nearest that can: {nearest}"
+        )
 
 
 def _check_teachers(config: ConfigDict) -> None:

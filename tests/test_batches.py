@@ -124,6 +124,23 @@ def test_batches_run_across_the_end_of_an_epoch():
     assert Counter(numbers.tolist()) == dict.fromkeys(range(10), 2)
 
 
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_repeated_augmentation_shows_an_image_several_times_in_a_row(process_count):
+    """Each time augmented anew; the images of three epochs are those of one, three times."""
+    parts = [
+        take_train(
+            numbered_source(6), 9, 2, repeats=3, process_index=i, process_count=process_count
+        )
+        for i in range(process_count)
+    ]
+    batches = itertools.chain(*zip(*parts, strict=True))
+    images = np.concatenate([batch["image"] for batch in batches]).reshape(18, -1)
+    numbers, noise = images[:, 0].reshape(6, 3), images[:, -1].reshape(6, 3)
+    assert (numbers == numbers[:, :1]).all()
+    assert sorted(numbers[:, 0]) == list(range(6))
+    assert all(len(set(row)) == 3 for row in noise.tolist())
+
+
 def test_another_seed_gives_another_order():
     one, other = (take_train(numbered_source(40), 1, 40, seed) for seed in (0, 1))
     assert (one[0]["label"] != other[0]["label"]).any()

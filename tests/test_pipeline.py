@@ -21,6 +21,7 @@ from flora_jax.models import functional
 from flora_jax.run import Run
 from flora_jax.search.history import read_history
 from flora_jax.stages import STAGES
+from flora_jax.stages.predictions import check_predictions
 from tests.conftest import flora_command, run_flora
 
 
@@ -184,7 +185,7 @@ def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
     assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
 
 
-def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path):
+def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, capsys):
     losses = []
     for stored in (False, True):
         config = tiny_config(**{"finetune.epochs": 1.0, "finetune.stored_predictions": stored})
@@ -199,6 +200,14 @@ def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path):
     assert not (tmp_path / "False/finetune/subnet/predictions").exists()
     assert len(losses[0]) > 30
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+    check_predictions(run)
+    assert "finetune/subnet: 34 steps stored" in capsys.readouterr().out
+    shutil.rmtree(run.folder / "dense")
+    flora.save(flora.create(run.spec, seed=9), run.folder / "dense")
+    with pytest.raises(ValueError, match=r"holds other predictions(.|\n)*teacher: "):
+        check_predictions(Run(config, run.folder))
+    with pytest.raises(FileNotFoundError, match="has stored no predictions"):
+        check_predictions(Run(config, tmp_path / "False"))
 
 
 def test_swin_from_end_to_end(tmp_path):

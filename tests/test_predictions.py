@@ -215,7 +215,7 @@ def loss(batch, teacher_model=None, accumulate=1):
     )
     graphdef, parameters = functional.split(a_model(seed=2))
     teacher = functional.split(teacher_model) if teacher_model else (None, None)
-    step = make_step(graphdef, recipe, NORMALIZATION, teacher[0])
+    step = make_step(graphdef, recipe, NORMALIZATION, make_mesh(), teacher[0])
     batch = shard_batch(batch, make_mesh())
     return np.asarray(step(initial_state(parameters, recipe), batch, None, teacher[1])[1])
 
@@ -237,9 +237,10 @@ def test_the_loss_is_that_of_the_teacher_at_hand(tmp_path, teacher, accumulate):
         assert abs(loss(batch)[0] / wanted[0] - 1) > 1e-2  # the labels teach something else
 
 
-def test_stored_targets_come_before_a_teacher(stored, description):
+def test_stored_targets_and_a_teacher_exclude_each_other(stored, description):
     batch = {**first_batches(1)[0], **read_all(stored, description)[0]}
-    np.testing.assert_array_equal(loss(batch, a_model(seed=5)), loss(batch))
+    with pytest.raises(ValueError, match="a teacher or stored predictions, not both"):
+        loss(batch, a_model(seed=5))
 
 
 @given(st.data())

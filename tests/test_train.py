@@ -1,5 +1,6 @@
 """Training: exact resumption, divergence, and each setting against a calculation by hand."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
@@ -63,7 +63,7 @@ def a_network(implementation="sliced", seed=0):
     return flora.factorize(flora.create(SPEC, seed), SPACE, implementation=implementation).network
 
 
-def run(directory, settings=SETTINGS, stream=batches, network=None):
+def run(directory, settings=SETTINGS, stream=batches, network=None, mesh=None):
     return train(
         network or a_network(),
         stream,
@@ -72,6 +72,7 @@ def run(directory, settings=SETTINGS, stream=batches, network=None):
         name="test",
         normalization=NORMALIZATION,
         draw_genes=genes_of,
+        mesh=mesh,
     )
 
 
@@ -80,7 +81,7 @@ def states(settings, num_steps, network=None, teacher=None):
     network, mesh = network or a_network(), make_mesh()
     graphdef, parameters = functional.split(network)
     teacher_graphdef, teacher_parameters = functional.split(teacher) if teacher else (None, None)
-    step = make_step(graphdef, settings, NORMALIZATION, teacher_graphdef)
+    step = make_step(graphdef, settings, NORMALIZATION, mesh, teacher_graphdef)
     state = initial_state(jax.tree.map(np.array, parameters), settings)
     found = []
     for i in range(num_steps):
@@ -129,6 +130,18 @@ def by_hand():
 
 class Interruption(Exception):
     pass
+
+
+def until(end):
+    """The batches before step `end`, then an interruption; all of them for None."""
+
+    def stream(start):
+        for step in itertools.count(start):
+            if step == end:
+                raise Interruption
+            yield batch_of(step)
+
+    return stream
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
@@ -216,10 +229,12 @@ def test_one_program_serves_every_subnet(by_hand):
     """And every run of equal settings, whatever its weights."""
     assert len({tuple(genes_of(i)) for i in range(len(by_hand))}) > 3
     graphdef, equal_graphdef = (functional.split(a_network(seed=seed))[0] for seed in (0, 1))
-    step = make_step(graphdef, SETTINGS, NORMALIZATION, None)
-    assert make_step(equal_graphdef, dataclasses.replace(SETTINGS), Normalization(), None) is step
+    step = make_step(graphdef, SETTINGS, NORMALIZATION, make_mesh(), None)
+    settings = dataclasses.replace(SETTINGS)
+    assert make_step(equal_graphdef, settings, Normalization(), make_mesh(), None) is step
     assert step._cache_size() == 1
-    assert make_step(graphdef, dataclasses.replace(SETTINGS, b1=0.8), NORMALIZATION) is not step
+    settings = dataclasses.replace(SETTINGS, b1=0.8)
+    assert make_step(graphdef, settings, NORMALIZATION, make_mesh(), None) is not step
 
 
 def test_masked_and_sliced_train_alike(by_hand):
@@ -348,20 +363,31 @@ def test_bad_rates(fields):
         dataclasses.replace(SETTINGS, **fields)
 
 
+# Groups of devices that hold the parameters once, and devices in a group.
+LAYOUTS = {"1x1": (1, 1), "4x1": (4, 1), "2x2": (4, 2), "1x4": (4, 4)}
+
+
+def mesh_of(layout):
+    devices, fsdp = LAYOUTS[layout]
+    return make_mesh(fsdp, jax.devices()[:devices])
+
+
 def show_one_and_four_devices():
     """The program of a process with four devices: prints one line of JSON a result."""
     assert jax.device_count() == 4
-    settings, metrics = dataclasses.replace(SETTINGS, steps=3), {}
-    with tempfile.TemporaryDirectory() as name:
+    settings, metrics = dataclasses.replace(SETTINGS, steps=6, checkpoint_every=2), {}
+    with tempfile.TemporaryDirectory() as name, mock.patch("flora_jax.mesh.SMALLEST_SHARDED", 1):
         directory = pathlib.Path(name)
-        for devices in (1, 4):
-            mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-            with mock.patch("flora_jax.train.loop.make_mesh", lambda mesh=mesh: mesh):
-                network = run(directory / str(devices), settings)
-            metrics[devices] = metrics_of(directory / str(devices))
+        for layout in LAYOUTS:
+            network = run(directory / layout, settings, mesh=mesh_of(layout))
+            metrics[layout] = metrics_of(directory / layout)
+        for layout, end in (("2x2", 2), ("1x4", 4), ("1x1", None)):
+            with contextlib.suppress(Interruption):
+                run(directory / "moved", settings, until(end), mesh=mesh_of(layout))
+        metrics["moved"] = metrics_of(directory / "moved")
         print(json.dumps(metrics), flush=True)
-        save_description(flora.Supernet(network, SPACE), directory / "4")
-        loaded = flora.load(directory / "4").network
+        save_description(flora.Supernet(network, SPACE), directory / "1x4")
+        loaded = flora.load(directory / "1x4").network
     batch = batch_of(0) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}
     evaluation_set = flora.EvaluationSet([batch], NORMALIZATION)
     scores = [
@@ -387,12 +413,15 @@ def on_devices():
     )
 
 
-def test_several_devices_train_as_one(on_devices):
+@pytest.mark.parametrize("layout", ["4x1", "2x2", "1x4", "moved"])
+def test_several_devices_train_as_one(on_devices, layout):
+    """However they hold the parameters, and when a run goes on with others than it began with."""
     assert on_devices.stdout, on_devices.stderr
-    one, four = json.loads(on_devices.stdout.splitlines()[0]).values()
-    assert [line["step"] for line in one] == [0, 1, 2]
-    for ours, theirs in zip(four, one, strict=True):
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
+    metrics = json.loads(on_devices.stdout.splitlines()[0])
+    assert [line["step"] for line in metrics["1x1"]] == list(range(6))
+    for ours, theirs in zip(metrics[layout], metrics["1x1"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
 
 
 def test_several_devices_evaluate_a_loaded_run(on_devices):

@@ -36,6 +36,13 @@ BAD_CONFIGS = {
     "metric": ({"metric": "accuracy"}, "unknown metric 'accuracy'; choose one of top1, log_likel"),
     "teacher": ({"pretrain.distill": True}, "pretrain.distill must be False"),
     "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
+    "mixing": (
+        {"supernet.stored_predictions": True, "supernet.mixup": 0.8},
+        "supernet: stored predictions are of single images",
+    ),
+    "negative mixing": ({"pretrain.cutmix": -1.0}, "pretrain: cutmix must be at least 0"),
+    "repeats": ({"finetune.repeats": 0}, "finetune: repeats must be at least 1, got 0"),
+    "fsdp": ({"fsdp": 3}, r"fsdp 3 does not divide the 1 devices; choose one of \[1\]"),
     "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
 }
 

@@ -27,6 +27,7 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 1,
     num_workers: int = 0,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """Endless shuffled, augmented batches, prepared ahead in background threads or processes.
 
@@ -45,6 +46,8 @@ def train_batches(
       num_workers: background processes that prepare whole batches in turn, in place of threads;
         0: threads. They take seconds to start, `source` and `transform` must pickle, and shared
         memory must have room for a few batches of each.
+      repeats: times that an image comes in a row, each time with another augmentation (repeated
+        augmentation, Hoffer et al. 2020). All images have then been seen after as many epochs.
 
     Returns:
       An iterator of {"image": uint8 [B_local, H, W, C], "label": int32 [B_local]}; its close()
@@ -55,7 +58,7 @@ def train_batches(
         process_index, seed, start_step, num_threads or num_workers is out of range, or an image
         does not fit the transform.
     """
-    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(1, batch_size=batch_size, repeats=repeats)
     _check_at_least(
         0, seed=seed, start_step=start_step, num_threads=num_threads, num_workers=num_workers
     )
@@ -75,16 +78,27 @@ def train_batches(
         return {"image": image, "label": np.int32(example["label"])}
 
     _check_shape(transform(source[0]["image"], np.random.default_rng(seed)), transform)
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     batches = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
+        (order if repeats == 1 else grain.MapDataset.source(_Repeated(order, repeats)).seed(seed))
         .random_map(prepare)
         # Sharding comes last: the order and the random numbers belong to the global position.
         .batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
     )
     return _prefetched(batches[start_step:], num_threads, num_workers)
+
+
+class _Repeated:
+    """Endless examples, each of them several times in a row."""
+
+    def __init__(self, examples: grain.MapDataset, repeats: int):
+        self._examples, self._repeats = examples, repeats
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int):
+        return self._examples[index // self._repeats]
 
 
 def eval_batches(

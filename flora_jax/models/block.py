@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.models.layers import LayerNorm, Linear, make_linear
 from flora_jax.models.spec import BlockSpec
@@ -51,10 +52,14 @@ class Block(nnx.Module):
         return self.mlp_half(self.attention_half(x, genes[0]), genes[1:])
 
 
+BLOCK_OUTPUT = "block_output"  # what rematerialisation keeps
+
+
 def run_blocks(blocks: nnx.List, x: jax.Array, genes: jax.Array | None) -> jax.Array:
     """Tokens through all blocks; genes int32 [L], three a block."""
     for i, block in enumerate(blocks):
         x = block(x, (None,) * 3 if genes is None else genes[3 * i : 3 * i + 3])
+        x = checkpoint_name(x, BLOCK_OUTPUT)
     return x
 
 

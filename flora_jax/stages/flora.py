@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from flora_jax.data.sources import Source
 from flora_jax.data.splits import hold_out
 from flora_jax.evaluation import evaluate as evaluate_metrics
 from flora_jax.io import folder
@@ -20,7 +21,7 @@ def filter_candidates(run: Run) -> None:
     """A local supernet per block scores its triples; the priced best are kept."""
     settings = run.config.filter
     space, full_rank = run.regular_space, run.regular_space.full_rank_genes.reshape(-1, 3)
-    part = hold_out(run.splits.train, settings.train_fraction, run.seed("filter/part"))[1]
+    part = filter_part(run)
     inherited = factorize(run.base, space)
     scores = []
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
@@ -42,6 +43,12 @@ def filter_candidates(run: Run) -> None:
         run.folder / "filter/space.json",
         kept.to_json() | {"price": price, "kept_macs_range": kept.macs_range()},
     )
+
+
+def filter_part(run: Run) -> Source:
+    """The training images that local supernets see."""
+    fraction = run.config.filter.train_fraction
+    return hold_out(run.splits.train, fraction, run.seed("filter/part"))[1]
 
 
 def train_supernet(run: Run) -> None:

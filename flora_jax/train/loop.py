@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.files import replacing
-from flora_jax.mesh import make_mesh, replicate, shard_batch
+from flora_jax.mesh import make_mesh, replicate, shard_batch, shard_parameters
 from flora_jax.models import functional
 from flora_jax.report.progress import Progress
 from flora_jax.train.settings import TrainSettings
@@ -34,6 +35,7 @@ def train(
     draw_genes: Callable[[int], np.ndarray] | None = None,
     teacher: nnx.Module | None = None,
     penalty: Callable[[functional.Parameters], jax.Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> nnx.Module:
     """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
 
@@ -49,6 +51,7 @@ def train(
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
       teacher: its soft predictions on the same images are the targets; None: the labels are.
       penalty: of the parameters, added to the loss.
+      mesh: the devices to train on; by default all, every one with whole parameters.
 
     Returns:
       A model with the final parameters (their moving average where the settings ask for one).
@@ -60,10 +63,10 @@ def train(
     directory = epath.Path(directory)
     graphdef, parameters = functional.split(model)
     teacher_graphdef, teacher_parameters = functional.split(teacher) if teacher else (None, None)
-    step_function = make_step(graphdef, settings, normalization, teacher_graphdef, penalty)
-    mesh = make_mesh()
+    mesh = mesh or make_mesh()
+    step_function = make_step(graphdef, settings, normalization, mesh, teacher_graphdef, penalty)
     teacher_parameters = replicate(teacher_parameters, mesh)
-    state = replicate(initial_state(parameters, settings), mesh)
+    state = shard_parameters(initial_state(parameters, settings), mesh)
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.
@@ -76,7 +79,7 @@ def train(
                 f"{settings.steps}; choose another folder or at least {start} steps"
             )
         if start == settings.steps:
-            return _result(graphdef, state)
+            return _result(graphdef, state, mesh)
         log = stack.enter_context(_MetricsLog(directory / "metrics.jsonl", start))
         progress = stack.enter_context(
             Progress(name, total=settings.steps, start=start, unit="step")
@@ -103,11 +106,12 @@ def train(
                 unread.clear()
             if saves:
                 checkpoints.save(done, state)
-        return _result(graphdef, state)
+        return _result(graphdef, state, mesh)
 
 
-def _result(graphdef, state: TrainState) -> nnx.Module:
-    return functional.merge(graphdef, state.parameters if state.average is None else state.average)
+def _result(graphdef, state: TrainState, mesh: Mesh) -> nnx.Module:
+    parameters = state.parameters if state.average is None else state.average
+    return functional.merge(graphdef, replicate(parameters, mesh))
 
 
 def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Checkpoints) -> None:

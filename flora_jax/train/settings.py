@@ -18,6 +18,10 @@ class TrainSettings:
       ema_decay: decay of an exponential moving average of the parameters, which is then the
         result of the stage; 0 for none.
       label_smoothing: share of the target mass spread over all classes (not with a teacher).
+      mixup, cutmix: parameters of the Beta distributions that images are mixed by; 0 for none.
+      rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
+        again: less memory for a third more multiply-adds.
+      seed: of everything random inside a step.
       log_every, checkpoint_every: steps.
     """
 
@@ -36,6 +40,10 @@ class TrainSettings:
     compute_dtype: str = "float32"
     ema_decay: float = 0.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    rematerialize: bool = False
+    seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 1000
 
@@ -43,7 +51,10 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate", "warmup_steps"):
+        for name in (
+            *("learning_rate", "warmup_learning_rate", "min_learning_rate", "warmup_steps"),
+            *("mixup", "cutmix"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.clip_norm > 0:

@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
+from flora_jax.models.block import BLOCK_OUTPUT
 from flora_jax.models.functional import Parameters
+from flora_jax.train.mixing import mix
 from flora_jax.train.optimizer import make_optimizer
+from flora_jax.train.parallel import data_parallel
 from flora_jax.train.settings import TrainSettings
 
 
@@ -75,6 +79,7 @@ def make_step(
     graphdef,
     settings: TrainSettings,
     normalization: Normalization,
+    mesh: Mesh,
     teacher_graphdef=None,
     penalty: Callable[[Parameters], jax.Array] | None = None,
 ) -> Callable:
@@ -87,46 +92,56 @@ def make_step(
       has image uint8 [B, H, W, C] and label int32 [B], genes is int32 [L] or None, and metrics
       are the loss and the gradient's norm before clipping. The state passed in is donated.
       Where the batch has target_probs [B, k] and target_index [B, k], the arguments of
-      `soft_targets`, these are what the network learns from, without any teacher.
+      `soft_targets`, these are what the network learns from; then there is no teacher.
     """
     optimizer = make_optimizer(settings)
     dtype = jnp.dtype(settings.compute_dtype)
+    forward = functools.partial(_logits, graphdef)
+    if settings.rematerialize:
+        blocks_alone = jax.checkpoint_policies.save_only_these_names(BLOCK_OUTPUT)
+        forward = jax.checkpoint(forward, policy=blocks_alone)
 
-    def loss(parameters, batch, genes, teacher_parameters):
-        images = normalization(batch["image"], dtype)
-        logits = _logits(graphdef, parameters, images, genes)
-        if "target_probs" in batch:
-            targets = soft_targets(batch["target_probs"], batch["target_index"], logits.shape[-1])
-        elif teacher_graphdef is not None:
+    def loss(parameters, images, targets, genes, teacher_parameters):
+        logits = forward(parameters, images, genes)
+        if teacher_graphdef is not None:
             targets = teacher_targets(teacher_graphdef, teacher_parameters, images)
-        else:
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(batch["label"], logits.shape[-1]), settings.label_smoothing
-            )
         task = task_loss(logits, targets)
         return task if penalty is None else task + penalty(parameters)
 
-    def loss_and_gradient(parameters, batch, genes, teacher_parameters):
+    def loss_and_gradient(parameters, images, targets, genes, teacher_parameters):
         value_and_grad = jax.value_and_grad(loss)
         if settings.accumulate == 1:
-            return value_and_grad(parameters, batch, genes, teacher_parameters)
+            return value_and_grad(parameters, images, targets, genes, teacher_parameters)
 
         def add(total, micro_batch):
-            return jax.tree.map(
-                jnp.add, total, value_and_grad(parameters, micro_batch, genes, teacher_parameters)
-            ), None
+            found = value_and_grad(parameters, *micro_batch, genes, teacher_parameters)
+            return jax.tree.map(jnp.add, total, found), None
 
-        # Strided, so that every device keeps the images it already holds.
         micro_batches = jax.tree.map(
-            lambda x: x.reshape(-1, settings.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            lambda x: x.reshape(settings.accumulate, -1, *x.shape[1:]), (images, targets)
         )
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
         total, _ = jax.lax.scan(add, zero, micro_batches)
         return jax.tree.map(lambda x: x / settings.accumulate, total)
 
+    def targets_of(batch, num_classes: int):
+        if "target_probs" in batch:
+            if teacher_graphdef is not None:
+                raise ValueError("a step learns from a teacher or stored predictions, not both")
+            return soft_targets(batch["target_probs"], batch["target_index"], num_classes)
+        labels = jax.nn.one_hot(batch["label"], num_classes)
+        return optax.smooth_labels(labels, settings.label_smoothing)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch, genes, teacher_parameters):
-        value, gradient = loss_and_gradient(state.parameters, batch, genes, teacher_parameters)
+        num_classes = functional.merge(graphdef, state.parameters).spec.num_classes
+        images, targets = normalization(batch["image"], dtype), targets_of(batch, num_classes)
+        if settings.mixup or settings.cutmix:
+            key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+            images, targets = mix(key, images, targets, settings.mixup, settings.cutmix)
+        value, gradient = data_parallel(loss_and_gradient, mesh, state.parameters)(
+            state.parameters, images, targets, genes, teacher_parameters
+        )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average

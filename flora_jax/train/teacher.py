@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import AxisType
 
 from flora_jax.data.batches import Batch
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.predictions import Description, parts_to_write
 from flora_jax.data.sources import Source
-from flora_jax.mesh import replicate, spread
+from flora_jax.mesh import make_mesh, replicate, spread
 from flora_jax.models import functional, spec_to_json
 from flora_jax.report.progress import Progress
 from flora_jax.train.step import teacher_targets
@@ -37,12 +36,7 @@ class Teacher:
     ):
         self.num_classes = model.spec.num_classes
         self._spec, self._normalization, self._dtype = model.spec, normalization, compute_dtype
-        self._mesh = jax.make_mesh(
-            (jax.local_device_count(),),
-            ("data",),
-            axis_types=(AxisType.Auto,),
-            devices=jax.local_devices(),
-        )
+        self._mesh = make_mesh(devices=jax.local_devices())
         self._graphdef, parameters = functional.split(model)
         self._parameters = replicate(jax.tree.map(np.asarray, parameters), self._mesh)
 
