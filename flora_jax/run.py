@@ -127,6 +127,7 @@ class Run:
             test_split=data.test_split or None,
             on_bad_image=data.on_bad_image,
             classes=tuple(data.classes),
+            least_side=train_transform(**self.augmentation).least_side,
         )
 
     @functools.cached_property

@@ -231,6 +231,32 @@ def test_jpegs(mode, tmp_path):
     assert difference.mean() < 4
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "least_side, divisor", [(None, 1), (151, 1), (150, 2), (76, 2), (75, 4), (37, 8), (1, 8)]
+)
+def test_a_jpeg_that_is_larger_than_needed_is_decoded_smaller(least_side, divisor, mode, tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((400, 300), Image.Resampling.BICUBIC).convert(mode)
+    save(tmp_path / "train/a/x.jpeg", smooth, quality=98)
+    image = image_folder(tmp_path, "train", least_side=least_side)[0]["image"]
+    expected = np.array(smooth.convert("RGB").reduce(divisor), int)
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 4
+
+
+def test_least_side_leaves_test_images_and_other_kinds_of_pictures_whole(tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((64, 48))
+    for i in range(4):
+        for split in ("train", "val"):
+            save(tmp_path / split / f"a/{i}.jpeg", smooth)
+            save(tmp_path / split / f"b/{i}.png", smooth)
+    loaded = splits.load_splits(f"folder:{tmp_path}", 0.5, least_side=20)
+    for part in (loaded.train, loaded.heldout):
+        heights = {part[i]["key"][-4:]: part[i]["image"].shape[0] for i in range(len(part))}
+        assert heights == {"jpeg": 24, ".png": 48}
+    assert {loaded.test[i]["image"].shape[0] for i in range(8)} == {48}
+
+
 @pytest.mark.parametrize("kind", ["rgb", "grey", "16 bits", "rgba", "1 pixel high", "1 pixel"])
 def test_every_kind_goes_through_the_recipe(kind, tmp_path):
     name, picture, _, options = KINDS[kind]
@@ -269,15 +295,17 @@ def test_an_empty_class_is_named(pets):
         image_folder(pets, "train")
 
 
-def test_an_unreadable_folder_is_named(pets, monkeypatch):
-    listdir = os.listdir
+@pytest.mark.parametrize("function, place", [("listdir", "train/dog"), ("stat", "train/dog/.")])
+def test_an_unreadable_folder_is_named(function, place, pets, monkeypatch):
+    """One that cannot be listed, and one that can but cannot be entered."""
+    real = getattr(os, function)
 
-    def refuse(path):
-        if str(path).endswith("dog"):
+    def refuse(path, **options):
+        if str(path).endswith(place):
             raise PermissionError(13, "Permission denied", str(path))
-        return listdir(path)
+        return real(path, **options)
 
-    monkeypatch.setattr(os, "listdir", refuse)  # the mode of a folder does not stop root
+    monkeypatch.setattr(os, function, refuse)  # the mode of a folder does not stop root
     with pytest.raises(ValueError, match=r"cannot read the folder .*train/dog: .*denied"):
         image_folder(pets, "train")
 

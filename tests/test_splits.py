@@ -50,20 +50,15 @@ def test_digits_are_the_bundled_scans_in_uint8(digits):
     assert digits.images.max() == 255
 
 
-@pytest.fixture(scope="module")
-def tiny_tfds(tmp_path_factory):
-    """(data_dir, the pictures of split "train") of a dataset of 12 + 6 PNGs in ArrayRecord."""
+def encode(picture: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tfds(data_dir: pathlib.Path, num_classes: int, **examples: list[tuple[bytes, int]]):
+    """Writes "tiny_pictures" in ArrayRecord: the (encoded image, label) of each split."""
     import tensorflow_datasets as tfds
-
-    data_dir = tmp_path_factory.mktemp("tfds")
-    rng = np.random.default_rng(0)
-    pictures = [rng.integers(256, size=(10 + i, 12, 3), dtype=np.uint8) for i in range(12)]
-    pictures[0] = pictures[0][..., 0]  # grey, as some pictures of ImageNet are
-
-    def png(picture):
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        return buffer.getvalue()
 
     # Not registered: it is read from its files alone, as a dataset without a builder at hand.
     class TinyPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -73,23 +68,31 @@ def tiny_tfds(tmp_path_factory):
         def _info(self):
             features = {
                 "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(num_classes=3),
+                "label": tfds.features.ClassLabel(num_classes=num_classes),
             }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
             )
 
         def _split_generators(self, dl_manager):
-            return {
-                "train": self._generate_examples(pictures),
-                "validation": self._generate_examples(pictures[:6]),
-            }
+            return {split: self._generate_examples(part) for split, part in examples.items()}
 
-        def _generate_examples(self, pictures):
-            for i, picture in enumerate(pictures):
-                yield i, {"image": png(picture), "label": i % 3}
+        def _generate_examples(self, part):
+            for i, (image, label) in enumerate(part):
+                yield i, {"image": image, "label": label}
 
     TinyPictures(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+@pytest.fixture(scope="module")
+def tiny_tfds(tmp_path_factory):
+    """(data_dir, the pictures of split "train") of a dataset of 12 + 6 PNGs in ArrayRecord."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(256, size=(10 + i, 12, 3), dtype=np.uint8) for i in range(12)]
+    pictures[0] = pictures[0][..., 0]  # grey, as some pictures of ImageNet are
+    examples = [(encode(picture, "PNG"), i % 3) for i, picture in enumerate(pictures)]
+    write_tfds(data_dir, 3, train=examples, validation=examples[:6])
     return str(data_dir), pictures
 
 
@@ -211,6 +214,12 @@ def test_held_out_fraction_must_lie_between_0_and_1(fraction):
 def test_hold_out_leaves_neither_part_empty(fraction):
     with pytest.raises(ValueError, match="both parts need at least one"):
         splits.hold_out(numbered_source(9), fraction, seed=0)
+
+
+def test_two_examples_with_one_key_are_refused():
+    source = splits.subset(numbered_source(9), [0, 4, 2, 4, 7])
+    with pytest.raises(ValueError, match="2 examples have the key 'numbered/00004'"):
+        splits.hold_out(source, 0.5, seed=0)
 
 
 def test_unknown_dataset_names_the_choices():

@@ -34,6 +34,43 @@ def test_eval_transform_equals_the_published_one(photograph):
 
 @repeatable
 @given(
+    short=st.integers(1, 9),
+    length=st.integers(1000, 1400),
+    channels=st.sampled_from([1, 3]),
+    upright=st.booleans(),
+)
+def test_eval_transform_of_a_very_long_image_equals_the_published_one(
+    short, length, channels, upright
+):
+    columns, rows = np.meshgrid(np.arange(length), np.arange(short))
+    waves = 128 + 60 * np.sin(columns / 3) + 60 * np.cos(rows / 2)
+    image = np.repeat(waves.astype(np.uint8)[..., None], channels, axis=2)
+    size, offset = (36 * length // short, 36), (round((36 * length // short - 32) / 2), 2)
+    if upright:
+        image, size, offset = image.swapaxes(0, 1), size[::-1], offset[::-1]
+    picture = Image.fromarray(image.squeeze(2) if channels == 1 else image)
+    whole = picture.resize(size, Image.Resampling.BICUBIC)
+    cropped = whole.crop((*offset, offset[0] + 32, offset[1] + 32))
+    expected = np.array(cropped).reshape(32, 32, channels)
+    out = augment.eval_transform("inception", (32, 32, channels))(image)
+    np.testing.assert_allclose(out.astype(int), expected, atol=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 20_000, 3), (20_000, 3, 3), (1, 1_000_000, 1)])
+def test_a_very_long_image_is_not_resized_as_a_whole(shape, monkeypatch):
+    resize = Image.Image.resize
+
+    def resize_to_little(picture, size, *arguments):
+        assert size[0] * size[1] < 10**6
+        return resize(picture, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", resize_to_little)
+    out = augment.eval_transform("inception", (224, 224, 3))(np.full(shape, 7, np.uint8))
+    assert (out == 7).all()
+
+
+@repeatable
+@given(
     height=st.integers(8, 40),
     width=st.integers(8, 40),
     channels=st.sampled_from([1, 3]),
@@ -140,6 +177,14 @@ def test_random_resized_crop_of_a_very_long_image_falls_back_to_its_centre():
     image[:, 198:202] = 200
     crop = augment.random_resized_crop(image, np.random.default_rng(0), 4, scale=(1.0, 1.0))
     assert crop[:, 1:3].min() > 100
+
+
+@pytest.mark.parametrize("ratio, shape", [((0.2, 0.4), (1, 400, 1)), ((3, 4), (400, 1, 1))])
+def test_random_resized_crop_of_one_line_is_not_empty(ratio, shape):
+    crop = augment.random_resized_crop(
+        np.full(shape, 7, np.uint8), np.random.default_rng(0), 4, scale=(1.0, 1.0), ratio=ratio
+    )
+    assert (crop == 7).all()
 
 
 def test_horizontal_flip_mirrors_half_of_the_images():

@@ -27,9 +27,15 @@ Shape = tuple[int, int, int]
 
 
 class TrainTransform(Protocol):
-    """(image uint8 [H, W, C], random generator) -> uint8 `image_shape`."""
+    """(image uint8 [H, W, C], random generator) -> uint8 `image_shape`.
+
+    Attributes:
+      least_side: short side in pixels above which a larger image brings nothing; None: the
+        transform is counted in the pixels of the image.
+    """
 
     image_shape: Shape
+    least_side: int | None
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
@@ -72,6 +78,7 @@ class _Shift:
     pixels: int = 1
 
     evaluation: ClassVar = _Fit
+    least_side: ClassVar = None
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return _Fit(self.image_shape)(shift(image, rng, self.pixels))
@@ -85,6 +92,7 @@ class _Digits:
     scale: tuple[float, float] = (0.9, 1.1)
 
     evaluation: ClassVar = _Fit
+    least_side: ClassVar = None
 
     def __post_init__(self):
         for name in ("degrees", "translate_pixels"):
@@ -107,6 +115,12 @@ class _Inception:
     def __post_init__(self):
         _check_range("scale", self.scale, highest=1)
         _check_range("ratio", self.ratio)
+
+    @property
+    def least_side(self) -> int:
+        """From here on even the smallest and longest box is not enlarged."""
+        smallest_share = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
+        return math.ceil(self.image_shape[0] / smallest_share)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         cropped = random_resized_crop(image, rng, self.image_shape[0], self.scale, self.ratio)

@@ -83,8 +83,8 @@ def random_resized_crop(
             break
     else:  # no box fits a very long image: the largest central one of an allowed ratio
         aspect = min(max(width / height, ratio[0]), ratio[1])
-        box_width = min(width, round(height * aspect))
-        box_height = min(height, round(width / aspect))
+        box_width = max(1, min(width, round(height * aspect)))
+        box_height = max(1, min(height, round(width / aspect)))
         top, left = (height - box_height) // 2, (width - box_width) // 2
     return resize(image[top : top + box_height, left : left + box_width], size)
 
@@ -104,15 +104,21 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def eval_resize_crop(image: np.ndarray, size: int, crop_pct: float = 0.875) -> np.ndarray:
     """The central size x size square of the image, whose short side is first made size/crop_pct.
 
-    Bicubic. At 224 the short side becomes 256, as DeiT and Swin are evaluated.
+    Bicubic. At 224 the short side becomes 256, as DeiT and Swin are evaluated. Of an image over
+    100 times as long as wide, which would take gigabytes when resized, only the part that stays
+    is resized, to nearly the same pixels.
     """
     height, width, _ = image.shape
     short = int(size / crop_pct)
     resized_width = short * width // min(height, width)
     resized_height = short * height // min(height, width)
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
-    picture = _to_pillow(image).resize((resized_width, resized_height), BICUBIC)
-    return _to_array(picture.crop((left, top, left + size, top + size)))
+    picture, box = _to_pillow(image), (left, top, left + size, top + size)
+    if max(height, width) > 100 * min(height, width):
+        x, y = width / resized_width, height / resized_height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return _to_array(picture.resize((size, size), BICUBIC, box))
+    return _to_array(picture.resize((resized_width, resized_height), BICUBIC).crop(box))
 
 
 def match_channels(image: np.ndarray, channels: int) -> np.ndarray:

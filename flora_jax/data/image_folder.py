@@ -29,10 +29,17 @@ class ImageFolderSource:
       labels: int32 [number of images].
     """
 
-    def __init__(self, root: epath.Path, split: str, images: dict[str, list[str]]):
+    def __init__(
+        self,
+        root: epath.Path,
+        split: str,
+        images: dict[str, list[str]],
+        least_side: int | None,
+    ):
         """images: sorted names of the files in each folder, at root/split/folder/name."""
         self.split = split
         self._root = root
+        self._least_side = least_side
         # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
         folders = sorted(images, key=lambda folder: (_class_of(folder), folder))
         self.classes = tuple(dict.fromkeys(map(_class_of, folders)))
@@ -57,12 +64,15 @@ class ImageFolderSource:
     def __getitem__(self, index: int) -> Example:
         """Raises BadImageError when the file is no whole image, OSError when it cannot be read."""
         path = self._root / self.key(index)
-        image = decode_rgb(path.read_bytes(), os.fspath(path))
+        image = decode_rgb(path.read_bytes(), os.fspath(path), self._least_side)
         return {"image": image, "label": int(self.labels[index]), "key": self.key(index)}
 
 
 def image_folder(
-    root: epath.PathLike, split: str, cache_dir: epath.PathLike | None = None
+    root: epath.PathLike,
+    split: str,
+    cache_dir: epath.PathLike | None = None,
+    least_side: int | None = None,
 ) -> ImageFolderSource:
     """The images at root/split/CLASS/**/*.{jpg,jpeg,png,webp,bmp}, in any case of the suffix.
 
@@ -75,6 +85,7 @@ def image_folder(
       split: folder inside it, e.g. "train" or "val".
       cache_dir: for the index; None: flora_jax/index in $XDG_CACHE_HOME or ~/.cache. One that
         cannot be written is no error.
+      least_side: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
@@ -93,7 +104,7 @@ def image_folder(
             raise ValueError(f"no folder {path}; {_contents(path.parent)}")
     index = _scan(folder) if is_url else _cached_scan(folder, cache_dir or _default_cache_dir())
     images = {inside: names for inside, (_, names) in index.items() if names}
-    return ImageFolderSource(root, split, images)
+    return ImageFolderSource(root, split, images, least_side)
 
 
 # Folder inside the split -> when it was last changed, in ns (None: unknown), and its sorted images.
@@ -164,6 +175,8 @@ def _list(folder: epath.Path) -> tuple[list[str], list[str]]:
 
 def _names(folder: epath.Path) -> list[str]:
     try:
+        if not _is_url(folder):
+            os.stat(os.path.join(folder, "."))  # where this fails, folders inside look like files
         return sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise ValueError(f"cannot read the folder {folder}: {error}") from error

@@ -5,6 +5,7 @@ machine and whatever the order of the images. The architecture search scores on 
 is taken out of the training images; `test` is reported once.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -105,7 +106,8 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
       (train, heldout), each in the order of `source`.
 
     Raises:
-      ValueError: fraction is not between 0 and 1, or one of the two would be empty.
+      ValueError: fraction is not between 0 and 1, one of the two would be empty, or two examples
+        have the same key; names the key.
     """
     _check_fraction(fraction)
     hashes = [
@@ -115,6 +117,7 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         ).digest()
         for i in range(len(source))
     ]
+    _check_unique(source, hashes)
     labels, is_held_out = source.labels, np.zeros(len(source), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -136,6 +139,7 @@ def load_splits(
     test_split: str | None = None,
     classes: tuple[int, ...] = (),
     on_bad_image: str = "raise",
+    least_side: int | None = None,
 ) -> Splits:
     """The splits of a dataset.
 
@@ -149,10 +153,12 @@ def load_splits(
       classes: the classes to take, numbered anew from 0; empty for all.
       on_bad_image: "raise" BadImageError when an image that cannot be decoded is read, or "skip"
         it: each source is a `SkippingSource`, which takes the next good image of the same split.
+      least_side: pixels that the short side of a training or held-out image needs; a larger JPEG
+        of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
 
     Raises:
       ValueError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
-        on disk, or a folder whose two splits have different classes.
+        on disk, a folder whose two splits have different classes, or two images with one key.
     """
     _check_fraction(heldout_fraction)
     if on_bad_image not in ("raise", "skip"):
@@ -160,10 +166,10 @@ def load_splits(
     if name == "digits":
         rest, test = hold_out(sources.digits(), DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
     elif name.startswith("tfds:"):
-        rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir)
+        rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir, least_side)
         test = sources.tfds(name.removeprefix("tfds:"), test_split or "validation", data_dir)
     elif name.startswith("folder:"):
-        rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val")
+        rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val", least_side)
     else:
         kind = "folder" if "/" in name else "tfds"
         raise ValueError(
@@ -178,8 +184,11 @@ def load_splits(
     return Splits(*parts)
 
 
-def _folder_splits(root: str, test_split: str) -> tuple[ImageFolderSource, ImageFolderSource]:
-    train, test = image_folder(root, "train"), image_folder(root, test_split)
+def _folder_splits(
+    root: str, test_split: str, least_side: int | None
+) -> tuple[ImageFolderSource, ImageFolderSource]:
+    train = image_folder(root, "train", least_side=least_side)
+    test = image_folder(root, test_split)
     if train.classes != test.classes:
         raise ValueError(
             f"train and {test_split} in {root} must have the same class folders; "
@@ -201,6 +210,15 @@ def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> ClassSubset
             f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
         )
     return ClassSubset(source, tuple(classes))
+
+
+def _check_unique(source: sources.Source, hashes: list[bytes]) -> None:
+    if len(set(hashes)) < len(hashes):
+        ((repeated, count),) = collections.Counter(hashes).most_common(1)
+        raise ValueError(
+            f"{count} examples have the key {source.key(hashes.index(repeated))!r}; every key must "
+            "name one example"
+        )
 
 
 def _check_fraction(fraction: float) -> None:
