@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compiled_step(network, images, labels, compute_dtype: str):
-    """step(genes) -> loss, after which the step is done; and the seconds that it took to compile."""
+    """step(genes) -> loss, waiting for it; and the seconds of compiling."""
     settings = TrainSettings(
         steps=10_000, batch_size=len(images), learning_rate=2.5e-5, compute_dtype=compute_dtype
     )

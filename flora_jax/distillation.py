@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
 from flora_jax.data.batches import Batch
 from flora_jax.data.predictions import Description, StoredPredictions
+from flora_jax.processes import wait_for_all
 from flora_jax.train.teacher import Difference, Teacher, compare_predictions, write_predictions
 
 CHECKED_STEPS = 8
@@ -35,7 +35,7 @@ class StoredTeacher:
     def write(self) -> None:
         """Goes on with what an interruption has left to write."""
         write_predictions(self.folder, self.description, self.teacher, self.batches, *self._process)
-        multihost_utils.sync_global_devices(f"{self.folder}")
+        wait_for_all(f"{self.folder}")
 
     def taught_batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from `start_step` on, each with its predictions."""

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.lowrank.supernet import Supernet
-from flora_jax.mesh import make_mesh, replicate, spread
+from flora_jax.mesh import SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.models import functional
 
 
@@ -25,7 +26,7 @@ class EvaluationSet:
     """
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
-        mesh = make_mesh()
+        self.mesh = mesh = make_mesh()
         normalize = jax.jit(normalization)
         self.batches = []
         self.num_images = 0
@@ -42,26 +43,33 @@ class EvaluationSet:
 METRICS = ("top1", "log_likelihood")
 
 
-@jax.jit
 def sum_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """logits [B, classes], labels [B], mask [B] -> sums of the METRICS over B, float32 [2]."""
+    """logits [B, classes], labels [B], mask [B] -> sums of the METRICS over B, float32 [1, 2]."""
     is_correct = logits.argmax(-1) == labels
     log_probability = -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.sum(jnp.stack([is_correct, log_probability]) * mask, axis=1)
+    return jnp.sum(jnp.stack([is_correct, log_probability]) * mask, axis=1)[None]
 
 
-@jax.jit(static_argnums=0)
-def _sum_metrics(graphdef, parameters, batch, genes):
-    images, labels, mask = batch
-    return sum_metrics(functional.merge(graphdef, parameters)(images, genes), labels, mask)
+@jax.jit(static_argnums=(0, 1))
+def _sum_metrics(graphdef, mesh, parameters, batch, genes):
+    """A row of sums for each device [devices, 2]."""
+
+    def on_one_device(parameters, batch, genes):
+        images, labels, mask = batch
+        return sum_metrics(functional.merge(graphdef, parameters)(images, genes), labels, mask)
+
+    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), SPLIT)
+    return run(parameters, batch, genes)
 
 
 def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]:
-    """Per model a list of the batches' sums [2] -> each of the METRICS, float64 [P].
+    """Per model a list of the batches' sums [devices, 2] -> each of the METRICS, float64 [P].
 
-    The device is read back once.
+    The devices are read back once, and the processes add up what each of them has read.
     """
-    totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=1) / num_images
+    shards = [[[s.data for s in batch.addressable_shards] for batch in batches] for batches in sums]
+    local = np.asarray(jax.device_get(shards), np.float64).sum(axis=(1, 2, 3))
+    totals = multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64) / num_images
     return dict(zip(METRICS, totals.T, strict=True))
 
 
@@ -90,9 +98,10 @@ def evaluate(
     elif genes is not None:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
     graphdef, parameters = functional.split(model)
-    parameters = replicate(parameters, make_mesh())
+    mesh = evaluation_set.mesh
+    parameters = replicate(parameters, mesh)
     sums = [
-        [_sum_metrics(graphdef, parameters, batch, one) for batch in evaluation_set.batches]
+        [_sum_metrics(graphdef, mesh, parameters, batch, one) for batch in evaluation_set.batches]
         for one in population
     ]
     return means(sums, evaluation_set.num_images)

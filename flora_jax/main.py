@@ -2,14 +2,16 @@
 
 import logging
 import pathlib
+import signal
 import sys
 
 import absl.logging
+import jax
 from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from flora_jax import pipeline
+from flora_jax import pipeline, processes
 from flora_jax.run import Run
 from flora_jax.stages.predictions import check_predictions
 
@@ -22,6 +24,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and 
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
 _CHECK_PREDICTIONS = flags.DEFINE_bool(
     "check_predictions", False, "Compare stored predictions with a fresh pass of their teacher."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, which JAX finds on TPU, SLURM and Kubernetes."
 )
 _USER_ERRORS = (
     ValueError,
@@ -36,14 +46,27 @@ _USER_ERRORS = (
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
-    _show_log()
+    if (
+        jax.config.jax_num_cpu_devices > 1
+    ):  # programs in flight at once wait for each other's threads
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        _show_log()
         if _CHECK_PREDICTIONS.value:
             check_predictions(Run(_CONFIG.value, epath.Path(_WORKDIR.value)))
         else:
             pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+    except processes.Stopped as stopped:
+        print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
+        sys.exit(processes.STOPPED)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        processes.exit_at_once(128 + signal.SIGINT)
     except _USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        processes.exit_at_once(1)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -63,7 +86,7 @@ def _show_log() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("flora_jax")
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     log.propagate = False
 
 

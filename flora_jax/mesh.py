@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")  # a batch is split over both, large parameters over the second
+SPLIT, WHOLE = PartitionSpec(AXES), PartitionSpec()  # a batch, and what every device has whole
 SMALLEST_SHARDED = 2**16  # elements; below, gathering costs more than it saves
 
 
@@ -51,17 +52,32 @@ def shard_parameters(tree, mesh: Mesh):
 
 def replicate(tree, mesh: Mesh):
     """Every device holds the whole tree."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
 
 
 def spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """An array that every process holds whole -> the same array split over all devices."""
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(AXES)))
+    return jax.device_put(array, NamedSharding(mesh, SPLIT))
+
+
+def on_each_device(function, mesh: Mesh, in_specs, out_specs):
+    """The function with each device at its own share; it holds the only collectives there are.
+
+    A Pallas kernel can be split over devices in no other way, and an automatic partitioner puts
+    collectives inside the branches of sliced layers.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,  # a Pallas kernel does not say along which axes its result varies
+    )
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process' share [B_local, ...] of a batch -> global arrays [B, ...] over all devices."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    sharding = NamedSharding(mesh, SPLIT)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()

@@ -138,7 +138,7 @@ def test_factorize_errors(tiny_model, micro_space, tiny_space):
     with pytest.raises(ValueError, match="spec is not the spec of the rank space"):
         flora.factorize(tiny_model, micro_space)
     with pytest.raises(
-        ValueError, match="unknown implementation 'scanned'; choose masked or sliced"
+        ValueError, match="unknown implementation 'scanned'; choose masked, sliced, tiled"
     ):
         flora.factorize(tiny_model, tiny_space, implementation="scanned")
 

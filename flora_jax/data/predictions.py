@@ -187,8 +187,7 @@ def parts_to_write(
         _check_meta(folder, meta)
     folder.mkdir(parents=True, exist_ok=True)
     _check_disk(folder, description)
-    if process_index == 0:
-        write_json(folder / META_FILE, meta)
+    write_json(folder / META_FILE, meta)
     parts = [
         _part(folder, description, epoch, process_index, share)
         for epoch in range(description.num_epochs)

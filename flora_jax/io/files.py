@@ -1,11 +1,15 @@
 """Files that are either the old version or the new one, never a part."""
 
 import contextlib
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 
 from etils import epath
+
+from flora_jax.processes import by_the_first
 
 
 @contextlib.contextmanager
@@ -21,9 +25,39 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: epath.PathLike, value) -> None:
+def dump_json(path: epath.PathLike, value) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+write_json = by_the_first(dump_json)
+
+
+@contextlib.contextmanager
+def locked(path: epath.PathLike) -> Iterator[None]:
+    """Holds the lock file `path`, which the system lets go of however the process ends.
+
+    Raises:
+      RuntimeError: another process holds it; names that process.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:  # a mode that epath lacks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise RuntimeError(f"{path.parent} is in use by another run: {holder}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """A folder of a service such as gs://, where files can be neither locked nor appended to."""
+    return "://" in os.fspath(path)
 
 
 def read_json(path: epath.PathLike):

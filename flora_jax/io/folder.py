@@ -12,10 +12,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from flora_jax.io.checkpoint import read_parameters
-from flora_jax.io.files import read_json, replacing, write_json
+from flora_jax.io.files import dump_json, read_json, replacing, write_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
 from flora_jax.models import Spec, create_abstract, functional, spec_from_json, spec_to_json
+from flora_jax.processes import by_the_first
 
 FORMAT = 1
 SPEC_FILE, WEIGHTS_FILE, CHECKPOINTS = "spec.json", "model.safetensors", "checkpoints"
@@ -35,6 +36,7 @@ def save_description(model: nnx.Module | Supernet, path: epath.PathLike) -> None
     write_json(epath.Path(path) / SPEC_FILE, describe(model))
 
 
+@by_the_first
 def save(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
     """Writes a model to the folder `path`; `load` reads it back bit for bit.
 
@@ -45,7 +47,7 @@ def save(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
     with replacing(path / WEIGHTS_FILE) as partial:
         save_file({name: np.asarray(p) for name, p in parameters.items()}, partial)
         checksum = _sha256(partial)
-    write_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
+    dump_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
 
 
 def load(path: epath.PathLike) -> nnx.Module | Supernet:

@@ -105,7 +105,7 @@ def _abstract_network(space: RankSpace, implementation: str | None) -> nnx.Modul
     implementation = implementation or default_implementation()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"unknown implementation {implementation!r}; choose {' or '.join(IMPLEMENTATIONS)}"
+            f"unknown implementation {implementation!r}; choose {', '.join(IMPLEMENTATIONS)}"
         )
 
     def build():

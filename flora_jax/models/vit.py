@@ -106,12 +106,14 @@ class ViT(nnx.Module):
     def classify(self, x: jax.Array) -> jax.Array:
         """tokens [B*N, D] -> logits [B, num_classes]."""
         spec, num_tokens = self.spec, len(self.spec.block_tokens[-1])
+        # Not x[::num_tokens]: libtpu crashes on the gradient of a strided slice.
+        tokens = x.reshape(-1, num_tokens, spec.embed_dim)
         if spec.pool == "mean":
-            patches = x.reshape(-1, num_tokens, spec.embed_dim)[:, spec.num_prefix_tokens :]
+            patches = tokens[:, spec.num_prefix_tokens :]
             return self.head(self.norm(patches.mean(1)))
-        logits = self.head(self.norm(x[::num_tokens]))
+        logits = self.head(self.norm(tokens[:, 0]))
         if spec.distilled:
-            return (logits + self.head_dist(self.norm(x[1::num_tokens]))) / 2
+            return (logits + self.head_dist(self.norm(tokens[:, 1]))) / 2
         return logits
 
     def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:

@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from flora_jax.io.files import replacing
+from flora_jax.processes import by_the_first
 from flora_jax.report.table import count_unit
 from flora_jax.search.evolution import front
 
@@ -32,25 +33,31 @@ def plot_trade_off(
     points: Mapping[str, tuple[float, float]],
     window: tuple[float, float],
 ) -> None:
-    """Accuracy against MACs of everything the search scored and of the models evaluated.
+    """Accuracy against cost of everything the search scored and of the models evaluated.
 
     Args:
-      candidates: {"macs": [P], "top1": [P] in 0..1 on the held-out split, "generation": [P]}.
-      points: {label: (macs, top1 in 0..1 on the test split)}, such as dense, uniform and subnet.
-      window: the MACs (lo, hi) that the search may spend.
+      candidates: {"macs": [P] (or "ms", milliseconds, where these were the budget), "top1": [P]
+        in 0..1 on the held-out split, "generation": [P]}.
+      points: {label: (cost, top1 in 0..1 on the test split)}, such as dense, uniform and subnet.
+      window: the cost (lo, hi) that the search may spend.
     """
-    macs, top1, generation = (np.asarray(candidates[k]) for k in ("macs", "top1", "generation"))
-    point_macs = np.array([point[0] for point in points.values()])
+    cost_name, window_name = ("ms", "latency") if "ms" in candidates else ("macs", "MAC")
+    cost, top1, generation = (np.asarray(candidates[k]) for k in (cost_name, "top1", "generation"))
+    point_cost = np.array([point[0] for point in points.values()])
     point_top1 = 100 * np.array([point[1] for point in points.values()])
-    unit, symbol = count_unit(max([*macs, *point_macs, window[1]]))
+    unit, label = 1, "latency (ms)"
+    if cost_name == "macs":
+        unit, symbol = count_unit(max([*cost, *point_cost, window[1]]))
+        label = f"MACs ({symbol})" if symbol else "MACs"
 
-    ax.axvspan(window[0] / unit, window[1] / unit, color="0.92", zorder=0, label="MAC window")
+    left, right = window[0] / unit, window[1] / unit
+    ax.axvspan(left, right, color="0.92", zorder=0, label=f"{window_name} window")
     scatter = ax.scatter(
-        macs / unit, 100 * top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
+        cost / unit, 100 * top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
     )
-    on_front = front(macs, top1)
+    on_front = front(cost, top1)
     ax.plot(
-        macs[on_front] / unit,
+        cost[on_front] / unit,
         100 * top1[on_front],
         color="0.2",
         linewidth=1.2,
@@ -58,7 +65,7 @@ def plot_trade_off(
         label="Pareto front (held-out split)",
     )
     ax.scatter(
-        point_macs / unit,
+        point_cost / unit,
         point_top1,
         s=150,
         marker="*",
@@ -71,8 +78,8 @@ def plot_trade_off(
         bar = ax.figure.colorbar(scatter, ax=ax, pad=0.01, aspect=30, label="generation")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.margins(x=0.1, y=0.15)
-    _label_points(ax, list(points), point_macs / unit, point_top1)
-    ax.set_xlabel(f"MACs ({symbol})" if symbol else "MACs")
+    _label_points(ax, list(points), point_cost / unit, point_top1)
+    ax.set_xlabel(label)
     ax.set_ylabel("top-1 accuracy (%)")
     ax.legend(loc="lower right", fontsize="small")
 
@@ -215,6 +222,7 @@ def report_figure(
     return figure
 
 
+@by_the_first
 def save_figure(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
     png = io.BytesIO()

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 from tqdm import tqdm
 
 
@@ -12,7 +13,8 @@ class Progress:
     """Shows how far a piece of work is, how fast it goes and how long it still takes.
 
     On a terminal (stderr) this is a tqdm bar, otherwise lines on stderr: one at the first update,
-    then at most one every `interval` seconds. A summary line ends both.
+    then at most one every `interval` seconds. A summary line ends both. Of several processes, the
+    first one shows it.
 
         with Progress("supernet", total=1200, start=300) as progress:
             for step in range(300, 1200):
@@ -56,8 +58,8 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._started = self._clock()
         self._next_line = self._started
-        self._bar = None
-        if sys.stderr.isatty():
+        self._bar, self._is_shown = None, jax.process_index() == 0
+        if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm(
                 desc=self.name,
                 total=self.total,
@@ -131,7 +133,8 @@ class Progress:
     def _print(self, *parts: str) -> None:
         counted = f"{self.done}/{self.total} {self.unit}s"
         shown = [self.name, counted, *parts, *self._shown_values()]
-        print("  ".join(part for part in shown if part), file=sys.stderr, flush=True)
+        if self._is_shown:
+            print("  ".join(part for part in shown if part), file=sys.stderr, flush=True)
 
 
 def _format_duration(seconds: float) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flora_jax.evaluation import EvaluationSet, means, sum_metrics
 from flora_jax.lowrank.supernet import Supernet
-from flora_jax.mesh import make_mesh, replicate
+from flora_jax.mesh import SPLIT, WHOLE, on_each_device, replicate
 from flora_jax.models import functional
 
 
@@ -30,12 +31,13 @@ def score_block(
     if not 0 <= block < supernet.space.num_blocks:
         raise ValueError(f"block {block} lies outside 0..{supernet.space.num_blocks - 1}")
     network, triples = supernet.network, supernet.space.kept[block]
-    embed = _compiled(network, type(network).embed)
-    classify = _compiled(network, type(network).classify)
+    mesh = evaluation_set.mesh
+    embed = _compiled(network, type(network).embed, mesh)
+    classify = _compiled(network, type(network).classify, mesh)
     varied = network.blocks[block]
-    attention = _compiled(varied, type(varied).attention_half)
-    mlp = _compiled(varied, type(varied).mlp_half)
-    full_rank = [_compiled(module, type(module).__call__) for module in network.blocks]
+    attention = _compiled(varied, type(varied).attention_half, mesh)
+    mlp = _compiled(varied, type(varied).mlp_half, mesh)
+    full_rank = [_compiled(module, type(module).__call__, mesh) for module in network.blocks]
 
     sums = [[] for _ in triples]
     for images, labels, mask in evaluation_set.batches:
@@ -47,16 +49,25 @@ def score_block(
             x = mlp(attended[qkv], (fc1, fc2))
             for run in full_rank[block + 1 :]:
                 x = run(x)
-            sums[k].append(sum_metrics(classify(x), labels, mask))
+            sums[k].append(_sum_metrics(mesh, classify(x), labels, mask))
     return means(sums, evaluation_set.num_images)
 
 
-def _compiled(module, method: Callable) -> Callable:
+def _compiled(module, method: Callable, mesh: Mesh) -> Callable:
+    """The method as a function of a batch's share and the genes, if it takes any."""
     graphdef, parameters = functional.split(module)
-    parameters = replicate(parameters, make_mesh())
-    return functools.partial(_run, graphdef, method, parameters)
+    return functools.partial(_run, graphdef, method, mesh, replicate(parameters, mesh))
 
 
-@jax.jit(static_argnums=(0, 1))
-def _run(graphdef, method, parameters, *arguments):
-    return method(functional.merge(graphdef, parameters), *arguments)
+@jax.jit(static_argnums=(0, 1, 2))
+def _run(graphdef, method, mesh, parameters, batch, *genes):
+    def on_one_device(parameters, batch, *genes):
+        return method(functional.merge(graphdef, parameters), batch, *genes)
+
+    in_specs = (WHOLE, SPLIT, *[WHOLE] * len(genes))
+    return on_each_device(on_one_device, mesh, in_specs, SPLIT)(parameters, batch, *genes)
+
+
+@jax.jit(static_argnums=0)
+def _sum_metrics(mesh, logits, labels, mask):
+    return on_each_device(sum_metrics, mesh, SPLIT, SPLIT)(logits, labels, mask)

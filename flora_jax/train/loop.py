@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -12,9 +13,10 @@ from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.io.checkpoint import Checkpoints
-from flora_jax.io.files import replacing
+from flora_jax.io.files import is_url, replacing
 from flora_jax.mesh import make_mesh, replicate, shard_batch, shard_parameters
 from flora_jax.models import functional
+from flora_jax.processes import Stopped, StopRequest
 from flora_jax.report.progress import Progress
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import TrainState, initial_state, make_step
@@ -58,6 +60,7 @@ def train(
 
     Raises:
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
+      Stopped: the process was told to end (SIGTERM); the step it was at is saved.
     """
     # What runs.
     directory = epath.Path(directory)
@@ -87,6 +90,7 @@ def train(
         stream = batches(start)
         if hasattr(stream, "close"):
             stack.callback(stream.close)
+        stop_request = stack.enter_context(StopRequest())
 
         # The loop. Metrics are read back in bulk, so that the device never waits for the host.
         unread: list[jax.Array] = []
@@ -96,22 +100,28 @@ def train(
             state, metrics = step_function(state, batch, genes, teacher_parameters)
             unread.append(metrics)
             done = step + 1
-            saves = done % settings.checkpoint_every == 0 or done == settings.steps
+            stops = stop_request.is_set()
+            saves = stops or done % settings.checkpoint_every == 0 or done == settings.steps
             if saves or done % settings.log_every == 0:
                 values = np.stack(jax.device_get(unread))
                 first = done - len(unread)
                 _check_finite(values, first, draw_genes, checkpoints)
-                log.write(first, values)
+                log.write(first, values, saves)
                 progress.update(len(unread), loss=float(values[:, 0].mean()))
                 unread.clear()
             if saves:
                 checkpoints.save(done, state)
+            if stops:
+                raise Stopped(f"{name} is saved at step {done} of {settings.steps}")
         return _result(graphdef, state, mesh)
 
 
 def _result(graphdef, state: TrainState, mesh: Mesh) -> nnx.Module:
-    parameters = state.parameters if state.average is None else state.average
-    return functional.merge(graphdef, replicate(parameters, mesh))
+    """On this process' own device, as a model that was loaded."""
+    parameters = replicate(state.parameters if state.average is None else state.average, mesh)
+    return functional.merge(
+        graphdef, jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), parameters)
+    )
 
 
 def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Checkpoints) -> None:
@@ -129,24 +139,42 @@ def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Check
 
 
 class _MetricsLog:
-    """metrics.jsonl: a line a step; lines of steps that a resumed run repeats are dropped."""
+    """metrics.jsonl: a line a step; lines of steps that a resumed run repeats are dropped.
+
+    Where files cannot be appended to, it is written anew with every checkpoint.
+    """
 
     def __init__(self, path: epath.Path, start: int):
-        self._path, self._start = path, start
+        self._path, self._is_first = path, jax.process_index() == 0
+        self._lines: list[str] = []
+        if self._is_first and path.exists():
+            self._lines = path.read_text().splitlines(keepends=True)[:start]
 
     def __enter__(self):
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._path.read_text().splitlines()[: self._start] if self._path.exists() else []
-        with replacing(self._path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines))
-        self._file = self._path.open("a")
+        if self._is_first:
+            self._write_anew()
+            self._file = None if is_url(self._path) else self._path.open("a")
         return self
 
     def __exit__(self, *exception):
-        self._file.close()
+        if self._is_first and self._file:
+            self._file.close()
 
-    def write(self, first: int, values: np.ndarray) -> None:
-        for offset, (loss, gradient_norm) in enumerate(values.tolist()):
-            record = {"step": first + offset, "loss": loss, "gradient_norm": gradient_norm}
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    def write(self, first: int, values: np.ndarray, saves: bool) -> None:
+        if not self._is_first:
+            return
+        lines = [
+            json.dumps({"step": first + offset, "loss": loss, "gradient_norm": norm}) + "\n"
+            for offset, (loss, norm) in enumerate(values.tolist())
+        ]
+        if self._file:
+            self._file.writelines(lines)
+            self._file.flush()
+            return
+        self._lines += lines
+        if saves:
+            self._write_anew()
+
+    def _write_anew(self) -> None:
+        with replacing(self._path) as partial:
+            partial.write_text("".join(self._lines))

@@ -1,0 +1,183 @@
+"""The kernel of the low-rank layer, interpreted, against the plain product; its program for TPU."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flora_jax.lowrank.products import masked_product
+from flora_jax.lowrank.tiled import BLOCKS, TILE, tiled_product
+from tests.conftest import ROOT
+
+# tokens, in, out, ranks
+FILLED = (2 * BLOCKS[0], 32, 24, (TILE, 2 * TILE))
+FILLED_IN_PART = (BLOCKS[0] + 45, 40, 72, (16, 96, 130, 200))
+SMALL = (3, 12, 20, (2, 5, 9, 12))  # less than one block and one tile
+
+
+def arrays(tokens, in_features, out_features, ranks):
+    """x [M, in], down [R, in], up [R, out], grad [M, out]: float32, rounded to bfloat16 values."""
+    rng = np.random.default_rng(tokens)
+    rows = tokens, ranks[-1], ranks[-1], tokens
+    widths = in_features, in_features, out_features, out_features
+    shapes = zip(rows, widths, strict=True)
+    return [np.float32(jnp.bfloat16(rng.normal(size=shape))) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(product, ranks, x, down, up, grad, gene):
+    value, pull_back = jax.vjp(lambda *inputs: product(*inputs, gene, ranks), x, down, up)
+    return value, *pull_back(grad)
+
+
+def assert_close(actual, wanted, tolerance):
+    """Relative to the largest entry."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(
+        np.float32(actual), wanted, rtol=0, atol=tolerance * abs(wanted).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tolerance"),
+    [
+        (FILLED, "float32", 1e-5),
+        (FILLED_IN_PART, "float32", 1e-5),
+        (FILLED_IN_PART, "bfloat16", 2e-2),
+        (SMALL, "float32", 1e-5),
+    ],
+)
+def test_value_and_gradients_at_every_rank(sizes, dtype, tolerance):
+    ranks, inputs = sizes[-1], arrays(*sizes)
+    for gene, rank in enumerate(ranks):
+        typed = [array.astype(dtype) for array in inputs]
+        actual = value_and_gradients(tiled_product, ranks, *typed, gene)
+        wanted = value_and_gradients(masked_product, ranks, *inputs, gene)
+        for ours, plain in zip(actual, wanted, strict=True):
+            assert ours.dtype == dtype
+            assert_close(ours, plain, tolerance)
+        for factor_gradient in actual[2:]:
+            assert not np.asarray(factor_gradient)[rank:].any()
+
+
+def test_tiles_beyond_the_rank_are_not_computed():
+    ranks = (TILE - 28, TILE, 2 * TILE)
+    x, down, up, grad = arrays(5, 8, 12, ranks)
+    down[TILE:] = up[TILE:] = np.nan
+    for gene in (0, 1):
+        for result in value_and_gradients(tiled_product, ranks, x, down, up, grad, gene):
+            assert np.isfinite(result).all()
+    assert np.isnan(value_and_gradients(tiled_product, ranks, x, down, up, grad, 2)[0]).all()
+
+
+def test_each_gradient_has_the_dtype_of_its_input():
+    x, down, up, grad = arrays(3, 8, 12, (4,))
+    x, grad = jnp.bfloat16(x), jnp.bfloat16(grad)
+    value, *gradients = value_and_gradients(tiled_product, (4,), x, down, up, grad, 0)
+    assert value.dtype == jnp.bfloat16
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+def test_too_large_a_layer_is_named():
+    shapes = [(64, 16384), (16384, 16384), (16384, 65536)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    loss = jax.grad(lambda *inputs: tiled_product(*inputs, 0, (16384,)).sum())
+    with pytest.raises(ValueError, match=r"needs \d+ MiB of vector memory, at most 48"):
+        jax.eval_shape(loss, *inputs)
+
+
+def sharded_step(mesh, ranks):
+    """Value and gradients with the tokens split over devices, those of the factors summed."""
+
+    def step(x, down, up, grad, gene):
+        value, pull_back = jax.vjp(lambda *inputs: tiled_product(*inputs, gene, ranks), x, down, up)
+        grad_x, *grad_factors = pull_back(grad)
+        return value, grad_x, *jax.lax.psum(grad_factors, "data")
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(split, whole, whole, split, whole),
+        out_specs=(split, split, whole, whole),
+        check_vma=False,  # which a kernel's output says nothing about
+    )
+
+
+def run_program(program: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", f"from tests import test_tiled_layer; test_tiled_layer.{program}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def compare_on_devices():
+    """Run where there are 4 devices."""
+    ranks = (3, 8)
+    inputs = arrays(4 * 5, 8, 12, ranks)
+    step = jax.jit(sharded_step(Mesh(jax.devices(), ("data",)), ranks))
+    for gene in range(len(ranks)):
+        wanted = value_and_gradients(masked_product, ranks, *inputs, gene)
+        for ours, plain in zip(step(*inputs, gene), wanted, strict=True):
+            assert_close(ours, plain, 1e-5)
+    print(jax.device_count())
+
+
+def test_tokens_are_split_over_devices():
+    done = run_program("compare_on_devices()", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert done.stdout == "4\n", done.stderr
+
+
+def compile_for_tpu():
+    """DeiT-B's fc1, 64 images a chip, forward and backward: sizes of the program, in bytes."""
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    mesh = Mesh(devices, ("data",))
+    width, hidden, ranks = 768, 3072, tuple(768 * i // 8 for i in (1, 2, 3, 4, 5, 6, 8))
+
+    def array(shape, *axes, dtype=jnp.bfloat16):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    tokens = len(devices) * 64 * 197
+    inputs = (
+        array((tokens, width), "data"),
+        array((width, width)),
+        array((width, hidden)),
+        array((tokens, hidden), "data"),
+        array((), dtype=jnp.int32),
+    )
+    compiled = jax.jit(sharded_step(mesh, ranks)).lower(*inputs).compile()
+    memory = compiled.memory_analysis()
+    sizes = {
+        "program": memory.generated_code_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "branches": compiled.as_text().count(" conditional("),
+    }
+    print(json.dumps(sizes))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler libtpu is not installed"
+)
+def test_program_for_tpu_is_small():
+    done = run_program("compile_for_tpu()", TPU_SKIP_MDS_QUERY="1")
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert (sizes["kernels"], sizes["branches"]) == (2, 0)
+    assert sizes["program"] < 2e6
+    assert sizes["temporaries"] < 2e6
