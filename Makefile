@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/digits
 SEED ?= 0
 
-.PHONY: setup demo test
+.PHONY: setup demo test faults
 
 setup: .venv/installed
 
@@ -19,6 +19,10 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python -m flora_jax.main --config=configs/digits.py --workdir=$(WORKDIR) --config.seed=$(SEED)
+
+# Twenty kills, damaged and half-written files, a full disk, a lost process: about 10 minutes.
+faults: setup
+	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py -m ""
 
 test: setup
 	$(BIN)/ruff check .

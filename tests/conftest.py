@@ -1,7 +1,17 @@
 import math
+import os
 import pathlib
 import subprocess
 import sys
+
+# Most of the time goes into compiling; before JAX is imported, also for the processes we start.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+)
 
 import jax
 import numpy as np

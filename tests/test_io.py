@@ -1,20 +1,14 @@
-"""Folders of models and checkpoints of runs: whole, damaged, and half-written."""
+"""Folders of models: whole, damaged, and half-written."""
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.io.checkpoint import Checkpoints, read_parameters
 from flora_jax.io.files import read_json, replacing, write_json
 from flora_jax.io.folder import describe, save_description
-from flora_jax.mesh import make_mesh, replicate
-from flora_jax.models import create_abstract, functional
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import initial_state
+from flora_jax.models import functional
 
 WEIGHTS = "model.safetensors"
 
@@ -125,83 +119,6 @@ def test_description(supernet, subnet):
         assert description["format"] == 1
         assert description["spec"]["embed_dim"] == spec.embed_dim
         assert (description["space"] is None) == (model is subnet)
-
-
-# --- checkpoints of a run ------------------------------------------------------------------------
-
-
-def state_of(model, step, ema_decay=0.0):
-    """A state whose moving average differs from its parameters."""
-    settings = TrainSettings(steps=9, batch_size=1, learning_rate=0.1, ema_decay=ema_decay)
-    parameters = {name: np.array(value) for name, value in functional.split(model)[1].items()}
-    state = initial_state(parameters, settings)
-    if ema_decay:
-        state = state._replace(average={name: -value for name, value in parameters.items()})
-    return replicate(state._replace(step=jnp.int32(step)), make_mesh())
-
-
-def test_load_opens_a_training_folder(supernet, tmp_path):
-    save_description(supernet, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(4, state_of(supernet.network, 4))
-    again = flora.load(tmp_path)
-    assert_same_parameters(again.network, supernet.network)
-    assert again.space.choices == supernet.space.choices
-
-
-def test_load_prefers_the_moving_average(tiny_model, tmp_path):
-    save_description(tiny_model, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(4, state_of(tiny_model, 4, ema_decay=0.9))
-    loaded, parameters = (functional.split(m)[1] for m in (flora.load(tmp_path), tiny_model))
-    for name, value in parameters.items():
-        np.testing.assert_array_equal(loaded[name], -value)
-
-
-def test_newest_two_checkpoints_are_kept(tiny_model, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        untouched = state_of(tiny_model, 0)
-        assert checkpoints.restore(untouched) is untouched
-        assert checkpoints.latest_path() is None
-        for step in (3, 6, 9):
-            checkpoints.save(step, state_of(tiny_model, step, ema_decay=0.9))
-        assert checkpoints.latest_path() == tmp_path / "9"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9"]
-    with Checkpoints(tmp_path) as checkpoints:
-        template = state_of(flora.create(tiny_model.spec), 0, ema_decay=0.9)
-        restored, wanted = checkpoints.restore(template), state_of(tiny_model, 9, ema_decay=0.9)
-    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
-    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
-        assert ours.sharding == theirs.sharding
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_half_written_checkpoint_is_removed(tiny_model, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(3, state_of(tiny_model, 3))
-    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
-    read_parameters(tmp_path)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert int(checkpoints.restore(state_of(tiny_model, 0)).step) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
-
-
-def test_relative_folders(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with Checkpoints("run/checkpoints") as checkpoints:
-        checkpoints.save(3, state_of(tiny_model, 3))
-    save_description(tiny_model, "run")
-    loaded = functional.split(flora.load("run"))[1]
-    for name, value in state_of(tiny_model, 3).parameters.items():
-        np.testing.assert_array_equal(loaded[name], value)
-
-
-def test_checkpoint_of_another_network(tiny_model, micro_spec, tmp_path):
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(3, state_of(tiny_model, 3))
-    save_description(create_abstract(micro_spec), tmp_path)
-    with pytest.raises(ValueError, match="do not fit the model"):
-        flora.load(tmp_path)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -1,18 +1,12 @@
 """The command line from end to end: results, skipping, being killed."""
 
 import json
-import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from safetensors.numpy import load_file
 
 import flora_jax as flora
 from configs import common, deit_t, digits_swin
@@ -22,7 +16,7 @@ from flora_jax.run import Run
 from flora_jax.search.history import read_history
 from flora_jax.stages import STAGES
 from flora_jax.stages.predictions import check_predictions
-from tests.conftest import flora_command, run_flora
+from tests.conftest import run_flora
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -76,68 +70,6 @@ def test_running_again_changes_nothing_and_prints_the_table(finished_run):
     assert "pretrain: done in" in done.stderr
     assert "fewer MACs" in done.stdout
     assert (finished_run / "result.json").stat().st_mtime_ns == before
-
-
-def kill_when(condition, workdir: pathlib.Path, *arguments: str) -> None:
-    """Starts the command and sends SIGKILL as soon as the condition holds."""
-    with subprocess.Popen(
-        **flora_command(workdir, *arguments), stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_killed_at_several_stages_ends_bit_for_bit_the_same(finished_run, tmp_path):
-    often = [
-        f"--config.{stage}.checkpoint_every=20"
-        for stage in ("pretrain", "filter.train", "supernet", "finetune")
-    ]
-
-    def has_checkpoint(stage, step):
-        return lambda: (tmp_path / stage / "checkpoints" / str(step)).is_dir()
-
-    def has_generations(count):
-        history = tmp_path / "search/history.jsonl"
-        return lambda: history.exists() and history.read_bytes().count(b"\n") > count
-
-    for condition in (
-        has_checkpoint("filter/block_01", 20),
-        has_checkpoint("supernet", 40),
-        has_checkpoint("supernet", 100),
-        has_generations(2),
-        has_checkpoint("finetune/uniform", 20),
-    ):
-        kill_when(condition, tmp_path, *often)
-    done = run_flora(tmp_path, *often)
-    assert done.returncode == 0, done.stderr
-
-    for file in ("filter/space.json", "search/history.jsonl", "result.json"):
-        assert (tmp_path / file).read_bytes() == (finished_run / file).read_bytes(), file
-    for stage in ("pretrain", "supernet", "finetune/subnet"):
-        metrics = f"{stage}/metrics.jsonl"
-        assert (tmp_path / metrics).read_text() == (finished_run / metrics).read_text()
-    pairs = [
-        (
-            load_file(tmp_path / name / "model.safetensors"),
-            load_file(finished_run / name / "model.safetensors"),
-        )
-        for name in ("dense", "subnet", "uniform")
-    ]
-    pairs.append(
-        tuple(
-            functional.split(flora.load(run / "supernet").network)[1]
-            for run in (tmp_path, finished_run)
-        )
-    )
-    for disturbed, undisturbed in pairs:
-        assert disturbed.keys() == undisturbed.keys()
-        for name, value in disturbed.items():
-            np.testing.assert_array_equal(value, undisturbed[name], err_msg=name)
 
 
 def test_one_stage_needs_those_before_it(tmp_path):

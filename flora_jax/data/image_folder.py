@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.sources import Example, decode_rgb
-from flora_jax.io.files import read_json, write_json
+from flora_jax.io.files import dump_json, read_json, user_cache_dir
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -102,7 +102,7 @@ def image_folder(
     for path in (root, folder):
         if not path.is_dir():
             raise ValueError(f"no folder {path}; {_contents(path.parent)}")
-    index = _scan(folder) if is_url else _cached_scan(folder, cache_dir or _default_cache_dir())
+    index = _scan(folder) if is_url else _cached_scan(folder, cache_dir or user_cache_dir("index"))
     images = {inside: names for inside, (_, names) in index.items() if names}
     return ImageFolderSource(root, split, images, least_side)
 
@@ -125,15 +125,10 @@ def _cached_scan(folder: epath.Path, cache_dir: epath.PathLike) -> _Index:
         log.warning("the index %s cannot be used and is made again: %s", cache, error)
     index = _scan(folder)
     try:
-        write_json(cache, index)
+        dump_json(cache, index)
     except OSError as error:
         log.info("the index of %s is not kept: %s", folder, error)
     return index
-
-
-def _default_cache_dir() -> epath.Path:
-    base = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return base.expanduser() / "flora_jax" / "index"
 
 
 def _scan(folder: epath.Path) -> _Index:

@@ -1,58 +1,164 @@
-"""Orbax checkpoints of a training run: the newest two steps, written whole or not at all."""
+"""Orbax checkpoints of a training run: written in the background, verified before they are used.
+
+Orbax reads altered array data without complaint, and takes any folder with a number for a step.
+So a step counts only with a manifest of checksums, which is written once the step is complete:
+
+  7000/                the newest step
+  6000/                the one before
+  manifests/7000.json  checksums of 7000/
+  damaged/             steps that failed the check when training went on, each with the reason
+"""
+
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from flora_jax.io.manifest import verify, write_manifest
+
+log = logging.getLogger(__name__)
+
+MANIFESTS, DAMAGED = "manifests", "damaged"
+_NONE = -1
+
 
 class Checkpoints:
-    """The checkpoints of one run under `directory`/<step>. Use as a context manager."""
+    """The checkpoints of one run under `directory`/<step>. Use as a context manager.
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2):
+    All processes of a run call the methods together, and see the same directory.
+
+    Args:
+      keep: this many of the newest steps stay.
+      keep_every: multiples of this step stay too; 0 for none.
+
+    Raises:
+      ValueError: no step would be kept, or `keep_every` is negative.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        if keep_every < 0:
+            raise ValueError(f"keep_every must be 0 or a number of steps, got {keep_every}")
+        self._keep, self._keep_every = keep, keep_every
         self._directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        if jax.process_index() == 0:
+            for half_written in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                half_written.rmtree()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self._checkpointer.close()
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
 
     def save(self, step: int, state) -> None:
-        self._checkpointer.save(step, state, force=True)
+        """Returns once the caller may donate the state; a thread writes and checksums it.
+
+        Raises:
+          OSError: the save before could not be completed. Earlier steps are unharmed.
+          ValueError: the step is already there.
+        """
+        self._wait()
+        folder = self._directory / str(step)
+        if folder.exists():
+            raise ValueError(f"{folder} already exists: restore first, then save later steps")
+        response = ocp.save_async(folder, _off_the_device(state))
+        self._pending = self._thread.submit(self._complete, folder, response)
 
     def restore(self, state):
-        """The newest saved state, laid out like `state`; `state` itself when there is none."""
-        latest = self._checkpointer.latest
-        if latest is None:
+        """The newest undamaged state, laid out like `state`; `state` itself when there is none.
+
+        Damaged steps are moved to `directory`/damaged, so that training can save them again.
+        """
+        self._wait()
+        step = self._newest_whole_step()
+        if step == _NONE:
             return state
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        return self._checkpointer.load(latest.step, target)
+        return ocp.load(self._directory / str(step), target)
 
     def latest_path(self) -> epath.Path | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else self._directory / str(latest.step)
+        """The newest complete step, once the last save has ended. Raises as `save`."""
+        self._wait()
+        return next(iter(_complete_steps(self._directory)), None)
+
+    def _complete(self, folder: epath.Path, response: ocp.AsyncResponse) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_manifest(folder, _manifest(folder))
+                self._delete_old()
+        except Exception as error:  # a full disk is a ValueError in Orbax
+            raise OSError(f"saving {folder} failed: {error}") from error
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _delete_old(self) -> None:
+        for folder in _complete_steps(self._directory)[self._keep :]:
+            if not (self._keep_every and int(folder.name) % self._keep_every == 0):
+                folder.rmtree()
+                _manifest(folder).unlink()
+
+    def _newest_whole_step(self) -> int:
+        """As the first process finds it; the others wait for its answer."""
+        step = _NONE
+        if jax.process_index() == 0:
+            folder = _newest_whole(self._directory, self._move_aside)
+            if folder is not None:
+                step = int(folder.name)
+            elif (damaged := self._directory / DAMAGED).exists():
+                log.error("no step left to go on from; the damaged ones are in %s", damaged)
+        return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+
+    def _move_aside(self, folder: epath.Path, reason: str) -> None:
+        names = (f"{folder.name}-{n}" for n in itertools.count())
+        paths = (self._directory / DAMAGED / name for name in names)
+        moved = next(path for path in paths if not path.exists())
+        log.warning("step %s is damaged and moved to %s: %s", folder.name, moved, reason)
+        moved.parent.mkdir(exist_ok=True)
+        moved.with_suffix(".txt").write_text(f"{reason}\n")
+        _manifest(folder).unlink(missing_ok=True)
+        folder.rename(moved)
 
 
 def read_parameters(directory: epath.PathLike) -> dict[str, jax.Array]:
     """The parameters of the newest checkpoint (their moving average if kept), on one device.
 
+    A damaged checkpoint is left where it is, and an older one read, with a warning.
+
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ValueError: every checkpoint is damaged.
     """
     directory = epath.Path(directory).resolve()
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    if not steps:
+    if not _step_folders(directory):
         raise FileNotFoundError(f"no checkpoint in {directory}")
-    path = directory / str(max(steps))
+    reasons: list[str] = []
+    path = _newest_whole(directory, lambda _, reason: reasons.append(reason))
+    if path is None:
+        raise ValueError(f"every checkpoint in {directory} is damaged: {'; '.join(reasons)}")
+    if reasons:
+        log.warning("read step %s, since newer ones are damaged: %s", path.name, "; ".join(reasons))
     saved = ocp.metadata(path).metadata
     wanted = "parameters" if saved["average"] is None else "average"
     device = SingleDeviceSharding(jax.local_devices()[0])
@@ -63,3 +169,39 @@ def read_parameters(directory: epath.PathLike) -> dict[str, jax.Array]:
         for name, tree in saved.items()
     }
     return ocp.load(path, target)[wanted]
+
+
+def _off_the_device(state):
+    """Orbax copies from an accelerator by itself, but on CPU it writes from the arrays' buffers."""
+    return jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+
+
+def _newest_whole(
+    directory: epath.Path, on_damage: Callable[[epath.Path, str], None]
+) -> epath.Path | None:
+    """The newest step that its manifest verifies; `on_damage` gets the newer ones and why."""
+    for folder in _step_folders(directory):
+        try:
+            verify(folder, _manifest(folder))
+        except (OSError, ValueError) as error:
+            on_damage(folder, str(error))
+        else:
+            return folder
+    return None
+
+
+def _step_folders(directory: epath.Path) -> list[epath.Path]:
+    """Newest first."""
+    if not directory.exists():
+        return []
+    folders = [path for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
+    return sorted(folders, key=lambda path: int(path.name), reverse=True)
+
+
+def _complete_steps(directory: epath.Path) -> list[epath.Path]:
+    """Those with a manifest, newest first."""
+    return [folder for folder in _step_folders(directory) if _manifest(folder).exists()]
+
+
+def _manifest(folder: epath.Path) -> epath.Path:
+    return folder.parent / MANIFESTS / f"{folder.name}.json"

@@ -55,6 +55,12 @@ def locked(path: epath.PathLike) -> Iterator[None]:
         yield
 
 
+def user_cache_dir(name: str) -> epath.Path:
+    """Where to keep what can be made again: $XDG_CACHE_HOME/flora_jax/name, or in ~/.cache."""
+    base = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return base.expanduser() / "flora_jax" / name
+
+
 def is_url(path: epath.PathLike) -> bool:
     """A folder of a service such as gs://, where files can be neither locked nor appended to."""
     return "://" in os.fspath(path)

@@ -4,11 +4,15 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
+
+from etils import epath
+
+from flora_jax.io.files import is_url, replacing
+from flora_jax.processes import by_the_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = ("genes", "macs", "score", "top1")
+_COLUMNS = ("genes", "cost", "score", "top1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,29 +21,30 @@ class Candidate:
 
     Attributes:
       genes: L of them.
-      macs: of one image.
+      cost: in the unit of the search, which the first line of its history names.
       score: what the search maximises.
       top1: accuracy in 0..1 on the same images.
     """
 
     generation: int
     genes: tuple[int, ...]
-    macs: int
+    cost: int
     score: float
     top1: float
 
 
-def read_history(path: str | os.PathLike) -> list[Candidate]:
+def read_history(path: epath.PathLike) -> list[Candidate]:
     """Every candidate scored so far, in order; an unfinished last line is left out."""
-    _, generations, _ = _parse(pathlib.Path(path).read_bytes())
+    _, generations, _ = _parse(epath.Path(path).read_bytes())
     return [candidate for members in generations for candidate in members]
 
 
-def resume(path: pathlib.Path, header: str) -> list[list[Candidate]]:
+def resume(path: epath.Path, header: str) -> list[list[Candidate]]:
     """The complete generations of a history, which is cut behind the last of them."""
     if not path.exists():
         return []
     content = path.read_bytes()
+    wait_for_all("history is read")  # the first process may cut it
     if header.encode().startswith(content):  # stopped while the first line was written
         content = header.encode()
     found, generations, good_bytes = _parse(content)
@@ -50,9 +55,7 @@ def resume(path: pathlib.Path, header: str) -> list[list[Candidate]]:
         raise ValueError(f"history {path} belongs to another search ({told}); use another path")
     if good_bytes < len(content):
         log.warning("history %s is cut behind its %d complete generations", path, len(generations))
-        with path.open("r+b") as file:
-            file.truncate(good_bytes)
-            os.fsync(file.fileno())
+        _cut(path, content[:good_bytes])
     return generations
 
 
@@ -90,9 +93,23 @@ def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
     return members if is_complete else None
 
 
-def append(path: pathlib.Path, text: str) -> None:
+@by_the_first
+def append(path: epath.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_url(path):
+        _replace(path, (path.read_bytes() if path.exists() else b"") + text.encode())
+        return
     with path.open("ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+@by_the_first
+def _cut(path: epath.Path, content: bytes) -> None:
+    _replace(path, content)
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(content)

@@ -73,7 +73,9 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / "checkpoints", keep_every=settings.keep_every)
+        )
         state = checkpoints.restore(state)
         start = int(state.step)
         if start > settings.steps:

@@ -22,7 +22,8 @@ class TrainSettings:
       rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
         again: less memory for a third more multiply-adds.
       seed: of everything random inside a step.
-      log_every, checkpoint_every: steps.
+      log_every, checkpoint_every: steps. The two newest checkpoints stay.
+      keep_every: checkpoints at multiples of this step stay too; 0 for none.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class TrainSettings:
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 1000
+    keep_every: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
@@ -53,7 +55,7 @@ class TrainSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
             *("learning_rate", "warmup_learning_rate", "min_learning_rate", "warmup_steps"),
-            *("mixup", "cutmix"),
+            *("mixup", "cutmix", "keep_every"),
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

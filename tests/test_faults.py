@@ -1,0 +1,274 @@
+"""A run that something terrible happened to ends as one that nothing happened to.
+
+`make faults` runs all of this; `make test` what is not marked as long.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from safetensors.numpy import load_file
+
+import flora_jax as flora
+from flora_jax import processes
+from flora_jax.models import functional
+from tests.conftest import ROOT, TINY_CONFIG, flora_command, run_flora
+
+long = pytest.mark.long_faults
+OFTEN = tuple(
+    f"--config.{stage}.checkpoint_every=20"
+    for stage in ("pretrain", "filter.train", "supernet", "finetune")
+)
+
+
+def send_when(condition, signal_number: int, workdir: pathlib.Path) -> tuple[int, str]:
+    """Starts the command, and sends the signal once the condition holds: exit status, stderr."""
+    with subprocess.Popen(
+        **flora_command(workdir, *OFTEN), stderr=subprocess.PIPE, text=True
+    ) as process:
+        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+        errors: list[str] = []
+        reader.start()
+        deadline = time.monotonic() + 240
+        while not condition() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        process.wait(timeout=60)
+        reader.join()
+    return process.returncode, errors[0]
+
+
+def has_saved(workdir: pathlib.Path, stage: str, step: int):
+    return lambda: (workdir / stage / f"checkpoints/manifests/{step}.json").exists()
+
+
+def has_generations(workdir: pathlib.Path, count: int):
+    history = workdir / "search/history.jsonl"
+    return lambda: history.exists() and history.read_bytes().count(b"\n") > count
+
+
+def after(seconds: float):
+    moment = time.monotonic() + seconds
+    return lambda: time.monotonic() > moment
+
+
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Bit for bit."""
+    for file in ("filter/space.json", "search/history.jsonl", "result.json"):
+        assert (workdir / file).read_bytes() == (other / file).read_bytes(), file
+    for stage in ("pretrain", "supernet", "finetune/subnet"):
+        metrics = f"{stage}/metrics.jsonl"
+        assert (workdir / metrics).read_text() == (other / metrics).read_text()
+    pairs = [
+        tuple(load_file(run / name / "model.safetensors") for run in (workdir, other))
+        for name in ("dense", "subnet", "uniform")
+    ]
+    pairs.append(
+        tuple(functional.split(flora.load(run / "supernet").network)[1] for run in (workdir, other))
+    )
+    for ours, theirs in pairs:
+        assert ours.keys() == theirs.keys()
+        assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def finish_and_compare(workdir: pathlib.Path, finished_run: pathlib.Path) -> str:
+    done = run_flora(workdir, *OFTEN)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, finished_run)
+    return done.stderr
+
+
+def newest_step(workdir: pathlib.Path) -> pathlib.Path:
+    checkpoints = workdir / "supernet/checkpoints"
+    return checkpoints / str(max(int(p.stem) for p in (checkpoints / "manifests").glob("*.json")))
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run that was killed while it trained the supernet."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    status, _ = send_when(has_saved(workdir, "supernet", 60), signal.SIGKILL, workdir)
+    assert status == -signal.SIGKILL
+    return workdir
+
+
+def flip_a_bit(workdir):
+    file = largest_file(newest_step(workdir))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(workdir):
+    file = largest_file(newest_step(workdir))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def leave_an_empty_step(workdir):
+    (workdir / "supernet/checkpoints/100000").mkdir()
+
+
+def leave_half_a_step(workdir):
+    newest = newest_step(workdir)
+    half = newest.with_name(f"{int(newest.name) + 20}")
+    shutil.copytree(newest, half)
+    largest_file(half).unlink()
+
+
+def jump_the_clock(workdir):
+    for index, path in enumerate(sorted(workdir.rglob("*"))):
+        os.utime(path, (0, 0) if index % 2 else (4_000_000_000, 4_000_000_000))
+
+
+def leave_a_lock(workdir):
+    (workdir / "run.lock").write_text("process 1 on a machine that is no more\n")
+
+
+DAMAGES = (
+    flip_a_bit,
+    truncate,
+    leave_an_empty_step,
+    leave_half_a_step,
+    jump_the_clock,
+    leave_a_lock,
+)
+
+
+@long
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage(damage, killed, finished_run, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    damage(tmp_path / "run")
+    finish_and_compare(tmp_path / "run", finished_run)
+
+
+def test_all_damages_at_once_and_sigterm(killed, finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    damaged = newest_step(workdir).name
+    for damage in DAMAGES:
+        damage(workdir)
+    status, errors = send_when(has_generations(workdir, 1), signal.SIGTERM, workdir)
+    assert f"step {damaged}" in errors
+    assert "damaged" in errors
+    assert status == -signal.SIGTERM, errors  # a search is saved with every generation
+    with (workdir / "search/history.jsonl").open("a") as history:
+        history.write('{"generation": 1, "genes": [[0, ')
+    finish_and_compare(workdir, finished_run)
+
+
+def test_sigterm_saves_the_step(killed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    step = int(newest_step(workdir).name)
+    newer = has_saved(workdir, "supernet", step + 20)
+    status, errors = send_when(newer, signal.SIGTERM, workdir)
+    assert status == processes.STOPPED, errors
+    saved = int(newest_step(workdir).name)
+    assert saved > step
+    assert f"stopped: supernet is saved at step {saved} of" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_second_run_is_refused(killed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    lock = workdir / "run.lock"
+    lock.write_text("")
+    with subprocess.Popen(**flora_command(workdir, *OFTEN), stderr=subprocess.DEVNULL) as first:
+        while not lock.read_text():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = run_flora(workdir, *OFTEN)
+        assert first.poll() is None
+        first.kill()
+    assert second.returncode == 1
+    assert f"error: {workdir} is in use by another run: process {first.pid} on" in second.stderr
+
+
+@long
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(seed, finished_run, tmp_path):
+    """Twenty in all, five to a run, anywhere from its first second to its last stage."""
+    rng = random.Random(seed)
+    for _ in range(5):
+        status, errors = send_when(after(rng.uniform(2, 14)), signal.SIGKILL, tmp_path / "run")
+        assert status in (-signal.SIGKILL, 0), errors
+    finish_and_compare(tmp_path / "run", finished_run)
+
+
+@long
+def test_a_full_disk(killed, finished_run, tmp_path):
+    """A file system of the size that the run has already, and half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(p.stat().st_size for p in killed.rglob("*") if p.is_file())
+    blocks = 4096 * sum(1 for _ in killed.rglob("*"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size + blocks + 2**19}", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        workdir = disk / "run"
+        shutil.copytree(killed, workdir)
+        full = run_flora(workdir, *OFTEN)
+        assert full.returncode == 1
+        assert "No space left" in full.stderr
+        assert "Traceback" not in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        finish_and_compare(workdir, finished_run)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def run_in_two(workdir: pathlib.Path) -> subprocess.Popen:
+    command = ["bash", "launch/local.sh", "2", f"--config={TINY_CONFIG}", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [*command, *OFTEN],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable, "DEVICES_PER_PROCESS": "2"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@long
+def test_one_of_two_processes_is_killed(finished_run, tmp_path):
+    """A whole run of two processes with two devices each, which is the run of one."""
+    workdir = tmp_path / "run"
+    with run_in_two(workdir) as both:
+        threading.Thread(target=both.stderr.read, daemon=True).start()
+        deadline = time.monotonic() + 400
+        while not has_saved(workdir, "supernet", 40)():
+            assert both.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        subprocess.run(["pkill", "-KILL", "-f", f"process_id=1.*{workdir}"], check=True)
+        started = time.monotonic()
+        assert both.wait(timeout=100) != 0
+        assert time.monotonic() - started < 60
+    with run_in_two(workdir) as both:
+        _, errors = both.communicate(timeout=600)
+    assert both.returncode == 0, errors
+    for name in ("dense", "subnet", "uniform"):
+        ours, theirs = (
+            json.loads((run / "result.json").read_text())[name] for run in (workdir, finished_run)
+        )
+        assert (ours["macs"], ours["params"]) == (theirs["macs"], theirs["params"])
+        assert abs(ours["top1"] - theirs["top1"]) < 0.02
+    best = [
+        json.loads((r / "search/best.json").read_text())["genes"] for r in (workdir, finished_run)
+    ]
+    assert best[0] == best[1]

@@ -1,0 +1,211 @@
+"""Two processes with two devices each: the same as one process, and an end together."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import flora_jax as flora
+from flora_jax import processes
+from flora_jax.io.files import locked, write_json
+from flora_jax.mesh import make_mesh
+from flora_jax.search.evolution import EvolutionSettings, evolve
+from tests.conftest import ROOT
+from tests.test_train import NORMALIZATION, SETTINGS, SPACE, batch_of, metrics_of, run
+
+STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=10)
+ENDLESS = dataclasses.replace(SETTINGS, steps=100_000, checkpoint_every=50_000)
+
+
+def local_batches(start):
+    """This process' share of each batch."""
+    share = SETTINGS.batch_size // jax.process_count()
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    for step in itertools.count(start):
+        yield {name: values[own] for name, values in batch_of(step).items()}
+
+
+def train_and_search(directory: pathlib.Path) -> None:
+    """Trains with and without split parameters, and searches with the last of them."""
+    found = {}
+    for fsdp in sorted({1, min(2, jax.device_count())}):
+        folder = directory / f"fsdp_{fsdp}"
+        network = run(folder, STEPS, local_batches, mesh=make_mesh(fsdp))
+        found[f"fsdp_{fsdp}"] = [line["loss"] for line in metrics_of(folder)]
+    supernet = flora.Supernet(network, SPACE)
+    images = flora.EvaluationSet(
+        [batch_of(100) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}], NORMALIZATION
+    )
+
+    def score(genes):
+        metrics = flora.evaluation.evaluate(supernet, images, genes)
+        return metrics["log_likelihood"], metrics["top1"]
+
+    settings = EvolutionSettings(
+        generations=3, population=6, parents=3, mutants=2, crossovers=2, mutation_probability=0.5
+    )
+    window, history = SPACE.macs_range(), directory / "history.jsonl"
+    best = evolve(SPACE, score, SPACE.macs_cost, window, settings, 0, history)
+    found["winner"] = [int(gene) for gene in best.genes]
+    flora.save(flora.extract(supernet, best.genes), directory / "subnet")
+    write_json(directory / "found.json", found)
+
+
+def train_until_told_to_end(directory: pathlib.Path) -> None:
+    try:
+        run(directory, ENDLESS, local_batches)
+    except processes.Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(processes.STOPPED)
+
+
+def fail_alone(directory: pathlib.Path) -> None:
+    if jax.process_index() == 1:
+        processes.exit_at_once(3)
+    run(directory, ENDLESS, local_batches)
+
+
+def member(name: str, directory: str, coordinator: str, num_processes: int, process_id: int):
+    """The program of one process."""
+    if num_processes > 1:
+        processes.connect(coordinator, num_processes, process_id)
+    globals()[name](pathlib.Path(directory))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(name: str, directory: pathlib.Path, num_processes: int, devices: int):
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"from tests.test_processes import member; "
+                f"member({name!r}, {str(directory)!r}, {coordinator!r}, {num_processes}, {index})",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(num_processes)
+    ]
+
+
+def finish(members) -> list[subprocess.CompletedProcess]:
+    done = []
+    for process in members:
+        output, errors = process.communicate(timeout=200)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
+    return done
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one process with one device has found, and two processes with two each."""
+    found = []
+    for num_processes, devices in ((1, 1), (2, 2)):
+        directory = tmp_path_factory.mktemp("processes")
+        for done in finish(start("train_and_search", directory, num_processes, devices)):
+            assert done.returncode == 0, done.stderr
+        found.append(directory)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["fsdp_1", "fsdp_2"])
+def test_two_processes_train_as_one(results, layout):
+    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+    assert len(alone["fsdp_1"]) == 20
+    np.testing.assert_allclose(together[layout], alone["fsdp_1"], rtol=1e-6)
+
+
+def test_two_processes_find_the_same_subnet(results):
+    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+    assert together["winner"] == alone["winner"]
+    assert flora.load(results[1] / "subnet").spec == flora.load(results[0] / "subnet").spec
+    histories = [(folder / "history.jsonl").read_text().splitlines() for folder in results]
+    for ours, theirs in zip(*histories, strict=True):
+        assert json.loads(ours).get("genes") == json.loads(theirs).get("genes")
+
+
+def test_one_device_goes_on_where_four_have_stopped(results):
+    """The last step's checkpoint, opened here."""
+    for layout in ("fsdp_1", "fsdp_2"):
+        again = run(results[1] / layout, STEPS, lambda start: iter(()))
+        assert flora.models.functional.split(again)[1].keys()
+
+
+def wait_until(condition, members) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert all(process.poll() is None for process in members), finish(members)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def lines_of(directory) -> int:
+    log = directory / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_told_to_end_all_save_the_same_step_and_go_on_from_there(num_processes, tmp_path):
+    members = start("train_until_told_to_end", tmp_path, num_processes, 2)
+    wait_until(lambda: lines_of(tmp_path) > 10, members)
+    members[-1].send_signal(signal.SIGTERM)
+    stopped = finish(members)
+    assert [done.returncode for done in stopped] == [processes.STOPPED] * num_processes
+    (message,) = {done.stdout.strip().splitlines()[-1] for done in stopped}
+    (step,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert message == f"test is saved at step {step} of 100000"
+    assert lines_of(tmp_path) == step
+    until = dataclasses.replace(ENDLESS, steps=step)
+    run(tmp_path, until, lambda start: iter(()))  # it is complete
+
+
+@pytest.mark.parametrize("name", ["fail_alone", "train_until_told_to_end"])
+def test_one_that_is_gone_does_not_leave_the_other_waiting(name, tmp_path):
+    """It has failed, or was killed."""
+    members = start(name, tmp_path, 2, 1)
+    if name == "train_until_told_to_end":
+        wait_until(lambda: lines_of(tmp_path) > 10, members)
+        members[1].kill()
+    members[1].wait(timeout=100)
+    started = time.monotonic()
+    members[0].wait(timeout=100)
+    assert time.monotonic() - started < 60
+    assert all(done.returncode != 0 for done in finish(members))
+
+
+def test_connecting_needs_all_or_nothing():
+    with pytest.raises(ValueError, match="come together"):
+        processes.connect("localhost:1234", 2)
+
+
+def test_a_lock_is_held_by_one_and_left_behind_by_none(tmp_path):
+    lock = tmp_path / "run.lock"
+    lock.write_text("process 1 on another machine\n")  # a stale one
+    with locked(lock):
+        program = f"from flora_jax.io.files import locked\nwith locked({str(lock)!r}): pass"
+        second = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert f"{tmp_path} is in use by another run: process {os.getpid()} on" in second.stderr
+    with locked(lock):
+        pass
