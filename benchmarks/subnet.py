@@ -4,29 +4,36 @@
     python benchmarks/subnet.py --folders runs/digits/dense runs/digits/subnet --batch 256
 
 The first form builds full-size networks with random weights: the published FLORA subnet, a network
-slimmed to 60 % of the MACs, and FLORA's uniform ranks on top of that. The second takes saved
-models, the first of which is the reference. All are timed in turn, round after round; the table
-has medians. `realised` is the share of the MAC saving that is seen in milliseconds.
+slimmed to 60 % of the MACs, and FLORA's uniform ranks on top of that. Before, it measures the
+latency table that a search may spend, which predicts the published subnet and random ones:
+`latency_prediction_error` is the median of |predicted / measured - 1|, both as shares of the dense
+network's time. The second form takes saved models, the first of which is the reference.
+
+All are timed in turn, round after round; the tables have medians. `realised` is the share of the
+MAC saving that is seen in milliseconds.
 """
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from common import SIZES, describe_machine, median_ratio, time_in_turn, write_json
 
 import flora_jax as flora
 from flora_jax.models import create, functional
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import human_count
+from flora_jax.search.latency import measure, measure_networks
 
-SIZES = {"deit_t": "tiny", "deit_s": "small", "deit_b": "base"}
+SIXTHS = tuple(i / 6 for i in range(1, 7))
+EIGHTHS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
+RATIOS = {"deit_t": SIXTHS, "deit_s": SIXTHS, "deit_b": EIGHTHS}  # the published choices
+_RATIO_NAMES = {"FLORA, published": "realised_saving"}
 PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.json"
 
 
@@ -37,33 +44,64 @@ def main() -> None:
     what.add_argument("--folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--subnets", type=int, default=6, help="random ones to predict; 0: none")
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
+    machine = describe_machine("float32", f"batch {arguments.batch}")
+    print(machine)
+    ratios = {}
     if arguments.model:
+        if arguments.subnets:
+            ratios["latency_prediction_error"] = prediction_error(arguments)
         models = {name: create(spec) for name, spec in full_size(arguments.model).items()}
     else:
         models = {str(path): flora.load(path) for path in arguments.folders}
-    machine = (
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"jax {jax.__version__}, float32, batch {arguments.batch}"
-    )
-    print(machine)
-    times = measure({n: _forward(m, arguments.batch) for n, m in models.items()}, arguments.rounds)
-    ratios = print_table(models, times, arguments.batch)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1))
+    forwards = {name: _forward(model, arguments.batch) for name, model in models.items()}
+    ratios |= print_table(models, time_in_turn(forwards, arguments.rounds), arguments.batch)
+    write_json(arguments.json, machine, ratios)
+
+
+def prediction_error(arguments: argparse.Namespace) -> float:
+    """Of the published subnet, where there is one, and of random ones."""
+    dense, ratios = flora.deit(SIZES[arguments.model]), RATIOS[arguments.model]
+    space = flora.RankSpace.regular(dense, ratios)
+    started = time.perf_counter()
+    table = measure(space, arguments.batch)
+    print(f"latency table: {time.perf_counter() - started:.0f} s")
+
+    random = space.sample(np.random.default_rng(0), arguments.subnets)
+    genes = {f"random {i}": one for i, one in enumerate(random, start=1)}
+    if published := _published(arguments.model):
+        genes = {"published": np.searchsorted(ratios, np.array(published) - 1e-6)} | genes
+    specs = {name: space.extracted_spec(one) for name, one in genes.items()}
+    times = measure_networks({"dense": dense} | specs, arguments.batch, rounds=arguments.rounds)
+
+    errors = []
+    print(f"{'subnet':12}{'MACs':>8}{'predicted':>11}{'measured':>10}{'error':>10}")
+    for name, one in genes.items():
+        predicted = float(table.cost(one)) / 1e6 / table.dense_ms
+        measured = median_ratio(times[name], times["dense"])
+        errors.append(predicted / measured - 1)
+        macs = specs[name].macs() / dense.macs()
+        print(
+            f"{name:12}{macs:>8.3f}{predicted:>11.3f}{measured:>10.3f}{100 * errors[-1]:>+8.1f} %"
+        )
+    return statistics.median(map(abs, errors))
+
+
+def _published(model: str) -> list[float]:
+    """The ratios of the released subnet, empty where there is none."""
+    subnets = json.loads(PUBLISHED.read_text())
+    return np.ravel(subnets.get(f"deit_{SIZES[model]}", {}).get("ratios_per_block", ())).tolist()
 
 
 def full_size(model: str) -> dict[str, Spec]:
     dense = flora.deit(SIZES[model])
     specs = {"dense": dense}
-    published = json.loads(PUBLISHED.read_text()).get(f"deit_{SIZES[model]}")
-    if published:
-        ratios = np.ravel(published["ratios_per_block"])
-        specs["FLORA, published"] = _low_rank(
-            dense, [round(r * la.full_rank) for r, la in zip(ratios, dense.layers, strict=True)]
-        )
+    if published := _published(model):
+        pairs = zip(published, dense.layers, strict=True)
+        specs["FLORA, published"] = _low_rank(dense, [round(r * la.full_rank) for r, la in pairs])
     slim = _slimmed(dense, round(0.6 * dense.macs()))
     specs["ViT-Slim"] = slim
     space = flora.RankSpace.regular(slim)
@@ -91,44 +129,30 @@ def _slimmed(spec: Spec, macs: int) -> Spec:
     return flora.slim.cut_spec(spec, flora.slim.threshold_to_macs(gated, macs))
 
 
-def _forward(model, batch: int) -> Callable[[], object]:
+def _forward(model, batch: int) -> Callable[[int], object]:
     graphdef, parameters = functional.split(model)
     run = jax.jit(lambda parameters, images: functional.merge(graphdef, parameters)(images))
     images = np.random.default_rng(0).normal(size=(batch, *model.spec.image_shape))
     images = jax.device_put(np.float32(images))
-    return lambda: run(parameters, images).block_until_ready()
-
-
-def measure(forwards: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every model in every round, in turn, after two that do not count."""
-    times = {name: [] for name in forwards}
-    for _ in range(2):
-        for forward in forwards.values():
-            forward()
-    for _ in range(rounds):
-        for name, forward in forwards.items():
-            started = time.perf_counter()
-            forward()
-            times[name].append(1000 * (time.perf_counter() - started))
-    return times
+    return lambda _: run(parameters, images).block_until_ready()
 
 
 def print_table(models: dict, times: dict[str, list[float]], batch: int) -> dict[str, float]:
-    """Returns the ratios `realised_saving` by model."""
+    """Returns `realised_saving`, of the published subnet, and the others by their names."""
     print(
         f"{'model':32}{'MACs':>10}{'share':>8}{'ms':>10}{'share':>8}{'images/s':>10}{'realised':>10}"
     )
     reference, *_ = models
     dense, ratios = models[reference].spec.macs(), {}
     for name, model in models.items():
-        milliseconds = statistics.median(times[name])
+        milliseconds = 1000 * statistics.median(times[name])
         macs = model.spec.macs()
-        pairs = zip(times[name], times[reference], strict=True)
-        share = statistics.median(own / other for own, other in pairs)
+        share = median_ratio(times[name], times[reference])
         realised = ""
         if macs < dense:
-            ratios[f"realised_saving of {name}"] = (1 - share) / (1 - macs / dense)
-            realised = f"{100 * ratios[f'realised_saving of {name}']:.0f} %"
+            saving = (1 - share) / (1 - macs / dense)
+            ratios[_RATIO_NAMES.get(name, f"realised_saving of {name}")] = saving
+            realised = f"{100 * saving:.0f} %"
         print(
             f"{name:32}{human_count(macs):>10}{macs / dense:>8.3f}{milliseconds:>10.2f}"
             f"{share:>8.3f}{1000 * batch / milliseconds:>10.0f}{realised:>10}"

@@ -50,6 +50,7 @@ def recipe(**changes) -> ConfigDict:
             "stored_predictions": False,
             "log_every": 20,
             "checkpoint_every": 1000,
+            "keep_every": 0,  # steps; checkpoints at its multiples stay beside the two newest
         }
     )
     fields.update(changes)
@@ -133,10 +134,13 @@ def imagenet(spec: Spec) -> ConfigDict:
                     **DEIT_MIXING,
                 ),
             },
-            "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)},
-            # The subnet's multiply-adds as a share of the dense model's: at least and at most.
-            "budget": {"macs": (0.43, 0.46)},
-            # The uniform-rank network of the same budget: "supernet" cuts it out of the supernet
+            # Ranks are multiples of a tile, apart from full rank.
+            "space": {"ratios": (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0), "tile": 1},
+            # What the subnet may cost, at least and at most, as shares of the dense model's
+            # multiply-adds or, where search.budget is "latency", of its time on this device. The
+            # filter's price is in multiply-adds in either case.
+            "budget": {"macs": (0.43, 0.46), "latency": (0.55, 0.6)},
+            # The uniform-rank network of the same MACs: "supernet" cuts it out of the supernet
             # like the subnet; "alone" trains it from the dense model's SVD for as many steps as
             # supernet and fine-tuning together; "none" leaves it out.
             "uniform_baseline": "supernet",
@@ -155,6 +159,8 @@ def imagenet(spec: Spec) -> ConfigDict:
                 "mutants": 25,
                 "crossovers": 25,
                 "mutation_probability": 0.2,
+                "budget": "macs",
+                "latency_batch": 16,  # images that the device runs at once
             },
             "finetune": recipe(epochs=30.0, warmup_epochs=0.0),
         }

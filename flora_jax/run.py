@@ -8,7 +8,7 @@ Folder of a run:
   transfer/         a finished model fine-tuned on this dataset
   filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
   supernet/         the supernet's training run: open it with `flora_jax.load`
-  search/           history.jsonl and best.json
+  search/           history.jsonl and best.json; latency.json where that is the budget
   extract/          the subnet, and the baseline at the largest common ratio inside the budget,
                     with the weights that they inherit
   finetune/         their training runs
@@ -42,9 +42,12 @@ from flora_jax.mesh import make_mesh
 from flora_jax.models import Spec, spec_from_json
 from flora_jax.models.functional import Parameters
 from flora_jax.search.evolution import EvolutionSettings
+from flora_jax.search.latency import LatencyTable
 from flora_jax.train.loop import train
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.teacher import Teacher, describe
+
+LATENCY_FILE = "search/latency.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Run:
         return self._regular_space_of(spec)
 
     def _regular_space_of(self, spec: Spec) -> RankSpace:
-        return RankSpace.regular(spec, tuple(self.config.space.ratios))
+        return RankSpace.regular(spec, tuple(self.config.space.ratios), self.config.space.tile)
 
     @property
     def space(self) -> RankSpace:
@@ -99,6 +102,31 @@ class Run:
         """Of the subnet; the config gives it as shares of the dense model's."""
         low, high = self.config.budget.macs
         return round(low * self.spec.macs()), round(high * self.spec.macs())
+
+    @property
+    def spends_latency(self) -> bool:
+        """Whether the search's budget is time on this device, not MACs."""
+        return "search" in self.config.stages and self.config.search.budget == "latency"
+
+    @functools.cached_property
+    def latency_table(self) -> LatencyTable:
+        """Measured when the search began."""
+        return LatencyTable.from_json(read_json(self.folder / LATENCY_FILE))
+
+    @property
+    def latency_window(self) -> tuple[int, int]:
+        """Of the subnet, in nanoseconds; the config gives it as shares of the dense model's."""
+        low, high = self.config.budget.latency
+        dense = 1e6 * self.latency_table.dense_ms
+        return round(low * dense), round(high * dense)
+
+    @property
+    def uniform_ranks(self) -> tuple[int, ...]:
+        """Of the baseline: of the MAC window, or as many MACs as the subnet found by latency."""
+        most = self.macs_window[1]
+        if self.spends_latency:
+            most = read_json(self.folder / "search/best.json")["macs"]
+        return self.regular_space.uniform_ranks_within(most)
 
     def check_budget(self, spec: Spec) -> None:
         """Whether FLORA can reach its MAC window from a model of this spec, where it will try.
@@ -140,7 +168,9 @@ class Run:
 
     @property
     def evolution_settings(self) -> EvolutionSettings:
-        return EvolutionSettings(**self.config.search)
+        fields = self.config.search.to_dict()
+        del fields["budget"], fields["latency_batch"]
+        return EvolutionSettings(**fields)
 
     @functools.cached_property
     def heldout_set(self) -> EvaluationSet:

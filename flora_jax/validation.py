@@ -27,11 +27,17 @@ def check(state: Run) -> None:
     if list(config.stages) != order:
         raise ValueError(f"stages {list(config.stages)} must come once each, in the order {order}")
     _check_teachers(config)
-    low, high = config.budget.macs
-    if not 0 < low < high <= 1:
+    for name, (low, high) in config.budget.items():
+        if not 0 < low < high <= 1:
+            raise ValueError(
+                f"budget.{name} {(low, high)} must be two shares of the dense model's, "
+                f"0 < low < high <= 1"
+            )
+    if config.search.budget not in config.budget:
+        raise ValueError(unknown("search.budget", config.search.budget, config.budget))
+    if config.search.latency_batch < 1:
         raise ValueError(
-            f"budget.macs {(low, high)} must be two shares of the dense model's MACs, "
-            f"0 < low < high <= 1"
+            f"search.latency_batch must be at least 1, got {config.search.latency_batch}"
         )
     if "slim" not in config.stages:  # a slimmed model's shape is not known yet
         state.check_budget(state.spec)

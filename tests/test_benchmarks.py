@@ -16,7 +16,7 @@ from tests.conftest import ROOT
         ("full_size.py --model tiny --batch 1 --steps 1", "within the limit of 16 GiB"),
         ("data.py --images 4 --batch 2 --batches 1 --rounds 1", "train, 2 workers"),
         ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
-        ("subnet.py --model deit_t --batch 1 --rounds 1", "FLORA on ViT-Slim"),
+        ("subnet.py --model deit_t --batch 1 --rounds 1 --subnets 1", "FLORA on ViT-Slim"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.search.evolution import (
@@ -28,6 +29,7 @@ SPACE = REGULAR.keep(
 LEAST, MOST = SPACE.macs_range()
 WINDOW = (LEAST + 0.4 * (MOST - LEAST), LEAST + 0.5 * (MOST - LEAST))
 SMALL = EvolutionSettings(generations=4, population=8, parents=3, mutants=3, crossovers=3)
+OTHER_COST = Cost("cells", 10, tuple(layer % 1000 for layer in SPACE.macs_cost.layers))
 TARGET = SPACE.sample_within(np.random.default_rng(99), 1, WINDOW)[0]
 
 
@@ -43,7 +45,15 @@ def metrics(genes):
 
 def test_finds_better_than_random_draws(tmp_path):
     for seed in range(3):
-        best = evolve(SPACE, metrics, WINDOW, EvolutionSettings(), seed, tmp_path / f"{seed}.jsonl")
+        best = evolve(
+            SPACE,
+            metrics,
+            SPACE.macs_cost,
+            WINDOW,
+            EvolutionSettings(),
+            seed,
+            tmp_path / f"{seed}.jsonl",
+        )
         draws = SPACE.sample_within(np.random.default_rng(seed), 1000, WINDOW)
         assert best.score > closeness(draws).max() + 0.02
 
@@ -59,6 +69,7 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     best = evolve(
         SPACE,
         score,
+        SPACE.macs_cost,
         WINDOW,
         SMALL,
         seed=0,
@@ -73,18 +84,39 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     assert SPACE.contains(genes).all()
     macs = SPACE.macs(genes)
     assert WINDOW[0] <= macs.min() <= macs.max() <= WINDOW[1]
-    assert [candidate.macs for candidate in history] == macs.tolist()
+    assert [candidate.cost for candidate in history] == macs.tolist()
     assert [candidate.score for candidate in history] == metrics(genes)[0].tolist()
     assert [candidate.top1 for candidate in history] == metrics(genes)[1].tolist()
     assert [generation for generation, _ in seen_generations] == [0, 1, 2, 3]
     assert [member for _, members in seen_generations for member in members] == history
-    assert best == max(history, key=lambda candidate: (candidate.score, -candidate.macs))
+    assert best == max(history, key=lambda candidate: (candidate.score, -candidate.cost))
 
 
-def test_among_equals_fewer_macs_win(tmp_path):
+def test_any_cost_can_be_the_budget(tmp_path):
+    least, most = OTHER_COST.range_over(SPACE.kept)
+    window = (least + 0.3 * (most - least), least + 0.4 * (most - least))
     path = tmp_path / "history.jsonl"
-    best = evolve(SPACE, lambda genes: (np.full(len(genes), 0.5),) * 2, WINDOW, SMALL, 0, path)
-    assert best.macs == min(candidate.macs for candidate in read_history(path))
+    best = evolve(SPACE, metrics, OTHER_COST, window, SMALL, 0, path)
+    candidates = read_history(path)
+    assert len(candidates) == SMALL.generations * SMALL.population
+    costs = OTHER_COST(np.array([candidate.genes for candidate in candidates]))
+    assert window[0] <= costs.min() <= costs.max() <= window[1]
+    assert [candidate.cost for candidate in candidates] == costs.tolist()
+    assert best in candidates
+
+
+def test_among_equals_the_cheaper_wins(tmp_path):
+    path = tmp_path / "history.jsonl"
+    best = evolve(
+        SPACE,
+        lambda genes: (np.full(len(genes), 0.5),) * 2,
+        SPACE.macs_cost,
+        WINDOW,
+        SMALL,
+        0,
+        path,
+    )
+    assert best.cost == min(candidate.cost for candidate in read_history(path))
 
 
 @given(st.integers(0, 2**32))
@@ -112,7 +144,7 @@ def test_mutants_redraw_blocks_at_the_given_rate():
 @pytest.fixture(scope="module")
 def whole_history(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "history.jsonl"
-    best = evolve(SPACE, metrics, WINDOW, SMALL, 7, path)
+    best = evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path)
     return path.read_bytes(), best
 
 
@@ -132,7 +164,7 @@ def test_resumes_at_every_generation(tmp_path, whole_history, generations_left, 
         return metrics(genes)
 
     with caplog.at_level(logging.WARNING):
-        assert evolve(SPACE, score, WINDOW, SMALL, 7, path) == best
+        assert evolve(SPACE, score, SPACE.macs_cost, WINDOW, SMALL, 7, path) == best
     assert path.read_bytes() == content
     assert len(calls) == SMALL.generations - generations_left
     assert bool(caplog.records) == (tail != b"" or generations_left == 0)
@@ -143,7 +175,7 @@ def test_resumes_after_a_cut_anywhere(tmp_path_factory, whole_history, data):
     content, best = whole_history
     path = tmp_path_factory.mktemp("cut") / "history.jsonl"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    assert evolve(SPACE, metrics, WINDOW, SMALL, 7, path) == best
+    assert evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path) == best
     assert path.read_bytes() == content
 
 
@@ -159,7 +191,8 @@ def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
     "change, message",
     [
         ({"seed": 8}, "seed 7 instead of 8"),
-        ({"macs_window": (LEAST, MOST)}, "macs_window .* instead of"),
+        ({"window": (LEAST, MOST)}, "window .* instead of"),
+        ({"cost": OTHER_COST}, "unit MACs instead of cells, costs .* instead of"),
         ({"settings": EvolutionSettings()}, "settings .* instead of"),
         ({"space": REGULAR}, "space .* instead of"),
     ],
@@ -167,7 +200,8 @@ def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
 def test_refuses_the_history_of_another_search(tmp_path, whole_history, change, message):
     path = tmp_path / "history.jsonl"
     path.write_bytes(whole_history[0])
-    search = {"space": SPACE, "macs_window": WINDOW, "settings": SMALL, "seed": 7, **change}
+    search = {"space": SPACE, "cost": SPACE.macs_cost, "window": WINDOW, "settings": SMALL}
+    search |= {"seed": 7, **change}
     with pytest.raises(ValueError, match=f"belongs to another search .*{message}"):
         evolve(score=metrics, history_path=path, **search)
     assert path.read_bytes() == whole_history[0]
@@ -178,7 +212,7 @@ def test_refuses_other_files(tmp_path, content):
     path = tmp_path / "history.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not the history of a search"):
-        evolve(SPACE, metrics, WINDOW, SMALL, 7, path)
+        evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path)
     assert path.read_bytes() == content
 
 
@@ -186,18 +220,18 @@ def test_stops_when_the_space_is_exhausted(tmp_path):
     space = SPACE.keep([SPACE.kept[0][:5], SPACE.kept[1][:4], SPACE.kept[2][:1], SPACE.kept[3][:1]])
     settings = EvolutionSettings(generations=9, population=8, parents=3, mutants=3, crossovers=3)
     path = tmp_path / "history.jsonl"
-    best = evolve(space, metrics, space.macs_range(), settings, 0, path)
+    best = evolve(space, metrics, space.macs_cost, space.macs_range(), settings, 0, path)
     history = read_history(path)
     assert len({candidate.genes for candidate in history}) == len(history) == 20
     content = path.read_bytes()
-    assert evolve(space, None, space.macs_range(), settings, 0, path) == best
+    assert evolve(space, None, space.macs_cost, space.macs_range(), settings, 0, path) == best
     assert path.read_bytes() == content
 
 
 def test_impossible_window_leaves_no_history(tmp_path):
     path = tmp_path / "history.jsonl"
     with pytest.raises(ValueError, match="no kept genes found"):
-        evolve(SPACE, metrics, (MOST + 1, MOST + 2), SMALL, 0, path)
+        evolve(SPACE, metrics, SPACE.macs_cost, (MOST + 1, MOST + 2), SMALL, 0, path)
     assert not path.exists()
 
 
@@ -205,7 +239,13 @@ def test_impossible_window_leaves_no_history(tmp_path):
 def test_bad_scores(tmp_path, scores):
     with pytest.raises(ValueError, match="score must return 8 finite numbers"):
         evolve(
-            SPACE, lambda genes: (np.zeros(8), scores), WINDOW, SMALL, 0, tmp_path / "history.jsonl"
+            SPACE,
+            lambda genes: (np.zeros(8), scores),
+            SPACE.macs_cost,
+            WINDOW,
+            SMALL,
+            0,
+            tmp_path / "history.jsonl",
         )
 
 
@@ -240,4 +280,4 @@ def test_front(points):
 def test_history_is_json_lines(whole_history):
     header, *lines = map(json.loads, whole_history[0].splitlines())
     assert header["search"]["seed"] == 7
-    assert [set(line) for line in lines] == [{"generation", "genes", "macs", "score", "top1"}] * 4
+    assert [set(line) for line in lines] == [{"generation", "genes", "cost", "score", "top1"}] * 4

@@ -1,5 +1,6 @@
 """Rank spaces: published costs to the last digit, random draws, and MAC windows."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -123,6 +124,27 @@ def test_regular_ranks_and_triples():
     assert (space.num_layers, space.num_blocks) == (3, 1)
     assert space.kept[0].tolist() == [list(t) for t in itertools.product(range(3), repeat=3)]
     assert space.full_rank_genes.tolist() == [2, 2, 2]
+
+
+def test_ranks_in_tiles():
+    def ranks(width, tile):
+        spec = dataclasses.replace(ONE_BLOCK, embed_dim=width, blocks=())
+        return RankSpace.regular(spec, (1 / 100, 1 / 4, 1 / 2, 0.99, 1), tile).choices[0]
+
+    assert ranks(100, 1) == (1, 25, 50, 99, 100)
+    assert ranks(100, 8) == (8, 24, 48, 96, 100)
+    assert ranks(100, 40) == (40, 80, 100)
+    assert ranks(12, 16) == (12,)
+    with pytest.raises(ValueError, match="tile must be at least 1, got 0"):
+        ranks(100, 0)
+
+
+def test_extracted_spec_keeps_expensive_pairs_dense(base_space):
+    genes = base_space.full_rank_genes
+    genes[:3] = 5, 5, 0
+    spec = base_space.extracted_spec(genes)
+    assert spec.ranks == (None, 576, 96, *(None,) * 33)
+    assert spec.macs() == base_space.macs(genes)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,14 @@ def test_table_of_an_example():
     ]
 
 
+def test_table_shows_latency_where_it_is_known():
+    dense, subnet = ({"top1": 0.9, "macs": 8, "params": 8, "ms": ms} for ms in (20.0, 15.0))
+    header, first, second = comparison_table({"dense": dense, "subnet": subnet}).splitlines()
+    assert header.endswith("ms   fewer ms")
+    assert first.endswith("20.00")
+    assert second.endswith("15.00     25.0 %")
+
+
 def test_table_of_the_dense_model_alone():
     table = comparison_table({"dense": {"top1": 0.5, "macs": 17_570_000_000, "params": 10}})
     assert table.splitlines()[1].split() == ["dense", "50.00", "17.57", "G", "10"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.window import WindowSampler
 
 if TYPE_CHECKING:
@@ -93,15 +94,18 @@ class RankSpace:
 
     @classmethod
     def regular(
-        cls, spec: "Spec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1)
+        cls, spec: "Spec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1), tile: int = 1
     ) -> "RankSpace":
         """The space of all triples over ranks `int(round(ratio * full_rank))`, at least 1.
 
-        A narrow layer to which two ratios give the same rank has it once.
+        Ranks below full go to the nearest multiple of `tile`, at least one tile: hardware
+        multiplies whole tiles. A layer to which two ratios give the same rank has it once.
 
         Raises:
-          ValueError: a ratio lies outside (0, 1] or is repeated, or 1 is missing.
+          ValueError: a ratio lies outside (0, 1] or is repeated, 1 is missing, or tile is below 1.
         """
+        if tile < 1:
+            raise ValueError(f"tile must be at least 1, got {tile}")
         ratios = sorted(ratios)
         for ratio in ratios:
             if not 0 < ratio <= 1:
@@ -112,7 +116,8 @@ class RankSpace:
         if not ratios or ratios[-1] != 1:
             raise ValueError(f"ratios {ratios} must contain 1: full rank is always a choice")
         choices = tuple(
-            tuple(sorted({_rank_at(ratio, layer) for ratio in ratios})) for layer in spec.layers
+            tuple(sorted({_rank_at(ratio, layer, tile) for ratio in ratios}))
+            for layer in spec.layers
         )
         return cls(spec, choices, _every_triple(choices))
 
@@ -148,11 +153,6 @@ class RankSpace:
         return np.array([len(ranks) - 1 for ranks in self.choices], np.int32)
 
     @functools.cached_property
-    def fixed_macs(self) -> int:
-        """MACs of everything that is not a searchable layer."""
-        return self.spec.macs() - sum(layer.macs(None) for layer in self.spec.layers)
-
-    @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:
         """Per layer, int64: stored weights at each choice."""
         return tuple(
@@ -161,11 +161,17 @@ class RankSpace:
         )
 
     @functools.cached_property
-    def _macs(self) -> tuple[np.ndarray, ...]:
-        return tuple(
-            layer.tokens * weights
-            for layer, weights in zip(self.spec.layers, self._weights, strict=True)
-        )
+    def macs_cost(self) -> Cost:
+        """MACs of the extracted network for one image."""
+        layers = self.spec.layers
+        tables = (layer.tokens * w for layer, w in zip(layers, self._weights, strict=True))
+        fixed = self.spec.macs() - sum(layer.macs(None) for layer in layers)
+        return Cost("MACs", fixed, tuple(tables))
+
+    @property
+    def fixed_macs(self) -> int:
+        """MACs of everything that is not a searchable layer."""
+        return self.macs_cost.fixed
 
     def validate(self, genes) -> np.ndarray:
         """genes [..., L] as int32; ValueError on a wrong length, dtype or value."""
@@ -180,29 +186,29 @@ class RankSpace:
         columns = [np.array(c, np.int64)[genes[..., i]] for i, c in enumerate(self.choices)]
         return np.stack(columns, axis=-1)
 
+    def extracted_spec(self, genes) -> "Spec":
+        """genes [L] -> the spec of the extracted network."""
+        pairs = zip(self.spec.layers, self.ranks(genes).tolist(), strict=True)
+        return self.spec.with_ranks(
+            tuple(None if layer.is_cheaper_dense(rank) else rank for layer, rank in pairs)
+        )
+
     def macs(self, genes) -> np.ndarray:
         """genes [..., L] -> MACs of the extracted network for one image, int64 [...]."""
-        genes = self.validate(genes)
-        return sum((t[genes[..., i]] for i, t in enumerate(self._macs)), np.int64(self.fixed_macs))
+        return self.macs_cost(self.validate(genes))
 
     def params(self, genes) -> np.ndarray:
         """genes [..., L] -> parameters of the extracted network, int64 [...]."""
-        genes = self.validate(genes)
         fixed = self.spec.num_params() - sum(layer.num_weights(None) for layer in self.spec.layers)
-        return sum((t[genes[..., i]] for i, t in enumerate(self._weights)), np.int64(fixed))
+        return Cost("parameters", fixed, self._weights)(self.validate(genes))
 
     def block_macs(self, block: int) -> np.ndarray:
         """int64 [K_b]: MACs of the three searchable layers for each kept triple of a block."""
-        tables = self._macs[_TRIPLE * block : _TRIPLE * (block + 1)]
-        return sum(t[column] for t, column in zip(tables, self.kept[block].T, strict=True))
+        return self.macs_cost.of_block(block, self.kept[block])
 
     def macs_range(self) -> tuple[int, int]:
         """Least and most MACs of any kept genes."""
-        blocks = [self.block_macs(b) for b in range(self.num_blocks)]
-        return (
-            self.fixed_macs + int(sum(macs.min() for macs in blocks)),
-            self.fixed_macs + int(sum(macs.max() for macs in blocks)),
-        )
+        return self.macs_cost.range_over(self.kept)
 
     def contains(self, genes) -> np.ndarray:
         """genes [..., L] -> bool [...]: whether every block's triple is a kept one."""
@@ -233,7 +239,9 @@ class RankSpace:
                 for i, column in enumerate(triples.T, start=_TRIPLE * b):
                     weights *= layers[i].full_rank / np.array(self.choices[i])[column]
             picks.append(rng.choice(len(triples), size=n, p=weights / weights.sum()))
-        return self._genes_of(picks)
+        return np.concatenate(
+            [triples[pick] for triples, pick in zip(self.kept, picks, strict=True)], axis=1
+        )
 
     def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
         """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].
@@ -243,17 +251,11 @@ class RankSpace:
         Raises:
           ValueError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
         """
-        lo, hi = macs
-        return self._genes_of(self._window_sampler.draw(rng, n, lo, hi))
-
-    def _genes_of(self, picks) -> np.ndarray:
-        """One index [n] into the kept triples a block -> genes int32 [n, L]."""
-        return np.concatenate([t[pick] for t, pick in zip(self.kept, picks, strict=True)], axis=1)
+        return self._window_sampler.draw(rng, n, *macs)
 
     @functools.cached_property
     def _window_sampler(self) -> WindowSampler:
-        blocks = [self.block_macs(b) for b in range(self.num_blocks)]
-        return WindowSampler(blocks, self.fixed_macs)
+        return WindowSampler(self.kept, self.macs_cost)
 
     def uniform_ranks_within(self, hi: int) -> tuple[int, ...]:
         """L ranks at the largest common ratio whose extracted network costs at most `hi` MACs.
@@ -285,8 +287,11 @@ def _every_triple(choices) -> tuple[np.ndarray, ...]:
     )
 
 
-def _rank_at(ratio: float, layer: "LinearShape") -> int:
-    return max(1, round(ratio * layer.full_rank))
+def _rank_at(ratio: float, layer: "LinearShape", tile: int = 1) -> int:
+    rank = round(ratio * layer.full_rank)
+    if rank == layer.full_rank:
+        return rank
+    return min(max(1, round(rank / tile)) * tile, layer.full_rank)
 
 
 def _extracted_weights(layer: "LinearShape", rank: int) -> int:

@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 
+from flora_jax.lowrank.cost import Cost
+
 _MAX_CELLS = 2**17
 
 
 class WindowSampler:
-    """Uniform draws of one item a block with the total cost in a window, without rejection.
+    """Uniform draws of genes with the total cost in a window, without rejection.
 
     Costs are counted in cells of their greatest common divisor; dynamic programming from the last
     block backwards gives the share of completions at every total, so a draw fixes the total first
@@ -17,15 +19,15 @@ class WindowSampler:
     draw is legal, and what is lost is a strip of at most one cell a block at either end.
 
     Args:
-      costs: one int64 array [K_b] a block.
-      fixed: cost of everything else.
+      kept: the gene triples to draw from, one int32 array [K_b, 3] a block.
+      cost: of the genes.
     """
 
-    def __init__(self, costs: list[np.ndarray], fixed: int):
-        self._costs = costs
-        self._least = fixed + int(sum(cost.min() for cost in costs))
-        self._most = fixed + int(sum(cost.max() for cost in costs))
-        extra = [cost - cost.min() for cost in costs]
+    def __init__(self, kept: tuple[np.ndarray, ...], cost: Cost):
+        self._kept, self.cost = kept, cost
+        self._least, self._most = cost.range_over(kept)
+        blocks = [cost.of_block(b, triples) for b, triples in enumerate(kept)]
+        extra = [block - block.min() for block in blocks]
         span = self._most - self._least
         divisor = int(np.gcd.reduce(np.concatenate(extra))) or 1
         is_exact = span <= divisor * _MAX_CELLS
@@ -45,10 +47,12 @@ class WindowSampler:
             self._groups.insert(0, (members, values, first, sizes))
             self._shares.insert(0, share)
 
-    def draw(self, rng: np.random.Generator, n: int, lo: float, hi: float) -> list[np.ndarray]:
-        """One index [n] into each block's items; ValueError where nothing costs lo..hi."""
+    def draw(self, rng: np.random.Generator, n: int, lo: float, hi: float) -> np.ndarray:
+        """Genes int32 [n, L]; ValueError where nothing costs lo..hi."""
         if not lo <= hi:
-            raise ValueError(f"the MACs window [{lo}, {hi}] is empty: lo must not exceed hi")
+            raise ValueError(
+                f"the {self.cost.unit} window [{lo}, {hi}] is empty: lo must not exceed hi"
+            )
         if lo > self._most or hi < self._least:
             raise self._unreachable(lo, hi)
         first, last = 0, len(self._shares[0]) - 1
@@ -64,10 +68,10 @@ class WindowSampler:
         totals = np.searchsorted(cumulative, (1 - rng.random(n)) * cumulative[-1])
         return self._draw_totals(rng, first + totals)
 
-    def _draw_totals(self, rng: np.random.Generator, remaining: np.ndarray) -> list[np.ndarray]:
-        picks = []
-        for (members, values, first, sizes), later in zip(
-            self._groups, self._shares[1:], strict=True
+    def _draw_totals(self, rng: np.random.Generator, remaining: np.ndarray) -> np.ndarray:
+        genes = []
+        for triples, (members, values, first, sizes), later in zip(
+            self._kept, self._groups, self._shares[1:], strict=True
         ):
             rest = remaining[:, None] - values
             possible = (rest >= 0) & (rest < len(later))
@@ -75,23 +79,20 @@ class WindowSampler:
             cumulative = np.cumsum(share, axis=1)
             threshold = (1 - rng.random(len(share))) * cumulative[:, -1]
             group = np.sum(cumulative < threshold[:, None], axis=1)
-            picks.append(members[first[group] + rng.integers(sizes[group])])
+            genes.append(triples[members[first[group] + rng.integers(sizes[group])]])
             remaining = remaining - values[group]
-        return picks
+        return np.concatenate(genes, axis=1)
 
     def _unreachable(self, lo: float, hi: float) -> ValueError:
         reachable = np.flatnonzero(self._shares[0])
-        macs = self._least + self._cell * reachable
-        nearest = reachable[np.argmin(np.maximum(lo - macs, macs - hi))]
-        picks = self._draw_totals(np.random.default_rng(0), np.array([nearest]))
-        exact = self._least + sum(
-            int(cost[pick[0]] - cost.min()) for cost, pick in zip(self._costs, picks, strict=True)
-        )
-        advice = ""
+        costs = self._least + self._cell * reachable
+        nearest = reachable[np.argmin(np.maximum(lo - costs, costs - hi))]
+        genes = self._draw_totals(np.random.default_rng(0), np.array([nearest]))
+        unit, advice = self.cost.unit, ""
         if self._rounded_off:
             width = self._cell + self._rounded_off
-            advice = f"; use a window at least {width} MACs wide"
+            advice = f"; use a window at least {width} {unit} wide"
         return ValueError(
-            f"no kept genes found inside the MACs window [{lo}, {hi}]; the space reaches "
-            f"{self._least}..{self._most}, the nearest found costs {exact}{advice}"
+            f"no kept genes found inside the {unit} window [{lo}, {hi}]; the space reaches "
+            f"{self._least}..{self._most}, the nearest found costs {self.cost(genes)[0]}{advice}"
         )

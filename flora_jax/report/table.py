@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _HEADER = ("model", "top-1 %", "change", "MACs", "fewer MACs", "params", "fewer params")
+_LATENCY_HEADER = ("ms", "fewer ms")
 _FIRST_ROWS = ("dense", "slim", "uniform", "subnet")
 _FIELDS = ("top1", "macs", "params")
 
@@ -26,8 +27,8 @@ def comparison_table(result: Mapping) -> str:
     """Accuracy and cost of every model of result.json, and its change against the first one.
 
     Args:
-      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one.
-        Entries and keys of another form are ignored.
+      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one. Where
+        all have "ms", milliseconds, these are shown. Entries and keys of another form are ignored.
 
     Returns:
       One line a model: dense, slim, uniform, subnet, then the others in the order given. "change"
@@ -47,6 +48,9 @@ def comparison_table(result: Mapping) -> str:
     names += [name for name in models if name not in _FIRST_ROWS]
     first = models[names[0]]
     rows = [_HEADER] + [_row(name, models[name], first) for name in names]
+    if all("ms" in entry for entry in models.values()):
+        cells = [_LATENCY_HEADER] + [_latency_cells(models[name], first) for name in names]
+        rows = [row + more for row, more in zip(rows, cells, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_align(row, widths) for row in rows)
 
@@ -64,7 +68,12 @@ def _row(name: str, model: Mapping, first: Mapping) -> tuple[str, ...]:
     )
 
 
-def _saving(count: int, first_count: int) -> str:
+def _latency_cells(model: Mapping, first: Mapping) -> tuple[str, str]:
+    saving = _saving(model["ms"], first["ms"]) if model is not first else ""
+    return f"{model['ms']:.2f}", saving
+
+
+def _saving(count: float, first_count: float) -> str:
     return f"{_rounded(100 * (1 - count / first_count), 1):.1f} %"
 
 

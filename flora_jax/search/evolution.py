@@ -1,4 +1,4 @@
-"""Evolutionary search for the best subnet inside a MAC window (FLORA, evolutionary search).
+"""Evolutionary search for the best subnet inside a window of cost (FLORA, evolutionary search).
 
 The random numbers of a generation depend on (seed, generation) alone and every scored generation
 is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
@@ -8,13 +8,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import pathlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from etils import epath
 
+from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.window import WindowSampler
 from flora_jax.search import history
 from flora_jax.search.history import Candidate
 
@@ -70,10 +71,11 @@ class EvolutionSettings:
 def evolve(
     space: RankSpace,
     score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    macs_window: tuple[float, float],
+    cost: Cost,
+    window: tuple[float, float],
     settings: EvolutionSettings,
     seed: int,
-    history_path: str | os.PathLike,
+    history_path: epath.PathLike,
     on_generation: Callable[[int, list[Candidate]], None] | None = None,
 ) -> Candidate:
     """Searches for the subnet of the highest score; continues the history where there is one.
@@ -84,7 +86,8 @@ def evolve(
       space: the kept triples to search.
       score: genes int32 [P, L] -> (score float [P], top1 float [P]) of inherited subnets on
         held-out images; the two may be the same.
-      macs_window: least and most MACs of a legal candidate.
+      cost: of a candidate, such as `space.macs_cost`.
+      window: least and most cost of a legal candidate.
       settings: sizes of the search.
       seed: of all random draws.
       history_path: JSON lines, created if missing: what the search is, then every generation.
@@ -92,23 +95,24 @@ def evolve(
         not for generations read from the history.
 
     Returns:
-      The candidate of the highest score; among equals the one of fewer MACs, then the earlier one.
+      The candidate of the highest score; among equals the cheaper one, then the earlier one.
 
     Raises:
       ValueError: the window holds no kept genes, the history belongs to another search, or `score`
         returns another shape or a value that is not finite.
     """
-    path = pathlib.Path(history_path)
-    header = _header(space, macs_window, settings, seed)
+    path = epath.Path(history_path)
+    header = _header(space, cost, window, settings, seed)
+    sampler = WindowSampler(space.kept, cost)
     generations = history.resume(path, header)
     candidates = [candidate for members in generations for candidate in members]
     for generation in range(len(generations), settings.generations):
         rng = np.random.default_rng([seed, generation])
-        genes = _propose(space, macs_window, settings, rng, candidates)
+        genes = _propose(space, sampler, window, settings, rng, candidates)
         if len(genes) == 0:
-            log.info("generation %d: no unseen subnet is left in the MACs window", generation)
+            log.info("generation %d: no unseen subnet is left in the window", generation)
             break
-        members = _scored(space, score, genes, generation)
+        members = _scored(score, cost, genes, generation)
         candidates += members
         history.append(path, ("" if generation else header) + history.to_line(generation, members))
         if on_generation is not None:
@@ -146,6 +150,7 @@ def mutate(
 
 def _propose(
     space: RankSpace,
+    sampler: WindowSampler,
     window: tuple[float, float],
     settings: EvolutionSettings,
     rng: np.random.Generator,
@@ -161,8 +166,8 @@ def _propose(
             if len(population) == wanted:
                 return
             genes = propose()
-            macs = space.macs(genes)
-            legal = genes[(window[0] <= macs) & (macs <= window[1])]
+            cost = sampler.cost(genes)
+            legal = genes[(window[0] <= cost) & (cost <= window[1])]
             new = [g for g in dict.fromkeys(map(tuple, legal.tolist())) if g not in seen]
             new = new[: wanted - len(population)]
             population.extend(new)
@@ -179,36 +184,43 @@ def _propose(
             settings.mutants,
         )
         fill(lambda: cross_blocks(rng, draw_parents(), draw_parents()), settings.crossovers)
-    fill(lambda: space.sample_within(rng, _BATCH, window), settings.population - len(population))
+    fill(lambda: sampler.draw(rng, _BATCH, *window), settings.population - len(population))
     return np.array(population, np.int32).reshape(-1, space.num_layers)
 
 
-def _scored(
-    space: RankSpace, score: Callable, genes: np.ndarray, generation: int
-) -> list[Candidate]:
+def _scored(score: Callable, cost: Cost, genes: np.ndarray, generation: int) -> list[Candidate]:
     scores, top1 = (np.asarray(values, np.float64) for values in score(genes))
     for values in (scores, top1):
         if values.shape != (len(genes),) or not np.isfinite(values).all():
             raise ValueError(f"score must return {len(genes)} finite numbers, got {values}")
-    columns = (genes.tolist(), space.macs(genes).tolist(), scores.tolist(), top1.tolist())
+    columns = (genes.tolist(), cost(genes).tolist(), scores.tolist(), top1.tolist())
     return [
         Candidate(generation, tuple(row), *values) for row, *values in zip(*columns, strict=True)
     ]
 
 
 def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.macs))[:count]
+    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.cost))[:count]
 
 
 def _header(
-    space: RankSpace, window: tuple[float, float], settings: EvolutionSettings, seed: int
+    space: RankSpace,
+    cost: Cost,
+    window: tuple[float, float],
+    settings: EvolutionSettings,
+    seed: int,
 ) -> str:
     """The line that tells one search from another."""
-    space_text = repr(space.spec) + json.dumps(space.to_json())
     search = {
         "seed": seed,
-        "macs_window": [float(bound) for bound in window],
+        "unit": cost.unit,
+        "window": [float(bound) for bound in window],
         "settings": dataclasses.asdict(settings),
-        "space": hashlib.sha256(space_text.encode()).hexdigest(),
+        "space": _digest(repr(space.spec) + json.dumps(space.to_json())),
+        "costs": _digest(json.dumps([cost.fixed, *(layer.tolist() for layer in cost.layers)])),
     }
     return json.dumps({"search": search}) + "\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """The stages of FLORA in order: filter, supernet, search, extract, finetune."""
 
-import dataclasses
+import logging
 
 import numpy as np
 
@@ -9,12 +9,19 @@ from flora_jax.data.splits import hold_out
 from flora_jax.evaluation import evaluate as evaluate_metrics
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
+from flora_jax.lowrank.cost import Cost
+from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
+from flora_jax.models.spec import Spec
+from flora_jax.processes import wait_for_all
 from flora_jax.report.progress import Progress
-from flora_jax.run import Run
+from flora_jax.run import LATENCY_FILE, Run
 from flora_jax.search.block_scores import score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
+from flora_jax.search.latency import measure, measure_networks, median_ratio
+
+log = logging.getLogger(__name__)
 
 
 def filter_candidates(run: Run) -> None:
@@ -58,8 +65,10 @@ def train_supernet(run: Run) -> None:
 
 
 def search(run: Run) -> None:
-    """Evolution inside the MAC window, scored on held-out images."""
+    """Evolution inside the window of the budget, scored on held-out images."""
     supernet, settings = folder.load(run.folder / "supernet"), run.evolution_settings
+    space = supernet.space
+    cost, window = _budget(run, space)
     history = run.folder / "search/history.jsonl"
     # A header line and one for each generation; the progress display needs no more than this.
     start = max(0, history.read_bytes().count(b"\n") - 1) if history.exists() else 0
@@ -70,16 +79,67 @@ def search(run: Run) -> None:
 
     with Progress("search", total=settings.generations, start=start, unit="generation") as progress:
         best = evolve(
-            supernet.space,
+            space,
             score,
-            run.macs_window,
+            cost,
+            window,
             settings,
             run.seed("search"),
             history,
             lambda _, members: progress.update(best_top1=max(m.top1 for m in members)),
         )
-    ranks = supernet.space.ranks(best.genes).tolist()
-    write_json(run.folder / "search/best.json", dataclasses.asdict(best) | {"ranks": ranks})
+    found = {
+        "generation": best.generation,
+        "genes": best.genes,
+        "macs": int(space.macs(best.genes)),
+        "score": best.score,
+        "top1": best.top1,
+        "ranks": space.ranks(best.genes).tolist(),
+    }
+    if run.spends_latency:
+        found["latency"] = _check_prediction(run, space.extracted_spec(best.genes), best.cost)
+    write_json(run.folder / "search/best.json", found)
+
+
+def _budget(run: Run, space: RankSpace) -> tuple[Cost, tuple[int, int]]:
+    """What the search spends and the window for it; measures the latency table if need be."""
+    if not run.spends_latency:
+        return space.macs_cost, run.macs_window
+    wait_for_all("latency.json is looked for")
+    if not (run.folder / LATENCY_FILE).exists():  # a search that goes on keeps its table
+        batch_size, dtype = run.config.search.latency_batch, run.config.finetune.compute_dtype
+        table = measure(space, batch_size, dtype, dense=run.spec)
+        write_json(run.folder / LATENCY_FILE, table.to_json())
+    cost, window = run.latency_table.cost, run.latency_window
+    least, most = cost.range_over(space.kept)
+    if window[1] < least or window[0] > most:
+        dense = 1e6 * run.latency_table.dense_ms
+        raise ValueError(
+            f"budget.latency {tuple(run.config.budget.latency)} cannot be reached: the space spans "
+            f"{least / dense:.3f}..{most / dense:.3f} of the dense model's "
+            f"{run.latency_table.dense_ms:.2f} ms on {run.latency_table.device}"
+        )
+    return cost, window
+
+
+def _check_prediction(run: Run, subnet: Spec, predicted_ns: int) -> dict[str, float]:
+    """The subnet as a whole, beside the dense model."""
+    table, specs = run.latency_table, {"dense": run.spec, "subnet": subnet}
+    ms = measure_networks(specs, table.batch_size, table.dtype)
+    predicted = predicted_ns / 1e6 / table.dense_ms
+    measured = median_ratio(ms["subnet"], ms["dense"])
+    found = {
+        "dense_ms": float(np.median(ms["dense"])),
+        "subnet_ms": float(np.median(ms["subnet"])),
+        "predicted_share": predicted,
+        "measured_share": measured,
+        "error": predicted / measured - 1,
+    }
+    log.info(
+        "latency of the subnet: predicted %.3f of the dense model's, measured %.3f (%+.1f %%)",
+        *(predicted, measured, 100 * found["error"]),
+    )
+    return found
 
 
 def extract_subnets(run: Run) -> None:
@@ -91,8 +151,7 @@ def extract_subnets(run: Run) -> None:
         return
     if run.config.uniform_baseline == "alone":
         supernet = factorize(run.base, run.regular_space)
-    uniform_ranks = supernet.space.uniform_ranks_within(run.macs_window[1])
-    folder.save(extract_ranks(supernet, uniform_ranks), run.folder / "extract/uniform")
+    folder.save(extract_ranks(supernet, run.uniform_ranks), run.folder / "extract/uniform")
 
 
 def finetune(run: Run) -> None:

@@ -8,16 +8,18 @@ from etils import epath
 from flora_jax.evaluation import top1
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
+from flora_jax.models.spec import Spec
 from flora_jax.report import plots, slim_plots, table
 from flora_jax.run import Run
 from flora_jax.search.history import read_history
+from flora_jax.search.latency import measure_networks, median_ratio
 from flora_jax.stages.slim import choose_masks, trained_gates
 
 
 def evaluate(run: Run) -> None:
     """The only look at the test split."""
     test_set = run.evaluation_set(run.splits.test)
-    result = {}
+    result, specs = {}, {}
     for name, path in _models(run).items():
         model = folder.load(path)
         result[name] = {
@@ -25,7 +27,18 @@ def evaluate(run: Run) -> None:
             "macs": model.spec.macs(),
             "params": model.spec.num_params(),
         }
+        specs[name] = model.spec
+    if run.spends_latency:
+        for name, ms in _milliseconds(run, specs).items():
+            result[name]["ms"] = ms
     write_json(run.folder / "result.json", result)
+
+
+def _milliseconds(run: Run, specs: dict[str, Spec]) -> dict[str, float]:
+    """Of the finished models, on the scale of the table that the search used."""
+    table = run.latency_table
+    times = measure_networks(specs | {"dense": run.spec}, table.batch_size, table.dtype)
+    return {name: table.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}
 
 
 def _models(run: Run) -> dict[str, epath.Path]:
@@ -72,19 +85,22 @@ def _slim_figure(run: Run):
 
 def _search_figure(run: Run, result: dict):
     candidates = read_history(run.folder / "search/history.jsonl")
+    cost, unit, window = "macs", 1, run.macs_window
+    if run.spends_latency:
+        cost, unit, window = "ms", 1e6, run.latency_window
     subnet = folder.load(run.folder / "extract/subnet").spec
     full_ranks = [layer.full_rank for layer in run.base.spec.layers]
     uniform_ratio = None
     if run.config.uniform_baseline != "none":
-        ranks = run.regular_space.uniform_ranks_within(run.macs_window[1])
-        uniform_ratio = ranks[0] / full_ranks[0]
+        uniform_ratio = run.uniform_ranks[0] / full_ranks[0]
     return plots.report_figure(
         candidates={
-            field: [getattr(candidate, field) for candidate in candidates]
-            for field in ("macs", "top1", "generation")
+            cost: [candidate.cost / unit for candidate in candidates],
+            "top1": [candidate.top1 for candidate in candidates],
+            "generation": [candidate.generation for candidate in candidates],
         },
-        points={name: (row["macs"], row["top1"]) for name, row in result.items()},
-        window=run.macs_window,
+        points={name: (row[cost], row["top1"]) for name, row in result.items()},
+        window=tuple(bound / unit for bound in window),
         ranks=subnet.ranks,
         full_ranks=full_ranks,
         curves=_loss_curves(run.folder),

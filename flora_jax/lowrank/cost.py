@@ -1,0 +1,38 @@
+"""What an extracted network costs, as a sum over its layers: MACs, parameters, nanoseconds."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cost:
+    """A fixed part, and what each searchable layer adds at each of its choices.
+
+    Attributes:
+      unit: what is counted, such as "MACs".
+      fixed: of everything else in the network.
+      layers: one int64 array [choices] a layer.
+    """
+
+    unit: str
+    fixed: int
+    layers: tuple[np.ndarray, ...]
+
+    def __call__(self, genes: np.ndarray) -> np.ndarray:
+        """genes int [..., L] -> int64 [...]."""
+        parts = (layer[genes[..., i]] for i, layer in enumerate(self.layers))
+        return sum(parts, np.int64(self.fixed))
+
+    def of_block(self, block: int, triples: np.ndarray) -> np.ndarray:
+        """What the three layers of a block add at each of its gene triples [K, 3], int64 [K]."""
+        layers = self.layers[3 * block : 3 * block + 3]
+        return sum(layer[column] for layer, column in zip(layers, triples.T, strict=True))
+
+    def range_over(self, kept) -> tuple[int, int]:
+        """The least and the most of any genes out of the triples [K_b, 3] of each block."""
+        blocks = [self.of_block(b, triples) for b, triples in enumerate(kept)]
+        return (
+            self.fixed + int(sum(cost.min() for cost in blocks)),
+            self.fixed + int(sum(cost.max() for cost in blocks)),
+        )
