@@ -13,6 +13,9 @@ import jax
 SIZES = {"deit_t": "tiny", "deit_s": "small", "deit_b": "base"}
 
 
+_PAUSE = 0.3  # seconds, in which the threads of the work before stop spinning
+
+
 def describe_machine(*facts: str) -> str:
     device = jax.devices()[0].device_kind
     machine = f"{device}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
@@ -29,6 +32,7 @@ def time_in_turn(
     times: dict[str, list[float]] = {name: [] for name in work}
     for index in range(-warm_up, rounds):
         for name, run in work.items():
+            time.sleep(_PAUSE)
             started = time.perf_counter()
             run(index)
             if index >= 0:

@@ -1,5 +1,6 @@
 """Accuracy and likelihood over a set of images that stays on the device."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -51,7 +52,7 @@ def sum_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Ar
 
 
 @jax.jit(static_argnums=(0, 1))
-def _sum_metrics(graphdef, mesh, parameters, batch, genes):
+def sum_model_metrics(graphdef, mesh, parameters, batch, genes):
     """A row of sums for each device [devices, 2]."""
 
     def on_one_device(parameters, batch, genes):
@@ -100,10 +101,8 @@ def evaluate(
     graphdef, parameters = functional.split(model)
     mesh = evaluation_set.mesh
     parameters = replicate(parameters, mesh)
-    sums = [
-        [_sum_metrics(graphdef, mesh, parameters, batch, one) for batch in evaluation_set.batches]
-        for one in population
-    ]
+    run = functools.partial(sum_model_metrics, graphdef, mesh, parameters)
+    sums = [[run(batch, one) for batch in evaluation_set.batches] for one in population]
     return means(sums, evaluation_set.num_images)
 
 

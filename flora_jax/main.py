@@ -1,7 +1,9 @@
 """Command line: python -m flora_jax.main --config=configs/digits.py --workdir=DIR"""
 
 import logging
+import os
 import pathlib
+import platform
 import signal
 import sys
 
@@ -12,8 +14,10 @@ from etils import epath
 from ml_collections import config_flags
 
 from flora_jax import pipeline, processes
+from flora_jax.io.files import user_cache_dir
 from flora_jax.run import Run
 from flora_jax.stages.predictions import check_predictions
+from flora_jax.topology import check_topology, use_compiler_only
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
 # A default file would be read here at once, and the overrides meant for another file applied to it.
@@ -25,6 +29,9 @@ _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
 _CHECK_PREDICTIONS = flags.DEFINE_bool(
     "check_predictions", False, "Compare stored predictions with a fresh pass of their teacher."
 )
+_CHECK_TOPOLOGY = flags.DEFINE_string(
+    "check_topology", None, "Whether the run fits a TPU slice, such as v5e:4x4; no TPU is needed."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first of several processes."
 )
@@ -35,8 +42,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    PermissionError,
+    OSError,
     ImportError,
     RuntimeError,
     FloatingPointError,
@@ -46,15 +52,16 @@ _USER_ERRORS = (
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
-    if (
-        jax.config.jax_num_cpu_devices > 1
-    ):  # programs in flight at once wait for each other's threads
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _configure_jax()
     try:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _CHECK_TOPOLOGY.value:
+            use_compiler_only()
         _show_log()
-        if _CHECK_PREDICTIONS.value:
+        if _CHECK_TOPOLOGY.value:
+            print(check_topology(_CONFIG.value, _CHECK_TOPOLOGY.value))
+        elif _CHECK_PREDICTIONS.value:
             check_predictions(Run(_CONFIG.value, epath.Path(_WORKDIR.value)))
         else:
             pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
@@ -79,6 +86,16 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
 
 
+def _configure_jax() -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        # A folder for each machine: programs for one CPU may not run on another.
+        compiled = user_cache_dir("compiled") / platform.node()
+        jax.config.update("jax_compilation_cache_dir", os.fspath(compiled))
+    if jax.config.jax_num_cpu_devices > 1:
+        # Several programs in flight at once would wait for each other's threads for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def _show_log() -> None:
     """Our own lines in full; of the libraries', warnings only."""
     absl.logging.set_verbosity(absl.logging.WARNING)
@@ -91,5 +108,9 @@ def _show_log() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    flags.register_multi_flags_validator(
+        ["workdir", "check_topology"],
+        lambda values: values["workdir"] or values["check_topology"],
+        "--workdir must be given, the folder of the run.",
+    )
     app.run(main, flags_parser=_parse_flags)

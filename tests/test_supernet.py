@@ -155,12 +155,12 @@ def test_one_program_serves_every_subnet(supernet, tiny_images, evaluation_set):
     genes = every_triple(0)
     supernet(tiny_images, genes[0])
     flora.top1(supernet, evaluation_set, genes[:1])
-    compiled = evaluation._sum_metrics._cache_size()
+    compiled = evaluation.sum_model_metrics._cache_size()
     with jax.no_tracing():
         for one in genes[1:4]:
             supernet(tiny_images, one)
     flora.top1(supernet, evaluation_set, genes)
-    assert evaluation._sum_metrics._cache_size() == compiled
+    assert evaluation.sum_model_metrics._cache_size() == compiled
 
 
 def test_every_layer_and_rank_matters(supernet, tiny_images):

@@ -16,12 +16,13 @@ IMPLEMENTATIONS = {"masked": masked_product, "sliced": sliced_product, "tiled": 
 def default_implementation() -> str:
     """What is fastest on this platform; figures in docs/performance.md.
 
-    On TPU the branches of the sliced form make a program of over 1 GB, and TPU v4 has too little
-    vector memory for the tiles of large layers.
+    On TPU the branches of the sliced form make a program of over 1 GB; v2 to v4 have too little
+    vector memory for the tiles of large layers, or no bfloat16 matrix unit that takes them.
     """
     if jax.default_backend() != "tpu":
         return "sliced"
-    return "masked" if "v4" in jax.devices()[0].device_kind else "tiled"
+    is_old = any(version in jax.devices()[0].device_kind for version in ("v2", "v3", "v4"))
+    return "masked" if is_old else "tiled"
 
 
 class RankedLinear(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed, run_blocks
 from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
 from flora_jax.models.spec import BlockSpec
@@ -37,14 +38,11 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
         qkv = self.qkv(self._into_windows(x), gene)
+        qkv = split_heads(qkv, self.window_size**2, self.num_heads)
         bias = self._bias()
-        tokens = self.window_size**2
-        qkv = qkv.reshape(-1, len(bias), tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = (qkv[:, :, :, i] for i in range(3))
-        attend = jax.vmap(jax.nn.dot_product_attention, in_axes=(1, 1, 1, 0), out_axes=1)
-        mixed = attend(query, key, value, bias[:, None])
-        mixed = mixed.reshape(x.shape[0], self.num_heads * self.head_dim)
-        return self._out_of_windows(self.proj(mixed))
+        query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
+        mixed = attend(query, key, value, bias).reshape(qkv.shape[1:])
+        return self._out_of_windows(self.proj(merge_heads(mixed)))
 
     def _bias(self) -> jax.Array:
         """[windows, H, T, T]; one window stands for all where none is shifted."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed, run_blocks
 from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
 from flora_jax.models.spec import BlockSpec
@@ -37,22 +38,19 @@ class Attention(nnx.Module):
         self.proj = Linear(block.attention_dim, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        qkv = self.qkv(x, gene).reshape(-1, self.num_tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        bias = None
+        query, key, value = split_heads(self.qkv(x, gene), self.num_tokens, self.num_heads)
+        bias = np.zeros(self.num_tokens + bool(self.num_left), np.float32)
         if self.num_left:
             key, value = self._with_constant(key, 1), self._with_constant(value, 2)
-            bias = np.zeros((1, 1, 1, self.num_tokens + 1), np.float32)
-            bias[..., -1] = np.log(self.num_left)
-        mixed = jax.nn.dot_product_attention(query, key, value, bias)
-        return self.proj(mixed.reshape(x.shape[0], self.num_heads * self.head_dim))
+            bias[-1] = np.log(self.num_left)
+        return self.proj(merge_heads(attend(query, key, value, bias)))
 
     def _with_constant(self, tokens: jax.Array, part: int) -> jax.Array:
-        """[B, N, H, d] -> [B, N+1, H, d]: qkv's bias of this part (1 key, 2 value) at the end."""
-        constant = jnp.zeros_like(tokens[:, :1])
+        """[B, H, N, d] -> [B, H, N+1, d]: qkv's bias of this part (1 key, 2 value) at the end."""
+        constant = jnp.zeros_like(tokens[:, :, :1])
         if self.qkv.bias is not None:
-            constant += self.qkv.bias[...].reshape(3, self.num_heads, self.head_dim)[part]
-        return jnp.concatenate([tokens, constant], axis=1)
+            constant += self.qkv.bias[...].reshape(3, self.num_heads, 1, self.head_dim)[part]
+        return jnp.concatenate([tokens, constant], axis=2)
 
 
 class TokenSelection(nnx.Module):

@@ -1,0 +1,313 @@
+"""Checks before a TPU is rented: what is read off a compiled program, and the command line."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
+from flora_jax import hlo, topology
+from flora_jax.models import functional
+from flora_jax.programs import DoesNotFitError, Program, heaviest_training
+from flora_jax.topology import check_topology, devices_of, images_a_device, largest_batch
+from tests.conftest import DATA, ROOT, TINY_CONFIG
+
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+needs_compiler = pytest.mark.skipif(
+    not HAS_COMPILER, reason="the TPU compiler libtpu is not installed"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeMesh:
+    size: int
+
+
+@pytest.fixture(scope="module")
+def program_text():
+    """What libtpu made of a psum in a branch, then an all_gather, a psum_scatter and a ppermute.
+
+    On v5e:2x2 with float32 [256, 256] a device; the first two were made bfloat16 by the compiler.
+    """
+    return (DATA / "collectives_v5e.hlo").read_text()
+
+
+def test_collectives_of_a_program(program_text):
+    assert hlo.collectives(program_text) == [
+        hlo.Collective("all-reduce", 2 * 256 * 256, in_branch=True),
+        hlo.Collective("all-gather", 2 * 512 * 256, in_branch=False),
+        hlo.Collective("reduce-scatter", 4 * 512 * 512, in_branch=False),
+        hlo.Collective("collective-permute", 4 * 256 * 512, in_branch=False),
+    ]
+
+
+def test_what_a_branch_calls_is_in_the_branch(program_text):
+    text = program_text.replace("to_apply=%region_3.0", "calls=%region_1.0_spmd")
+    text = text.replace("branch_computations={%region_0.0_spmd, %region_1.0_spmd}", "")
+    assert not any(c.in_branch for c in hlo.collectives(text))
+    nested = (
+        text
+        + """
+%outer (p: f32[2]) -> f32[2] {
+  %inner = f32[2]{0} fusion(%p), kind=kCustom, calls=%region_1.0_spmd
+}
+%other (q: s32[]) -> f32[2] {
+  %choice = f32[2]{0} conditional(%q, %a, %b), true_computation=%outer, false_computation=%none
+}
+"""
+    )
+    assert [c.kind for c in hlo.collectives(nested) if c.in_branch] == ["all-reduce"]
+
+
+def test_a_chain_of_fusions_is_one_collective():
+    part = "  %g.{i} = bf16[256,256]{{1,0:T(8,128)S(1)}} all-gather(%p), replica_groups={groups}, "
+    part += 'frontend_attributes={{chain_id="{chain}"}}'
+    chains = [(0, 0), (1, 0), (2, 1)]
+    lines = [part.format(i=i, chain=chain, groups="{{0,1}}") for i, chain in chains]
+    text = "\n".join(("%fused (p: bf16[128,256]) -> bf16[256,256] {", *lines, "}"))
+    found = hlo.collectives(text)
+    assert [c.num_bytes for c in found] == 2 * [2 * 256 * 256]
+
+
+@pytest.mark.parametrize(
+    "instruction, num_bytes",
+    [
+        ("(f32[3,5]{1,0}, s8[7]{0}, pred[2]{0}, f32[]) all-reduce(%a, %b, %c, %d)", 60 + 7 + 2 + 4),
+        ("f32[4]{0} reduce-scatter(%a), replica_groups=[2,8]<=[16], dimensions={0}", 8 * 16),
+        ("(f32[4]{0}, f32[8]{0}) all-gather-start(%a), replica_groups={{0,1},{2,3}}", 32),
+    ],
+)
+def test_bytes_of_a_collective(instruction, num_bytes):
+    text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %x = {instruction}\n}}"
+    assert [c.num_bytes for c in hlo.collectives(text)] == [num_bytes]
+
+
+def test_kernels_are_counted():
+    call = '  %k = f32[8] custom-call(%a), custom_call_target="{}"\n'
+    text = "".join(call.format(name) for name in ("tpu_custom_call", "Sharding", "tpu_custom_call"))
+    assert hlo.num_kernels(text) == 2
+
+
+@pytest.mark.parametrize("slope, fixed, multiple", [(3.0, 100.0, 1), (5.5, 0.0, 4), (2.0, 700, 3)])
+def test_largest_batch_on_a_line_is_exact(slope, fixed, multiple):
+    tried = []
+
+    def needed(images: int) -> float:
+        tried.append(images)
+        return fixed + slope * images
+
+    first = 16 * multiple
+    found = largest_batch(needed, first, fixed + slope * first, 1000, multiple)
+    step = {1: 8, 4: 8, 3: 24}[multiple]
+    assert found == int((1000 - fixed) / slope) // step * step
+    assert len(tried) <= 2
+
+
+def test_largest_batch_is_one_that_was_tried():
+    """Where memory grows faster than linearly the second guess may fail; the first one counts."""
+    found = largest_batch(lambda images: images**2 / 100, 64, 64**2 / 100, 1000.0, 1)
+    assert found**2 / 100 <= 1000
+    assert found >= 64
+
+
+def test_largest_batch_shrinks_to_what_fits_and_may_be_none():
+    assert largest_batch(lambda images: 10.0 * images, 64, 640.0, 300.0, 1) == 24
+    assert largest_batch(lambda images: 1e6 + images, 64, 1e6 + 64, 300.0, 1) == 0
+
+
+def test_a_small_network_is_not_compiled_again():
+    assert largest_batch(pytest.fail, 8, 1e6, 16e9, 1) == 4096
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:4by4", "v5litepod-16", "v5e:2x2x2x2", ""])
+def test_unknown_topology_names_what_is_accepted(name):
+    with pytest.raises(ValueError, match=f"unknown topology {re.escape(repr(name))}.*v5e:4x4"):
+        devices_of(name)
+
+
+def test_missing_compiler_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-tpu-check\.txt"):
+        check_topology(deit_t.get_config(), "v5e:4x4")
+
+
+def test_batch_that_the_devices_cannot_share_names_the_nearest():
+    training = heaviest_training(deit_t.get_config("runlocal"), "masked")  # 32 images
+    assert images_a_device(training, FakeMesh(16)) == 2
+    with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices .* nearest that can: 36"):
+        images_a_device(training, FakeMesh(12))
+    training.recipe.accumulate = 4
+    with pytest.raises(ValueError, match=r"16 devices in 4 parts; the nearest that can: 64"):
+        images_a_device(training, FakeMesh(16))
+
+
+def test_heaviest_training_of_each_kind_of_run():
+    flora = heaviest_training(deit_b.get_config(), "tiled")
+    assert (flora.name, flora.num_genes, flora.has_teacher) == ("supernet", 36, True)
+    assert flora.network.blocks[0].mlp.fc1.implementation == "tiled"
+    dense = flora.spec.macs()
+    assert 3.9 / 8 < flora.forward_macs / dense < 4.1 / 8  # mean rank of the law is below half
+    assert flora.macs == 3 * flora.forward_macs + dense
+
+    gates = heaviest_training(vit_slim_deit_b.get_config(), "tiled")
+    assert (gates.name, gates.num_genes, gates.has_teacher) == ("slim.gates", None, False)
+    assert gates.penalty is not None
+    assert "blocks.0.token_gate" in functional.split(gates.network)[1]
+    gates.recipe.rematerialize = True
+    assert gates.macs == 4 * dense
+
+    config = digits_slim.get_config()
+    config.stages = ("pretrain",)
+    assert heaviest_training(config, "tiled").name == "pretrain"
+    config.stages = ("report",)
+    with pytest.raises(ValueError, match=r"none of the stages \['report'\] trains"):
+        heaviest_training(config, "tiled")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A compiler that finds 100 MiB and 1 GiB an image, for one device."""
+
+    def compile_training(config, training, mesh, images):
+        total = 2**20 * (100 + 1024 * images)
+        if total > topology.CHIPS["v5e"].hbm:
+            raise DoesNotFitError(total, "RESOURCE_EXHAUSTED")
+        gather = hlo.Collective("all-gather", 2**20, in_branch=True)
+        reduce = hlo.Collective("all-reduce", 3 * 2**20, in_branch=False)
+        found = [reduce, reduce, gather]
+        return Program(images, 100 * 2**20, total - 100 * 2**20, 0, total, 61.7, 7, found)
+
+    def compile_evaluation(config, training, mesh):
+        return Program(5, 2**30, 0, 0, 2**30, 3.2, 2, [])
+
+    chip = topology.CHIPS["v5e"]
+    monkeypatch.setattr(topology, "devices_of", lambda _: (chip, jax.devices()[:1]))
+    monkeypatch.setattr(topology, "compile_training", compile_training)
+    monkeypatch.setattr(topology, "compile_evaluation", compile_evaluation)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
+    config = deit_t.get_config("runlocal")
+    config.supernet.batch_size = 4
+    return config
+
+
+def test_table_of_a_run_that_fits(pretended):
+    table = check_topology(pretended, "v5e:1x1")
+    assert cells(table, "temporaries") == ["4.00 GiB", "0 B"]
+    assert cells(table, "all together") == ["4.10 GiB", "1.00 GiB"]
+    assert cells(table, "of the memory") == ["26 %", "6 %"]
+    assert cells(table, "all-reduce") == ["2 of 6.00 MiB"]
+    assert cells(table, "all-gather in a branch") == ["1 of 1.00 MiB"]
+    assert cells(table, "compiled in") == ["62 s", "3 s"]
+    assert table.endswith("fits: 8 images a device (8 a step), which need 8.10 GiB")
+
+
+def test_run_that_does_not_fit_says_by_how_much_and_what_to_do(pretended):
+    pretended.supernet.batch_size = 64
+    with pytest.raises(ValueError) as error:
+        check_topology(pretended, "v5e:1x1")
+    assert "supernet at 64 images a device needs at least 64.10 GiB" in str(error.value)
+    assert "48.35 GiB more than the 15.75 GiB of its memory; 8 images fit" in str(error.value)
+    for way in ("supernet.accumulate=8", "supernet.rematerialize=True", "fsdp=2"):
+        assert f"--config.{way}" in str(error.value)
+    pretended.supernet.rematerialize = True
+    with pytest.raises(ValueError, match=r"accumulate=8, --config\.fsdp=2$"):
+        check_topology(pretended, "v5e:1x1")
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "flora_jax.main", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_line_needs_a_folder_or_a_topology():
+    done = check(f"--config={TINY_CONFIG}")
+    assert done.returncode == 1
+    assert "--workdir must be given" in done.stderr
+    done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: unknown topology 'v5e'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def cells(table: str, row: str) -> list[str]:
+    line = next(line for line in table.splitlines() if line.startswith(row))
+    return re.split(r"  +", line)[1:]
+
+
+def test_scaling_on_paper():
+    done = subprocess.run(
+        [
+            *(sys.executable, "benchmarks/scaling.py", "--skip_compiling", "--model", "deit_t"),
+            *("--chips", "v5e:4x4", "v5e:16x16", "--batch", "1024", "--utilization", "0.5"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| v5e")]
+    images, at_peak, assumed, all_reduce = (
+        [float(row[column]) for row in rows] for column in (1, 4, 5, 7)
+    )
+    assert images == [64, 64, 64, 4]
+    assert at_peak[0] == at_peak[1] == pytest.approx(16 * at_peak[3], abs=1)
+    assert assumed[0] == pytest.approx(2 * at_peak[0], abs=0.2)
+    # A ring is twice as fast as a line; 255/256 of the gradient crosses it in place of 15/16.
+    assert all_reduce[0] / all_reduce[1] == pytest.approx(2 * (15 / 16) / (255 / 256), rel=0.2)
+
+
+@needs_compiler
+def test_check_of_a_tiny_run():
+    done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:2x2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("supernet on v5e:2x2: 4 devices of 15.75 GiB; jax ")
+    assert cells(done.stdout, "images a step") == ["32", "256"]
+    assert cells(done.stdout, "images a device") == ["8", "64"]
+    assert cells(done.stdout, "Pallas kernels") == ["12", "6"]  # 2 blocks of 3, forward, backward
+    parameters = float(cells(done.stdout, "parameters")[0].split()[0])
+    count, size = cells(done.stdout, "all-reduce")[0].split(" of ")
+    assert count == "1"
+    assert float(size.split()[0]) == pytest.approx(4 * parameters * 1000 / 1024, rel=1e-3)
+    assert "in a branch" not in done.stdout
+    assert "fits: at least 4096 images a device" in done.stdout
+
+
+@needs_compiler
+def test_topology_that_the_compiler_refuses():
+    done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:3x3")
+    assert done.returncode == 1
+    assert "error: unknown topology 'v5e:3x3'; its sides must be multiples of 2" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(
+    os.environ.get("FLORA_SLOW_TESTS") != "1",
+    reason="takes minutes; FLORA_SLOW_TESTS=1 runs it",
+)
+@pytest.mark.parametrize("shape, batch_size", [("4x4", 1024), ("16x16", 16384)])
+def test_deit_b_at_64_images_a_device_fits_v5e(shape, batch_size):
+    done = check(
+        "--config=configs/deit_b.py",
+        f"--check_topology=v5e:{shape}",
+        "--config.supernet.compute_dtype=bfloat16",
+        f"--config.supernet.batch_size={batch_size}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert cells(done.stdout, "images a device")[0] == "64"
+    size, unit = cells(done.stdout, "all together")[0].split()
+    assert unit == "GiB"
+    assert float(size) < topology.CHIPS["v5e"].hbm / topology.GIB
+    assert "in a branch" not in done.stdout
