@@ -5,8 +5,11 @@
 
 Low-rank aware draws, a new subnet in every round; within a round all train the same subnet: the
 sliced and the masked supernet, the dense network, and the supernet in plain eager PyTorch if torch
-is installed. `spread` is the mean over the median. The last lines fit the sliced step's time
-against the multiply-adds of the drawn subnet.
+is installed. `spread` is the mean over the median. The last line fits the sliced step's time
+against the multiply-adds of subnets from the smallest to the largest.
+
+On Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment lets both sides allocate large
+pages (docs/performance.md).
 """
 
 import argparse
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="deit_s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--fitted", type=int, default=30, help="draws that the line is fitted to")
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--without", nargs="*", default=[], help="leave out: masked dense torch")
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
@@ -45,6 +49,7 @@ def main() -> None:
     images = rng.integers(0, 256, (arguments.batch, *spec.image_shape), np.uint8)
     labels = rng.integers(0, spec.num_classes, arguments.batch).astype(np.int32)
     genes = space.sample(rng, arguments.rounds + 2, "low_rank_aware")
+    spread_genes = from_small_to_large(space, arguments.fitted)
     machine = describe_machine(arguments.model, arguments.compute_dtype, f"batch {arguments.batch}")
     print(machine)
 
@@ -58,6 +63,8 @@ def main() -> None:
         step, seconds = compiled_step(networks[name], images, labels, arguments.compute_dtype)
         print(f"{name}: compiled in {seconds:.1f} s")
         work[name] = as_work(step, genes, name == "dense")
+        if name == "sliced":
+            sliced = step
     if "torch" not in arguments.without and (peer := torch_step(spec, images, labels, arguments)):
         ranks = [space.ranks(g).tolist() for g in genes]
         work["torch"] = lambda index: peer(ranks[index])
@@ -69,8 +76,17 @@ def main() -> None:
         if name != "sliced"
     }
     print_table(times, ratios)
-    ratios |= print_fit(times["sliced"], space.macs(genes[: arguments.rounds]))
+    seconds = time_in_turn({"sliced": lambda index: sliced(spread_genes[index])}, len(spread_genes))
+    ratios |= print_fit(seconds["sliced"], space.macs(spread_genes))
     write_json(arguments.json, machine, ratios)
+
+
+def from_small_to_large(space: flora.RankSpace, count: int) -> np.ndarray:
+    """Genes int32 [count, L] whose multiply-adds span the space, in an order by chance."""
+    least, most = space.macs_range()
+    rng, width = np.random.default_rng(1), (most - least) / count
+    windows = [(least + i * width, least + (i + 1) * width) for i in range(count)]
+    return rng.permutation([space.sample_within(rng, 1, macs=window)[0] for window in windows])
 
 
 def compiled_step(network, images, labels, compute_dtype: str):

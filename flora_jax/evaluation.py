@@ -1,7 +1,7 @@
 """Accuracy and likelihood over a set of images that stays on the device."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,9 @@ from flora_jax.models import functional
 
 
 class EvaluationSet:
-    """Normalised batches on the device: images [B, H, W, C], labels [B], mask [B].
+    """Batches that stay on the devices, their images as uint8: a quarter of what they become.
 
-    The mask is 0 for the images that only fill up the last batch. Every process passes the same
-    batches, whole.
+    Every process passes the same batches, whole.
 
     Raises:
       ValueError: there is no image.
@@ -28,17 +27,23 @@ class EvaluationSet:
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
         self.mesh = mesh = make_mesh()
-        normalize = jax.jit(normalization)
-        self.batches = []
+        self._normalize = jax.jit(normalization)
+        self._batches = []
         self.num_images = 0
         for batch in batches:
             self.num_images += int(batch["mask"].sum())
-            images, labels, mask = (
-                spread(batch[name], mesh) for name in ("image", "label", "mask")
-            )
-            self.batches.append((normalize(images), labels, mask))
+            self._batches.append([spread(batch[name], mesh) for name in ("image", "label", "mask")])
         if not self.num_images:
             raise ValueError("an evaluation set needs at least one image")
+
+    @property
+    def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+        """Normalised images [B, H, W, C], labels [B], mask [B].
+
+        The mask is 0 for the images that only fill up the last batch.
+        """
+        for images, labels, mask in self._batches:
+            yield self._normalize(images), labels, mask
 
 
 METRICS = ("top1", "log_likelihood")

@@ -155,7 +155,7 @@ keep_run() {
       exit 0
       ;;
     running) failed="" ;;
-    "")
+    "" | 143) # 143: it was told to end, and has saved
       say "starting the run"
       { "$0" push && "$0" run -- "$@"; } || say "it could not be started; trying again"
       ;;

@@ -243,6 +243,14 @@ class TestPod:
         assert mended.returncode == 0, mended.stderr
         assert (tmp_path / "ran").exists()
 
+    def test_keep_starts_a_run_again_that_was_told_to_end(self, pod, tmp_path):
+        (tmp_path / "requests").write_text("ACTIVE\n")
+        saves_once = 'test -e "$FAKE/told" || { touch "$FAKE/told"; exit 143; }'
+        executable(tmp_path / "python", saves_once)
+        done = pod("keep", "--workdir=gs://b/f")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "told").exists()
+
     def test_stop_lets_the_run_save(self, pod, tmp_path):
         save = f'trap "touch {tmp_path}/saved; exit" TERM\ntouch {tmp_path}/started\n'
         executable(tmp_path / "python", save + "while true; do sleep 0.05; done")

@@ -73,7 +73,7 @@ def report(run: Run) -> None:
 
 def _slim_figure(run: Run):
     gated = trained_gates(run)
-    (batch, _, _), *_ = run.heldout_set.batches
+    batch, _, _ = next(run.heldout_set.batches)
     return slim_plots.slim_figure(
         gated.gates(),
         choose_masks(run, gated),
