@@ -22,7 +22,7 @@ demo: setup
 
 # Twenty kills, damaged and half-written files, a full disk, a lost process: about 10 minutes.
 faults: setup
-	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py -m ""
+	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py -m ""
 
 test: setup
 	$(BIN)/ruff check .

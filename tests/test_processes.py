@@ -179,6 +179,7 @@ def test_told_to_end_all_save_the_same_step_and_go_on_from_there(num_processes, 
     run(tmp_path, until, lambda start: iter(()))  # it is complete
 
 
+@pytest.mark.long_faults
 @pytest.mark.parametrize("name", ["fail_alone", "train_until_told_to_end"])
 def test_one_that_is_gone_does_not_leave_the_other_waiting(name, tmp_path):
     """It has failed, or was killed."""
