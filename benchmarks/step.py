@@ -5,14 +5,18 @@
 
 Low-rank aware draws, a new subnet in every round; within a round all train the same subnet: the
 sliced and the masked supernet, the dense network, and the supernet in plain eager PyTorch if torch
-is installed. `spread` is the mean over the median. The last line fits the sliced step's time
-against the multiply-adds of subnets from the smallest to the largest.
+is installed, each in a process of its own. `spread` is the mean over the median. The last line fits
+the sliced step's time against the multiply-adds of subnets from the smallest to the largest.
 
 On Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment lets both sides allocate large
 pages (docs/performance.md).
 """
 
 import argparse
+import contextlib
+import functools
+import importlib.util
+import multiprocessing
 import os
 import pathlib
 import statistics
@@ -43,42 +47,93 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
-    spec = flora.deit(SIZES[arguments.model])
-    space = flora.RankSpace.regular(spec)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (arguments.batch, *spec.image_shape), np.uint8)
-    labels = rng.integers(0, spec.num_classes, arguments.batch).astype(np.int32)
-    genes = space.sample(rng, arguments.rounds + 2, "low_rank_aware")
+    space = flora.RankSpace.regular(flora.deit(SIZES[arguments.model]))
+    genes = space.sample(np.random.default_rng(0), arguments.rounds + 2, "low_rank_aware")
     spread_genes = from_small_to_large(space, arguments.fitted)
     machine = describe_machine(arguments.model, arguments.compute_dtype, f"batch {arguments.batch}")
     print(machine)
 
-    networks = {
-        "sliced": flora.factorize(flora.create(spec), space, implementation="sliced").network,
-        "masked": flora.factorize(flora.create(spec), space, implementation="masked").network,
-        "dense": flora.create(spec),
-    }
-    work = {}
-    for name in [name for name in networks if name not in arguments.without]:
-        step, seconds = compiled_step(networks[name], images, labels, arguments.compute_dtype)
-        print(f"{name}: compiled in {seconds:.1f} s")
-        work[name] = as_work(step, genes, name == "dense")
-        if name == "sliced":
-            sliced = step
-    if "torch" not in arguments.without and (peer := torch_step(spec, images, labels, arguments)):
-        ranks = [space.ranks(g).tolist() for g in genes]
-        work["torch"] = lambda index: peer(ranks[index])
+    names = [name for name in WORK if name not in arguments.without]
+    if "torch" in names and importlib.util.find_spec("torch") is None:
+        print("torch is not installed: no peer")
+        names.remove("torch")
+    steps = {name: in_own_process(name, arguments) for name in names}
+    work = {name: lambda index, step=step: step(genes[index]) for name, step in steps.items()}
     times = time_in_turn(work, arguments.rounds)
-
     ratios = {
         f"sliced_over_{name}": median_ratio(times["sliced"], times[name])
-        for name in times
+        for name in names
         if name != "sliced"
     }
     print_table(times, ratios)
-    seconds = time_in_turn({"sliced": lambda index: sliced(spread_genes[index])}, len(spread_genes))
-    ratios |= print_fit(seconds["sliced"], space.macs(spread_genes))
+    sliced = {"sliced": lambda index: steps["sliced"](spread_genes[index])}
+    seconds = time_in_turn(sliced, len(spread_genes))["sliced"]
+    ratios |= print_fit(seconds, space.macs(spread_genes))
     write_json(arguments.json, machine, ratios)
+
+
+def in_own_process(name: str, arguments: argparse.Namespace) -> Callable[[np.ndarray], float]:
+    """step(genes) -> loss. Apart, as they would run: their memory and threads do not meet."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, name, arguments), daemon=True).start()
+    print(f"{name}: ready, compiled in {ours.recv():.1f} s")
+
+    def step(genes: np.ndarray) -> float:
+        ours.send(genes)
+        return ours.recv()
+
+    return step
+
+
+def serve(connection, name: str, arguments: argparse.Namespace) -> None:
+    step, seconds = WORK[name](arguments)
+    connection.send(seconds)
+    with contextlib.suppress(EOFError):  # when the parent has what it wants
+        while True:
+            connection.send(step(connection.recv()))
+
+
+def some_images(spec, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, *spec.image_shape), np.uint8)
+    return images, rng.integers(0, spec.num_classes, batch).astype(np.int32)
+
+
+def supernet_step(implementation: str, arguments: argparse.Namespace):
+    spec = flora.deit(SIZES[arguments.model])
+    space = flora.RankSpace.regular(spec)
+    network = flora.factorize(flora.create(spec), space, implementation=implementation).network
+    return compiled_step(network, *some_images(spec, arguments.batch), arguments.compute_dtype)
+
+
+def dense_step(arguments: argparse.Namespace):
+    spec = flora.deit(SIZES[arguments.model])
+    images = some_images(spec, arguments.batch)
+    step, seconds = compiled_step(flora.create(spec), *images, arguments.compute_dtype)
+    return lambda genes: step(None), seconds
+
+
+def torch_step(arguments: argparse.Namespace):
+    import torch
+    import torch_peer
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    spec = flora.deit(SIZES[arguments.model])
+    images, labels = some_images(spec, arguments.batch)
+    normalized = np.asarray(Normalization()(jax.numpy.asarray(images)))
+    is_bfloat16 = arguments.compute_dtype == "bfloat16"
+    step = torch_peer.make_step(torch_peer.build(spec), normalized, labels, is_bfloat16)
+    space = flora.RankSpace.regular(spec)
+    return lambda genes: step(space.ranks(genes).tolist()), 0.0
+
+
+WORK = {
+    "sliced": functools.partial(supernet_step, "sliced"),
+    "masked": functools.partial(supernet_step, "masked"),
+    "dense": dense_step,
+    "torch": torch_step,
+}
 
 
 def from_small_to_large(space: flora.RankSpace, count: int) -> np.ndarray:
@@ -112,23 +167,6 @@ def compiled_step(network, images, labels, compute_dtype: str):
         return float(metrics[0])
 
     return run, seconds
-
-
-def as_work(step: Callable, genes: np.ndarray, is_dense: bool) -> Callable[[int], float]:
-    return lambda index: step(None if is_dense else genes[index])
-
-
-def torch_step(spec, images, labels, arguments):
-    try:
-        import torch
-        import torch_peer
-    except ImportError:
-        print("torch is not installed: no peer")
-        return None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    normalized = np.asarray(Normalization()(jax.numpy.asarray(images)))
-    model = torch_peer.build(spec)
-    return torch_peer.make_step(model, normalized, labels, arguments.compute_dtype == "bfloat16")
 
 
 def print_table(times: dict[str, list[float]], ratios: dict[str, float]) -> None:
