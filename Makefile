@@ -20,7 +20,7 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m flora_jax.main --config=configs/digits.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
-# Twenty kills, damaged and half-written files, a full disk, a lost process: about 10 minutes.
+# Twenty kills, damaged and half-written files, a full disk, a lost process: many minutes.
 faults: setup
 	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py -m ""
 
