@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
     if arguments.child:
-        measure(arguments.model, arguments.batch, arguments.child)
+        measure(arguments)
         return
 
     machine = describe_machine(arguments.model, "float32", f"batch {arguments.batch}")
@@ -69,17 +69,13 @@ def child(arguments, implementation: str, cache: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(model: str, batch: int, implementation: str) -> None:
-    from step import compiled_step
+def measure(arguments: argparse.Namespace) -> None:
+    from step import supernet_step
 
-    spec = flora.deit(SIZES[model])
-    space = flora.RankSpace.regular(spec)
-    network = flora.factorize(flora.create(spec), space, implementation=implementation).network
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, *spec.image_shape), np.uint8)
-    labels = rng.integers(0, spec.num_classes, batch).astype(np.int32)
-    step, seconds = compiled_step(network, images, labels, "float32")
-    for genes in space.sample(rng, 3, "low_rank_aware"):
+    arguments.compute_dtype = "float32"
+    step, seconds = supernet_step(arguments.child, arguments)
+    space = flora.RankSpace.regular(flora.deit(SIZES[arguments.model]))
+    for genes in space.sample(np.random.default_rng(0), 3, "low_rank_aware"):
         step(genes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": seconds, "peak_gib": peak}))

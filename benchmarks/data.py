@@ -5,16 +5,19 @@
 Reads photograph-like JPEGs of 500x375 pixels, about as large as ImageNet's, from class folders in
 a temporary folder and makes batches of 224 px, with DeiT's augmentation to train and with the
 resize and crop to evaluate. The floor is a loop over the files that decodes with Pillow, does the
-same transform and stacks. Against it: the pipeline with no worker (one thread), 1 and 2 workers.
-They take turns, round after round; the table has medians. Two workers need two free cores. What
-all cores of a host would feed supposes that each is as fast as those in use here.
+same transform and stacks, and the limit two such loops at once, in processes that hand nothing
+over. Against them: the pipeline with no worker (one thread), 1 and 2 workers. They take turns,
+round after round; the table has medians. Two workers need two free cores. What all cores of a
+host would feed supposes that each is as fast as those in use here.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -32,7 +35,7 @@ from flora_jax.data.sources import Source
 
 SHAPE = (224, 224, 3)
 WORKERS = {"0 workers": 0, "1 worker": 1, "2 workers": 2}
-FLOOR = "plain loop"
+FLOOR, TWO_FLOORS = "plain loop", "2 plain loops"
 UNTIMED = 8  # batches at the start, while workers come up one by one and fill their buffers
 
 Pipelines = dict[str, Callable[[], Iterator]]
@@ -101,11 +104,17 @@ def pipelines(source: Source, paths: list[pathlib.Path], batch: int) -> tuple[Pi
     """To train and to evaluate: by name, what starts an endless iterator of batches."""
     train_transform = augment.train_transform("deit", SHAPE, color_jitter=0.0)
     eval_transform = augment.eval_transform("deit", SHAPE)
-    rng = np.random.default_rng(0)
     # As many as ImageNet has, which also makes the shuffle of Grain, slow on few, as fast as there.
     source = splits.subset(source, np.arange(1_281_167) % len(source))
-    train: Pipelines = {FLOOR: lambda: plain_loop(paths, lambda x: train_transform(x, rng), batch)}
-    evaluation: Pipelines = {FLOOR: lambda: plain_loop(paths, eval_transform, batch)}
+    augmented = functools.partial(train_transform, rng=np.random.default_rng(0))
+    train: Pipelines = {
+        FLOOR: lambda: plain_loop(paths, augmented, batch),
+        TWO_FLOORS: lambda: plain_loops(paths, augmented, batch, count=2),
+    }
+    evaluation: Pipelines = {
+        FLOOR: lambda: plain_loop(paths, eval_transform, batch),
+        TWO_FLOORS: lambda: plain_loops(paths, eval_transform, batch, count=2),
+    }
     for name, n in WORKERS.items():
         train[name] = lambda n=n: batches.train_batches(
             source, train_transform, batch, seed=0, num_workers=n
@@ -124,6 +133,34 @@ def plain_loop(paths: list[pathlib.Path], transform: Callable, batch: int) -> It
             with Image.open(io.BytesIO(path.read_bytes())) as picture:
                 images.append(transform(np.array(picture.convert("RGB"))))
         yield np.stack(images)
+
+
+def plain_loops(
+    paths: list[pathlib.Path], transform: Callable, batch: int, count: int
+) -> Iterator[None]:
+    """One item for every batch that one of `count` processes has made and thrown away."""
+    context = multiprocessing.get_context("spawn")
+    made = context.Queue(maxsize=count)
+    processes = [
+        context.Process(target=_count_batches, args=(made, paths, transform, batch), daemon=True)
+        for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while True:
+            yield made.get()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _count_batches(
+    made: multiprocessing.Queue, paths: list[pathlib.Path], transform: Callable, batch: int
+) -> None:
+    for _ in plain_loop(paths, transform, batch):
+        made.put(None)
 
 
 def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -145,10 +182,12 @@ def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, li
 def print_table(
     kind: str, times: dict[str, list[float]], arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Returns the overhead over the floor without workers, and how much faster two make it."""
+    """Returns the overhead over the floor without workers, how much faster two make it, and how
+    much faster two loops are than one."""
     for name, own in times.items():
         milliseconds = statistics.median(own)
-        per_core = 1000 / milliseconds / max(1, WORKERS.get(name, 1))
+        cores = 2 if name == TWO_FLOORS else max(1, WORKERS.get(name, 1))
+        per_core = 1000 / milliseconds / cores
         fed = arguments.cores * per_core / arguments.appetite
         print(
             f"{f'{kind}, {name}':24}{milliseconds:>10.2f}{_ratio(own, times[FLOOR]):>8.2f}"
@@ -157,6 +196,7 @@ def print_table(
     return {
         "overhead_0_workers": _ratio(times["0 workers"], times[FLOOR]) - 1,
         "speedup_2_workers": _ratio(times["0 workers"], times["2 workers"]),
+        "speedup_2_plain_loops": _ratio(times[FLOOR], times[TWO_FLOORS]),
     }
 
 

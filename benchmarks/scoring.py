@@ -8,19 +8,20 @@ beside scoring the whole network for each.
 """
 
 import argparse
+import functools
 import os
 import pathlib
-import statistics
 import time
 
 import jax.numpy as jnp
 import numpy as np
-from common import SIZES, describe_machine, median_ratio, time_in_turn, write_json
+from common import PAUSE, SIZES, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import EvaluationSet, evaluate
 from flora_jax.search.block_scores import score_block
+from flora_jax.search.latency import median_ratio, time_in_turn
 
 
 def main() -> None:
@@ -35,9 +36,7 @@ def main() -> None:
     spec = flora.deit(SIZES[arguments.model])
     space = flora.RankSpace.regular(spec)
     supernet = flora.factorize(flora.create(spec), space)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (arguments.batch, *spec.image_shape), np.uint8)
-    labels = rng.integers(0, spec.num_classes, arguments.batch).astype(np.int32)
+    images, labels = some_images(spec, arguments.batch)
     batch = {"image": images, "label": labels, "mask": np.ones(arguments.batch, np.float32)}
     evaluation_set = EvaluationSet([batch], Normalization())
     machine = describe_machine(arguments.model, "float32", f"batch {arguments.batch}")
@@ -49,8 +48,9 @@ def main() -> None:
 
 
 def compare_with_torch(spec, space, supernet, images, evaluation_set, rounds) -> dict[str, float]:
-    genes = space.sample(np.random.default_rng(1), rounds + 2, "uniform")
-    work = {"ours": lambda index: evaluate(supernet, evaluation_set, genes[index])}
+    genes = space.sample(np.random.default_rng(1), rounds, "uniform")
+    score = functools.partial(evaluate, supernet, evaluation_set)
+    work = {"ours": one_after_another(score, genes)}
     try:
         import torch
         import torch_peer
@@ -60,11 +60,10 @@ def compare_with_torch(spec, space, supernet, images, evaluation_set, rounds) ->
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         normalized = np.asarray(Normalization()(jnp.asarray(images)))
         forward = torch_peer.make_forward(torch_peer.build(spec), normalized)
-        ranks = [space.ranks(one).tolist() for one in genes]
-        work["torch"] = lambda index: forward(ranks[index])
-    times = time_in_turn(work, rounds)
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
+        work["torch"] = one_after_another(forward, space.ranks(genes).tolist())
+    times = time_in_turn(work, rounds, PAUSE)
+    for name, milliseconds in times.items():
+        median = np.median(milliseconds) / 1000
         print(f"{name}: {median:.3f} s a candidate, {len(images) / median:.1f} images/s")
     if "torch" not in times:
         return {}

@@ -19,19 +19,19 @@ import importlib.util
 import multiprocessing
 import os
 import pathlib
-import statistics
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import SIZES, describe_machine, median_ratio, time_in_turn, write_json
+from common import PAUSE, SIZES, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.mesh import make_mesh, shard_batch, shard_parameters
 from flora_jax.models import functional
 from flora_jax.report.table import human_count
+from flora_jax.search.latency import median_ratio, time_in_turn
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import initial_state, make_step
 
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     space = flora.RankSpace.regular(flora.deit(SIZES[arguments.model]))
-    genes = space.sample(np.random.default_rng(0), arguments.rounds + 2, "low_rank_aware")
+    genes = space.sample(np.random.default_rng(0), arguments.rounds, "low_rank_aware")
     spread_genes = from_small_to_large(space, arguments.fitted)
     machine = describe_machine(arguments.model, arguments.compute_dtype, f"batch {arguments.batch}")
     print(machine)
@@ -58,17 +58,17 @@ def main() -> None:
         print("torch is not installed: no peer")
         names.remove("torch")
     steps = {name: in_own_process(name, arguments) for name in names}
-    work = {name: lambda index, step=step: step(genes[index]) for name, step in steps.items()}
-    times = time_in_turn(work, arguments.rounds)
+    work = {name: one_after_another(step, genes) for name, step in steps.items()}
+    times = time_in_turn(work, arguments.rounds, PAUSE)
     ratios = {
         f"sliced_over_{name}": median_ratio(times["sliced"], times[name])
         for name in names
         if name != "sliced"
     }
     print_table(times, ratios)
-    sliced = {"sliced": lambda index: steps["sliced"](spread_genes[index])}
-    seconds = time_in_turn(sliced, len(spread_genes))["sliced"]
-    ratios |= print_fit(seconds, space.macs(spread_genes))
+    work = {"sliced": one_after_another(steps["sliced"], spread_genes)}
+    times = time_in_turn(work, arguments.fitted, PAUSE)
+    ratios |= print_fit(times["sliced"], space.macs(spread_genes))
     write_json(arguments.json, machine, ratios)
 
 
@@ -94,24 +94,16 @@ def serve(connection, name: str, arguments: argparse.Namespace) -> None:
             connection.send(step(connection.recv()))
 
 
-def some_images(spec, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch, *spec.image_shape), np.uint8)
-    return images, rng.integers(0, spec.num_classes, batch).astype(np.int32)
-
-
 def supernet_step(implementation: str, arguments: argparse.Namespace):
     spec = flora.deit(SIZES[arguments.model])
     space = flora.RankSpace.regular(spec)
     network = flora.factorize(flora.create(spec), space, implementation=implementation).network
-    return compiled_step(network, *some_images(spec, arguments.batch), arguments.compute_dtype)
+    return compiled_step(network, space.full_rank_genes, arguments)
 
 
 def dense_step(arguments: argparse.Namespace):
-    spec = flora.deit(SIZES[arguments.model])
-    images = some_images(spec, arguments.batch)
-    step, seconds = compiled_step(flora.create(spec), *images, arguments.compute_dtype)
-    return lambda genes: step(None), seconds
+    step, seconds = compiled_step(flora.create(flora.deit(SIZES[arguments.model])), None, arguments)
+    return lambda _: step(None), seconds
 
 
 def torch_step(arguments: argparse.Namespace):
@@ -144,19 +136,20 @@ def from_small_to_large(space: flora.RankSpace, count: int) -> np.ndarray:
     return rng.permutation([space.sample_within(rng, 1, macs=window)[0] for window in windows])
 
 
-def compiled_step(network, images, labels, compute_dtype: str):
+def compiled_step(network, genes: np.ndarray | None, arguments: argparse.Namespace):
     """step(genes) -> loss, waiting for it; and the seconds of compiling."""
+    images, labels = some_images(network.spec, arguments.batch)
     settings = TrainSettings(
-        steps=10_000, batch_size=len(images), learning_rate=2.5e-5, compute_dtype=compute_dtype
+        steps=10_000,
+        batch_size=arguments.batch,
+        learning_rate=2.5e-5,
+        compute_dtype=arguments.compute_dtype,
     )
     graphdef, parameters = functional.split(network)
     mesh = make_mesh()
     state = shard_parameters(initial_state(parameters, settings), mesh)
     batch = shard_batch({"image": images, "label": labels}, mesh)
     step = make_step(graphdef, settings, Normalization(), mesh)
-    genes = None
-    if isinstance(getattr(network.blocks[0].attn.qkv, "ranks", None), tuple):
-        genes = np.zeros(3 * len(network.blocks), np.int32)
     started = time.perf_counter()
     step = step.lower(state, batch, genes, None).compile()
     seconds = time.perf_counter() - started
@@ -169,19 +162,19 @@ def compiled_step(network, images, labels, compute_dtype: str):
     return run, seconds
 
 
-def print_table(times: dict[str, list[float]], ratios: dict[str, float]) -> None:
+def print_table(times: dict[str, np.ndarray], ratios: dict[str, float]) -> None:
     print(f"{'':8}{'s/step':>9}{'spread':>9}{'sliced over it':>16}")
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        spread = statistics.mean(seconds) / median
+    for name, milliseconds in times.items():
+        median = np.median(milliseconds) / 1000
+        spread = milliseconds.mean() / 1000 / median
         ratio = ratios.get(f"sliced_over_{name}")
         print(f"{name:8}{median:>9.3f}{spread:>9.2f}" + (f"{ratio:>16.3f}" if ratio else ""))
 
 
-def print_fit(seconds: list[float], macs: np.ndarray) -> dict[str, float]:
+def print_fit(milliseconds: np.ndarray, macs: np.ndarray) -> dict[str, float]:
     """A straight line through time against sampled multiply-adds."""
-    slope, intercept = np.polyfit(macs, seconds, 1)
-    r_squared = np.corrcoef(macs, seconds)[0, 1] ** 2
+    slope, intercept = np.polyfit(macs, milliseconds / 1000, 1)
+    r_squared = np.corrcoef(macs, milliseconds)[0, 1] ** 2
     print(
         f"sliced: {1e9 * slope:.4f} s per G multiply-adds of an image, {intercept:.3f} s beside "
         f"them, R2 {r_squared:.3f}, over {human_count(macs.min())}..{human_count(macs.max())}"

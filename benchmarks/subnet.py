@@ -22,13 +22,13 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import SIZES, describe_machine, median_ratio, time_in_turn, write_json
+from common import PAUSE, SIZES, describe_machine, write_json
 
 import flora_jax as flora
 from flora_jax.models import create, functional
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import human_count
-from flora_jax.search.latency import measure, measure_networks
+from flora_jax.search.latency import measure, measure_networks, median_ratio, time_in_turn
 
 SIXTHS = tuple(i / 6 for i in range(1, 7))
 EIGHTHS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
@@ -58,7 +58,8 @@ def main() -> None:
     else:
         models = {str(path): flora.load(path) for path in arguments.folders}
     forwards = {name: _forward(model, arguments.batch) for name, model in models.items()}
-    ratios |= print_table(models, time_in_turn(forwards, arguments.rounds), arguments.batch)
+    times = time_in_turn(forwards, arguments.rounds, PAUSE)
+    ratios |= print_table(models, times, arguments.batch)
     write_json(arguments.json, machine, ratios)
 
 
@@ -129,15 +130,15 @@ def _slimmed(spec: Spec, macs: int) -> Spec:
     return flora.slim.cut_spec(spec, flora.slim.threshold_to_macs(gated, macs))
 
 
-def _forward(model, batch: int) -> Callable[[int], object]:
+def _forward(model, batch: int) -> Callable[[], object]:
     graphdef, parameters = functional.split(model)
     run = jax.jit(lambda parameters, images: functional.merge(graphdef, parameters)(images))
     images = np.random.default_rng(0).normal(size=(batch, *model.spec.image_shape))
     images = jax.device_put(np.float32(images))
-    return lambda _: run(parameters, images).block_until_ready()
+    return lambda: run(parameters, images).block_until_ready()
 
 
-def print_table(models: dict, times: dict[str, list[float]], batch: int) -> dict[str, float]:
+def print_table(models: dict, times: dict[str, np.ndarray], batch: int) -> dict[str, float]:
     """Returns `realised_saving`, of the published subnet, and the others by their names."""
     print(
         f"{'model':32}{'MACs':>10}{'share':>8}{'ms':>10}{'share':>8}{'images/s':>10}{'realised':>10}"
@@ -145,7 +146,7 @@ def print_table(models: dict, times: dict[str, list[float]], batch: int) -> dict
     reference, *_ = models
     dense, ratios = models[reference].spec.macs(), {}
     for name, model in models.items():
-        milliseconds = 1000 * statistics.median(times[name])
+        milliseconds = np.median(times[name])
         macs = model.spec.macs()
         share = median_ratio(times[name], times[reference])
         realised = ""

@@ -45,7 +45,8 @@ def ideal_device(monkeypatch, count_macs):
         return run
 
     monkeypatch.setattr(latency, "_compiled", compiled)
-    monkeypatch.setattr(latency, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    stopped = types.SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(latency, "time", stopped)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "slim"])

@@ -1,5 +1,6 @@
 """Batches of images, as numpy arrays, for training and for evaluation."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -83,7 +84,11 @@ def train_batches(
         (order if repeats == 1 else grain.MapDataset.source(_Repeated(order, repeats)).seed(seed))
         .random_map(prepare)
         # Sharding comes last: the order and the random numbers belong to the global position.
-        .batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
+        .batch(
+            batch_size // process_count,
+            drop_remainder=True,
+            batch_fn=_Stack(batch_size // process_count, shared=num_workers > 0),
+        )[process_index::process_count]
     )
     return _prefetched(batches[start_step:], num_threads, num_workers)
 
@@ -129,12 +134,30 @@ def eval_batches(
         image = transform(example["image"])
         return {"image": image, "label": np.int32(example["label"]), "mask": np.float32(1)}
 
-    def stack(examples):
-        return grain.experimental.batch_and_pad(examples, batch_size=batch_size)
-
     _check_shape(transform(source[0]["image"]), transform)
-    batches = grain.MapDataset.source(source).map(prepare).batch(batch_size, batch_fn=stack)
+    batches = (
+        grain.MapDataset.source(source)
+        .map(prepare)
+        .batch(batch_size, batch_fn=_Stack(batch_size, shared=num_workers > 0))
+    )
     return _prefetched(batches, num_threads, num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Stacks examples and fills up with zeros; in a worker straight into shared memory."""
+
+    size: int
+    shared: bool
+
+    def __call__(self, examples: list[Batch]) -> Batch:
+        empty = grain.multiprocessing.SharedMemoryArray if self.shared else np.empty
+        batch = {}
+        for name, first in examples[0].items():
+            batch[name] = array = empty((self.size, *first.shape), first.dtype)
+            np.stack([example[name] for example in examples], out=array[: len(examples)])
+            array[len(examples) :] = 0
+        return batch
 
 
 def _prefetched(

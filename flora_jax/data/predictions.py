@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.batches import Batch
-from flora_jax.io.files import read_json, replacing, write_json
+from flora_jax.io.files import read_json, replacing, sha256, write_json
 
 FORMAT = 1
 META_FILE = "meta.json"
@@ -150,10 +150,8 @@ class Part:
                 file.write(records.tobytes())
 
             yield append
-        with self.path.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
         with replacing(self._checksum_path) as partial:
-            partial.write_text(f"{checksum}  {self.path.name}\n")
+            partial.write_text(f"{sha256(self.path)}  {self.path.name}\n")
 
     def load(self) -> np.ndarray:
         """All its records [steps, share]. Raises ValueError where they are not as written."""

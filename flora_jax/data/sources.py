@@ -66,7 +66,7 @@ def decode_rgb(encoded: bytes, name: str, least_side: int | None = None) -> np.n
                 return np.repeat(grey[..., None], 3, axis=2)
             if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
                 picture = picture.convert("RGBA")
-            return np.array(picture.convert("RGB"))
+            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise BadImageError(f"{name} cannot be decoded: {reason}") from error

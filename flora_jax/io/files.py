@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -31,6 +32,12 @@ def dump_json(path: epath.PathLike, value) -> None:
 
 
 write_json = by_the_first(dump_json)
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Of the file's content, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -4,15 +4,13 @@ A finished model's weights are `model.safetensors` with a checksum: it opens any
 Orbax or pickle. The folder of a training run keeps Orbax `checkpoints/` instead.
 """
 
-import hashlib
-
 import numpy as np
 from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from flora_jax.io.checkpoint import read_parameters
-from flora_jax.io.files import dump_json, read_json, replacing, write_json
+from flora_jax.io.files import dump_json, read_json, replacing, sha256, write_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
 from flora_jax.models import Spec, create_abstract, functional, spec_from_json, spec_to_json
@@ -46,7 +44,7 @@ def save(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
     parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
     with replacing(path / WEIGHTS_FILE) as partial:
         save_file({name: np.asarray(p) for name, p in parameters.items()}, partial)
-        checksum = _sha256(partial)
+        checksum = sha256(partial)
     dump_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
 
 
@@ -90,11 +88,6 @@ def _read_description(path: epath.Path) -> dict:
 
 
 def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
-    if _sha256(path) != checksum:
+    if sha256(path) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
     return load_file(path)
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,8 @@
 """Manifests: a file of checksums beside a folder shows that it is whole and unaltered."""
 
-import hashlib
-
 from etils import epath
 
-from flora_jax.io.files import dump_json, read_json
+from flora_jax.io.files import dump_json, read_json, sha256
 
 
 def write_manifest(folder: epath.Path, manifest: epath.Path) -> None:
@@ -32,11 +30,6 @@ def verify(folder: epath.Path, manifest: epath.Path) -> None:
     for name, path in files.items():
         if (found := _fingerprint(path)) != recorded[name]:
             raise ValueError(f"{path} is altered: {found} instead of {recorded[name]}")
-
-
-def sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fingerprint(path: epath.Path) -> dict:

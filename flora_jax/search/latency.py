@@ -29,6 +29,7 @@ from flora_jax.models.spec import Spec
 
 log = logging.getLogger(__name__)
 
+WARM_UP = 2  # rounds
 _SHORTEST_MS = 5  # of work, below which starting it would be much of what is measured
 _HALVES = (Block.attention_half, Block.mlp_half, Block.mlp_half)  # of qkv, fc1 and fc2
 
@@ -113,7 +114,7 @@ def measure(
         for choices, layer, half in zip(space.choices, measured_as, halves, strict=True)
     )
     return LatencyTable(
-        device=_describe_device(),
+        device=describe_device(),
         batch_size=batch_size,
         dtype=dtype,
         dense_ms=_rounded(full_rank_ms * median_ratio(times.get("dense", whole), whole)),
@@ -158,15 +159,21 @@ def median_ratio(times: np.ndarray, others: np.ndarray) -> float:
     return float(np.median(times / others))
 
 
-def time_in_turn(work: Mapping[Hashable, Callable], rounds: int) -> dict[Hashable, np.ndarray]:
-    """Milliseconds of each in every round, float64 [rounds], after two rounds that do not count."""
+def time_in_turn(
+    work: Mapping[Hashable, Callable], rounds: int, pause: float = 0.0
+) -> dict[Hashable, np.ndarray]:
+    """Milliseconds of each in every round, float64 [rounds], after two rounds that do not count.
+
+    Before each are `pause` seconds, in which threads of the work before stop spinning.
+    """
     times = {name: [] for name in work}
-    for _ in range(2 + rounds):
+    for _ in range(WARM_UP + rounds):
         for name, run in work.items():
+            time.sleep(pause)
             started = time.perf_counter()
             run()
             times[name].append(1000 * (time.perf_counter() - started))
-    return {name: np.array(all_rounds[2:]) for name, all_rounds in times.items()}
+    return {name: np.array(all_rounds[WARM_UP:]) for name, all_rounds in times.items()}
 
 
 def _measured_as(space: RankSpace) -> Iterator[int]:
@@ -241,6 +248,6 @@ def _compiled(function: Callable, dtype: str, *shapes) -> Callable[[], None]:
     return lambda: jax.block_until_ready(program(*arguments))
 
 
-def _describe_device() -> str:
+def describe_device() -> str:
     device = jax.local_devices()[0].device_kind
     return f"{device}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
