@@ -23,9 +23,11 @@ def some_images(spec, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, spec.num_classes, batch).astype(np.int32)
 
 
-def one_after_another(function: Callable, arguments: Sequence) -> Callable[[], object]:
+def one_after_another(
+    function: Callable, arguments: Sequence, untimed: int = 0
+) -> Callable[[], object]:
     """Work for `time_in_turn`: the function of each argument; the last ones also to warm up."""
-    remaining = iter([*arguments[-WARM_UP:], *arguments])
+    remaining = iter(np.repeat([*arguments[-WARM_UP:], *arguments], 1 + untimed, axis=0))
     return lambda: function(next(remaining))
 
 

@@ -5,11 +5,13 @@
 
 Low-rank aware draws, a new subnet in every round; within a round all train the same subnet: the
 sliced and the masked supernet, the dense network, and the supernet in plain eager PyTorch if torch
-is installed, each in a process of its own. `spread` is the mean over the median. The last line fits
-the sliced step's time against the multiply-adds of subnets from the smallest to the largest.
+is installed, each in a process of its own. Each takes two steps and the second counts, for training
+is one step after another, and a process that has waited has lost its caches and freed memory.
+`spread` is the mean over the median. The last line fits the sliced step's time against the
+multiply-adds of subnets from the smallest to the largest.
 
-On Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment lets both sides allocate large
-pages (docs/performance.md).
+On Linux, MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 in the
+environment lets both sides keep the memory they free (docs/performance.md).
 """
 
 import argparse
@@ -35,6 +37,8 @@ from flora_jax.search.latency import median_ratio, time_in_turn
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import initial_state, make_step
 
+UNTIMED = 1  # steps before each that is timed
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -58,8 +62,8 @@ def main() -> None:
         print("torch is not installed: no peer")
         names.remove("torch")
     steps = {name: in_own_process(name, arguments) for name in names}
-    work = {name: one_after_another(step, genes) for name, step in steps.items()}
-    times = time_in_turn(work, arguments.rounds, PAUSE)
+    work = {name: one_after_another(step, genes, UNTIMED) for name, step in steps.items()}
+    times = time_in_turn(work, arguments.rounds, PAUSE, UNTIMED)
     ratios = {
         f"sliced_over_{name}": median_ratio(times["sliced"], times[name])
         for name in names
@@ -67,7 +71,7 @@ def main() -> None:
     }
     print_table(times, ratios)
     work = {"sliced": one_after_another(steps["sliced"], spread_genes)}
-    times = time_in_turn(work, arguments.fitted, PAUSE)
+    times = time_in_turn(work, arguments.fitted)
     ratios |= print_fit(times["sliced"], space.macs(spread_genes))
     write_json(arguments.json, machine, ratios)
 

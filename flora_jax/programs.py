@@ -127,6 +127,7 @@ def compile_training(config: ConfigDict, training: Training, mesh: Mesh, images:
     recipe, spec = training.recipe.copy_and_resolve_references(), training.spec
     recipe.batch_size = batch_size = images * mesh.size
     settings = train_settings(recipe, num_images=batch_size)
+    settings = dataclasses.replace(settings, loop_over_blocks=True)  # as on TPU
     normalization = Run(config, epath.Path()).normalization
     graphdef, parameters = functional.split(training.network)
     teacher_graphdef, teacher = None, None

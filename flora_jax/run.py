@@ -278,7 +278,10 @@ class Run:
 
 
 def train_settings(recipe: ConfigDict, num_images: int, seed: int = 0) -> TrainSettings:
-    """A recipe in epochs and per-512-images learning rates, as steps and rates of this run."""
+    """A recipe in epochs and per-512-images learning rates, as steps and rates of this run.
+
+    Blocks are in a loop where programs are large and slow to compile.
+    """
     fields = recipe.to_dict()
     for name in ("distill", "stored_predictions", "repeats"):
         del fields[name]
@@ -287,4 +290,4 @@ def train_settings(recipe: ConfigDict, num_images: int, seed: int = 0) -> TrainS
     fields["warmup_steps"] = round(fields.pop("warmup_epochs") * steps_per_epoch)
     for rate in ("learning_rate", "warmup_learning_rate", "min_learning_rate"):
         fields[rate] *= scale
-    return TrainSettings(**fields, seed=seed)
+    return TrainSettings(**fields, seed=seed, loop_over_blocks=jax.default_backend() == "tpu")

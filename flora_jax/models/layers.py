@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.models.spec import Rank
 
@@ -50,8 +51,11 @@ class LowRankLinear(nnx.Module):
         return add_bias(x @ self.down.T @ self.up, self.bias)
 
 
-def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias
+LAYER_OUTPUT = "layer_output"  # what a loop over blocks keeps for its backward pass
+
+
+def add_bias(product: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return checkpoint_name(product if bias is None else product + bias, LAYER_OUTPUT)
 
 
 def make_linear(

@@ -10,6 +10,7 @@ from flax import nnx
 from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed, run_blocks
 from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
+from flora_jax.models.loop import Loop
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.swin_spec import Stage, SwinSpec
 
@@ -116,6 +117,7 @@ class Swin(nnx.Module):
 
     def __init__(self, spec: SwinSpec, *, rngs: nnx.Rngs):
         self.spec = spec
+        self.loop: Loop | None = None
         epsilon = spec.layer_norm_eps
         norm = LayerNorm(spec.embed_dim, epsilon) if spec.patch_norm else None
         self.patch_embed = PatchEmbed(
@@ -145,7 +147,8 @@ class Swin(nnx.Module):
         return self.head(self.norm(x).reshape(-1, tokens, x.shape[-1]).mean(1))
 
     def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        return self.classify(run_blocks(self.blocks, self.embed(images), genes))
+        run = self.loop or run_blocks
+        return self.classify(run(self.blocks, self.embed(images), genes))
 
 
 def _blocks(spec: SwinSpec, rngs: nnx.Rngs):

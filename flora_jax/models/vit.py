@@ -8,6 +8,7 @@ from flax import nnx
 from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed, run_blocks
 from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
+from flora_jax.models.loop import Loop
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.vit_spec import ViTSpec
 
@@ -73,6 +74,7 @@ class ViT(nnx.Module):
 
     def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
         self.spec = spec
+        self.loop: Loop | None = None
         width, embedded = spec.embed_dim, spec.block_tokens[0]
         kept = None
         if len(embedded) < spec.num_tokens:
@@ -115,7 +117,8 @@ class ViT(nnx.Module):
         return logits
 
     def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        return self.classify(run_blocks(self.blocks, self.embed(images), genes))
+        run = self.loop or run_blocks
+        return self.classify(run(self.blocks, self.embed(images), genes))
 
 
 def _blocks(spec: ViTSpec, rngs: nnx.Rngs):

@@ -160,16 +160,19 @@ def median_ratio(times: np.ndarray, others: np.ndarray) -> float:
 
 
 def time_in_turn(
-    work: Mapping[Hashable, Callable], rounds: int, pause: float = 0.0
+    work: Mapping[Hashable, Callable], rounds: int, pause: float = 0.0, untimed: int = 0
 ) -> dict[Hashable, np.ndarray]:
     """Milliseconds of each in every round, float64 [rounds], after two rounds that do not count.
 
-    Before each are `pause` seconds, in which threads of the work before stop spinning.
+    Before each are `pause` seconds, in which threads of the work before stop spinning, and
+    `untimed` calls, after which memory and caches are its own again.
     """
     times = {name: [] for name in work}
     for _ in range(WARM_UP + rounds):
         for name, run in work.items():
             time.sleep(pause)
+            for _ in range(untimed):
+                run()
             started = time.perf_counter()
             run()
             times[name].append(1000 * (time.perf_counter() - started))

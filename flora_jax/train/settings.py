@@ -21,6 +21,8 @@ class TrainSettings:
       mixup, cutmix: parameters of the Beta distributions that images are mixed by; 0 for none.
       rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
         again: less memory for a third more multiply-adds.
+      loop_over_blocks: compute like blocks in a loop over their stacked parameters, which makes
+        the program as many times smaller.
       seed: of everything random inside a step.
       log_every, checkpoint_every: steps. The two newest checkpoints stay.
       keep_every: checkpoints at multiples of this step stay too; 0 for none.
@@ -44,6 +46,7 @@ class TrainSettings:
     mixup: float = 0.0
     cutmix: float = 0.0
     rematerialize: bool = False
+    loop_over_blocks: bool = False
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 1000

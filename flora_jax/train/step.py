@@ -13,6 +13,7 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT
 from flora_jax.models.functional import Parameters
+from flora_jax.models.loop import Loop
 from flora_jax.train.mixing import mix
 from flora_jax.train.optimizer import make_optimizer
 from flora_jax.train.parallel import data_parallel
@@ -63,15 +64,22 @@ def soft_targets(probs: jax.Array, index: jax.Array, num_classes: int) -> jax.Ar
     return targets / targets.sum(-1, keepdims=True)  # rounding may have left more or less than 1
 
 
-def teacher_targets(graphdef, parameters: Parameters, images: jax.Array) -> jax.Array:
+def teacher_targets(
+    graphdef, parameters: Parameters, images: jax.Array, loop: Loop | None = None
+) -> jax.Array:
     """A teacher's probabilities for normalised images, float32 [B, classes]."""
-    return jax.nn.softmax(_logits(graphdef, parameters, images).astype(jnp.float32))
+    logits = _logits(graphdef, parameters, images, loop=loop)
+    return jax.nn.softmax(logits.astype(jnp.float32))
 
 
-def _logits(graphdef, parameters: Parameters, images: jax.Array, genes=None) -> jax.Array:
+def _logits(
+    graphdef, parameters: Parameters, images: jax.Array, genes=None, loop: Loop | None = None
+) -> jax.Array:
     """Computed in the dtype of the images."""
     parameters = jax.tree.map(lambda p: p.astype(images.dtype), parameters)
-    return functional.merge(graphdef, parameters)(images, genes)
+    model = functional.merge(graphdef, parameters)
+    model.loop = loop
+    return model(images, genes)
 
 
 @functools.lru_cache(maxsize=32)
@@ -96,15 +104,16 @@ def make_step(
     """
     optimizer = make_optimizer(settings)
     dtype = jnp.dtype(settings.compute_dtype)
-    forward = functools.partial(_logits, graphdef)
-    if settings.rematerialize:
+    loop = Loop(settings.rematerialize) if settings.loop_over_blocks else None
+    forward = functools.partial(_logits, graphdef, loop=loop)
+    if settings.rematerialize and not loop:
         blocks_alone = jax.checkpoint_policies.save_only_these_names(BLOCK_OUTPUT)
         forward = jax.checkpoint(forward, policy=blocks_alone)
 
     def loss(parameters, images, targets, genes, teacher_parameters):
         logits = forward(parameters, images, genes)
         if teacher_graphdef is not None:
-            targets = teacher_targets(teacher_graphdef, teacher_parameters, images)
+            targets = teacher_targets(teacher_graphdef, teacher_parameters, images, loop)
         task = task_loss(logits, targets)
         return task if penalty is None else task + penalty(parameters)
 
