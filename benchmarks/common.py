@@ -1,5 +1,6 @@
 """What the benchmarks share: sizes, the machine, the JSON file."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ def some_images(spec, batch: int) -> tuple[np.ndarray, np.ndarray]:
 def one_after_another(
     function: Callable, arguments: Sequence, untimed: int = 0
 ) -> Callable[[], object]:
-    """Work for `time_in_turn`: the function of each argument; the last ones also to warm up."""
-    remaining = iter(np.repeat([*arguments[-WARM_UP:], *arguments], 1 + untimed, axis=0))
+    """Work for `time_in_turn`: the function of each argument; the first ones also to warm up."""
+    to_warm_up = itertools.islice(itertools.cycle(arguments), WARM_UP)
+    remaining = iter(np.repeat([*to_warm_up, *arguments], 1 + untimed, axis=0))
     return lambda: function(next(remaining))
 
 

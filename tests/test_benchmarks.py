@@ -9,6 +9,10 @@ import pytest
 from benchmarks.seeds import summary
 from tests.conftest import ROOT
 
+TAKES_A_MINUTE = pytest.mark.skipif(
+    os.environ.get("FLORA_SLOW_TESTS") != "1", reason="takes a minute; FLORA_SLOW_TESTS=1 runs it"
+)
+
 
 @pytest.mark.parametrize(
     "program, last_line",
@@ -17,6 +21,17 @@ from tests.conftest import ROOT
         ("data.py --images 4 --batch 2 --batches 1 --rounds 1", "train, 2 workers"),
         ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
         ("subnet.py --model deit_t --batch 1 --rounds 1 --subnets 1", "FLORA on ViT-Slim"),
+        pytest.param(
+            "step.py --model deit_t --batch 1 --rounds 1 --fitted 2 --without torch dense",
+            "R2",
+            marks=TAKES_A_MINUTE,
+        ),
+        ("scoring.py --model deit_t --batch 1 --rounds 1 --triples 2", "as whole networks"),
+        pytest.param(
+            "compile.py --model deit_t --batch 1",
+            "peak of sliced over masked",
+            marks=TAKES_A_MINUTE,
+        ),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
     ],
 )
