@@ -25,8 +25,14 @@ def masked_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def sliced_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
     """The same as `masked_product`, spending only the chosen rank's multiply-adds."""
-    branches = [functools.partial(_forward, rank) for rank in ranks]
-    return jax.lax.switch(gene, branches, x, down, up)
+    return _switch(_forward, ranks, gene, x, down, up)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _switch(branch, ranks: Ranks, gene, *arrays):
+    """Compiled apart, so that layers of one shape are traced once."""
+    branches = [functools.partial(branch, rank) for rank in ranks]
+    return jax.lax.switch(gene, branches, *arrays)
 
 
 # Multiplying the two factors first is cheaper at high rank with many tokens; each direction
@@ -65,8 +71,7 @@ def _sliced_forward(x, down, up, gene, ranks: Ranks):
 
 def _sliced_backward(ranks: Ranks, saved, grad):
     x, down, up, gene = saved
-    branches = [functools.partial(_backward, rank) for rank in ranks]
-    return *jax.lax.switch(gene, branches, x, down, up, grad), None
+    return *_switch(_backward, ranks, gene, x, down, up, grad), None
 
 
 sliced_product.defvjp(_sliced_forward, _sliced_backward)

@@ -52,7 +52,9 @@ class Loop:
         kept = () if self.rematerialize else (LAYER_OUTPUT,)
 
         @functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*kept)
+            jax.checkpoint,
+            prevent_cse=False,  # a loop is no place where XLA would merge the two computations
+            policy=jax.checkpoint_policies.save_only_these_names(*kept),
         )
         def one_period(x, each):
             states, genes = each
