@@ -99,6 +99,8 @@ def _configure_jax() -> None:
 def _show_log() -> None:
     """Our own lines in full; of the libraries', warnings only."""
     absl.logging.set_verbosity(absl.logging.WARNING)
+    # What a thread of Orbax prints with its traceback is also raised, as the error of the save.
+    absl.logging.get_absl_logger().addFilter(lambda record: record.filename != "future.py")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("flora_jax")

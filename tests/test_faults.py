@@ -211,13 +211,14 @@ def test_killed_at_random_moments(seed, finished_run, tmp_path):
 
 
 @long
-def test_a_full_disk(killed, finished_run, tmp_path):
-    """A file system of the size that the run has already, and half a megabyte."""
+@pytest.mark.parametrize("spare", [100_000, 400_000])
+def test_a_full_disk(spare, killed, finished_run, tmp_path):
+    """A file system of the size that the run has already, and some bytes to spare."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(p.stat().st_size for p in killed.rglob("*") if p.is_file())
     blocks = 4096 * sum(1 for _ in killed.rglob("*"))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size + blocks + 2**19}", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size + blocks + spare}", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
