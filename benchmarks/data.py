@@ -16,22 +16,21 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import multiprocessing
-import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from common import describe_machine, write_json
 from PIL import Image
 
 from flora_jax.data import augment, batches, splits
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.sources import Source
+from flora_jax.search.latency import median_ratio
 
 SHAPE = (224, 224, 3)
 WORKERS = {"0 workers": 0, "1 worker": 1, "2 workers": 2}
@@ -62,10 +61,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(pathlib.Path(folder), arguments.images)
-        machine = (
-            f"{platform.machine()}, {os.cpu_count()} cores, JPEGs of 500x375 pixels and "
-            f"{size / 1000:.0f} kB, batch {arguments.batch}"
-        )
+        pictures = f"JPEGs of 500x375 pixels and {size / 1000:.0f} kB"
+        machine = describe_machine(pictures, f"batch {arguments.batch}")
         print(machine)
         source = image_folder(folder, "train", cache_dir=folder)
         paths = [pathlib.Path(folder) / source.key(index) for index in range(len(source))]
@@ -80,8 +77,7 @@ def main() -> None:
         f"eval_{name}": ratio for name, ratio in print_table("eval", eval_times, arguments).items()
     }
     ratios |= print_table("train", train_times, arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1))
+    write_json(arguments.json, machine, ratios)
 
 
 def write_images(folder: pathlib.Path, count: int) -> float:
@@ -163,7 +159,7 @@ def _count_batches(
         made.put(None)
 
 
-def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, list[float]]:
+def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Milliseconds an image of every pipeline in every round. Each starts anew in every round."""
     times = {name: [] for name in pipelines}
     for _ in range(arguments.rounds):
@@ -176,33 +172,28 @@ def measure(pipelines: Pipelines, arguments: argparse.Namespace) -> dict[str, li
                     next(iterator)
                 elapsed = time.perf_counter() - started
             times[name].append(1000 * elapsed / (arguments.batches * arguments.batch))
-    return times
+    return {name: np.array(own) for name, own in times.items()}
 
 
 def print_table(
-    kind: str, times: dict[str, list[float]], arguments: argparse.Namespace
+    kind: str, times: dict[str, np.ndarray], arguments: argparse.Namespace
 ) -> dict[str, float]:
     """Returns the overhead over the floor without workers, how much faster two make it, and how
     much faster two loops are than one."""
     for name, own in times.items():
-        milliseconds = statistics.median(own)
+        milliseconds = np.median(own)
         cores = 2 if name == TWO_FLOORS else max(1, WORKERS.get(name, 1))
         per_core = 1000 / milliseconds / cores
         fed = arguments.cores * per_core / arguments.appetite
         print(
-            f"{f'{kind}, {name}':24}{milliseconds:>10.2f}{_ratio(own, times[FLOOR]):>8.2f}"
+            f"{f'{kind}, {name}':24}{milliseconds:>10.2f}{median_ratio(own, times[FLOOR]):>8.2f}"
             f"{per_core:>15.0f}{f'{100 * fed:.0f} %':>16}"
         )
     return {
-        "overhead_0_workers": _ratio(times["0 workers"], times[FLOOR]) - 1,
-        "speedup_2_workers": _ratio(times["0 workers"], times["2 workers"]),
-        "speedup_2_plain_loops": _ratio(times[FLOOR], times[TWO_FLOORS]),
+        "overhead_0_workers": median_ratio(times["0 workers"], times[FLOOR]) - 1,
+        "speedup_2_workers": median_ratio(times["0 workers"], times["2 workers"]),
+        "speedup_2_plain_loops": median_ratio(times[FLOOR], times[TWO_FLOORS]),
     }
-
-
-def _ratio(times: list[float], others: list[float]) -> float:
-    """The median over rounds: both were timed side by side."""
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 if __name__ == "__main__":

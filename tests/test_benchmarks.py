@@ -32,6 +32,7 @@ TAKES_A_MINUTE = pytest.mark.skipif(
             "peak of sliced over masked",
             marks=TAKES_A_MINUTE,
         ),
+        ("checkpoints.py --every 2 --intervals 2 --rounds 1", "cost of checkpoints"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
     ],
 )

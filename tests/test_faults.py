@@ -164,7 +164,8 @@ def test_all_damages_at_once_and_sigterm(killed, finished_run, tmp_path):
     status, errors = send_when(has_generations(workdir, 1), signal.SIGTERM, workdir)
     assert f"step {damaged}" in errors
     assert "damaged" in errors
-    assert status == -signal.SIGTERM, errors  # a search is saved with every generation
+    assert status == processes.STOPPED, errors
+    assert "stopped: search is saved at generation" in errors
     with (workdir / "search/history.jsonl").open("a") as history:
         history.write('{"generation": 1, "genes": [[0, ')
     finish_and_compare(workdir, finished_run)
@@ -245,21 +246,36 @@ def run_in_two(workdir: pathlib.Path) -> subprocess.Popen:
     )
 
 
-@long
-def test_one_of_two_processes_is_killed(finished_run, tmp_path):
-    """A whole run of two processes with two devices each, which is the run of one."""
-    workdir = tmp_path / "run"
+def signal_the_second_when(condition, name: str, workdir: pathlib.Path) -> tuple[int, str, float]:
+    """Starts the two, and sends one the signal: exit status, stderr, seconds until both ended."""
     with run_in_two(workdir) as both:
-        threading.Thread(target=both.stderr.read, daemon=True).start()
         deadline = time.monotonic() + 400
-        while not has_saved(workdir, "supernet", 40)():
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.append(both.stderr.read()))
+        reader.start()
+        while not condition():
             assert both.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        subprocess.run(["pkill", "-KILL", "-f", f"process_id=1.*{workdir}"], check=True)
+        subprocess.run(["pkill", f"-{name}", "-f", f"process_id=1.*{workdir}"], check=True)
         started = time.monotonic()
-        assert both.wait(timeout=100) != 0
-        assert time.monotonic() - started < 60
+        status = both.wait(timeout=100)
+        reader.join()
+    return status, errors[0], time.monotonic() - started
+
+
+@long
+def test_one_of_two_processes_is_killed_and_later_told_to_end(finished_run, tmp_path):
+    """A whole run of two processes with two devices each, which is the run of one."""
+    workdir = tmp_path / "run"
+    saved = has_saved(workdir, "supernet", 40)
+    status, errors, seconds = signal_the_second_when(saved, "KILL", workdir)
+    assert status not in (0, processes.STOPPED), errors
+    assert seconds < 60
+    searched = has_generations(workdir, 1)
+    status, errors, _ = signal_the_second_when(searched, "TERM", workdir)
+    assert status == processes.STOPPED, errors
+    assert "stopped: search is saved at generation" in errors
     with run_in_two(workdir) as both:
         _, errors = both.communicate(timeout=600)
     assert both.returncode == 0, errors

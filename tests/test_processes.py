@@ -21,7 +21,7 @@ from flora_jax.io.files import locked, write_json
 from flora_jax.mesh import make_mesh
 from flora_jax.search.evolution import EvolutionSettings, evolve
 from tests.conftest import ROOT
-from tests.test_train import NORMALIZATION, SETTINGS, SPACE, batch_of, metrics_of, run
+from tests.train.conftest import NORMALIZATION, SETTINGS, SPACE, batch_of, metrics_of, run
 
 STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=10)
 ENDLESS = dataclasses.replace(SETTINGS, steps=100_000, checkpoint_every=50_000)

@@ -30,7 +30,7 @@ def sliced_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _switch(branch, ranks: Ranks, gene, *arrays):
-    """Compiled apart, so that layers of one shape are traced once."""
+    """A function of its own to JAX, which traces it once for all layers of one shape."""
     branches = [functools.partial(branch, rank) for rank in ranks]
     return jax.lax.switch(gene, branches, *arrays)
 

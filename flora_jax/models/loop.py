@@ -32,11 +32,11 @@ class Loop:
         shapes = [(graphdef, jax.tree.map(jnp.shape, state)) for graphdef, state in parts]
         start = 0
         while start < len(blocks):
-            period = max(_PERIODS, key=lambda period: _repeats(shapes[start:], period))
-            times = _repeats(shapes[start:], period)
-            end = start + times * period
+            repeats = {period: _repeats(shapes[start:], period) for period in _PERIODS}
+            period = max(repeats, key=repeats.get)
+            end = start + repeats[period] * period
             own_genes = None if genes is None else genes[3 * start : 3 * end]
-            if times == 1:
+            if repeats[period] == 1:
                 x = run_blocks(blocks[start:end], x, own_genes)
             else:
                 x = self._run(parts[start:end], period, x, own_genes)

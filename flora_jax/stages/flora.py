@@ -13,12 +13,13 @@ from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
 from flora_jax.models.spec import Spec
-from flora_jax.processes import wait_for_all
+from flora_jax.processes import Stopped, StopRequest, wait_for_all
 from flora_jax.report.progress import Progress
 from flora_jax.run import LATENCY_FILE, Run
 from flora_jax.search.block_scores import score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
+from flora_jax.search.history import Candidate
 from flora_jax.search.latency import measure, measure_networks, median_ratio
 
 log = logging.getLogger(__name__)
@@ -77,17 +78,19 @@ def search(run: Run) -> None:
         metrics = evaluate_metrics(supernet, run.heldout_set, genes)
         return metrics[run.config.metric], metrics["top1"]
 
-    with Progress("search", total=settings.generations, start=start, unit="generation") as progress:
-        best = evolve(
-            space,
-            score,
-            cost,
-            window,
-            settings,
-            run.seed("search"),
-            history,
-            lambda _, members: progress.update(best_top1=max(m.top1 for m in members)),
-        )
+    total = settings.generations
+    with (
+        StopRequest() as stop_request,
+        Progress("search", total=total, start=start, unit="generation") as progress,
+    ):
+
+        def on_generation(generation: int, members: list[Candidate]) -> None:
+            progress.update(best_top1=max(member.top1 for member in members))
+            if stop_request.is_set():
+                raise Stopped(f"search is saved at generation {generation + 1} of {total}")
+
+        seed = run.seed("search")
+        best = evolve(space, score, cost, window, settings, seed, history, on_generation)
     found = {
         "generation": best.generation,
         "genes": best.genes,

@@ -1,0 +1,72 @@
+"""What checkpoints cost: a supernet's training with them and without, in turn.
+
+    python benchmarks/checkpoints.py --config digits
+
+Both trainings save their last step; one also saves every so many, by default as its config says.
+Batches, the teacher and the loop are the command line's; the weights are random. The cost is
+the share of the time between two checkpoints that saving one adds: the copy of the state, for which
+training waits, and what the writing thread takes of the cores.
+"""
+
+import argparse
+import importlib
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+from common import describe_machine, write_json
+from etils import epath
+
+import flora_jax as flora
+from flora_jax.io import folder
+from flora_jax.run import Run
+from flora_jax.search.latency import median_ratio, time_in_turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="digits", help="a module of configs/")
+    parser.add_argument("--every", type=int, help="steps between checkpoints; or the config's")
+    parser.add_argument("--intervals", type=int, default=3, help="between saves in a training")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
+    arguments = parser.parse_args()
+    if arguments.intervals < 2:
+        parser.error(f"--intervals must be at least 2, got {arguments.intervals}")
+
+    config = importlib.import_module(f"configs.{arguments.config}").get_config()
+    every = arguments.every or config.supernet.checkpoint_every
+    steps = arguments.intervals * every
+    machine = describe_machine(f"{arguments.config}, a checkpoint every {every} steps")
+    print(machine)
+    with tempfile.TemporaryDirectory() as directory:
+        train = make_training(Run(config, epath.Path(directory)), steps)
+        work = {"with": lambda: train(every), "without": lambda: train(steps)}
+        times = time_in_turn(work, arguments.rounds)
+    for name, milliseconds in times.items():
+        print(f"{name}: {np.median(milliseconds) / steps:.2f} ms a step")
+    saved = arguments.intervals / (arguments.intervals - 1)  # the last one is in both
+    cost = (median_ratio(times["with"], times["without"]) - 1) * saved
+    print(f"cost of checkpoints {100 * cost:.2f} %")
+    write_json(arguments.json, machine, {"checkpoint_cost": cost})
+
+
+def make_training(run: Run, steps: int) -> Callable[[int], None]:
+    """Trains `steps` steps anew, with a checkpoint every so many."""
+    folder.save(flora.create(run.spec), run.folder / "dense")
+    supernet = flora.factorize(run.dense, run.regular_space)
+    recipe = run.config.supernet
+    recipe.epochs = steps * recipe.batch_size / len(run.splits.train)
+    numbers = itertools.count()
+
+    def train(checkpoint_every: int) -> None:
+        recipe.checkpoint_every = checkpoint_every
+        run.train_supernet(supernet, recipe, f"training_{next(numbers)}", "low_rank_aware")
+
+    return train
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Real faults on the files of real checkpoints."""
+
+import logging
+import pathlib
+import shutil
+
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flora_jax.io.checkpoint import Checkpoints, read_parameters
+from flora_jax.io.files import read_json
+from flora_jax.io.manifest import verify
+from tests.checkpoint.conftest import assert_same, files, names, restored_step, state_at
+
+
+def _largest_file(run) -> pathlib.Path:
+    return max(files(run / "6"), key=lambda path: path.stat().st_size)
+
+
+def _flip_a_bit(run):
+    path = _largest_file(run)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    return f"{path} is altered"
+
+
+def _truncate(run):
+    path = _largest_file(run)
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path} is altered"
+
+
+def _delete_a_file(run):
+    path = _largest_file(run)
+    path.unlink()
+    return f"{path.relative_to(run / '6')} missing"
+
+
+def _add_a_file(run):
+    (run / "6" / "state" / "extra").write_text("")
+    return "state/extra in"
+
+
+def _delete_the_manifest(run):
+    """As a run leaves it that is killed between the step and its manifest."""
+    (run / "manifests" / "6.json").unlink()
+    return "6.json is missing, so writing was not finished"
+
+
+def _cut_the_manifest(run):
+    path = run / "manifests" / "6.json"
+    path.write_text(path.read_text()[:-9])
+    return "6.json is not valid JSON"
+
+
+def _manifest_of_other_bytes(run):
+    (run / "manifests" / "6.json").write_bytes(b"\xff\x00\xfe")
+    return "can't decode byte"
+
+
+def _manifest_of_a_list(run):
+    (run / "manifests" / "6.json").write_text("[1, 2]")
+    return "6.json is not a manifest"
+
+
+def _manifest_of_another_entry(run):
+    path = run / "manifests" / "6.json"
+    path.write_text(path.read_text().replace('"sha256"', '"sha255"', 1))
+    return "is altered"
+
+
+def _manifest_that_leaves_the_folder(run):
+    path = run / "manifests" / "6.json"
+    path.write_text(path.read_text().replace("_CHECKPOINT_METADATA", "../3/_CHECKPOINT_METADATA"))
+    return "../3/_CHECKPOINT_METADATA missing"
+
+
+def _manifest_of_an_absolute_path(run):
+    path = run / "manifests" / "6.json"
+    outside = run / "6" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("_CHECKPOINT_METADATA", str(outside)))
+    return f"{outside} missing"
+
+
+FAULTS = [
+    _flip_a_bit,
+    _truncate,
+    _delete_a_file,
+    _add_a_file,
+    _delete_the_manifest,
+    _cut_the_manifest,
+    _manifest_of_other_bytes,
+    _manifest_of_a_list,
+    _manifest_of_another_entry,
+    _manifest_that_leaves_the_folder,
+    _manifest_of_an_absolute_path,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_training_goes_on_from_the_step_before_a_damaged_one(run, fault, caplog):
+    reason = fault(run)
+    damaged = files(run / "6")
+    assert restored_step(run) == 3
+    (record,) = [r for r in caplog.records if r.name.startswith("flora_jax")]
+    moved = run / "damaged" / "6-0"
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(f"step 6 is damaged and moved to {moved}: ")
+    assert reason in record.message
+    assert reason in (run / "damaged" / "6-0.txt").read_text()
+    assert files(moved) == {moved / p.relative_to(run / "6"): b for p, b in damaged.items()}
+    assert names(run) == ["3", "damaged", "manifests"]
+    with Checkpoints(run) as checkpoints:
+        checkpoints.restore(state_at(0))
+        checkpoints.save(6, state_at(6))
+    assert restored_step(run) == 6
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_reading_parameters_passes_over_a_damaged_step_and_changes_nothing(run, fault, caplog):
+    reason = fault(run)
+    before = files(run)
+    assert_same(read_parameters(run), state_at(3).parameters)
+    (record,) = [r for r in caplog.records if r.name.startswith("flora_jax")]
+    assert record.message.startswith("read step 3, since newer ones are damaged: ")
+    assert reason in record.message
+    assert files(run) == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_flipped_bit_passes(saved, data):
+    """In any file of a step, at any place."""
+    folder, manifest = epath.Path(saved / "6"), epath.Path(saved / "manifests" / "6.json")
+    path = data.draw(
+        st.sampled_from(sorted(p for p, content in files(saved / "6").items() if content))
+    )
+    content = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    try:
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"{path.name} is altered"):
+            verify(folder, manifest)
+    finally:
+        path.write_bytes(content)
+    verify(folder, manifest)
+
+
+def test_a_manifest_lists_every_file(saved):
+    content = files(saved / "6")
+    manifest = read_json(saved / "manifests" / "6.json")
+    assert manifest.keys() == {str(path.relative_to(saved / "6")) for path in content}
+    assert [manifest[name]["bytes"] for name in sorted(manifest)] == [
+        len(content[path]) for path in sorted(content, key=lambda p: str(p.relative_to(saved)))
+    ]
+
+
+@pytest.mark.parametrize("name", ["9", "009"])
+def test_an_empty_folder_is_no_step(run, name):
+    (run / name).mkdir()
+    assert_same(read_parameters(run), state_at(6).parameters)
+    assert restored_step(run) == 6
+    assert names(run / "damaged") == [f"{name}-0", f"{name}-0.txt"]
+
+
+def test_other_folders_are_left_alone(run):
+    for name in ("notes", "9.old", "-9", "²"):
+        (run / name).mkdir()
+    before = names(run)
+    assert restored_step(run) == 6
+    assert names(run) == before
+
+
+def test_a_half_written_step_is_removed(run):
+    half = run / "9.orbax-checkpoint-tmp"
+    shutil.copytree(run / "6", half)
+    (half / "_CHECKPOINT_METADATA").unlink()
+    assert_same(read_parameters(run), state_at(6).parameters)
+    assert half.exists()
+    assert restored_step(run) == 6
+    assert names(run) == ["3", "6", "manifests"]
+
+
+def test_no_step_is_whole(run, caplog):
+    for step in ("3", "6"):
+        (run / step / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match=r"every checkpoint in .*run is damaged: .*/6/.*; .*/3/"):
+        read_parameters(run)
+    state = state_at(0)
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.restore(state) is state
+        checkpoints.save(3, state_at(3))
+    *_, last = [r for r in caplog.records if r.name.startswith("flora_jax")]
+    assert last.levelno == logging.ERROR
+    assert last.message.endswith(f"the damaged ones are in {run / 'damaged'}")
+    assert names(run / "damaged") == ["3-0", "3-0.txt", "6-0", "6-0.txt"]
+    assert restored_step(run) == 3
+
+
+def test_a_step_damaged_twice(run):
+    for _ in range(2):
+        _delete_a_file(run)
+        assert restored_step(run) == 3
+        with Checkpoints(run) as checkpoints:
+            checkpoints.save(6, state_at(6))
+    assert names(run / "damaged") == ["6-0", "6-0.txt", "6-1", "6-1.txt"]

@@ -1,0 +1,63 @@
+"""Saving where no more can be written."""
+
+import functools
+import resource
+import shutil
+import signal
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flora_jax.io.checkpoint import Checkpoints
+from flora_jax.train.step import TrainState
+from tests.checkpoint.conftest import program, restored_step, state_at
+from tests.conftest import ROOT
+
+_program = functools.partial(program, __name__)
+
+
+def save_until_full(directory: str):
+    """The program of a process whose files may not grow, or whose disk is small."""
+    random = TrainState(jnp.int32(9), {"w": jax.random.normal(jax.random.key(0), 2**19)}, {}, None)
+    try:
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(3, state_at(3))
+            checkpoints.save(9, random)
+    except OSError as error:
+        print(error)
+    print(restored_step(directory))
+
+
+def limit_file_size():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+
+
+def _output(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_file_that_may_not_grow(tmp_path):
+    done = _output(*_program("limit_file_size()", f"save_until_full({str(tmp_path)!r})"))
+    error, step = done.stdout.splitlines()
+    assert error.startswith(f"saving {tmp_path}/9 failed: ")
+    assert "File too large" in error
+    assert step == "3"
+
+
+def test_a_full_disk(tmp_path):
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if shutil.which("unshare") is None or _output(*namespace, *mount).returncode:
+        pytest.skip("this system does not let a process mount a small disk of its own")
+    script = 'limit=$1; shift; mount -t tmpfs -o size=1m tmpfs "$limit" && exec "$@"'
+    program = _program(f"save_until_full({str(tmp_path)!r})")
+    done = _output(*namespace, "sh", "-c", script, "sh", str(tmp_path), *program)
+    error, step = done.stdout.splitlines()
+    assert error.startswith(f"saving {tmp_path}/9 failed: ")
+    assert "No space left on device" in error
+    assert step == "3"

@@ -1,0 +1,116 @@
+"""Folders that cannot be used, and images that cannot be decoded."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flora_jax.data import augment, batches, sources
+from flora_jax.data.image_folder import image_folder
+from tests.image_folder.conftest import keys, not_an_image, save
+
+
+def test_missing_folders_are_named_with_what_is_there(pets, tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*pets/validation; .*pets holds: train, val$"):
+        image_folder(pets, "validation")
+    with pytest.raises(ValueError, match=r"no folder .*/nowhere; .* holds: pets"):
+        image_folder(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match=r"no folder .*/no/where; nor is there .*/no$"):
+        image_folder(tmp_path / "no/where", "train")
+
+
+def test_a_split_without_class_folders(tmp_path):
+    save(tmp_path / "train/x.png")
+    with pytest.raises(ValueError, match=r"no class folder in .*train: .*train holds: x\.png"):
+        image_folder(tmp_path, "train")
+
+
+def test_an_empty_class_is_named(pets):
+    (pets / "train/emu/nested").mkdir(parents=True)
+    (pets / "train/emu/nested/x.gif").touch()
+    with pytest.raises(ValueError, match=r"no image in the class folder .*train/emu: .*\*\.jpg"):
+        image_folder(pets, "train")
+
+
+@pytest.mark.parametrize("function, place", [("listdir", "train/dog"), ("stat", "train/dog/.")])
+def test_an_unreadable_folder_is_named(function, place, pets, monkeypatch):
+    """One that cannot be listed, and one that can but cannot be entered."""
+    real = getattr(os, function)
+
+    def refuse(path, **options):
+        if str(path).endswith(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, function, refuse)  # the mode of a folder does not stop root
+    with pytest.raises(ValueError, match=r"cannot read the folder .*train/dog: .*denied"):
+        image_folder(pets, "train")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncated(path):
+    noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    save(path, noise, format="JPEG")
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def damaged(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 9] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES = (not_an_image, empty, truncated, damaged)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_image_is_named_when_it_is_read(damage, pets):
+    damage(pets / "train/dog/2.png")
+    source = image_folder(pets, "train")
+    assert source[7]["image"].shape == (20, 30, 3)
+    with pytest.raises(sources.BadImageError, match=r"pets/train/dog/2\.png cannot be decoded: "):
+        source[8]
+
+
+def test_an_image_too_large_to_decode_safely_is_bad(pets, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(sources.BadImageError, match=r"0\.png cannot be decoded: .*bomb"):
+        image_folder(pets, "train")[0]
+
+
+def test_a_bad_image_stops_a_run_with_its_name(pets):
+    truncated(pets / "train/dog/2.png")
+    source = image_folder(pets, "train")
+    transform = augment.eval_transform("inception", (16, 16, 3))
+    with pytest.raises(sources.BadImageError, match=r"train/dog/2\.png"):
+        list(batches.eval_batches(source, transform, 4, num_threads=2))
+
+
+def test_bad_images_are_replaced_by_the_next_good_one_and_counted(pets, caplog):
+    for name, damage in zip(("dog/1", "dog/2", "dog/5", "cat/0"), DAMAGES, strict=True):
+        damage(pets / "train" / f"{name}.png")
+    source = sources.SkippingSource(image_folder(pets, "train"))
+    expected = keys(source)
+    for bad, instead in ((7, 9), (8, 9), (11, 1), (0, 1)):
+        expected[bad] = expected[instead]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            examples = [source[i] for i in range(12)]
+    assert [example["key"] for example in examples] == expected
+    assert [example["image"][0, 0, 0] for example in examples[6:]] == [0, 3, 3, 3, 4, 1]
+    assert source.skipped == {f"train/{name}.png" for name in ("dog/1", "dog/2", "dog/5", "cat/0")}
+    assert sorted(message.split(" cannot")[0][-9:] for message in caplog.messages) == [
+        *("cat/0.png", "dog/1.png", "dog/2.png", "dog/5.png")
+    ]
+
+
+def test_nothing_but_bad_images(pets):
+    for path in (pets / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(sources.BadImageError, match="none of the 4 images"):
+        sources.SkippingSource(image_folder(pets, "val"))[0]

@@ -1,0 +1,103 @@
+"""Decoding pictures of every kind."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flora_jax.data import augment, splits
+from flora_jax.data.image_folder import image_folder
+from tests.image_folder.conftest import save
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
+GREY = np.stack([RAMP] * 3, axis=-1)
+COLOUR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], axis=-1)
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # turn by 90 degrees
+
+
+def with_alpha(pixels):
+    return np.concatenate([pixels, RAMP[..., None]], axis=-1)
+
+
+PALETTE = Image.fromarray(COLOUR).quantize(256)
+
+KINDS = {
+    "rgb": ("x.png", COLOUR, COLOUR, {}),
+    "grey": ("x.png", RAMP, GREY, {}),
+    "16 bits": ("x.png", RAMP.astype(np.uint16) * 256 + 77, GREY, {}),
+    "black and white": ("x.png", RAMP > 99, 255 * (GREY > 99), {}),
+    "palette": ("x.png", PALETTE, np.array(PALETTE.convert("RGB")), {}),
+    "transparent palette": (
+        "x.png",
+        PALETTE,
+        np.array(PALETTE.convert("RGB")),
+        {"transparency": bytes(range(256))},
+    ),
+    "rgba": ("x.png", with_alpha(COLOUR), COLOUR, {}),
+    "grey with alpha": ("x.png", Image.fromarray(with_alpha(COLOUR)).convert("LA"), None, {}),
+    "bmp": ("x.bmp", COLOUR, COLOUR, {}),
+    "webp": ("x.webp", COLOUR, COLOUR, {"lossless": True}),
+    "1 pixel high": ("x.png", COLOUR[:1], COLOUR[:1], {}),
+    "1 pixel": ("x.png", COLOUR[:1, :1], COLOUR[:1, :1], {}),
+    "exif rotation is ignored": ("x.png", COLOUR, COLOUR, {"exif": EXIF}),
+    "wrong suffix": ("x.jpg", COLOUR, COLOUR, {"format": "PNG"}),
+}
+
+
+@pytest.mark.parametrize("name, picture, expected, options", KINDS.values(), ids=KINDS)
+def test_every_kind_of_picture_becomes_rgb(name, picture, expected, options, tmp_path):
+    save(tmp_path / "train/a" / name, picture, **options)
+    image = image_folder(tmp_path, "train")[0]["image"]
+    if expected is None:
+        expected = np.array(picture.convert("RGB"))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs(mode, tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.BICUBIC).convert(mode)
+    save(tmp_path / "train/a/x.jpeg", smooth, quality=98, exif=EXIF)
+    image = image_folder(tmp_path, "train")[0]["image"]
+    assert image.shape == (48, 64, 3)
+    difference = np.abs(image.astype(int) - np.array(smooth.convert("RGB"), int))
+    assert difference.mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "least_side, divisor", [(None, 1), (151, 1), (150, 2), (76, 2), (75, 4), (37, 8), (1, 8)]
+)
+def test_a_jpeg_that_is_larger_than_needed_is_decoded_smaller(least_side, divisor, mode, tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((400, 300), Image.Resampling.BICUBIC).convert(mode)
+    save(tmp_path / "train/a/x.jpeg", smooth, quality=98)
+    image = image_folder(tmp_path, "train", least_side=least_side)[0]["image"]
+    expected = np.array(smooth.convert("RGB").reduce(divisor), int)
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 4
+
+
+def test_least_side_leaves_test_images_and_other_kinds_of_pictures_whole(tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((64, 48))
+    for i in range(4):
+        for split in ("train", "val"):
+            save(tmp_path / split / f"a/{i}.jpeg", smooth)
+            save(tmp_path / split / f"b/{i}.png", smooth)
+    loaded = splits.load_splits(f"folder:{tmp_path}", 0.5, least_side=20)
+    for part in (loaded.train, loaded.heldout):
+        heights = {part[i]["key"][-4:]: part[i]["image"].shape[0] for i in range(len(part))}
+        assert heights == {"jpeg": 24, ".png": 48}
+    assert {loaded.test[i]["image"].shape[0] for i in range(8)} == {48}
+
+
+@pytest.mark.parametrize("kind", ["rgb", "grey", "16 bits", "rgba", "1 pixel high", "1 pixel"])
+def test_every_kind_goes_through_the_recipe(kind, tmp_path):
+    name, picture, _, options = KINDS[kind]
+    save(tmp_path / "train/a" / name, picture, **options)
+    image = image_folder(tmp_path, "train")[0]["image"]
+    for out in (
+        augment.train_transform("inception", (16, 16, 3))(image, np.random.default_rng(0)),
+        augment.eval_transform("inception", (16, 16, 3))(image),
+    ):
+        assert out.shape == (16, 16, 3)
+        assert out.dtype == np.uint8

@@ -1,0 +1,82 @@
+"""Weights fitted to a spec: another resolution, window or number of classes."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+
+from flora_jax.io.pretrained import from_state_dict
+from flora_jax.models import functional, layouts
+from flora_jax.models.resample import resample_pos_embed, resample_relative_position_table
+from tests.pretrained.conftest import SWIN, SWINS, VIT, VITS, assert_same, written
+
+
+def test_buffers_and_the_module_prefix_are_left_out(swin):
+    arrays = written(swin, layouts.timm)
+    arrays |= {
+        "layers.0.blocks.0.attn.relative_position_index": np.zeros((16, 16), np.int64),
+        "layers.0.blocks.1.attn_mask": np.zeros((4, 16, 16), np.float32),
+    }
+    prefixed = {f"module.{name}": array for name, array in arrays.items()}
+    assert_same(from_state_dict(prefixed, SWIN), swin)
+
+
+def test_the_model_has_its_own_copy(vit):
+    arrays = {name: array.copy() for name, array in written(vit, layouts.timm).items()}
+    model = from_state_dict(arrays, VIT)
+    for array in arrays.values():
+        array[...] = 0
+    assert_same(model, vit)
+
+
+@pytest.mark.parametrize("name", ["vit", "distilled", "mean_no_token"])
+@pytest.mark.parametrize("image_size", [8, 20])
+def test_another_resolution(models, caplog, name, image_size):
+    spec = dataclasses.replace(VITS[name], image_size=image_size)
+    with caplog.at_level(logging.INFO, "flora_jax"):
+        model = from_state_dict(written(models[name], layouts.timm), spec)
+    assert "interpolated to the spec's size: pos_embed" in caplog.text
+    before, after = (functional.split(m)[1] for m in (models[name], model))
+    expected = resample_pos_embed(
+        np.asarray(before["pos_embed"]), spec.num_prefix_tokens, image_size // 4
+    )
+    np.testing.assert_array_equal(after["pos_embed"], expected)
+    np.testing.assert_array_equal(after["head.kernel"], before["head.kernel"])
+
+
+def test_another_window_and_grid(models, caplog):
+    spec = dataclasses.replace(SWINS["absolute"], image_size=32, window_size=8)
+    with caplog.at_level(logging.INFO, "flora_jax"):
+        model = from_state_dict(written(models["absolute"], layouts.timm), spec)
+    assert "absolute_pos_embed, blocks.0.attn.relative_position_bias_table" in caplog.text
+    before, after = (functional.split(m)[1] for m in (models["absolute"], model))
+    for block in range(3):
+        name = f"blocks.{block}.attn.relative_position_bias_table"
+        expected = resample_relative_position_table(np.asarray(before[name]), 8)
+        np.testing.assert_array_equal(after[name], expected)
+    grid = resample_pos_embed(np.asarray(before["absolute_pos_embed"]), 0, 16)
+    np.testing.assert_array_equal(after["absolute_pos_embed"], grid)
+
+
+@pytest.mark.parametrize("name", ["distilled", "swin"])
+def test_a_classifier_of_other_classes(models, name):
+    spec = dataclasses.replace(models[name].spec, num_classes=5)
+    with pytest.warns(UserWarning, match="head.* has 3 classes in the weights and 5 in the spec"):
+        model = from_state_dict(written(models[name], layouts.timm), spec)
+    before, after = (functional.split(m)[1] for m in (models[name], model))
+    heads = [key.partition(".")[0] for key in after if key.startswith("head")]
+    for head in heads:
+        assert after[f"{head}.kernel"].shape == (before[f"{head}.kernel"].shape[0], 5)
+        assert np.std(after[f"{head}.kernel"]) > 0.1
+        assert (after[f"{head}.bias"] == 0).all()
+    for key in after.keys() - {f"{h}.{part}" for h in heads for part in ("kernel", "bias")}:
+        np.testing.assert_array_equal(after[key], before[key])
+
+
+def test_a_subnet_of_which_every_layer_stayed_dense(vit):
+    arrays = written(vit, layouts.timm)
+    for layer in VIT.layers:
+        for part in ("weight", "bias"):
+            arrays[f"{layer.name}.fc.{part}"] = arrays.pop(f"{layer.name}.{part}")
+    assert_same(from_state_dict(arrays, VIT), vit)

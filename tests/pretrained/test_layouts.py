@@ -1,0 +1,103 @@
+"""Every layout of weights: its names, its shapes, and that it reads the same model."""
+
+import numpy as np
+import pytest
+
+from flora_jax.io.pretrained import from_state_dict
+from flora_jax.models import functional, layouts
+from tests.pretrained.conftest import SWINS, VITS, assert_same, written
+
+VERSION_5 = ("any.q_proj.weight",)
+TABLES = {
+    "own": layouts.own,
+    "timm": layouts.timm,
+    "timm_head": lambda spec: layouts.timm_swin(spec, ["head.weight"]),
+    "release": lambda spec: layouts.timm_swin(spec, ["head.weight", "layers.0.downsample."]),
+    "release_head_fc": lambda spec: layouts.timm_swin(spec, ["layers.0.downsample."]),
+    "hugging_face_vit": layouts.hugging_face_vit,
+    "hugging_face_vit_5": lambda spec: layouts.hugging_face_vit(spec, VERSION_5),
+    "hugging_face_swin": layouts.hugging_face_swin,
+    "hugging_face_swin_5": lambda spec: layouts.hugging_face_swin(spec, VERSION_5),
+}
+PAIRS = [
+    *((spec, table) for spec in VITS for table in ("own", "timm")),
+    *(
+        (spec, f"hugging_face_vit{version}")
+        for spec in ("vit", "distilled", "no_qkv_bias")
+        for version in ("", "_5")
+    ),
+    *((spec, table) for spec in SWINS for table in TABLES if "vit" not in table),
+]
+
+
+@pytest.mark.parametrize(("spec", "table"), PAIRS)
+def test_every_layout_reads_the_same_model(models, spec, table):
+    arrays = written(models[spec], TABLES[table])
+    assert_same(from_state_dict(arrays, models[spec].spec), models[spec])
+
+
+def test_layouts_are_told_apart():
+    titles = {
+        "own": ("flora_jax ViT", "flora_jax Swin"),
+        "timm": ("timm ViT", "timm Swin"),
+        "hugging_face": ("Hugging Face ViT", "Hugging Face Swin"),
+    }
+    for spec, table in PAIRS:
+        keys = [key for row in TABLES[table]((VITS | SWINS)[spec]) for key in row.sources]
+        of_library = titles.get(table.partition("_vit")[0].partition("_swin")[0], titles["timm"])
+        assert layouts.detect(keys).title == of_library[spec in SWINS]
+
+
+@pytest.mark.parametrize(
+    ("spec", "table", "names"),
+    [
+        ("distilled", "timm", "dist_token head_dist.bias blocks.1.mlp.fc2.weight norm.weight"),
+        ("mean", "timm", "fc_norm.weight cls_token pos_embed blocks.0.attn.qkv.weight"),
+        (
+            "absolute",
+            "timm",
+            "absolute_pos_embed head.fc.weight layers.1.downsample.reduction.weight "
+            "layers.1.blocks.0.attn.relative_position_bias_table patch_embed.norm.bias",
+        ),
+        ("swin", "release", "head.bias layers.0.downsample.norm.weight norm.weight"),
+        (
+            "vit",
+            "hugging_face_vit",
+            "vit.embeddings.cls_token vit.embeddings.patch_embeddings.projection.weight "
+            "vit.encoder.layer.1.attention.attention.key.bias vit.layernorm.weight classifier.bias "
+            "vit.encoder.layer.0.attention.output.dense.bias vit.encoder.layer.0.output.dense.bias",
+        ),
+        (
+            "distilled",
+            "hugging_face_vit",
+            "deit.embeddings.distillation_token cls_classifier.bias distillation_classifier.weight "
+            "deit.encoder.layer.0.intermediate.dense.weight deit.embeddings.position_embeddings",
+        ),
+        ("vit", "hugging_face_vit_5", "vit.layers.1.attention.q_proj.bias vit.layernorm.bias"),
+        (
+            "absolute",
+            "hugging_face_swin",
+            "swin.embeddings.position_embeddings swin.embeddings.norm.bias swin.layernorm.weight "
+            "swin.encoder.layers.0.downsample.reduction.weight "
+            "swin.encoder.layers.1.blocks.0.attention.self.relative_position_bias_table "
+            "swin.encoder.layers.0.blocks.1.attention.self.value.weight "
+            "swin.encoder.layers.0.blocks.1.layernorm_after.bias",
+        ),
+    ],
+)  # fmt: skip
+def test_published_names(models, spec, table, names):
+    assert set(names.split()) <= written(models[spec], TABLES[table]).keys()
+
+
+def test_published_shapes(models):
+    parameters = functional.split(models["vit"])[1]
+    arrays = written(models["vit"], layouts.hugging_face_vit)
+    kernel = parameters["blocks.0.attn.qkv.kernel"]
+    for i, part in enumerate(("query", "key", "value")):
+        name = f"vit.encoder.layer.0.attention.attention.{part}"
+        np.testing.assert_array_equal(arrays[f"{name}.weight"], kernel[:, 8 * i : 8 * i + 8].T)
+    assert arrays["vit.embeddings.position_embeddings"].shape == (1, 10, 8)
+    patches = arrays["vit.embeddings.patch_embeddings.projection.weight"]
+    assert patches.shape == (8, 2, 4, 4)
+    ours = np.asarray(parameters["patch_embed.proj.kernel"]).reshape(4, 4, 2, 8)
+    assert patches[5, 1, 2, 3] == ours[2, 3, 1, 5]

@@ -1,0 +1,106 @@
+"""Weights that do not fit the spec, and what the errors say of them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flora_jax.io.pretrained import from_state_dict
+from flora_jax.models import functional, layouts
+from tests.pretrained.conftest import SWIN, VIT, VITS, written
+
+
+def test_names_that_do_not_fit(vit):
+    arrays = written(vit, layouts.timm)
+    arrays["mystery"] = arrays.pop("head.bias")
+    with pytest.raises(ValueError, match=r"missing head\.bias; unexpected mystery$"):
+        from_state_dict(arrays, VIT)
+    deeper = dataclasses.replace(VIT, depth=3, blocks=())
+    with pytest.raises(ValueError, match=r"missing blocks\.2\..* and \d+ more; unexpected none"):
+        from_state_dict(written(vit, layouts.timm), deeper)
+
+
+def test_not_strict(vit):
+    arrays = written(vit, layouts.hugging_face_vit)
+    arrays["mystery"] = arrays.pop("vit.encoder.layer.1.attention.attention.key.weight")
+    with pytest.warns(UserWarning, match=r"missing vit.*key\.weight; unexpected mystery\. Missing"):
+        model = from_state_dict(arrays, VIT, strict=False)
+    before, after = (functional.split(m)[1] for m in (vit, model))
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert changed == ["blocks.1.attn.qkv.kernel"]
+    assert np.std(after[changed[0]]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("file", "spec", "hint"),
+    [
+        ("distilled", VIT, "set distilled=True in the spec"),
+        ("vit", VITS["distilled"], "set distilled=False in the spec"),
+        ("no_qkv_bias", VIT, "set qkv_bias=False in the spec"),
+        ("mean", VIT, "set pool='mean' in the spec"),
+        ("vit", VITS["mean"], "set pool='token' in the spec"),
+        ("mean_no_token", VIT, "set class_token=False, pool='mean' in the spec"),
+        ("absolute", SWIN, "set absolute_pos_embed=True in the spec"),
+        ("no_patch_norm", SWIN, "set qkv_bias=False, patch_norm=False in the spec"),
+    ],
+)
+def test_the_error_names_the_field_to_change(models, file, spec, hint):
+    with pytest.raises(ValueError, match=f"{hint}$"):
+        from_state_dict(written(models[file], layouts.timm), spec)
+
+
+def test_hugging_face_deit_needs_distilled(models):
+    arrays = written(models["distilled"], layouts.hugging_face_vit)
+    with pytest.raises(ValueError, match=r"set distilled=True in the spec$"):
+        from_state_dict(arrays, VIT)
+    with pytest.raises(ValueError, match="classify the class token: set pool='token'"):
+        from_state_dict(arrays, VITS["mean"])
+
+
+def test_another_family_or_none(vit, swin):
+    with pytest.raises(ValueError, match="weights of a timm Swin, but the spec is a ViTSpec"):
+        from_state_dict(written(swin, layouts.timm), VIT)
+    with pytest.raises(ValueError, match="of a Hugging Face ViT, but the spec is a SwinSpec"):
+        from_state_dict(written(vit, layouts.hugging_face_vit), SWIN)
+    with pytest.raises(
+        ValueError, match=r"unknown weight names \(conv1, fc, \.\.\.\); known.*timm"
+    ):
+        from_state_dict({"conv1": np.zeros(3), "fc": np.zeros(3)}, VIT)
+    with pytest.raises(ValueError, match=r"unknown weight names \(nothing"):
+        from_state_dict({}, VIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("pos_embed", (2, 10, 8), r"pos_embed cannot be read from .* shape \(2, 10, 8\)"),
+        ("pos_embed", (1, 12, 8), "no square grid: 11 patches"),
+        ("pos_embed", (1, 10, 9), r"pos_embed has shape \(10, 9\), expected \(10, 8\)"),
+        ("cls_token", (), r"cls_token cannot be read from an array of shape \(\)"),
+        ("patch_embed.proj.weight", (8, 32), r"patch_embed.proj.weight cannot be read"),
+        ("blocks.0.mlp.fc1.weight", (32, 9), r"fc1.kernel has shape \(9, 32\), expected \(8, 32\)"),
+        ("head.weight", (3, 9), r"head.kernel has shape \(9, 3\), expected \(8, 3\)"),
+    ],
+)
+def test_an_array_of_another_shape(vit, name, shape, message):
+    arrays = written(vit, layouts.timm) | {name: np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=message):
+        from_state_dict(arrays, VIT)
+
+
+def test_a_table_of_another_number_of_heads(swin):
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    arrays = written(swin, layouts.timm) | {name: np.zeros((49, 5), np.float32)}
+    with pytest.raises(ValueError, match=r"table has shape \(49, 5\), expected \(49, 2\)"):
+        from_state_dict(arrays, SWIN)
+
+
+def test_other_ranks_than_the_specs(vit, subnets):
+    arrays, spec = written(subnets["vit"], layouts.timm), subnets["vit"].spec
+    wrong = spec.with_ranks((1, *spec.ranks[1:]))
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn\.qkv is .* rank 2 .* rank 1 in the spec"
+    ):
+        from_state_dict(arrays, wrong)
+    with pytest.raises(ValueError, match=r"qkv is one dense matrix in the file .* rank 2 in the"):
+        from_state_dict(written(vit, layouts.timm), spec)

@@ -1,0 +1,65 @@
+"""The settings of a training: what decays, and what is refused."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flora_jax.models import create_abstract, functional
+from flora_jax.train.optimizer import decays, make_optimizer
+from tests.train.conftest import SETTINGS, a_network
+
+
+def test_what_decays(micro_spec):
+    parameters = functional.split(create_abstract(micro_spec))[1]
+    blocks = [
+        f"blocks.{i}.{layer}.kernel"
+        for i in range(3)
+        for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+    decayed = {name for name, parameter in parameters.items() if decays(name, parameter)}
+    assert decayed == {"patch_embed.proj.kernel", "head.kernel", *blocks}
+    assert parameters["pos_embed"].ndim == parameters["cls_token"].ndim == 2
+    factors = functional.split(a_network())[1]
+    assert {name for name, p in factors.items() if decays(name, p)} == {
+        name for name in factors if name.endswith(("kernel", "down", "up"))
+    }
+
+
+def test_decay_without_a_gradient():
+    parameters = {"head.kernel": jnp.full((2, 3), 2.0), "pos_embed": jnp.ones((2, 3))}
+    optimizer = make_optimizer(dataclasses.replace(SETTINGS, weight_decay=0.1))
+    no_gradient = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = jax.jit(optimizer.update)(no_gradient, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["head.kernel"], -1e-2 * 0.1 * 2.0, rtol=1e-6)
+    assert not updates["pos_embed"].any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"log_every": -1}, "log_every must be at least 1, got -1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"accumulate": 3}, "batch_size 8 is not a multiple of accumulate 3"),
+        ({"compute_dtype": "float16"}, "compute_dtype 'float16'; choose float32 or bfloat16"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_settings(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"learning_rate": math.nan}, {"warmup_steps": -1}, {"clip_norm": 0.0}]
+)
+def test_bad_rates(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(SETTINGS, **fields)
