@@ -42,6 +42,17 @@ def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedPro
     )
 
 
+def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{name}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """The processes that tests start compile each program once between them."""

@@ -1,13 +1,11 @@
 """The benchmarks run and print what their documentation says, on the smallest case."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.seeds import summary
-from tests.conftest import ROOT
+from tests.conftest import run_benchmark
 
 TAKES_A_MINUTE = pytest.mark.skipif(
     os.environ.get("FLORA_SLOW_TESTS") != "1", reason="takes a minute; FLORA_SLOW_TESTS=1 runs it"
@@ -37,15 +35,7 @@ TAKES_A_MINUTE = pytest.mark.skipif(
     ],
 )
 def test_benchmark_runs(program, last_line):
-    name, *arguments = program.split()
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{name}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_benchmark(*program.split())
     assert done.returncode == 0, done.stderr
     assert last_line in done.stdout.splitlines()[-1]
 

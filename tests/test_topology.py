@@ -16,7 +16,7 @@ from flora_jax import hlo, topology
 from flora_jax.models import functional
 from flora_jax.programs import DoesNotFitError, Program, heaviest_training
 from flora_jax.topology import check_topology, devices_of, images_a_device, largest_batch
-from tests.conftest import ROOT, TINY_CONFIG
+from tests.conftest import ROOT, TINY_CONFIG, run_benchmark
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(
@@ -181,16 +181,9 @@ def cells(table: str, row: str) -> list[str]:
 
 
 def test_scaling_on_paper():
-    done = subprocess.run(
-        [
-            *(sys.executable, "benchmarks/scaling.py", "--skip_compiling", "--model", "deit_t"),
-            *("--chips", "v5e:4x4", "v5e:16x16", "--batch", "1024", "--utilization", "0.5"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run_benchmark(
+        *("scaling.py", "--skip_compiling", "--model", "deit_t"),
+        *("--chips", "v5e:4x4", "v5e:16x16", "--batch", "1024", "--utilization", "0.5"),
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| v5e")]

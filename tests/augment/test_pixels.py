@@ -8,18 +8,6 @@ from flora_jax.data import pixels
 from flora_jax.data.normalize import Normalization
 
 
-@pytest.fixture(scope="module")
-def golden(data_dir):
-    """timm's output of every operation of rand-m9-mstd0.5-inc1, over its range of magnitudes."""
-    with np.load(data_dir / "randaugment_ops.npz") as archive:
-        return dict(archive)
-
-
-@pytest.fixture(scope="module")
-def image(golden):
-    return golden["image"]
-
-
 class FixedFactors:
     """Stands for a random generator: the order brightness, contrast, saturation; given factors."""
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flora_jax.data import sources
+from tests.batches.conftest import encode, write_tfds
 from tests.conftest import run_flora
-from tests.test_splits import encode, write_tfds
 
 
 @pytest.fixture(scope="module")

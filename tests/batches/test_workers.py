@@ -15,12 +15,11 @@ import jax
 import numpy as np
 import pytest
 from jax._src import xla_bridge
-from PIL import Image
 
 from flora_jax.data import augment, batches, image_folder, sources, splits
 from flora_jax.data.sources import BadImageError
+from tests.batches.conftest import assert_same_batches, joined, write_jpegs
 from tests.conftest import ROOT
-from tests.test_splits import tiny_tfds  # noqa: F401
 
 SHAPE = (16, 16, 3)
 
@@ -29,13 +28,8 @@ SHAPE = (16, 16, 3)
 def pictures(tmp_path_factory):
     """Folder of 22 JPEGs to train on, in two classes, and 3 to test on."""
     root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for folder, count in (("train/cat", 9), ("train/dog", 13), ("val/cat", 1), ("val/dog", 2)):
-        (root / folder).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(256, size=(5, 6, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels).resize((24 + i, 20), Image.Resampling.BICUBIC)
-            picture.save(root / folder / f"{i}.jpg")
+    counts = {"train/cat": 9, "train/dog": 13, "val/cat": 1, "val/dog": 2}
+    write_jpegs(root, counts, least_size=(24, 20))
     return root
 
 
@@ -45,15 +39,6 @@ def take_train(source, steps, batch_size=4, **arguments):
         batches.train_batches(source, transform, batch_size, seed=3, **arguments)
     ) as iterator:
         return list(itertools.islice(iterator, steps))
-
-
-def assert_same_batches(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
 
 
 @pytest.mark.parametrize(
@@ -77,11 +62,7 @@ def test_workers_and_processes_give_the_batches_of_one_thread(
         )
         for i in range(process_count)
     ]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-    assert_same_batches(joined, whole[start_step:])
+    assert_same_batches(joined(parts), whole[start_step:])
 
 
 def test_eval_batches_of_workers(pictures):
@@ -170,7 +151,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def test_sources_arrive_whole_in_another_process(pictures, tiny_tfds):  # noqa: F811
+def test_sources_arrive_whole_in_another_process(pictures, tiny_tfds):
     folder = image_folder.image_folder(pictures, "train", pictures / "index")
     part = splits.subset(folder, [3, 14, 15])
     for source in (

@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.data import augment, batches, sources, splits
-
-SHAPE = (8, 8, 1)
-
+from tests.batches.conftest import SHAPE, assert_same_batches, joined, numbered_source, take_eval
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
-
-
-def numbered_source(size: int, num_classes: int = 3) -> sources.ArraySource:
-    """Image i is filled with the value i, so that a batch tells which images it holds."""
-    images = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None, None], (size, *SHAPE))
-    labels = np.arange(size, dtype=np.int32) % num_classes
-    return sources.ArraySource("numbered", images, labels, num_classes)
 
 
 class AddNoise:
@@ -43,24 +34,6 @@ def take_train(source, steps, batch_size, seed=0, transform=None, **kwargs):
         batches.train_batches(source, transform, batch_size, seed, **kwargs)
     ) as iterator:
         return list(itertools.islice(iterator, steps))
-
-
-def take_eval(source, batch_size, transform=None):
-    transform = transform or augment.eval_transform("digits", SHAPE)
-    return list(batches.eval_batches(source, transform, batch_size))
-
-
-def assert_same_batches(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return sources.digits()
 
 
 def test_train_batches_have_the_promised_shapes_and_types(digits):
@@ -96,11 +69,7 @@ def test_local_batches_in_process_order_are_the_global_batch(
         )
         for i in range(process_count)
     ]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-    assert_same_batches(joined, whole[start_step:])
+    assert_same_batches(joined(parts), whole[start_step:])
 
 
 def test_every_epoch_holds_each_image_once_in_a_new_order_with_new_augmentation():

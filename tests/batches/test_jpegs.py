@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from flora_jax.data import augment, batches, splits
+from tests.batches.conftest import assert_same_batches, joined, write_jpegs
 
 DEIT = augment.train_transform("deit", (32, 32, 3))
 
@@ -18,13 +18,8 @@ DEIT = augment.train_transform("deit", (32, 32, 3))
 def train_split(tmp_path_factory):
     """What a run trains on: 18 of 24 JPEGs; two, which are damaged, are skipped."""
     root = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for folder, count in (("train/cat", 10), ("train/dog", 14), ("val/cat", 1), ("val/dog", 1)):
-        (root / folder).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(256, size=(6, 8, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels).resize((50 + i, 40), Image.Resampling.BICUBIC)
-            picture.save(root / folder / f"{i}.jpg")
+    counts = {"train/cat": 10, "train/dog": 14, "val/cat": 1, "val/dog": 1}
+    write_jpegs(root, counts, least_size=(50, 40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         train = splits.load_splits(f"folder:{root}", 0.25, on_bad_image="skip").train
@@ -42,22 +37,12 @@ def take(source, steps: range, batch_size: int, seed: int, **arguments) -> list[
 
 def take_spread(process_count: int, *arguments, **options) -> list[batches.Batch]:
     """The global batches, put together from those of every process."""
-    parts = [
-        take(*arguments, process_index=i, process_count=process_count, **options)
-        for i in range(process_count)
-    ]
-    return [
-        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-
-
-def assert_same_bits(one: list[batches.Batch], other: list[batches.Batch]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
+    return joined(
+        [
+            take(*arguments, process_index=i, process_count=process_count, **options)
+            for i in range(process_count)
+        ]
+    )
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
@@ -78,7 +63,7 @@ def test_a_run_resumed_on_other_processes_sees_the_batches_of_an_unbroken_one(
             process_counts, (range(resume), range(resume, resume + 2)), strict=True
         )
     )
-    assert_same_bits(before + after, whole)
+    assert_same_batches(before + after, whole)
 
 
 @pytest.mark.parametrize("num_workers, process_index, process_count", [(1, 1, 2), (2, 2, 4)])
@@ -97,7 +82,7 @@ def test_workers_of_a_process_resumed_in_mid_epoch_give_its_part_of_an_unbroken_
         process_count=process_count,
         num_workers=num_workers,
     )
-    assert_same_bits(mine, [{name: step[name][part] for name in step} for step in whole[3:]])
+    assert_same_batches(mine, [{name: step[name][part] for name in step} for step in whole[3:]])
 
 
 def test_damaged_images_are_skipped_and_every_image_is_augmented_anew(train_split):

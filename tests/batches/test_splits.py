@@ -1,6 +1,5 @@
 """Sources of images, and which of them are trained on, searched with and reported on."""
 
-import io
 import pathlib
 from collections import Counter
 
@@ -10,29 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flora_jax.data import augment, batches, sources, splits
-
-SHAPE = (8, 8, 1)
-
+from flora_jax.data import augment, sources, splits
+from tests.batches.conftest import SHAPE, as_rgb, numbered_source, take_eval
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
-
-
-def numbered_source(size: int, num_classes: int = 3) -> sources.ArraySource:
-    """Image i is filled with the value i, so that a batch tells which images it holds."""
-    images = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None, None], (size, *SHAPE))
-    labels = np.arange(size, dtype=np.int32) % num_classes
-    return sources.ArraySource("numbered", images, labels, num_classes)
-
-
-def take_eval(source, batch_size, transform=None):
-    transform = transform or augment.eval_transform("digits", SHAPE)
-    return list(batches.eval_batches(source, transform, batch_size))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return sources.digits()
 
 
 def test_digits_are_the_bundled_scans_in_uint8(digits):
@@ -48,56 +28,6 @@ def test_digits_are_the_bundled_scans_in_uint8(digits):
     assert example["image"].dtype == np.uint8
     np.testing.assert_allclose(example["image"][..., 0], bunch.images[41] * 255 / 16, atol=0.5)
     assert digits.images.max() == 255
-
-
-def encode(picture: np.ndarray, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tfds(data_dir: pathlib.Path, num_classes: int, **examples: list[tuple[bytes, int]]):
-    """Writes "tiny_pictures" in ArrayRecord: the (encoded image, label) of each split."""
-    import tensorflow_datasets as tfds
-
-    # Not registered: it is read from its files alone, as a dataset without a builder at hand.
-    class TinyPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # TFDS would look there for checksums of downloads; there are none
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(num_classes=num_classes),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(part) for split, part in examples.items()}
-
-        def _generate_examples(self, part):
-            for i, (image, label) in enumerate(part):
-                yield i, {"image": image, "label": label}
-
-    TinyPictures(data_dir=data_dir, file_format="array_record").download_and_prepare()
-
-
-@pytest.fixture(scope="module")
-def tiny_tfds(tmp_path_factory):
-    """(data_dir, the pictures of split "train") of a dataset of 12 + 6 PNGs in ArrayRecord."""
-    data_dir = tmp_path_factory.mktemp("tfds")
-    rng = np.random.default_rng(0)
-    pictures = [rng.integers(256, size=(10 + i, 12, 3), dtype=np.uint8) for i in range(12)]
-    pictures[0] = pictures[0][..., 0]  # grey, as some pictures of ImageNet are
-    examples = [(encode(picture, "PNG"), i % 3) for i, picture in enumerate(pictures)]
-    write_tfds(data_dir, 3, train=examples, validation=examples[:6])
-    return str(data_dir), pictures
-
-
-def as_rgb(picture):
-    return np.stack([picture] * 3, axis=-1) if picture.ndim == 2 else picture
 
 
 def test_tfds_source_decodes_every_picture_to_rgb(tiny_tfds):

@@ -19,13 +19,6 @@ seeds = st.integers(0, 2**32)
 
 
 @pytest.fixture(scope="module")
-def golden(data_dir):
-    """timm's output of every operation of rand-m9-mstd0.5-inc1, over its range of magnitudes."""
-    with np.load(data_dir / "randaugment_ops.npz") as archive:
-        return dict(archive)
-
-
-@pytest.fixture(scope="module")
 def calls(golden):
     """[(operation, magnitude with its sign, what timm made of it, output)]"""
     return [
@@ -37,11 +30,6 @@ def calls(golden):
         )
         for index, call in enumerate(json.loads(str(golden["calls_json"])))
     ]
-
-
-@pytest.fixture(scope="module")
-def image(golden):
-    return golden["image"]
 
 
 def test_the_operations_are_those_of_timms_increasing_set(golden, calls):

@@ -19,18 +19,6 @@ repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 seeds = st.integers(0, 2**32)
 
 
-@pytest.fixture(scope="module")
-def golden(data_dir):
-    """timm's output of every operation of rand-m9-mstd0.5-inc1, over its range of magnitudes."""
-    with np.load(data_dir / "randaugment_ops.npz") as archive:
-        return dict(archive)
-
-
-@pytest.fixture(scope="module")
-def image(golden):
-    return golden["image"]
-
-
 @repeatable
 @given(
     seed=seeds,
