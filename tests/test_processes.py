@@ -18,6 +18,7 @@ import pytest
 import flora_jax as flora
 from flora_jax import processes
 from flora_jax.io.files import locked, write_json
+from flora_jax.io.folder import save_description
 from flora_jax.mesh import make_mesh
 from flora_jax.search.evolution import EvolutionSettings, evolve
 from tests.conftest import ROOT
@@ -42,7 +43,8 @@ def train_and_search(directory: pathlib.Path) -> None:
         folder = directory / f"fsdp_{fsdp}"
         network = run(folder, STEPS, local_batches, mesh=make_mesh(fsdp))
         found[f"fsdp_{fsdp}"] = [line["loss"] for line in metrics_of(folder)]
-    supernet = flora.Supernet(network, SPACE)
+    save_description(flora.Supernet(network, SPACE), folder)
+    supernet = flora.load(folder)  # as another stage does
     images = flora.EvaluationSet(
         [batch_of(100) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}], NORMALIZATION
     )

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from flora_jax.io.manifest import verify, write_manifest
@@ -141,8 +140,8 @@ class Checkpoints:
         folder.rename(moved)
 
 
-def read_parameters(directory: epath.PathLike) -> dict[str, jax.Array]:
-    """The parameters of the newest checkpoint (their moving average if kept), on one device.
+def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
+    """The parameters of the newest checkpoint (their moving average if kept), on the host.
 
     A damaged checkpoint is left where it is, and an older one read, with a warning.
 
@@ -161,9 +160,8 @@ def read_parameters(directory: epath.PathLike) -> dict[str, jax.Array]:
         log.warning("read step %s, since newer ones are damaged: %s", path.name, "; ".join(reasons))
     saved = ocp.metadata(path).metadata
     wanted = "parameters" if saved["average"] is None else "average"
-    device = SingleDeviceSharding(jax.local_devices()[0])
     target = {
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+        name: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
         if name == wanted
         else jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
         for name, tree in saved.items()
