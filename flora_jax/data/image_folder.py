@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.sources import Example, decode_rgb
-from flora_jax.io.files import dump_json, read_json, user_cache_dir
+from flora_jax.io.files import absolute, dump_json, is_url, read_json, user_cache_dir
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -94,15 +94,13 @@ def image_folder(
       ValueError: there is no such folder, it has no class folder, a class has no image, or a
         folder cannot be read; names the folder.
     """
-    root = epath.Path(root).expanduser()
-    is_url = _is_url(root)
-    if not is_url:
-        root = root.resolve()
+    root = absolute(epath.Path(root).expanduser())
     folder = root / split
     for path in (root, folder):
         if not path.is_dir():
             raise ValueError(f"no folder {path}; {_contents(path.parent)}")
-    index = _scan(folder) if is_url else _cached_scan(folder, cache_dir or user_cache_dir("index"))
+    cache_dir = cache_dir or user_cache_dir("index")
+    index = _scan(folder) if is_url(root) else _cached_scan(folder, cache_dir)
     images = {inside: names for inside, (_, names) in index.items() if names}
     return ImageFolderSource(root, split, images, least_side)
 
@@ -170,7 +168,7 @@ def _list(folder: epath.Path) -> tuple[list[str], list[str]]:
 
 def _names(folder: epath.Path) -> list[str]:
     try:
-        if not _is_url(folder):
+        if not is_url(folder):
             os.stat(os.path.join(folder, "."))  # where this fails, folders inside look like files
         return sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -179,11 +177,7 @@ def _names(folder: epath.Path) -> list[str]:
 
 def _modified(folder: epath.Path) -> int | None:
     # Not through epath, which rounds to seconds.
-    return None if _is_url(folder) else os.stat(folder).st_mtime_ns
-
-
-def _is_url(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
+    return None if is_url(folder) else os.stat(folder).st_mtime_ns
 
 
 def _class_of(folder: str) -> str:

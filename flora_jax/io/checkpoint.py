@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from flora_jax.io.files import absolute
 from flora_jax.io.manifest import verify, write_manifest
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Checkpoints:
         if keep_every < 0:
             raise ValueError(f"keep_every must be 0 or a number of steps, got {keep_every}")
         self._keep, self._keep_every = keep, keep_every
-        self._directory = epath.Path(directory).resolve()  # Orbax takes absolute paths only
+        self._directory = absolute(directory)  # Orbax takes no other paths
         self._directory.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
@@ -149,7 +150,7 @@ def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no checkpoint.
       ValueError: every checkpoint is damaged.
     """
-    directory = epath.Path(directory).resolve()
+    directory = absolute(directory)
     if not _step_folders(directory):
         raise FileNotFoundError(f"no checkpoint in {directory}")
     reasons: list[str] = []

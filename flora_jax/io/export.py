@@ -3,7 +3,7 @@
 import numpy as np
 from etils import epath
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from flora_jax.io.files import replacing
 from flora_jax.lowrank.supernet import Supernet
@@ -31,4 +31,4 @@ def export_timm(model: nnx.Module, path: epath.PathLike) -> None:
     for row in timm(model.spec):
         arrays |= row.write(np.asarray(parameters[row.target], np.float32))
     with replacing(path) as partial:
-        save_file(arrays, partial, metadata={"format": "pt"})
+        partial.write_bytes(save(arrays, metadata={"format": "pt"}))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 
 from etils import epath
@@ -71,6 +72,22 @@ def user_cache_dir(name: str) -> epath.Path:
 def is_url(path: epath.PathLike) -> bool:
     """A folder of a service such as gs://, where files can be neither locked nor appended to."""
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
+    """The file, or a copy of one at a URL for as long as it is read, by what knows disks only."""
+    path = epath.Path(path)
+    if not is_url(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield path.copy(epath.Path(folder) / path.name)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """epath would put the working directory before a URL."""
+    return epath.Path(path) if is_url(path) else epath.Path(path).resolve()
 
 
 def read_json(path: epath.PathLike):

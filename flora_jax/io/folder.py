@@ -7,10 +7,10 @@ Orbax or pickle. The folder of a training run keeps Orbax `checkpoints/` instead
 import numpy as np
 from etils import epath
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors import numpy as safetensors
 
 from flora_jax.io.checkpoint import read_parameters
-from flora_jax.io.files import dump_json, read_json, replacing, sha256, write_json
+from flora_jax.io.files import dump_json, on_disk, read_json, replacing, sha256, write_json
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
 from flora_jax.models import Spec, create_abstract, functional, spec_from_json, spec_to_json
@@ -43,7 +43,7 @@ def save(model: nnx.Module | Supernet, path: epath.PathLike) -> None:
     path = epath.Path(path)
     parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
     with replacing(path / WEIGHTS_FILE) as partial:
-        save_file({name: np.asarray(p) for name, p in parameters.items()}, partial)
+        partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
         checksum = sha256(partial)
     dump_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
 
@@ -90,4 +90,5 @@ def _read_description(path: epath.Path) -> dict:
 def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
     if sha256(path) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
-    return load_file(path)
+    with on_disk(path) as file:
+        return safetensors.load_file(file)

@@ -37,6 +37,11 @@ def _fingerprint(path: epath.Path) -> dict:
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """By their paths below the folder. Walks, because epath has no recursive glob on gs://."""
-    paths = (parent / name for parent, _, names in folder.walk() for name in names)
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    """By their paths below the folder. On gs://, epath cannot glob, and walks by other names."""
+    files = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
+        else:
+            files[path.name] = path
+    return files

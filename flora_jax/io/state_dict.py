@@ -8,6 +8,8 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from flora_jax.io.files import on_disk
+
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict")
 
@@ -26,13 +28,14 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     path = epath.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".safetensors":
-        arrays = _read_safetensors(path)
-    elif path.suffix in PYTORCH_SUFFIXES:
-        arrays = _read_pytorch(path)
-    else:
-        suffixes = ", ".join((".safetensors", *PYTORCH_SUFFIXES))
-        raise ValueError(f"{path.name} is no file of weights: its name must end in {suffixes}")
+    suffixes = (".safetensors", *PYTORCH_SUFFIXES)
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"{path.name} is no file of weights: its name must end in {', '.join(suffixes)}"
+        )
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pytorch
+    with on_disk(path) as file:
+        arrays = read(file)
     for name, array in arrays.items():
         if array.dtype.itemsize == 2 and array.dtype.kind in "fV":  # V: ml_dtypes' bfloat16
             arrays[name] = array.astype(np.float32)

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
 from flora_jax.evaluation import top1
 from flora_jax.io import folder
 from flora_jax.io.files import read_json, write_json
 from flora_jax.models.spec import Spec
+from flora_jax.processes import by_the_first
 from flora_jax.report import plots, slim_plots, table
 from flora_jax.run import Run
 from flora_jax.search.history import read_history
@@ -59,16 +61,20 @@ def _models(run: Run) -> dict[str, epath.Path]:
 def report(run: Run) -> None:
     """The table on the terminal and the pictures in the folder."""
     result = read_json(run.folder / "result.json")
-    pictures = []
+    figures = {}
     if "slim" in run.config.stages:
-        pictures.append(run.folder / "slim.png")
-        plots.save_figure(_slim_figure(run), pictures[-1])
+        figures["slim.png"] = _slim_figure(run)
     if "extract" in run.config.stages:
-        pictures.append(run.folder / "report.png")
-        plots.save_figure(_search_figure(run, result), pictures[-1])
+        figures["report.png"] = _search_figure(run, result)
+    _show(run, result, figures)
+
+
+@by_the_first
+def _show(run: Run, result: dict, figures: dict[str, Figure]) -> None:
     print(f"\n{table.comparison_table(result)}\n")
-    for picture in pictures:
-        print(f"Picture: {picture}")
+    for name, figure in figures.items():
+        plots.save_figure(figure, run.folder / name)
+        print(f"Picture: {run.folder / name}")
 
 
 def _slim_figure(run: Run):
