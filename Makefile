@@ -22,7 +22,7 @@ demo: setup
 
 # Twenty kills, damaged and half-written files, a full disk, a lost process: many minutes.
 faults: setup
-	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py -m ""
+	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py tests/test_bucket.py -m ""
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 import math
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -40,6 +41,12 @@ def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedPro
         timeout=600,
         check=False,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess:

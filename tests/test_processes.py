@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from flora_jax.io.files import locked, write_json
 from flora_jax.io.folder import save_description
 from flora_jax.mesh import make_mesh
 from flora_jax.search.evolution import EvolutionSettings, evolve
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.train.conftest import NORMALIZATION, SETTINGS, SPACE, batch_of, metrics_of, run
 
 STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=10)
@@ -82,12 +81,6 @@ def member(name: str, directory: str, coordinator: str, num_processes: int, proc
     if num_processes > 1:
         processes.connect(coordinator, num_processes, process_id)
     globals()[name](pathlib.Path(directory))
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def start(name: str, directory: pathlib.Path, num_processes: int, devices: int):

@@ -3,7 +3,6 @@
 import functools
 import os
 import pathlib
-import socket
 import subprocess
 
 import jax
@@ -14,7 +13,7 @@ from flora_jax import mesh, processes
 from flora_jax.io.checkpoint import Checkpoints, read_parameters
 from flora_jax.train.step import TrainState
 from tests.checkpoint.conftest import assert_same, names, program
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 _program = functools.partial(program, __name__)
 
@@ -42,9 +41,7 @@ def save_and_restore_together(directory: str, port: int, process: int):
 
 
 def test_two_processes_agree_and_one_goes_on_alone(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = [
         subprocess.Popen(
             _program(f"save_and_restore_together({str(tmp_path)!r}, {port}, {process})"),

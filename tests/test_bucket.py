@@ -1,0 +1,136 @@
+"""Runs in a gs:// folder, on a stand-in for Google's storage."""
+
+import signal
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import fsspec
+import gcp_storage_emulator.server as emulator
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from gcp_storage_emulator.handlers import objects
+
+import flora_jax as flora
+from flora_jax.io.checkpoint import Checkpoints
+from flora_jax.models import functional
+from tests.checkpoint.conftest import program, restored_step, state_at
+from tests.conftest import ROOT, free_port
+from tests.test_faults import OFTEN, assert_same_run, long, run_flora, send_when
+
+FILES = "/storage/v1/b/bucket/o/"
+MOVE = r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
+
+
+def move(request, response, storage) -> None:
+    """The one request of ours that the stand-in does not know."""
+    source = request.params["dest_bucket_name"] = request.params["bucket_name"]
+    objects.copy(request, response, storage)
+    if response.status == 200:
+        storage.delete_file(source, request.params["object_id"])
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a store with one bucket, which processes started from here take for Google's."""
+    port = free_port()
+    address = f"http://localhost:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "HANDLERS", ((MOVE, {"POST": move}), *emulator.HANDLERS))
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask another service
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        with emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket"):
+            yield address
+
+
+def output(*calls: str) -> list[str]:
+    done = subprocess.run(
+        program(__name__, *calls),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def names(folder: epath.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def largest_file(folder: epath.Path) -> epath.Path:
+    files = [path for path in folder.iterdir() if not path.is_dir()]
+    files += [largest_file(path) for path in folder.iterdir() if path.is_dir()]
+    return max(files, key=lambda path: path.stat().length)
+
+
+def save_and_damage() -> None:
+    directory = epath.Path("gs://bucket/checkpoints")
+    with Checkpoints(directory) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(step, state_at(step))
+    print(*names(directory))
+    file = largest_file(directory / "9")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    print(restored_step(directory))
+    print(*names(directory), *names(directory / "damaged"))
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(9, state_at(9))
+    print(restored_step(directory))
+
+
+def test_a_damaged_checkpoint_is_moved_aside(address):
+    assert output("save_and_damage()") == [
+        "6 9 manifests",
+        "6",
+        "6 damaged manifests 9-0 9-0.txt",
+        "9",
+    ]
+
+
+def save_and_load() -> None:
+    spec = flora.ViTSpec(
+        image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    model = flora.create(spec)
+    flora.save(model, "gs://bucket/model")
+    flora.io.export.export_timm(model, "gs://bucket/timm.safetensors")
+    for path in ("gs://bucket/model", "gs://bucket/timm.safetensors"):
+        ours, theirs = (functional.split(m)[1] for m in (model, flora.from_pretrained(path, spec)))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        print("same")
+
+
+def test_models(address):
+    assert output("save_and_load()") == ["same", "same"]
+
+
+@long
+def test_a_whole_run_is_killed_and_goes_on(address, finished_run, tmp_path):
+    def has_saved() -> bool:
+        manifest = urllib.parse.quote("run/supernet/checkpoints/manifests/60.json", safe="")
+        try:
+            with urllib.request.urlopen(f"{address}{FILES}{manifest}"):
+                return True
+        except urllib.error.HTTPError:
+            return False
+
+    status, errors = send_when(has_saved, signal.SIGKILL, "gs://bucket/run")
+    assert status == -signal.SIGKILL, errors
+    done = run_flora("gs://bucket/run", *OFTEN)
+    assert done.returncode == 0, done.stderr
+    output(f"download({str(tmp_path)!r})")
+    assert_same_run(tmp_path / "run", finished_run)
+
+
+def download(directory: str) -> None:
+    fsspec.filesystem("gs").get("bucket/run", directory, recursive=True)
