@@ -47,8 +47,10 @@ def main() -> None:
         times = time_in_turn(work, arguments.rounds)
     for name, milliseconds in times.items():
         print(f"{name}: {np.median(milliseconds) / steps:.2f} ms a step")
-    saved = arguments.intervals / (arguments.intervals - 1)  # the last one is in both
-    cost = (median_ratio(times["with"], times["without"]) - 1) * saved
+    saves = arguments.intervals - 1  # the last one is in both
+    added = median_ratio(times["with"], times["without"]) - 1
+    print(f"a checkpoint adds {added * np.median(times['without']) / saves:.0f} ms")
+    cost = added * arguments.intervals / saves
     print(f"cost of checkpoints {100 * cost:.2f} %")
     write_json(arguments.json, machine, {"checkpoint_cost": cost})
 

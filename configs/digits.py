@@ -34,7 +34,7 @@ def get_config():
         "batch_size": 64,
         "warmup_learning_rate": 8e-5,
         "min_learning_rate": 8e-5,
-        "checkpoint_every": 200,
+        "checkpoint_every": 500,
     }
     config.pretrain.update(shared | {"epochs": 60.0, "learning_rate": 1.6e-2, "warmup_epochs": 5.0})
     config.metric = "log_likelihood"  # 270 images are too few to rank subnets by top-1

@@ -16,7 +16,7 @@ def get_config():
             "batch_size": 64,
             "learning_rate": 8e-3,
             "min_learning_rate": 8e-3,
-            "checkpoint_every": 200,
+            "checkpoint_every": 500,
         }
     )
     config.slim.budget.update({"attn": 0.5, "mlp": 0.55, "patch": 0.85})
@@ -29,7 +29,7 @@ def get_config():
             "min_learning_rate": 8e-5,
             "warmup_epochs": 2.0,
             "weight_decay": 0.01,
-            "checkpoint_every": 200,
+            "checkpoint_every": 500,
         }
     )
     return config

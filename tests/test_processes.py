@@ -1,5 +1,6 @@
 """Two processes with two devices each: the same as one process, and an end together."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -21,9 +23,17 @@ from flora_jax.io.folder import save_description
 from flora_jax.mesh import make_mesh
 from flora_jax.search.evolution import EvolutionSettings, evolve
 from tests.conftest import ROOT, free_port
-from tests.train.conftest import NORMALIZATION, SETTINGS, SPACE, batch_of, metrics_of, run
+from tests.train.conftest import (
+    NORMALIZATION,
+    SETTINGS,
+    SPACE,
+    Interruption,
+    batch_of,
+    metrics_of,
+    run,
+)
 
-STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=10)
+STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=5)
 ENDLESS = dataclasses.replace(SETTINGS, steps=100_000, checkpoint_every=50_000)
 
 
@@ -36,12 +46,12 @@ def local_batches(start):
 
 
 def train_and_search(directory: pathlib.Path) -> None:
-    """Trains with and without split parameters, and searches with the last of them."""
+    """Trains with whole parameters and with split ones, and searches with the latter."""
     found = {}
-    for fsdp in sorted({1, min(2, jax.device_count())}):
-        folder = directory / f"fsdp_{fsdp}"
+    for layout, fsdp in (("whole", 1), ("split", jax.device_count())):
+        folder = directory / layout
         network = run(folder, STEPS, local_batches, mesh=make_mesh(fsdp))
-        found[f"fsdp_{fsdp}"] = [line["loss"] for line in metrics_of(folder)]
+        found[layout] = [line["loss"] for line in metrics_of(folder)]
     save_description(flora.Supernet(network, SPACE), folder)
     supernet = flora.load(folder)  # as another stage does
     images = flora.EvaluationSet(
@@ -62,6 +72,17 @@ def train_and_search(directory: pathlib.Path) -> None:
     write_json(directory / "found.json", found)
 
 
+def train_before(directory: pathlib.Path, end: int) -> None:
+    """With split parameters."""
+
+    def stream(start):
+        yield from itertools.islice(local_batches(start), end - start)
+        raise Interruption
+
+    with contextlib.suppress(Interruption):
+        run(directory, STEPS, stream, mesh=make_mesh(jax.device_count()))
+
+
 def train_until_told_to_end(directory: pathlib.Path) -> None:
     try:
         run(directory, ENDLESS, local_batches)
@@ -76,22 +97,25 @@ def fail_alone(directory: pathlib.Path) -> None:
     run(directory, ENDLESS, local_batches)
 
 
-def member(name: str, directory: str, coordinator: str, num_processes: int, process_id: int):
+def member(
+    name: str, directory: str, coordinator: str, num_processes: int, process_id: int, *arguments
+):
     """The program of one process."""
     if num_processes > 1:
         processes.connect(coordinator, num_processes, process_id)
-    globals()[name](pathlib.Path(directory))
+    with mock.patch("flora_jax.mesh.SMALLEST_SHARDED", 1):
+        globals()[name](pathlib.Path(directory), *arguments)
 
 
-def start(name: str, directory: pathlib.Path, num_processes: int, devices: int):
+def start(name: str, directory: pathlib.Path, num_processes: int, devices: int, *arguments):
     coordinator = f"127.0.0.1:{free_port()}"
+    own = [(name, str(directory), coordinator, num_processes, i) for i in range(num_processes)]
     return [
         subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                f"from tests.test_processes import member; "
-                f"member({name!r}, {str(directory)!r}, {coordinator!r}, {num_processes}, {index})",
+                f"from tests.test_processes import member; member{(*first, *arguments)}",
             ],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
@@ -99,7 +123,7 @@ def start(name: str, directory: pathlib.Path, num_processes: int, devices: int):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(num_processes)
+        for first in own
     ]
 
 
@@ -123,11 +147,11 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("layout", ["fsdp_1", "fsdp_2"])
+@pytest.mark.parametrize("layout", ["whole", "split"])
 def test_two_processes_train_as_one(results, layout):
     alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
-    assert len(alone["fsdp_1"]) == 20
-    np.testing.assert_allclose(together[layout], alone["fsdp_1"], rtol=1e-6)
+    assert len(alone["whole"]) == 20
+    np.testing.assert_allclose(together[layout], alone["whole"], rtol=1e-6)
 
 
 def test_two_processes_find_the_same_subnet(results):
@@ -141,13 +165,24 @@ def test_two_processes_find_the_same_subnet(results):
 
 def test_one_device_goes_on_where_four_have_stopped(results):
     """The last step's checkpoint, opened here, is where one device alone has come to."""
-    for layout in ("fsdp_1", "fsdp_2"):
+    for layout in ("whole", "split"):
         theirs, ours = (
             flora.models.functional.split(run(folder / own, STEPS, lambda start: iter(())))[1]
-            for folder, own in ((results[1], layout), (results[0], "fsdp_1"))
+            for folder, own in ((results[1], layout), (results[0], "whole"))
         )
         for name, expected in ours.items():
             np.testing.assert_allclose(theirs[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_run_goes_on_on_other_devices_with_the_same_losses(results, tmp_path):
+    """Two processes with two devices, one with four, one with one."""
+    for num_processes, devices, end in ((2, 2, 10), (1, 4, 15), (1, 1, 20)):
+        for done in finish(start("train_before", tmp_path, num_processes, devices, end)):
+            assert done.returncode == 0, done.stderr
+        assert len(metrics_of(tmp_path)) >= end // 5 * 5
+    alone = json.loads((results[0] / "found.json").read_text())["whole"]
+    losses = [line["loss"] for line in metrics_of(tmp_path)]
+    np.testing.assert_allclose(losses, alone, rtol=1e-6)
 
 
 def wait_until(condition, members) -> None:
