@@ -39,6 +39,7 @@ def address():
     port = free_port()
     address = f"http://localhost:{port}"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator.server.HTTPServer, "request_queue_size", 100)
         patch.setattr(emulator, "HANDLERS", ((MOVE, {"POST": move}), *emulator.HANDLERS))
         patch.setenv("STORAGE_EMULATOR_HOST", address)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask another service
@@ -133,4 +134,4 @@ def test_a_whole_run_is_killed_and_goes_on(address, finished_run, tmp_path):
 
 
 def download(directory: str) -> None:
-    fsspec.filesystem("gs").get("bucket/run", directory, recursive=True)
+    fsspec.filesystem("gs").get("bucket/run", directory, recursive=True, batch_size=1)

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from flora_jax.evaluation import top1
 from flora_jax.io import folder
@@ -61,20 +60,21 @@ def _models(run: Run) -> dict[str, epath.Path]:
 def report(run: Run) -> None:
     """The table on the terminal and the pictures in the folder."""
     result = read_json(run.folder / "result.json")
-    figures = {}
+    pictures = []
     if "slim" in run.config.stages:
-        figures["slim.png"] = _slim_figure(run)
+        pictures.append(run.folder / "slim.png")
+        plots.save_figure(_slim_figure(run), pictures[-1])
     if "extract" in run.config.stages:
-        figures["report.png"] = _search_figure(run, result)
-    _show(run, result, figures)
+        pictures.append(run.folder / "report.png")
+        plots.save_figure(_search_figure(run, result), pictures[-1])
+    _show(result, pictures)
 
 
 @by_the_first
-def _show(run: Run, result: dict, figures: dict[str, Figure]) -> None:
+def _show(result: dict, pictures: list[epath.Path]) -> None:
     print(f"\n{table.comparison_table(result)}\n")
-    for name, figure in figures.items():
-        plots.save_figure(figure, run.folder / name)
-        print(f"Picture: {run.folder / name}")
+    for picture in pictures:
+        print(f"Picture: {picture}")
 
 
 def _slim_figure(run: Run):
