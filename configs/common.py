@@ -21,6 +21,7 @@ FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *STAGES[1:])
 TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
 DEIT_MIXING = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3}
+NO_MIXING = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}  # for few epochs of small images
 
 
 def recipe(**changes) -> ConfigDict:
@@ -191,7 +192,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
     short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
-    short |= {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
+    short |= NO_MIXING
     for stage in (
         *(config.pretrain, config.slim.gates, config.slim.retrain),
         *(config.filter.train, config.supernet, config.finetune),

@@ -20,6 +20,7 @@ def get_config():
         }
     )
     config.slim.budget.update({"attn": 0.5, "mlp": 0.55, "patch": 0.85})
+    config.slim.retrain.update(common.NO_MIXING)
     config.slim.retrain.update(
         {
             "epochs": 60.0,
