@@ -36,8 +36,8 @@ def get_config():
         "min_learning_rate": 8e-5,
         "checkpoint_every": 500,
     }
-    config.pretrain.update(common.NO_MIXING)
-    config.pretrain.update(shared | {"epochs": 60.0, "learning_rate": 1.6e-2, "warmup_epochs": 5.0})
+    config.pretrain.update(shared | common.NO_MIXING)
+    config.pretrain.update({"epochs": 60.0, "learning_rate": 1.6e-2, "warmup_epochs": 5.0})
     config.metric = "log_likelihood"  # 270 images are too few to rank subnets by top-1
     config.filter.train_fraction = 0.5
     config.filter.train.update(

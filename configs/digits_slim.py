@@ -20,9 +20,9 @@ def get_config():
         }
     )
     config.slim.budget.update({"attn": 0.5, "mlp": 0.55, "patch": 0.85})
-    config.slim.retrain.update(common.NO_MIXING)
     config.slim.retrain.update(
-        {
+        common.NO_MIXING
+        | {
             "epochs": 60.0,
             "batch_size": 64,
             "learning_rate": 6e-3,

@@ -99,8 +99,10 @@ def _configure_jax() -> None:
 def _show_log() -> None:
     """Our own lines in full; of the libraries', warnings only."""
     absl.logging.set_verbosity(absl.logging.WARNING)
-    # What a thread of Orbax prints with its traceback is also raised, as the error of the save.
-    absl.logging.get_absl_logger().addFilter(lambda record: record.filename != "future.py")
+    # The exceptions that Orbax logs in its threads are also raised, as the error of the save.
+    absl.logging.get_absl_logger().addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("flora_jax")

@@ -18,7 +18,7 @@ import flora_jax as flora
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.models import functional
 from tests.checkpoint.conftest import program, restored_step, state_at
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT, flip_a_bit, free_port
 from tests.test_faults import OFTEN, assert_same_run, long, run_flora, send_when
 
 FILES = "/storage/v1/b/bucket/o/"
@@ -66,22 +66,15 @@ def names(folder: epath.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def largest_file(folder: epath.Path) -> epath.Path:
-    files = [path for path in folder.iterdir() if not path.is_dir()]
-    files += [largest_file(path) for path in folder.iterdir() if path.is_dir()]
-    return max(files, key=lambda path: path.stat().length)
-
-
 def save_and_damage() -> None:
     directory = epath.Path("gs://bucket/checkpoints")
     with Checkpoints(directory) as checkpoints:
         for step in (3, 6, 9):
             checkpoints.save(step, state_at(step))
     print(*names(directory))
-    file = largest_file(directory / "9")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    files = fsspec.filesystem("gs")
+    largest = max(files.find("bucket/checkpoints/9"), key=files.size)
+    flip_a_bit(epath.Path(f"gs://{largest}"))
     print(restored_step(directory))
     print(*names(directory), *names(directory / "damaged"))
     with Checkpoints(directory) as checkpoints:

@@ -20,7 +20,14 @@ from safetensors.numpy import load_file
 import flora_jax as flora
 from flora_jax import processes
 from flora_jax.models import functional
-from tests.conftest import ROOT, TINY_CONFIG, flora_command, run_flora
+from tests.conftest import (
+    ROOT,
+    TINY_CONFIG,
+    flip_a_bit,
+    flora_command,
+    largest_file,
+    run_flora,
+)
 
 long = pytest.mark.long_faults
 OFTEN = tuple(
@@ -29,22 +36,33 @@ OFTEN = tuple(
 )
 
 
+def end_of(process: subprocess.Popen, condition, send) -> tuple[int, str, float]:
+    """Sends a signal once the condition holds: exit status, stderr, seconds until the end."""
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+    reader.start()
+    deadline = time.monotonic() + 400
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    send()
+    sent = time.monotonic()
+    status = process.wait(timeout=100)
+    seconds = time.monotonic() - sent
+    reader.join()
+    return status, errors[0], seconds
+
+
 def send_when(condition, signal_number: int, workdir: pathlib.Path) -> tuple[int, str]:
     """Starts the command, and sends the signal once the condition holds: exit status, stderr."""
     with subprocess.Popen(
         **flora_command(workdir, *OFTEN), stderr=subprocess.PIPE, text=True
     ) as process:
-        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
-        errors: list[str] = []
-        reader.start()
-        deadline = time.monotonic() + 240
-        while not condition() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal_number)
-        process.wait(timeout=60)
-        reader.join()
-    return process.returncode, errors[0]
+        status, errors, seconds = end_of(
+            process, condition, lambda: process.send_signal(signal_number)
+        )
+    assert seconds < 60
+    return status, errors
 
 
 def has_saved(workdir: pathlib.Path, stage: str, step: int):
@@ -96,10 +114,6 @@ def newest_step(workdir: pathlib.Path) -> pathlib.Path:
     return checkpoints / str(max(int(p.stem) for p in (checkpoints / "manifests").glob("*.json")))
 
 
-def largest_file(folder: pathlib.Path) -> pathlib.Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """The folder of a run that was killed while it trained the supernet."""
@@ -109,11 +123,8 @@ def killed(tmp_path_factory):
     return workdir
 
 
-def flip_a_bit(workdir):
-    file = largest_file(newest_step(workdir))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def flip_one_bit(workdir):
+    flip_a_bit(largest_file(newest_step(workdir)))
 
 
 def truncate(workdir):
@@ -142,7 +153,7 @@ def leave_a_lock(workdir):
 
 
 DAMAGES = (
-    flip_a_bit,
+    flip_one_bit,
     truncate,
     leave_an_empty_step,
     leave_half_a_step,
@@ -251,21 +262,10 @@ def run_in_two(workdir: pathlib.Path) -> subprocess.Popen:
 
 
 def signal_the_second_when(condition, name: str, workdir: pathlib.Path) -> tuple[int, str, float]:
-    """Starts the two, and sends one the signal: exit status, stderr, seconds until both ended."""
+    """Starts the two, and sends one the signal: as `end_of` for both."""
+    command = ["pkill", f"-{name}", "-f", f"process_id=1.*{workdir}"]
     with run_in_two(workdir) as both:
-        deadline = time.monotonic() + 400
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.append(both.stderr.read()))
-        reader.start()
-        while not condition():
-            assert both.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        subprocess.run(["pkill", f"-{name}", "-f", f"process_id=1.*{workdir}"], check=True)
-        started = time.monotonic()
-        status = both.wait(timeout=100)
-        reader.join()
-    return status, errors[0], time.monotonic() - started
+        return end_of(both, condition, lambda: subprocess.run(command, check=True))
 
 
 @long

@@ -88,7 +88,7 @@ def _read_description(path: epath.Path) -> dict:
 
 
 def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
-    if sha256(path) != checksum:
-        raise ValueError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
     with on_disk(path) as file:
+        if sha256(file) != checksum:
+            raise ValueError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
         return safetensors.load_file(file)

@@ -17,8 +17,9 @@ from flora_jax.io.folder import SPEC_FILE, load
 from flora_jax.io.state_dict import read_state_dict
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import create, create_abstract, functional
-from flora_jax.models.layouts import Layout, Table, detect, is_buffer
+from flora_jax.models.layouts import Layout, detect, is_buffer
 from flora_jax.models.resample import resample_pos_embed, resample_relative_position_table
+from flora_jax.models.rows import Table
 from flora_jax.models.spec import Spec
 
 log = logging.getLogger(__name__)

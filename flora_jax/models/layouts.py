@@ -1,15 +1,13 @@
 """Where weights stand in the files of other libraries: one table a layout.
 
-A table is a list of rows: our name, the names in the file, the change of layout between them. A
-change can be read and written, so the table that reads a library's file also writes one.
+A table is a list of rows: our name, the names in the file, the change of layout between them.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
-import numpy as np
-
+from flora_jax.models.rows import TRANSPOSED, WITHOUT_FIRST_AXIS, Change, Row, Table, patch_kernel
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
@@ -19,62 +17,6 @@ _BUFFER = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
 # A searchable layer of a published subnet: a pair of factors, or `fc` where it stayed dense.
 _OF_A_SUBNET = re.compile(r"\.(VT|(qkv|fc1|fc2)\.fc)\.weight$")
 
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """How an array of a file becomes ours, and back."""
-
-    read: Callable[[np.ndarray], np.ndarray]
-    write: Callable[[np.ndarray], np.ndarray]
-
-
-def _only(array: np.ndarray) -> np.ndarray:
-    (only,) = array
-    return only
-
-
-SAME = Change(lambda array: array, lambda array: array)
-TRANSPOSED = Change(np.transpose, np.transpose)
-WITHOUT_FIRST_AXIS = Change(_only, lambda array: array[None])  # [1, ...] -> [...]
-
-
-def _patch_kernel(spec: Spec) -> Change:
-    """[D, C, p, p] -> [p*p*C, D]"""
-    sizes = (spec.patch_size, spec.patch_size, spec.in_channels)
-    return Change(
-        lambda array: array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]),
-        lambda array: array.reshape(*sizes, -1).transpose(3, 2, 0, 1),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One of our parameters; several sources (query, key, value) stand side by side in it."""
-
-    target: str
-    sources: tuple[str, ...]
-    change: Change = SAME
-
-    def read(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The arrays of the sources -> float32, contiguous. Raises ValueError for their shapes."""
-        try:
-            parts = [self.change.read(array) for array in arrays]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        except (ValueError, TypeError) as error:
-            shapes = ", ".join(f"{array.shape}" for array in arrays)
-            raise ValueError(
-                f"{', '.join(self.sources)} cannot be read from an array of shape {shapes}"
-            ) from error
-        return np.ascontiguousarray(whole, np.float32)
-
-    def write(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        """The inverse of `read`, by source name."""
-        parts = np.split(array, len(self.sources), axis=-1)
-        written = map(self.change.write, parts)
-        return dict(zip(self.sources, map(np.ascontiguousarray, written), strict=True))
-
-
-Table = list[Row]
 
 # A block's modules: our name -> theirs, several where qkv is stored apart.
 _TIMM_VIT = {
@@ -117,7 +59,7 @@ def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
         Row("cls_token", ("cls_token",), WITHOUT_FIRST_AXIS),
         Row("dist_token", ("dist_token",), WITHOUT_FIRST_AXIS),
         Row("pos_embed", ("pos_embed",), WITHOUT_FIRST_AXIS),
-        *_linear("patch_embed.proj", "patch_embed.proj", kernel=_patch_kernel(spec)),
+        *_linear("patch_embed.proj", "patch_embed.proj", kernel=patch_kernel(spec)),
         *_norm("norm", "fc_norm" if spec.pool == "mean" else "norm"),
         *_linear("head", "head"),
         *_linear("head_dist", "head_dist"),
@@ -131,7 +73,7 @@ def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
     return _present_in(
         spec,
         Row("absolute_pos_embed", ("absolute_pos_embed",), WITHOUT_FIRST_AXIS),
-        *_linear("patch_embed.proj", "patch_embed.proj", kernel=_patch_kernel(spec)),
+        *_linear("patch_embed.proj", "patch_embed.proj", kernel=patch_kernel(spec)),
         *_norm("patch_embed.norm", "patch_embed.norm"),
         *_norm("norm", "norm"),
         *_linear("head", "head" if "head.weight" in keys else "head.fc"),
@@ -153,7 +95,7 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
         Row("cls_token", (f"{at}.cls_token",), WITHOUT_FIRST_AXIS),
         Row("dist_token", (f"{at}.distillation_token",), WITHOUT_FIRST_AXIS),
         Row("pos_embed", (f"{at}.position_embeddings",), WITHOUT_FIRST_AXIS),
-        *_linear("patch_embed.proj", proj, kernel=_patch_kernel(spec)),
+        *_linear("patch_embed.proj", proj, kernel=patch_kernel(spec)),
         *_norm("norm", f"{model}.layernorm"),
         *_linear("head", "cls_classifier" if spec.distilled else "classifier"),
         *_linear("head_dist", "distillation_classifier"),
@@ -169,7 +111,7 @@ def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
     return _present_in(
         spec,
         Row("absolute_pos_embed", (f"{at}.position_embeddings",), WITHOUT_FIRST_AXIS),
-        *_linear("patch_embed.proj", proj, kernel=_patch_kernel(spec)),
+        *_linear("patch_embed.proj", proj, kernel=patch_kernel(spec)),
         *_norm("patch_embed.norm", f"{at}.norm"),
         *_norm("norm", "swin.layernorm"),
         *_linear("head", "classifier"),

@@ -90,8 +90,12 @@ def take_eval(source, batch_size, transform=None):
     return list(batches.eval_batches(source, transform, batch_size))
 
 
-def joined(parts: list[list[batches.Batch]]) -> list[batches.Batch]:
-    """The global batches, put together from those of every process."""
+def of_all_processes(take, process_count: int, *arguments, **options) -> list[batches.Batch]:
+    """The global batches, put together from those that every process takes."""
+    parts = [
+        take(*arguments, process_index=i, process_count=process_count, **options)
+        for i in range(process_count)
+    ]
     return [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
         for step in zip(*parts, strict=True)

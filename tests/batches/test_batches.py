@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.data import augment, batches, sources, splits
-from tests.batches.conftest import SHAPE, assert_same_batches, joined, numbered_source, take_eval
+from tests.batches.conftest import (
+    SHAPE,
+    assert_same_batches,
+    numbered_source,
+    of_all_processes,
+    take_eval,
+)
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -56,20 +62,9 @@ def test_local_batches_in_process_order_are_the_global_batch(
 ):
     source = numbered_source(21)
     whole = take_train(source, start_step + 3, 8, seed)
-    parts = [
-        take_train(
-            source,
-            3,
-            8,
-            seed,
-            start_step=start_step,
-            process_index=i,
-            process_count=process_count,
-            num_threads=num_threads,
-        )
-        for i in range(process_count)
-    ]
-    assert_same_batches(joined(parts), whole[start_step:])
+    options = {"start_step": start_step, "num_threads": num_threads}
+    together = of_all_processes(take_train, process_count, source, 3, 8, seed, **options)
+    assert_same_batches(together, whole[start_step:])
 
 
 def test_every_epoch_holds_each_image_once_in_a_new_order_with_new_augmentation():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.data import augment, batches, splits
-from tests.batches.conftest import assert_same_batches, joined, write_jpegs
+from tests.batches.conftest import assert_same_batches, of_all_processes, write_jpegs
 
 DEIT = augment.train_transform("deit", (32, 32, 3))
 
@@ -35,16 +35,6 @@ def take(source, steps: range, batch_size: int, seed: int, **arguments) -> list[
         return list(itertools.islice(iterator, len(steps)))
 
 
-def take_spread(process_count: int, *arguments, **options) -> list[batches.Batch]:
-    """The global batches, put together from those of every process."""
-    return joined(
-        [
-            take(*arguments, process_index=i, process_count=process_count, **options)
-            for i in range(process_count)
-        ]
-    )
-
-
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(
     process_counts=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
@@ -58,7 +48,7 @@ def test_a_run_resumed_on_other_processes_sees_the_batches_of_an_unbroken_one(
 ):
     whole = take(train_split, range(resume + 2), batch_size, seed)
     before, after = (
-        take_spread(count, train_split, steps, batch_size, seed, num_threads=num_threads)
+        of_all_processes(take, count, train_split, steps, batch_size, seed, num_threads=num_threads)
         for count, steps in zip(
             process_counts, (range(resume), range(resume, resume + 2)), strict=True
         )

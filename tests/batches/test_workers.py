@@ -18,8 +18,8 @@ from jax._src import xla_bridge
 
 from flora_jax.data import augment, batches, image_folder, sources, splits
 from flora_jax.data.sources import BadImageError
-from tests.batches.conftest import assert_same_batches, joined, write_jpegs
-from tests.conftest import ROOT
+from tests.batches.conftest import assert_same_batches, of_all_processes, write_jpegs
+from tests.conftest import ROOT, is_running
 
 SHAPE = (16, 16, 3)
 
@@ -51,18 +51,9 @@ def test_workers_and_processes_give_the_batches_of_one_thread(
     """Steps 5 and 11 run across the end of an epoch of 22 images."""
     source = image_folder.image_folder(pictures, "train", pictures / "index")
     whole = take_train(source, start_step + 6)
-    parts = [
-        take_train(
-            source,
-            6,
-            start_step=start_step,
-            process_index=i,
-            process_count=process_count,
-            num_workers=num_workers,
-        )
-        for i in range(process_count)
-    ]
-    assert_same_batches(joined(parts), whole[start_step:])
+    options = {"start_step": start_step, "num_workers": num_workers}
+    together = of_all_processes(take_train, process_count, source, 6, **options)
+    assert_same_batches(together, whole[start_step:])
 
 
 def test_eval_batches_of_workers(pictures):
@@ -141,14 +132,6 @@ def test_a_worker_ends_when_its_main_process_is_killed(tmp_path):
     while is_running(int(done.stdout)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_running(int(done.stdout))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_sources_arrive_whole_in_another_process(pictures, tiny_tfds):

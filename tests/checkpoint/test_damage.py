@@ -1,7 +1,6 @@
 """Real faults on the files of real checkpoints."""
 
 import logging
-import pathlib
 import shutil
 
 import pytest
@@ -13,28 +12,23 @@ from flora_jax.io.checkpoint import Checkpoints, read_parameters
 from flora_jax.io.files import read_json
 from flora_jax.io.manifest import verify
 from tests.checkpoint.conftest import assert_same, files, names, restored_step, state_at
-
-
-def _largest_file(run) -> pathlib.Path:
-    return max(files(run / "6"), key=lambda path: path.stat().st_size)
+from tests.conftest import flip_a_bit, largest_file
 
 
 def _flip_a_bit(run):
-    path = _largest_file(run)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
+    path = largest_file(run / "6")
+    flip_a_bit(path)
     return f"{path} is altered"
 
 
 def _truncate(run):
-    path = _largest_file(run)
+    path = largest_file(run / "6")
     path.write_bytes(path.read_bytes()[:-1])
     return f"{path} is altered"
 
 
 def _delete_a_file(run):
-    path = _largest_file(run)
+    path = largest_file(run / "6")
     path.unlink()
     return f"{path.relative_to(run / '6')} missing"
 

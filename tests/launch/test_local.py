@@ -1,6 +1,5 @@
 """Several processes on one machine, with a stand-in for the interpreter."""
 
-import os
 import re
 import shlex
 import signal
@@ -9,6 +8,7 @@ import time
 
 import pytest
 
+from tests.conftest import is_running
 from tests.launch.conftest import (
     ARGUMENTS,
     LAUNCH,
@@ -18,14 +18,6 @@ from tests.launch.conftest import (
     output,
     wait_until,
 )
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 class TestLocal:
@@ -67,7 +59,7 @@ class TestLocal:
         done = launch("local.sh", "3", PYTHON=python, OUT=out)
         assert done.returncode == 7
         assert time.monotonic() - start < 20
-        assert not any(alive(int(path.name)) for path in out.iterdir())
+        assert not any(is_running(int(path.name)) for path in out.iterdir())
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_signal_stops_all(self, tmp_path, number):
@@ -81,4 +73,4 @@ class TestLocal:
             wait_until(lambda: len([p for p in out.iterdir() if not p.suffix]) == 2)
             process.send_signal(number)
             assert process.wait(timeout=20) == 130
-        assert not any(alive(int(path.name)) for path in out.iterdir())
+        assert not any(is_running(int(path.name)) for path in out.iterdir())
