@@ -1,12 +1,14 @@
 # make demo: compresses a vision transformer trained on real images.  make test: the test suite.
-# Both set themselves up in .venv; they need python3 (3.11 or newer), git and make.
+# make check: what to run before every commit, under two minutes.
+# All set themselves up in .venv; they need python3 (3.11 or newer), git and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/digits
 SEED ?= 0
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test faults
+.PHONY: setup demo lint check test faults
 
 setup: .venv/installed
 
@@ -20,11 +22,19 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m flora_jax.main --config=configs/digits.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
+# Style, types, and which rooms may know which.
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+check: lint
+	$(PYTEST) -m "not slow and not processes and not faults"
+
+test: lint
+	$(PYTEST)
+
 # Twenty kills, damaged and half-written files, a full disk, a lost process: many minutes.
 faults: setup
 	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py tests/test_bucket.py -m ""
-
-test: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder

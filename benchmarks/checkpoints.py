@@ -9,6 +9,7 @@ training waits, and what the writing thread takes of the cores.
 """
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import pathlib
@@ -20,9 +21,11 @@ from common import describe_machine, write_json
 from etils import epath
 
 import flora_jax as flora
-from flora_jax.io import folder
-from flora_jax.run import Run
-from flora_jax.search.latency import median_ratio, time_in_turn
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run
+from flora_jax.stages.settings import Settings
+from flora_jax.stages.training import train_supernet
+from flora_jax.timing import median_ratio, time_in_turn
 
 
 def main() -> None:
@@ -37,12 +40,13 @@ def main() -> None:
         parser.error(f"--intervals must be at least 2, got {arguments.intervals}")
 
     config = importlib.import_module(f"configs.{arguments.config}").get_config()
-    every = arguments.every or config.supernet.checkpoint_every
+    settings = Settings.from_config(config)
+    every = arguments.every or settings.supernet.checkpoint_every
     steps = arguments.intervals * every
     machine = describe_machine(f"{arguments.config}, a checkpoint every {every} steps")
     print(machine)
     with tempfile.TemporaryDirectory() as directory:
-        train = make_training(Run(config, epath.Path(directory)), steps)
+        train = make_training(Run(settings, epath.Path(directory)), steps)
         work = {"with": lambda: train(every), "without": lambda: train(steps)}
         times = time_in_turn(work, arguments.rounds)
     for name, milliseconds in times.items():
@@ -57,15 +61,22 @@ def main() -> None:
 
 def make_training(run: Run, steps: int) -> Callable[[int], None]:
     """Trains `steps` steps anew, with a checkpoint every so many."""
-    folder.save(flora.create(run.spec), run.folder / "dense")
-    supernet = flora.factorize(run.dense, run.regular_space)
-    recipe = run.config.supernet
-    recipe.epochs = steps * recipe.batch_size / len(run.splits.train)
+    dense, images = flora.create(run.spec), Images(run.settings)
+    supernet = flora.factorize(dense, run.settings.space.of(run.spec))
+    recipe = run.settings.supernet
+    epochs = steps * recipe.batch_size / len(images.train)
     numbers = itertools.count()
 
     def train(checkpoint_every: int) -> None:
-        recipe.checkpoint_every = checkpoint_every
-        run.train_supernet(supernet, recipe, f"training_{next(numbers)}", "low_rank_aware")
+        train_supernet(
+            run,
+            supernet,
+            dataclasses.replace(recipe, epochs=epochs, checkpoint_every=checkpoint_every),
+            f"training_{next(numbers)}",
+            images.train,
+            law="low_rank_aware",
+            teacher=dense,
+        )
 
     return train
 

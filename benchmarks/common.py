@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, the machine, the JSON file."""
+"""What the benchmarks share: models, the machine, the JSON file."""
 
 import itertools
 import json
@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora_jax.search.latency import WARM_UP, describe_device
+import flora_jax as flora
+from flora_jax.timing import WARM_UP, describe_device
 
-SIZES = {"deit_t": "tiny", "deit_s": "small", "deit_b": "base"}
+MODELS = {
+    "deit_t": flora.deit("tiny"),
+    "deit_s": flora.deit("small"),
+    "deit_b": flora.deit("base"),
+    "two_blocks": flora.deit("tiny", depth=2),  # to try a program in seconds
+}
 PAUSE = 0.3  # seconds between pieces of work that are timed
 
 

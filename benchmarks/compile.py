@@ -16,14 +16,14 @@ import sys
 import tempfile
 
 import numpy as np
-from common import SIZES, describe_machine, write_json
+from common import MODELS, describe_machine, write_json
 
 import flora_jax as flora
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SIZES, default="deit_b")
+    parser.add_argument("--model", choices=MODELS, default="deit_b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--child", choices=("sliced", "masked"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
     arguments.compute_dtype = "float32"
     step, seconds = supernet_step(arguments.child, arguments)
-    space = flora.RankSpace.regular(flora.deit(SIZES[arguments.model]))
+    space = flora.RankSpace.regular(MODELS[arguments.model])
     for genes in space.sample(np.random.default_rng(0), 3, "low_rank_aware"):
         step(genes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

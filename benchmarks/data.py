@@ -30,7 +30,7 @@ from PIL import Image
 from flora_jax.data import augment, batches, splits
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.sources import Source
-from flora_jax.search.latency import median_ratio
+from flora_jax.timing import median_ratio
 
 SHAPE = (224, 224, 3)
 WORKERS = {"0 workers": 0, "1 worker": 1, "2 workers": 2}

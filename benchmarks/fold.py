@@ -9,8 +9,9 @@ import argparse
 import pathlib
 
 import flora_jax as flora
-from flora_jax.run import Run
-from flora_jax.stages.slim import choose_masks, trained_gates
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_dense
+from flora_jax.stages.slim import choose_masks, train_gates
 
 
 def main() -> None:
@@ -21,15 +22,16 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for folder in arguments.runs:
         run = Run.open(folder)
-        gated = trained_gates(run)
-        masks = choose_masks(run, gated)
+        images, dense = Images(run.settings), load_dense(run)
+        gated = train_gates(run, images, dense)  # done already: read from its last checkpoint
+        masks = choose_masks(run.settings.slim, dense.spec, gated)
         models = [
             gated.network,
             flora.slim.extract(gated, masks, fold=True),
             flora.slim.extract(gated, masks, fold=False),
             flora.load(folder / "slim"),
         ]
-        shares = [100 * flora.top1(model, run.heldout_set) for model in models]
+        shares = [100 * flora.top1(model, images.heldout_set) for model in models]
         print(f"| {folder.name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
 
 

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.normalize import Normalization
-from flora_jax.mesh import make_mesh
 from flora_jax.models import functional
 from flora_jax.report.table import human_count
 from flora_jax.train.settings import TrainSettings
@@ -51,10 +51,10 @@ def main() -> None:
     settings = TrainSettings(
         steps=arguments.steps, batch_size=arguments.batch, learning_rate=2.5e-5
     )
-    graphdef, parameters = functional.split(supernet.network)
-    teacher_graphdef, teacher_parameters = functional.split(dense)
-    step = make_step(graphdef, settings, Normalization(), make_mesh(), teacher_graphdef)
-    state = initial_state(parameters, settings)
+    structure, parameters = functional.split(supernet.network)
+    teacher_structure, teacher_parameters = functional.split(dense)
+    step = make_step(structure, settings, Normalization(), make_mesh(), teacher_structure)
+    state = initial_state(structure, parameters, settings)
     del parameters, supernet
 
     rng = np.random.default_rng(0)

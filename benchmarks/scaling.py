@@ -17,21 +17,21 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
-from common import SIZES
 
 import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.tiled import TILE
-from flora_jax.mesh import make_mesh
 from flora_jax.models import functional
-from flora_jax.programs import (
+from flora_jax.preflight.programs import (
     DoesNotFitError,
     Program,
     Training,
     compile_training,
     heaviest_training,
 )
-from flora_jax.topology import GIB, devices_of, use_compiler_only
+from flora_jax.preflight.topology import GIB, devices_of, use_compiler_only
+from flora_jax.stages.settings import Settings
 
 # docs.cloud.google.com/tpu/docs/v5e: a chip has four links, 1600 Gbit/s together each way.
 PEAK = 197e12 / 2  # bfloat16 multiply-adds a second
@@ -50,7 +50,7 @@ MEMORY_TITLES = ("memory GiB", "temporaries GiB", "program MB", "all-reduced MB"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SIZES, default="deit_b")
+    parser.add_argument("--model", choices=("deit_t", "deit_s", "deit_b"), default="deit_b")
     parser.add_argument("--chips", nargs="+", default=["v5e:2x2", "v5e:4x4"], metavar="v5e:AxB")
     parser.add_argument("--images", type=int, default=64, help="a chip, for weak scaling")
     parser.add_argument("--batch", type=int, default=1024, help="of all, for strong scaling")
@@ -66,8 +66,9 @@ def main() -> None:
     use_compiler_only()
     config = importlib.import_module(f"configs.{arguments.model}").get_config()
     config.supernet.compute_dtype = "bfloat16"
-    training = heaviest_training(config, "tiled")
-    space = RankSpace.regular(training.spec, tuple(config.space.ratios), config.space.tile)
+    settings = Settings.from_config(config)
+    training = heaviest_training(settings, "tiled")
+    space = settings.space.of(training.spec)
     draws = space.sample(np.random.default_rng(0), 1000, "low_rank_aware")
     macs = training_macs(executed_macs(space, draws).mean(), training.spec)
     print(
@@ -83,7 +84,7 @@ def main() -> None:
         print(f"compiling for {topology}, {images} images a chip", file=sys.stderr, flush=True)
         try:
             mesh = make_mesh(1, devices_of(topology)[1])
-            return compile_training(config, training, mesh, images)
+            return compile_training(settings, training, mesh, images)
         except DoesNotFitError as error:
             return error
 
@@ -99,7 +100,7 @@ def main() -> None:
     shares = {topology: arguments.batch // num_chips(topology) for topology in arguments.chips}
     print_table(title, (row(topology, images) for topology, images in shares.items()))
     print(f"\nA whole run, at {assumed}\n")
-    print_cost(stages(config, space, macs), arguments.utilization)
+    print_cost(stages(settings, space, macs), arguments.utilization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,20 +182,22 @@ def training_macs(forward: float, teacher: flora.Spec) -> float:
     return 3 * forward + teacher.macs()
 
 
-def stages(config, space: RankSpace, supernet_macs: float) -> dict[str, tuple[float, float]]:
-    """Of a run by the config: images that pass through each stage, and multiply-adds for one."""
+def stages(
+    settings: Settings, space: RankSpace, supernet_macs: float
+) -> dict[str, tuple[float, float]]:
+    """Of a run: images that pass through each stage, and multiply-adds for one."""
     spec, rng = space.spec, np.random.default_rng(0)
-    heldout = round(IMAGENET * config.data.heldout_fraction)
+    heldout = round(IMAGENET * settings.data.heldout_fraction)
     images = IMAGENET - heldout
     full = executed_macs(space, space.full_rank_genes)
     uniform = executed_macs(space, space.sample(rng, 1000)).mean()
     local = full + (uniform - full) / space.num_blocks
-    window = [share * spec.macs() for share in config.budget.macs]
+    window = [share * spec.macs() for share in settings.budget.macs]
     candidate = executed_macs(space, space.sample_within(rng, 1000, window)).mean()
-    epochs, part = config.filter.train.epochs, config.filter.train_fraction
+    epochs, part = settings.filter.train.epochs, settings.filter.train_fraction
     triples = sum(len(kept) for kept in space.kept)
-    candidates = config.search.generations * config.search.population
-    networks = 1 if config.uniform_baseline == "none" else 2
+    candidates = settings.search.generations * settings.search.population
+    networks = 1 if settings.uniform_baseline == "none" else 2
     return {
         f"{space.num_blocks} local supernets, {epochs:g} epochs of {100 * part:g} %": (
             space.num_blocks * epochs * part * images,
@@ -202,13 +205,13 @@ def stages(config, space: RankSpace, supernet_macs: float) -> dict[str, tuple[fl
         ),
         # Half of the blocks, on average, come after the one that varies.
         f"scores of {triples} triples": (triples * heldout, full / 2),
-        f"supernet, {config.supernet.epochs:g} epochs": (
-            config.supernet.epochs * images,
+        f"supernet, {settings.supernet.epochs:g} epochs": (
+            settings.supernet.epochs * images,
             supernet_macs,
         ),
         f"search, {candidates} candidates": (candidates * heldout, candidate),
-        f"fine-tuning of {networks}, {config.finetune.epochs:g} epochs": (
-            networks * config.finetune.epochs * images,
+        f"fine-tuning of {networks}, {settings.finetune.epochs:g} epochs": (
+            networks * settings.finetune.epochs * images,
             training_macs(sum(window) / 2, spec),
         ),
     }

@@ -15,25 +15,25 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
-from common import PAUSE, SIZES, describe_machine, one_after_another, some_images, write_json
+from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import EvaluationSet, evaluate
 from flora_jax.search.block_scores import score_block
-from flora_jax.search.latency import median_ratio, time_in_turn
+from flora_jax.timing import median_ratio, time_in_turn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SIZES, default="deit_s")
+    parser.add_argument("--model", choices=MODELS, default="deit_s")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--triples", type=int, default=27, help="of the block, spread evenly")
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
-    spec = flora.deit(SIZES[arguments.model])
+    spec = MODELS[arguments.model]
     space = flora.RankSpace.regular(spec)
     supernet = flora.factorize(flora.create(spec), space)
     images, labels = some_images(spec, arguments.batch)

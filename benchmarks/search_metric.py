@@ -13,13 +13,17 @@ import jax
 import numpy as np
 
 import flora_jax as flora
-from flora_jax.run import Run
+from flora_jax.stages.budget import macs_window
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run
 
 
-def per_image(run: Run, supernet: flora.Supernet, genes: np.ndarray) -> tuple[np.ndarray, ...]:
+def per_image(
+    heldout: flora.EvaluationSet, supernet: flora.Supernet, genes: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """genes [P, L] -> is the right class first, and its log-probability: both [P, images]."""
     columns = []
-    for images, labels, mask in run.heldout_set.batches:
+    for images, labels, mask in heldout.batches:
         used = np.asarray(mask) > 0
         rows = np.arange(used.sum())
         labels = np.asarray(labels)[used]
@@ -41,8 +45,9 @@ def main() -> None:
     for folder in arguments.runs:
         run, supernet = Run.open(folder), flora.load(f"{folder}/supernet")
         rng = np.random.default_rng(0)
-        genes = supernet.space.sample_within(rng, arguments.subnets, run.macs_window)
-        is_right, log_probability = per_image(run, supernet, genes)
+        window = macs_window(run.settings, run.spec)
+        genes = supernet.space.sample_within(rng, arguments.subnets, window)
+        is_right, log_probability = per_image(Images(run.settings).heldout_set, supernet, genes)
         found = []
         for _ in range(arguments.splits):
             order = rng.permutation(is_right.shape[1])

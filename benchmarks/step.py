@@ -26,14 +26,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import PAUSE, SIZES, describe_machine, one_after_another, some_images, write_json
+from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh, shard_batch, shard_parameters
 from flora_jax.data.normalize import Normalization
-from flora_jax.mesh import make_mesh, shard_batch, shard_parameters
 from flora_jax.models import functional
 from flora_jax.report.table import human_count
-from flora_jax.search.latency import median_ratio, time_in_turn
+from flora_jax.timing import median_ratio, time_in_turn
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import initial_state, make_step
 
@@ -42,7 +42,7 @@ UNTIMED = 1  # steps before each that is timed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SIZES, default="deit_s")
+    parser.add_argument("--model", choices=MODELS, default="deit_s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--fitted", type=int, default=30, help="draws that the line is fitted to")
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
-    space = flora.RankSpace.regular(flora.deit(SIZES[arguments.model]))
+    space = flora.RankSpace.regular(MODELS[arguments.model])
     genes = space.sample(np.random.default_rng(0), arguments.rounds, "low_rank_aware")
     spread_genes = from_small_to_large(space, arguments.fitted)
     machine = describe_machine(arguments.model, arguments.compute_dtype, f"batch {arguments.batch}")
@@ -99,14 +99,14 @@ def serve(connection, name: str, arguments: argparse.Namespace) -> None:
 
 
 def supernet_step(implementation: str, arguments: argparse.Namespace):
-    spec = flora.deit(SIZES[arguments.model])
+    spec = MODELS[arguments.model]
     space = flora.RankSpace.regular(spec)
     network = flora.factorize(flora.create(spec), space, implementation=implementation).network
     return compiled_step(network, space.full_rank_genes, arguments)
 
 
 def dense_step(arguments: argparse.Namespace):
-    step, seconds = compiled_step(flora.create(flora.deit(SIZES[arguments.model])), None, arguments)
+    step, seconds = compiled_step(flora.create(MODELS[arguments.model]), None, arguments)
     return lambda _: step(None), seconds
 
 
@@ -115,7 +115,7 @@ def torch_step(arguments: argparse.Namespace):
     import torch_peer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    spec = flora.deit(SIZES[arguments.model])
+    spec = MODELS[arguments.model]
     images, labels = some_images(spec, arguments.batch)
     normalized = np.asarray(Normalization()(jax.numpy.asarray(images)))
     is_bfloat16 = arguments.compute_dtype == "bfloat16"
@@ -149,11 +149,11 @@ def compiled_step(network, genes: np.ndarray | None, arguments: argparse.Namespa
         learning_rate=2.5e-5,
         compute_dtype=arguments.compute_dtype,
     )
-    graphdef, parameters = functional.split(network)
+    structure, parameters = functional.split(network)
     mesh = make_mesh()
-    state = shard_parameters(initial_state(parameters, settings), mesh)
+    state = shard_parameters(initial_state(structure, parameters, settings), mesh)
     batch = shard_batch({"image": images, "label": labels}, mesh)
-    step = make_step(graphdef, settings, Normalization(), mesh)
+    step = make_step(structure, settings, Normalization(), mesh)
     started = time.perf_counter()
     step = step.lower(state, batch, genes, None).compile()
     seconds = time.perf_counter() - started

@@ -22,17 +22,20 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import PAUSE, SIZES, describe_machine, write_json
+from common import MODELS, PAUSE, describe_machine, write_json
 
 import flora_jax as flora
-from flora_jax.models import create, functional
+from flora_jax.models import functional
+from flora_jax.models.factory import create
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import human_count
-from flora_jax.search.latency import measure, measure_networks, median_ratio, time_in_turn
+from flora_jax.search.latency import measure, measure_networks
+from flora_jax.timing import median_ratio, time_in_turn
 
 SIXTHS = tuple(i / 6 for i in range(1, 7))
 EIGHTHS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
-RATIOS = {"deit_t": SIXTHS, "deit_s": SIXTHS, "deit_b": EIGHTHS}  # the published choices
+RATIOS = dict.fromkeys(MODELS, SIXTHS) | {"deit_b": EIGHTHS}  # the published choices
+_PUBLISHED_NAMES = {"deit_s": "deit_small", "deit_b": "deit_base"}
 _RATIO_NAMES = {"FLORA, published": "realised_saving"}
 PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.json"
 
@@ -40,7 +43,7 @@ PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.js
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", choices=SIZES)
+    what.add_argument("--model", choices=MODELS)
     what.add_argument("--folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
@@ -65,7 +68,7 @@ def main() -> None:
 
 def prediction_error(arguments: argparse.Namespace) -> float:
     """Of the published subnet, where there is one, and of random ones."""
-    dense, ratios = flora.deit(SIZES[arguments.model]), RATIOS[arguments.model]
+    dense, ratios = MODELS[arguments.model], RATIOS[arguments.model]
     space = flora.RankSpace.regular(dense, ratios)
     started = time.perf_counter()
     table = measure(space, arguments.batch)
@@ -94,11 +97,13 @@ def prediction_error(arguments: argparse.Namespace) -> float:
 def _published(model: str) -> list[float]:
     """The ratios of the released subnet, empty where there is none."""
     subnets = json.loads(PUBLISHED.read_text())
-    return np.ravel(subnets.get(f"deit_{SIZES[model]}", {}).get("ratios_per_block", ())).tolist()
+    return np.ravel(
+        subnets.get(_PUBLISHED_NAMES.get(model), {}).get("ratios_per_block", ())
+    ).tolist()
 
 
 def full_size(model: str) -> dict[str, Spec]:
-    dense = flora.deit(SIZES[model])
+    dense = MODELS[model]
     specs = {"dense": dense}
     if published := _published(model):
         pairs = zip(published, dense.layers, strict=True)
@@ -119,20 +124,20 @@ def _low_rank(spec: Spec, ranks) -> Spec:
 def _slimmed(spec: Spec, macs: int) -> Spec:
     """Cut by random gates: the widths differ from block to block as after a search."""
     gated = flora.slim.add_gates(create(spec))
-    graphdef, parameters = functional.split(gated.network)
+    structure, parameters = functional.split(gated.network)
     rng = np.random.default_rng(0)
     for name, value in parameters.items():
         if name.endswith("gate"):
             parameters[name] = rng.normal(size=value.shape).astype(np.float32)
     gated = flora.slim.Gated(
-        functional.merge(graphdef, parameters), gated.attention, gated.has_token_gates
+        functional.merge(structure, parameters), gated.attention, gated.has_token_gates
     )
     return flora.slim.cut_spec(spec, flora.slim.threshold_to_macs(gated, macs))
 
 
 def _forward(model, batch: int) -> Callable[[], object]:
-    graphdef, parameters = functional.split(model)
-    run = jax.jit(lambda parameters, images: functional.merge(graphdef, parameters)(images))
+    structure, parameters = functional.split(model)
+    run = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
     images = np.random.default_rng(0).normal(size=(batch, *model.spec.image_shape))
     images = jax.device_put(np.float32(images))
     return lambda: run(parameters, images).block_until_ready()

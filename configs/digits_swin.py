@@ -9,7 +9,7 @@ from configs import common, digits
 
 def get_config():
     config = digits.get_config()
-    config.model = common.model(
+    config.model = common.imagenet(
         flora.SwinSpec(
             image_size=8,
             patch_size=1,
@@ -21,6 +21,6 @@ def get_config():
             num_classes=10,
             in_channels=1,
         )
-    )
+    ).model
     config.budget.macs = (0.53, 0.56)
     return config

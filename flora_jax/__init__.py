@@ -2,15 +2,15 @@
 
 from flora_jax import slim
 from flora_jax.evaluation import EvaluationSet, evaluate, top1
-from flora_jax.io.export import export_timm
-from flora_jax.io.folder import load, save
-from flora_jax.io.pretrained import from_pretrained, from_state_dict
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, factorize
-from flora_jax.models import Spec, create
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.factory import create
+from flora_jax.models.spec import BlockSpec, Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.vit_spec import ViTSpec, deit
+from flora_jax.weights.export import export_timm
+from flora_jax.weights.folder import load, save
+from flora_jax.weights.pretrained import from_pretrained, from_state_dict
 
 
 def macs(spec: Spec) -> int:

@@ -1,19 +1,20 @@
 """Accuracy and likelihood over a set of images that stays on the device."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.experimental import multihost_utils
 
+from flora_jax.cluster.mesh import SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
+from flora_jax.errors import InputError
 from flora_jax.lowrank.supernet import Supernet
-from flora_jax.mesh import SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.models import functional
+from flora_jax.models.network import Network
 
 
 class EvaluationSet:
@@ -22,7 +23,7 @@ class EvaluationSet:
     Every process passes the same batches, whole.
 
     Raises:
-      ValueError: there is no image.
+      InputError: there is no image.
     """
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
@@ -34,7 +35,7 @@ class EvaluationSet:
             self.num_images += int(batch["mask"].sum())
             self._batches.append([spread(batch[name], mesh) for name in ("image", "label", "mask")])
         if not self.num_images:
-            raise ValueError("an evaluation set needs at least one image")
+            raise InputError("an evaluation set needs at least one image")
 
     @property
     def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
@@ -50,26 +51,28 @@ METRICS = ("top1", "log_likelihood")
 
 
 def sum_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """logits [B, classes], labels [B], mask [B] -> sums of the METRICS over B, float32 [1, 2]."""
+    """Sums the METRICS of logits [B, classes], labels [B], mask [B] over B: float32 [1, 2]."""
     is_correct = logits.argmax(-1) == labels
     log_probability = -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.sum(jnp.stack([is_correct, log_probability]) * mask, axis=1)[None]
+    metrics = jnp.stack([is_correct.astype(jnp.float32), log_probability])
+    return jnp.sum(metrics * mask[None], axis=1)[None]
 
 
 @jax.jit(static_argnums=(0, 1))
-def sum_model_metrics(graphdef, mesh, parameters, batch, genes):
-    """A row of sums for each device [devices, 2]."""
+def sum_model_metrics(structure, mesh, parameters, batch, genes):
+    """Sums the METRICS of a model over a batch, a row for each device [devices, 2]."""
 
     def on_one_device(parameters, batch, genes):
         images, labels, mask = batch
-        return sum_metrics(functional.merge(graphdef, parameters)(images, genes), labels, mask)
+        logits = functional.merge(structure, parameters, genes)(images)
+        return sum_metrics(logits, labels, mask)
 
     run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), SPLIT)
     return run(parameters, batch, genes)
 
 
 def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]:
-    """Per model a list of the batches' sums [devices, 2] -> each of the METRICS, float64 [P].
+    """Turns the sums [devices, 2] of each model's batches into the METRICS, each float64 [P].
 
     The devices are read back once, and the processes add up what each of them has read.
     """
@@ -80,7 +83,7 @@ def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]
 
 
 def evaluate(
-    model: nnx.Module | Supernet, evaluation_set: EvaluationSet, genes=None
+    model: Network | Supernet, evaluation_set: EvaluationSet, genes=None
 ) -> dict[str, np.ndarray]:
     """Means over the images: how often the right class comes first, and its log-likelihood.
 
@@ -95,24 +98,24 @@ def evaluate(
       {"top1": float64 [P], "log_likelihood": float64 [P]}, P = 1 for a plain model.
 
     Raises:
-      ValueError: genes that do not fit the supernet, or genes for a plain model.
+      InputError: genes that do not fit the supernet, or genes for a plain model.
     """
-    population = [None]
+    population: Sequence[np.ndarray | None] = [None]
     if isinstance(model, Supernet):
-        population = np.atleast_2d(model.space.validate(genes))
+        population = list(np.atleast_2d(model.space.validate(genes)))
         model = model.network
     elif genes is not None:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
-    graphdef, parameters = functional.split(model)
+    structure, parameters = functional.split(model)
     mesh = evaluation_set.mesh
     parameters = replicate(parameters, mesh)
-    run = functools.partial(sum_model_metrics, graphdef, mesh, parameters)
+    run = functools.partial(sum_model_metrics, structure, mesh, parameters)
     sums = [[run(batch, one) for batch in evaluation_set.batches] for one in population]
     return means(sums, evaluation_set.num_images)
 
 
 def top1(
-    model: nnx.Module | Supernet, evaluation_set: EvaluationSet, genes=None
+    model: Network | Supernet, evaluation_set: EvaluationSet, genes=None
 ) -> float | np.ndarray:
     """Share of the images whose class comes first; arguments as in `evaluate`.
 

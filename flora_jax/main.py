@@ -6,6 +6,7 @@ import pathlib
 import platform
 import signal
 import sys
+import traceback
 
 import absl.logging
 import jax
@@ -13,11 +14,14 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from flora_jax import pipeline, processes
+from flora_jax import pipeline
+from flora_jax.cluster import processes
+from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
-from flora_jax.run import Run
+from flora_jax.preflight.topology import check_topology, use_compiler_only
 from flora_jax.stages.predictions import check_predictions
-from flora_jax.topology import check_topology, use_compiler_only
+from flora_jax.stages.run import Run
+from flora_jax.stages.settings import Settings
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
 # A default file would be read here at once, and the overrides meant for another file applied to it.
@@ -40,12 +44,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, which JAX finds on TPU, SLURM and Kubernetes."
 )
-_USER_ERRORS = (
-    ValueError,
-    OSError,
-    ImportError,
-    RuntimeError,
-    FloatingPointError,
+_TRACEBACK = flags.DEFINE_bool(
+    "traceback", False, "Show where an error comes from, also where its message says it all."
 )
 
 
@@ -60,9 +60,11 @@ def main(arguments: list[str]) -> None:
             use_compiler_only()
         _show_log()
         if _CHECK_TOPOLOGY.value:
-            print(check_topology(_CONFIG.value, _CHECK_TOPOLOGY.value))
+            settings = Settings.from_config(_CONFIG.value)
+            print(check_topology(settings, _CHECK_TOPOLOGY.value))
         elif _CHECK_PREDICTIONS.value:
-            check_predictions(Run(_CONFIG.value, epath.Path(_WORKDIR.value)))
+            settings = Settings.from_config(_CONFIG.value)
+            check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
         else:
             pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
     except processes.Stopped as stopped:
@@ -71,13 +73,18 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         processes.exit_at_once(128 + signal.SIGINT)
-    except _USER_ERRORS as error:
+    except UserError as error:
+        if _TRACEBACK.value:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        processes.exit_at_once(1)
+    except Exception:  # a fault of ours; Python's own exit might wait for other processes
+        traceback.print_exc()
         processes.exit_at_once(1)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    """A config field that does not exist, or has another type, is a user's error: no traceback."""
+    """Parses the flags; a config field that does not exist is the user's error: no traceback."""
     if not any(argument.split("=")[0] in ("--config", "-config") for argument in arguments):
         arguments = [arguments[0], f"--config={_DEFAULT_CONFIG}", *arguments[1:]]
     try:
@@ -87,17 +94,17 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _configure_jax() -> None:
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         # A folder for each machine: programs for one CPU may not run on another.
         compiled = user_cache_dir("compiled") / platform.node()
         jax.config.update("jax_compilation_cache_dir", os.fspath(compiled))
-    if jax.config.jax_num_cpu_devices > 1:
+    if jax.config.values["jax_num_cpu_devices"] > 1:
         # Several programs in flight at once would wait for each other's threads for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _show_log() -> None:
-    """Our own lines in full; of the libraries', warnings only."""
+    """Shows our own lines in full, and of the libraries' warnings only."""
     absl.logging.set_verbosity(absl.logging.WARNING)
     # The exceptions that Orbax logs in its threads are also raised, as the error of the save.
     absl.logging.get_absl_logger().addFilter(

@@ -1,9 +1,6 @@
+import fcntl
 import math
 import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 # Most of the time goes into compiling; before JAX is imported, also for the processes we start.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -14,69 +11,40 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+
+# Every mixture of dtypes and of ranks is written out, also in the processes we start.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import hypothesis
 import jax
 import numpy as np
 import pytest
-from etils import epath
 from jax.extend.core import jaxprs_in_params
 
 import flora_jax as flora
 from flora_jax.models import functional
+from tests.helpers.commands import DATA, run_flora
+from tests.helpers.files import untracked_files
 
-DATA = pathlib.Path(__file__).parent / "data"
-ROOT = pathlib.Path(__file__).parents[1]
-TINY_CONFIG = "configs/deit_t.py:runlocal"
-
-
-def flora_command(workdir: pathlib.Path, *arguments: str) -> dict:
-    """Arguments for subprocess: the command line on the tiny config, as a user starts it."""
-    command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
-    return {"args": [*command, f"--workdir={workdir}", *arguments], "cwd": ROOT}
+_BEFORE = pytest.StashKey[set[str]]()
 
 
-def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        **flora_command(workdir, *arguments),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+def pytest_sessionstart(session) -> None:
+    if not hasattr(session.config, "workerinput"):  # not in each worker, but around them all
+        session.config.stash[_BEFORE] = untracked_files()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def pytest_sessionfinish(session) -> None:
+    """Tests that leave something in the tree have failed."""
+    before = session.config.stash.get(_BEFORE, None)
+    if before is not None and (left := untracked_files() - before):
+        print(f"\nthe tests have left in the tree: {', '.join(sorted(left))}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def largest_file(folder: pathlib.Path) -> pathlib.Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def flip_a_bit(file: epath.Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def run_benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, f"benchmarks/{name}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,10 +58,17 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of one whole run. Tests read it and leave it as it is."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = run_flora(workdir)
-    assert done.returncode == 0, done.stderr
+    """The folder of one whole run. Tests read it and leave it as it is.
+
+    One of the workers makes it, and the others wait for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    workdir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    with workdir.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "report.png").exists():
+            done = run_flora(workdir)
+            assert done.returncode == 0, done.stderr
     return workdir
 
 
@@ -148,10 +123,10 @@ def tiny_spec():
 @pytest.fixture(scope="session")
 def tiny_model(tiny_spec):
     """Random weights, biases too."""
-    graphdef, parameters = functional.split(flora.create(tiny_spec, seed=1))
+    structure, parameters = functional.split(flora.create(tiny_spec, seed=1))
     rng = np.random.default_rng(1)
     noise = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in parameters.items()}
-    return functional.merge(graphdef, {n: p + 0.3 * noise[n] for n, p in parameters.items()})
+    return functional.merge(structure, {n: p + 0.3 * noise[n] for n, p in parameters.items()})
 
 
 @pytest.fixture(scope="session")

@@ -1,35 +1,22 @@
 """The benchmarks run and print what their documentation says, on the smallest case."""
 
-import os
-
 import pytest
 
 from benchmarks.seeds import summary
-from tests.conftest import run_benchmark
-
-TAKES_A_MINUTE = pytest.mark.skipif(
-    os.environ.get("FLORA_SLOW_TESTS") != "1", reason="takes a minute; FLORA_SLOW_TESTS=1 runs it"
-)
+from tests.helpers.commands import run_benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program, last_line",
     [
         ("full_size.py --model tiny --batch 1 --steps 1", "within the limit of 16 GiB"),
         ("data.py --images 4 --batch 2 --batches 1 --rounds 1", "train, 2 workers"),
         ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
-        ("subnet.py --model deit_t --batch 1 --rounds 1 --subnets 1", "FLORA on ViT-Slim"),
-        pytest.param(
-            "step.py --model deit_t --batch 1 --rounds 1 --fitted 2 --without torch dense",
-            "R2",
-            marks=TAKES_A_MINUTE,
-        ),
-        ("scoring.py --model deit_t --batch 1 --rounds 1 --triples 2", "as whole networks"),
-        pytest.param(
-            "compile.py --model deit_t --batch 1",
-            "peak of sliced over masked",
-            marks=TAKES_A_MINUTE,
-        ),
+        ("subnet.py --model two_blocks --batch 1 --rounds 1 --subnets 1", "FLORA on ViT-Slim"),
+        ("step.py --model two_blocks --batch 1 --rounds 1 --fitted 2 --without torch dense", "R2"),
+        ("scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2", "as whole networks"),
+        ("compile.py --model two_blocks --batch 1", "peak of sliced over masked"),
         ("checkpoints.py --every 2 --intervals 2 --rounds 1", "cost of checkpoints"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
     ],

@@ -17,9 +17,13 @@ from gcp_storage_emulator.handlers import objects
 import flora_jax as flora
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.models import functional
-from tests.checkpoint.conftest import program, restored_step, state_at
-from tests.conftest import ROOT, flip_a_bit, free_port
-from tests.test_faults import OFTEN, assert_same_run, long, run_flora, send_when
+from tests.helpers.checkpoints import program, restored_step, state_at
+from tests.helpers.commands import ROOT, free_port, run_flora
+from tests.helpers.faults import OFTEN, assert_same_run, send_when
+from tests.helpers.files import flip_a_bit
+
+pytestmark = pytest.mark.slow
+
 
 FILES = "/storage/v1/b/bucket/o/"
 MOVE = r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
@@ -97,7 +101,7 @@ def save_and_load() -> None:
     )
     model = flora.create(spec)
     flora.save(model, "gs://bucket/model")
-    flora.io.export.export_timm(model, "gs://bucket/timm.safetensors")
+    flora.export_timm(model, "gs://bucket/timm.safetensors")
     for path in ("gs://bucket/model", "gs://bucket/timm.safetensors"):
         ours, theirs = (functional.split(m)[1] for m in (model, flora.from_pretrained(path, spec)))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -108,7 +112,7 @@ def test_models(address):
     assert output("save_and_load()") == ["same", "same"]
 
 
-@long
+@pytest.mark.faults
 def test_a_whole_run_is_killed_and_goes_on(address, finished_run, tmp_path):
     def has_saved() -> bool:
         manifest = urllib.parse.quote("run/supernet/checkpoints/manifests/60.json", safe="")

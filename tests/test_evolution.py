@@ -15,7 +15,6 @@ from flora_jax.search.evolution import (
     EvolutionSettings,
     cross_blocks,
     evolve,
-    front,
     mutate,
 )
 from flora_jax.search.history import read_history
@@ -167,7 +166,7 @@ def test_resumes_at_every_generation(tmp_path, whole_history, generations_left, 
         assert evolve(SPACE, score, SPACE.macs_cost, WINDOW, SMALL, 7, path) == best
     assert path.read_bytes() == content
     assert len(calls) == SMALL.generations - generations_left
-    assert bool(caplog.records) == (tail != b"" or generations_left == 0)
+    assert bool(caplog.records) == (tail != b"")
 
 
 @given(st.data())
@@ -192,8 +191,11 @@ def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
     [
         ({"seed": 8}, "seed 7 instead of 8"),
         ({"window": (LEAST, MOST)}, "window .* instead of"),
-        ({"cost": OTHER_COST}, "unit MACs instead of cells, costs .* instead of"),
-        ({"settings": EvolutionSettings()}, "settings .* instead of"),
+        ({"cost": OTHER_COST}, "costs .* instead of .*, unit MACs instead of cells"),
+        (
+            {"settings": EvolutionSettings()},
+            r"settings\.crossovers 3 instead of 25, settings\.generations",
+        ),
         ({"space": REGULAR}, "space .* instead of"),
     ],
 )
@@ -262,19 +264,6 @@ def test_bad_scores(tmp_path, scores):
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         EvolutionSettings(**change)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
-def test_front(points):
-    macs, top1 = np.array(points).reshape(-1, 2).T
-    found = front(macs, top1)
-
-    def beaten(i):
-        as_good = (macs <= macs[i]) & (top1 >= top1[i])
-        return (as_good & ((macs < macs[i]) | (top1 > top1[i]))).any()
-
-    unbeaten = {points[i] for i in range(len(points)) if not beaten(i)}
-    assert [points[i] for i in found] == sorted(unbeaten)
 
 
 def test_history_is_json_lines(whole_history):

@@ -1,6 +1,6 @@
 """A run that something terrible happened to ends as one that nothing happened to.
 
-`make faults` runs all of this; `make test` what is not marked as long.
+`make faults` runs all of this; `make test` what is not marked `faults`.
 """
 
 import json
@@ -11,58 +11,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-from safetensors.numpy import load_file
 
-import flora_jax as flora
-from flora_jax import processes
-from flora_jax.models import functional
-from tests.conftest import (
-    ROOT,
-    TINY_CONFIG,
-    flip_a_bit,
-    flora_command,
-    largest_file,
-    run_flora,
-)
+from flora_jax.cluster import processes
+from tests.helpers.commands import ROOT, TINY_CONFIG, flora_command, run_flora
+from tests.helpers.faults import OFTEN, assert_same_run, end_of, send_when
+from tests.helpers.files import flip_a_bit, largest_file
 
-long = pytest.mark.long_faults
-OFTEN = tuple(
-    f"--config.{stage}.checkpoint_every=20"
-    for stage in ("pretrain", "filter.train", "supernet", "finetune")
-)
-
-
-def end_of(process: subprocess.Popen, condition, send) -> tuple[int, str, float]:
-    """Sends a signal once the condition holds: exit status, stderr, seconds until the end."""
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
-    reader.start()
-    deadline = time.monotonic() + 400
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    send()
-    sent = time.monotonic()
-    status = process.wait(timeout=100)
-    seconds = time.monotonic() - sent
-    reader.join()
-    return status, errors[0], seconds
-
-
-def send_when(condition, signal_number: int, workdir: pathlib.Path) -> tuple[int, str]:
-    """Starts the command, and sends the signal once the condition holds: exit status, stderr."""
-    with subprocess.Popen(
-        **flora_command(workdir, *OFTEN), stderr=subprocess.PIPE, text=True
-    ) as process:
-        status, errors, seconds = end_of(
-            process, condition, lambda: process.send_signal(signal_number)
-        )
-    assert seconds < 60
-    return status, errors
+pytestmark = pytest.mark.slow
 
 
 def has_saved(workdir: pathlib.Path, stage: str, step: int):
@@ -81,25 +39,6 @@ def has_done(workdir: pathlib.Path, stage: str):
 def after(seconds: float):
     moment = time.monotonic() + seconds
     return lambda: time.monotonic() > moment
-
-
-def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """Bit for bit."""
-    for file in ("filter/space.json", "search/history.jsonl", "result.json"):
-        assert (workdir / file).read_bytes() == (other / file).read_bytes(), file
-    for stage in ("pretrain", "supernet", "finetune/subnet"):
-        metrics = f"{stage}/metrics.jsonl"
-        assert (workdir / metrics).read_text() == (other / metrics).read_text()
-    pairs = [
-        tuple(load_file(run / name / "model.safetensors") for run in (workdir, other))
-        for name in ("dense", "subnet", "uniform")
-    ]
-    pairs.append(
-        tuple(functional.split(flora.load(run / "supernet").network)[1] for run in (workdir, other))
-    )
-    for ours, theirs in pairs:
-        assert ours.keys() == theirs.keys()
-        assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
 def finish_and_compare(workdir: pathlib.Path, finished_run: pathlib.Path) -> str:
@@ -162,7 +101,7 @@ DAMAGES = (
 )
 
 
-@long
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage(damage, killed, finished_run, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
@@ -215,7 +154,7 @@ def test_a_second_run_is_refused(killed, tmp_path):
     assert f"error: {workdir} is in use by another run: process {first.pid} on" in second.stderr
 
 
-@long
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(seed, finished_run, tmp_path):
     """Twenty in all, five to a run, anywhere from its first second to its last stage."""
@@ -226,7 +165,7 @@ def test_killed_at_random_moments(seed, finished_run, tmp_path):
     finish_and_compare(tmp_path / "run", finished_run)
 
 
-@long
+@pytest.mark.faults
 @pytest.mark.parametrize("spare", [100_000, 400_000])
 def test_a_full_disk(spare, killed, finished_run, tmp_path):
     """A file system of the size that the run has already, and some bytes to spare."""
@@ -268,7 +207,7 @@ def signal_the_second_when(condition, name: str, workdir: pathlib.Path) -> tuple
         return end_of(both, condition, lambda: subprocess.run(command, check=True))
 
 
-@long
+@pytest.mark.faults
 def test_one_of_two_processes_is_killed_and_later_told_to_end(finished_run, tmp_path):
     """A whole run of two processes with two devices each, which is the run of one."""
     workdir = tmp_path / "run"

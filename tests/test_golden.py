@@ -53,7 +53,7 @@ def genes(golden):
     return np.searchsorted(golden["ratios"], golden["configs"]).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["masked", "sliced"])
+@pytest.fixture(scope="module", params=[pytest.param("masked", marks=pytest.mark.slow), "sliced"])
 def supernet(request, model, space):
     return flora.factorize(model, space, implementation=request.param)
 
@@ -85,10 +85,10 @@ def test_macs(space, genes, golden, supernet, config):
 
 
 def test_distillation_loss_and_gradients(supernet, images, genes, golden):
-    graphdef, parameters = functional.split(supernet.network)
+    structure, parameters = functional.split(supernet.network)
 
     def loss(parameters):
-        logits = functional.merge(graphdef, parameters)(images, jnp.asarray(genes[0]))
+        logits = functional.merge(structure, parameters, jnp.asarray(genes[0]))(images)
         return task_loss(logits, golden["teacher_probs"])
 
     value, gradient = jax.value_and_grad(loss)(parameters)

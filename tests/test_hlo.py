@@ -2,8 +2,8 @@
 
 import pytest
 
-from flora_jax import hlo
-from tests.conftest import DATA
+from flora_jax.preflight import hlo
+from tests.helpers.commands import DATA
 
 
 @pytest.fixture(scope="module")

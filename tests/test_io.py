@@ -7,8 +7,8 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.io.files import read_json, replacing, write_json
-from flora_jax.io.folder import describe, save_description
 from flora_jax.models import functional
+from flora_jax.weights.folder import describe, save_description_once
 
 WEIGHTS = "model.safetensors"
 
@@ -31,10 +31,10 @@ def saved(tiny_model, tmp_path):
 
 
 def assert_same_parameters(ours, theirs):
-    (graphdef, parameters), (their_graphdef, their_parameters) = map(
+    (structure, parameters), (their_structure, their_parameters) = map(
         functional.split, (ours, theirs)
     )
-    assert graphdef == their_graphdef
+    assert structure == their_structure
     assert parameters.keys() == their_parameters.keys()
     for name, value in parameters.items():
         assert value.dtype == their_parameters[name].dtype
@@ -106,7 +106,7 @@ def test_description_lacks_a_field(saved, field):
 def test_not_a_model(tmp_path, saved):
     with pytest.raises(FileNotFoundError, match=r"nowhere has no spec\.json: not a folder"):
         flora.load(tmp_path / "nowhere")
-    save_description(flora.load(saved), tmp_path / "another")
+    save_description_once(flora.load(saved), tmp_path / "another")
     with pytest.raises(FileNotFoundError, match=r"saved model; inside it are another, model$"):
         flora.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
@@ -144,7 +144,7 @@ def test_replacing_is_all_or_nothing(tmp_path):
 
 def test_save_that_fails_keeps_the_old_model(saved, subnet, tiny_model, monkeypatch):
     files = sorted(saved.iterdir())
-    monkeypatch.setattr("flora_jax.io.folder.sha256", _fail)  # the weights are written
+    monkeypatch.setattr("flora_jax.weights.folder.sha256", _fail)  # the weights are written
     with pytest.raises(OSError, match="disk full"):
         flora.save(subnet, saved)
     monkeypatch.undo()

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from configs import common, deit_t
-from flora_jax import pipeline
+from configs import deit_t
+from flora_jax import pipeline, timing
 from flora_jax.models.swin_spec import SwinSpec
-from flora_jax.run import Run
 from flora_jax.search import latency
 from flora_jax.search.history import read_history
 from flora_jax.search.latency import LatencyTable, measure, measure_networks
-from flora_jax.stages import STAGES
+from flora_jax.stages.budget import latency_window, load_latency_table
+from flora_jax.stages.flora import search
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_space
+from flora_jax.stages.settings import FLORA_STAGES, Settings
 
 BATCH = 3
 SWIN = SwinSpec(
@@ -46,7 +49,7 @@ def ideal_device(monkeypatch, count_macs):
 
     monkeypatch.setattr(latency, "_compiled", compiled)
     stopped = types.SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
-    monkeypatch.setattr(latency, "time", stopped)
+    monkeypatch.setattr(timing, "time", stopped)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "slim"])
@@ -76,7 +79,7 @@ def test_networks_are_measured_in_turn(tiny_spec, dtype):
     assert all(ms.shape == (4,) and (ms > 0).all() for ms in times.values())
 
 
-STAGES_OF_TEST = tuple(name for name in common.STAGES if name != "finetune")
+STAGES_OF_TEST = tuple(name for name in FLORA_STAGES if name != "finetune")
 
 
 def latency_run(finished_run, folder, **changes) -> Run:
@@ -89,9 +92,10 @@ def latency_run(finished_run, folder, **changes) -> Run:
         shutil.copytree(finished_run / name, folder / name)
     done = {name: {"seconds": 1} for name in ("pretrain", "filter", "supernet")}
     (folder / "stages.json").write_text(json.dumps(done))
-    return Run(config, folder)
+    return Run(Settings.from_config(config), folder)
 
 
+@pytest.mark.slow
 def test_search_spends_latency(finished_run, tmp_path, capsys, monkeypatch):
     run = latency_run(finished_run, tmp_path / "run", **{"budget.latency": (0.3, 0.9)})
 
@@ -105,12 +109,13 @@ def test_search_spends_latency(finished_run, tmp_path, capsys, monkeypatch):
         return dataclasses.replace(table, change_ms=quick)
 
     monkeypatch.setattr("flora_jax.stages.flora.measure", measure_and_make_low_ranks_quick)
-    pipeline.run(run.config, run.folder)
-    table, space = run.latency_table, run.space
+    pipeline.run(run.settings.to_config(), run.folder)
+    table, space = load_latency_table(run), load_space(run)
     candidates = read_history(run.folder / "search/history.jsonl")
     costs = table.cost(np.array([candidate.genes for candidate in candidates]))
     assert [candidate.cost for candidate in candidates] == costs.tolist()
-    assert run.latency_window[0] <= costs.min() <= costs.max() <= run.latency_window[1]
+    low, high = latency_window(run.settings, table)
+    assert low <= costs.min() <= costs.max() <= high
 
     best = json.loads((run.folder / "search/best.json").read_text())
     assert best["macs"] == space.macs(best["genes"])
@@ -129,14 +134,15 @@ def test_search_spends_latency(finished_run, tmp_path, capsys, monkeypatch):
     table_file = (run.folder / "search/latency.json").read_bytes()
     first_lines = b"".join(whole.splitlines(keepends=True)[:2])
     (run.folder / "search/history.jsonl").write_bytes(first_lines)
-    STAGES["search"](run)
+    search(run, Images(run.settings))
     assert (run.folder / "search/latency.json").read_bytes() == table_file
     assert (run.folder / "search/history.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_unreachable_latency(finished_run, tmp_path):
     run = latency_run(finished_run, tmp_path / "run", **{"budget.latency": (0.2, 0.3)})
-    changes = tuple((-0.01,) * (len(ranks) - 1) + (0.0,) for ranks in run.space.choices)
+    changes = tuple((-0.01,) * (len(ranks) - 1) + (0.0,) for ranks in load_space(run).choices)
     table = LatencyTable("an engine", 16, "float32", 1.0, 1.0, changes)
     (run.folder / "search").mkdir()
     (run.folder / "search/latency.json").write_text(json.dumps(table.to_json()))
@@ -145,5 +151,5 @@ def test_unreachable_latency(finished_run, tmp_path):
         match=r"\(0\.2, 0\.3\) cannot be reached: the space spans 0\.940\.\.1\.000 of the dense "
         r"model's 1\.00 ms on an engine",
     ):
-        STAGES["search"](run)
+        search(run, Images(run.settings))
     assert not (run.folder / "search/history.jsonl").exists()

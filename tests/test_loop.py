@@ -9,8 +9,12 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
+from flora_jax.models.block import run_blocks
 from flora_jax.models.loop import Loop
 from flora_jax.slim import add_gates
+
+pytestmark = pytest.mark.slow
+
 
 VIT = flora.ViTSpec(
     image_size=8, patch_size=2, embed_dim=8, depth=3, num_heads=2, num_classes=3, distilled=True
@@ -61,16 +65,15 @@ def two_widths(spec):
 )
 def test_a_loop_changes_nothing(make, spec, num_loops):
     model, genes = make(spec)
-    graphdef, parameters = functional.split(model)
+    structure, parameters = functional.split(model)
     images = jax.random.normal(jax.random.key(1), (2, *spec.image_shape))
 
-    def loss(parameters, loop):
-        model = functional.merge(graphdef, parameters)
-        model.loop = loop
-        return jnp.square(model(images, genes)).sum()
+    def loss(parameters, run):
+        model = functional.merge(structure, parameters, genes)
+        return jnp.square(model(images, run)).sum()
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    expected = compute(parameters, None)
+    expected = compute(parameters, run_blocks)
     for rematerialize in (False, True):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

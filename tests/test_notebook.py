@@ -2,7 +2,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -18,6 +18,7 @@ def test_stored_without_results(notebook):
     assert [cell.id for cell in cells if cell.outputs or cell.execution_count] == []
 
 
+@pytest.mark.slow
 def test_runs_on_a_finished_run(notebook, finished_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FLORA_RUN", str(finished_run))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

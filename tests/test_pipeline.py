@@ -1,5 +1,6 @@
 """The command line from end to end: results, skipping, being killed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,14 +10,19 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import flora_jax as flora
-from configs import common, deit_t, digits_swin
+from configs import deit_t, digits_swin
 from flora_jax import pipeline
 from flora_jax.models import functional
-from flora_jax.run import Run
 from flora_jax.search.history import read_history
 from flora_jax.stages import STAGES
+from flora_jax.stages.images import Images
 from flora_jax.stages.predictions import check_predictions
-from tests.conftest import run_flora
+from flora_jax.stages.run import Run, load_base, load_space
+from flora_jax.stages.settings import FLORA_STAGES, Settings
+from flora_jax.stages.training import train_stage
+from tests.helpers.commands import run_flora
+
+pytestmark = pytest.mark.slow
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -113,18 +119,27 @@ def test_other_uniform_baselines(finished_run, tmp_path, baseline):
 
 
 def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
-    stages = tuple(name for name in common.STAGES if name != "filter")
-    assert Run(tiny_config(stages=stages), tmp_path).space.contains([0] * 6)
+    stages = tuple(name for name in FLORA_STAGES if name != "filter")
+    run = Run(Settings.from_config(tiny_config(stages=stages)), tmp_path)
+    flora.save(flora.create(run.spec), run.folder / "dense")
+    assert load_space(run).contains([0] * 6)
 
 
 def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, capsys):
     losses = []
     for stored in (False, True):
         config = tiny_config(**{"finetune.epochs": 1.0, "finetune.stored_predictions": stored})
-        run = Run(config, tmp_path / str(stored))
+        run = Run(Settings.from_config(config), tmp_path / str(stored))
         shutil.copytree(finished_run / "dense", run.folder / "dense")
         model = flora.load(finished_run / "subnet")
-        trained = run.train(model, config.finetune, "finetune/subnet")
+        trained = train_stage(
+            run,
+            model,
+            run.settings.finetune,
+            "finetune/subnet",
+            Images(run.settings).train,
+            teacher=load_base(run),
+        )
         assert trained.spec == model.spec
         lines = (run.folder / "finetune/subnet/metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
@@ -137,9 +152,9 @@ def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, ca
     shutil.rmtree(run.folder / "dense")
     flora.save(flora.create(run.spec, seed=9), run.folder / "dense")
     with pytest.raises(ValueError, match=r"holds other predictions(.|\n)*teacher: "):
-        check_predictions(Run(config, run.folder))
+        check_predictions(run)
     with pytest.raises(FileNotFoundError, match="has stored no predictions"):
-        check_predictions(Run(config, tmp_path / "False"))
+        check_predictions(dataclasses.replace(run, folder=tmp_path / "False"))
 
 
 def test_swin_from_end_to_end(tmp_path):

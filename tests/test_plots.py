@@ -81,6 +81,7 @@ def test_trade_off_of_large_models_is_in_giga():
     assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=4))
 def test_labels_of_points_never_overlap(values):
@@ -153,6 +154,7 @@ def test_loss_axis_is_linear_where_a_logarithm_would_not_help(losses):
     assert ax.get_yscale() == "linear"
 
 
+@pytest.mark.slow
 def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
     figure = example_figure()
     titles = {ax.get_title(loc="left") for ax in figure.axes}
@@ -187,6 +189,7 @@ def test_sparse_runs_still_give_a_picture(changes, tmp_path):
         image.verify()
 
 
+@pytest.mark.slow
 def test_pyplot_stays_out():
     program = (
         "import sys\n"
@@ -197,3 +200,16 @@ def test_pyplot_stays_out():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_front(points):
+    macs, top1 = np.array(points).reshape(-1, 2).T
+    found = plots.front(macs, top1)
+
+    def beaten(i):
+        as_good = (macs <= macs[i]) & (top1 >= top1[i])
+        return (as_good & ((macs < macs[i]) | (top1 > top1[i]))).any()
+
+    unbeaten = {points[i] for i in range(len(points)) if not beaten(i)}
+    assert [points[i] for i in found] == sorted(unbeaten)

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax import processes
+from flora_jax.cluster import processes
+from flora_jax.cluster.mesh import make_mesh
 from flora_jax.io.files import locked, write_json
-from flora_jax.io.folder import save_description
-from flora_jax.mesh import make_mesh
 from flora_jax.search.evolution import EvolutionSettings, evolve
-from tests.conftest import ROOT, free_port
-from tests.train.conftest import (
+from flora_jax.weights.folder import save_description_once
+from tests.helpers.commands import ROOT, free_port
+from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
     SPACE,
@@ -32,6 +32,9 @@ from tests.train.conftest import (
     metrics_of,
     run,
 )
+
+pytestmark = pytest.mark.processes
+
 
 STEPS = dataclasses.replace(SETTINGS, steps=20, checkpoint_every=5)
 ENDLESS = dataclasses.replace(SETTINGS, steps=100_000, checkpoint_every=50_000)
@@ -52,7 +55,7 @@ def train_and_search(directory: pathlib.Path) -> None:
         folder = directory / layout
         network = run(folder, STEPS, local_batches, mesh=make_mesh(fsdp))
         found[layout] = [line["loss"] for line in metrics_of(folder)]
-    save_description(flora.Supernet(network, SPACE), folder)
+    save_description_once(flora.Supernet(network, SPACE), folder)
     supernet = flora.load(folder)  # as another stage does
     images = flora.EvaluationSet(
         [batch_of(100) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}], NORMALIZATION
@@ -103,7 +106,7 @@ def member(
     """The program of one process."""
     if num_processes > 1:
         processes.connect(coordinator, num_processes, process_id)
-    with mock.patch("flora_jax.mesh.SMALLEST_SHARDED", 1):
+    with mock.patch("flora_jax.cluster.mesh.SMALLEST_SHARDED", 1):
         globals()[name](pathlib.Path(directory), *arguments)
 
 
@@ -213,7 +216,7 @@ def test_told_to_end_all_save_the_same_step_and_go_on_from_there(num_processes, 
     run(tmp_path, until, lambda start: iter(()))  # it is complete
 
 
-@pytest.mark.long_faults
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["fail_alone", "train_until_told_to_end"])
 def test_one_that_is_gone_does_not_leave_the_other_waiting(name, tmp_path):
     """It has failed, or was killed."""

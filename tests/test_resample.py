@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.models.resample import resample_pos_embed, resample_relative_position_table
+from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_laws(law):
 
 
 def test_unknown_law():
-    with pytest.raises(ValueError, match=r"unknown law 'low_rank'.*nearest: low_rank_aware"):
+    with pytest.raises(ValueError, match=r"unknown law 'low_rank'.*did you mean 'low_rank_aware'"):
         RankSpace.regular(ONE_BLOCK).sample(np.random.default_rng(0), 1, law="low_rank")
 
 

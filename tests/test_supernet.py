@@ -77,11 +77,11 @@ def test_extracted_network_is_the_supernet_at_these_genes(supernet, tiny_space, 
 def test_extract_ranks_that_the_space_does_not_list(supernet, tiny_model, tiny_images):
     """Against the dense model with each kernel replaced by its best approximation of that rank."""
     ranks = (1, 3, 5, 7, 8, 6)
-    graphdef, parameters = functional.split(tiny_model)
+    structure, parameters = functional.split(tiny_model)
     for layer, rank in zip(tiny_model.spec.layers, ranks, strict=True):
         left, s, right = np.linalg.svd(parameters[f"{layer.name}.kernel"], full_matrices=False)
         parameters[f"{layer.name}.kernel"] = (left[:, :rank] * s[:rank]) @ right[:rank]
-    wanted = functional.merge(graphdef, parameters)(tiny_images)
+    wanted = functional.merge(structure, parameters)(tiny_images)
     subnet = extract_ranks(supernet, ranks)
     np.testing.assert_allclose(subnet(tiny_images), wanted, atol=1e-5)
     assert subnet.spec.ranks == (1, 3, 5, None, None, 6)
@@ -138,7 +138,7 @@ def test_factorize_errors(tiny_model, micro_space, tiny_space):
     with pytest.raises(ValueError, match="spec is not the spec of the rank space"):
         flora.factorize(tiny_model, micro_space)
     with pytest.raises(
-        ValueError, match="unknown implementation 'scanned'; choose masked, sliced, tiled"
+        ValueError, match="unknown implementation 'scanned'; choose one of masked, sliced, tiled"
     ):
         flora.factorize(tiny_model, tiny_space, implementation="scanned")
 
@@ -211,9 +211,9 @@ def test_singular_values_go_into_up_for_fc2_alone(supernet, tiny_model):
 
 
 def test_abstract_supernet(supernet, tiny_space):
-    graphdef, shapes = functional.split(abstract_supernet(tiny_space).network)
-    real_graphdef, real = functional.split(supernet.network)
-    assert graphdef == real_graphdef
+    structure, shapes = functional.split(abstract_supernet(tiny_space).network)
+    real_structure, real = functional.split(supernet.network)
+    assert structure == real_structure
     assert {name: s.shape for name, s in shapes.items()} == {n: p.shape for n, p in real.items()}
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.layers import make_linear
+from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin import WindowAttention
 from flora_jax.models.swin_spec import Stage
 from flora_jax.search.block_scores import score_block
@@ -24,7 +25,9 @@ def attention_spelled_out(attention, x, stage, shift):
     side, window, heads = stage.grid_size, stage.window_size, attention.num_heads
     row, column = np.divmod(np.arange(side**2), side)
     window_of = np.stack([(row - shift) // window, (column - shift) // window], -1)
-    qkv = np.asarray(x @ attention.qkv.kernel + attention.qkv.bias).reshape(side**2, 3, heads, -1)
+    qkv = np.asarray(x @ attention.qkv.kernel + attention.qkv.bias[None]).reshape(
+        side**2, 3, heads, -1
+    )
     table = np.asarray(attention.relative_position_bias_table[...])
     mixed = np.zeros((side**2, heads, qkv.shape[-1]))
     for i in range(side**2):
@@ -50,7 +53,10 @@ def attention_spelled_out(attention, x, stage, shift):
 )
 def test_window_attention(grid_size, window_size, shift):
     stage = Stage(6, grid_size, window_size, depth=1, num_heads=2)
-    attention = WindowAttention(stage, shift, BlockSpec(2, 5, 7), True, rngs=nnx.Rngs(0))
+    qkv = LinearShape("qkv", 6, 3 * 2 * 5, grid_size**2)
+    attention = WindowAttention(
+        stage, shift, qkv, BlockSpec(2, 5, 7), make_linear, rngs=nnx.Rngs(0)
+    )
     table = attention.relative_position_bias_table
     rng = np.random.default_rng(0)
     attention.relative_position_bias_table[...] = jnp.float32(rng.normal(size=table.shape))
@@ -61,6 +67,7 @@ def test_window_attention(grid_size, window_size, shift):
         np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_larger_than_the_image_is_the_image():
     fields = {"image_size": 8, "patch_size": 2, "embed_dim": 4, "num_classes": 3}
     small, large = (
@@ -125,10 +132,10 @@ def tiny_swin():
         num_classes=3,
         absolute_pos_embed=True,
     )
-    graphdef, parameters = functional.split(flora.create(spec))
+    structure, parameters = functional.split(flora.create(spec))
     rng = np.random.default_rng(1)
     return functional.merge(
-        graphdef,
+        structure,
         {name: p + np.float32(0.3 * rng.normal(size=p.shape)) for name, p in parameters.items()},
     )
 
@@ -144,6 +151,7 @@ def images():
     return np.random.default_rng(2).integers(0, 256, (10, 8, 8, 3), np.uint8)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(genes=st.lists(st.integers(0, 2), min_size=9, max_size=9))
 def test_extracted_network_is_the_supernet_at_these_genes(supernet, images, genes):
@@ -153,6 +161,7 @@ def test_extracted_network_is_the_supernet_at_these_genes(supernet, images, gene
     assert flora.num_params(subnet.spec) == supernet.space.params(genes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_score_block_measures_the_whole_network(supernet, images, block):
     labels = np.arange(10, dtype=np.int32) % 3
@@ -166,9 +175,10 @@ def test_score_block_measures_the_whole_network(supernet, images, block):
     np.testing.assert_allclose(scores["log_likelihood"], expected["log_likelihood"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_give_bfloat16_logits(tiny_swin, images):
-    graphdef, parameters = functional.split(tiny_swin)
-    narrow = functional.merge(graphdef, {n: p.astype(jnp.bfloat16) for n, p in parameters.items()})
+    structure, parameters = functional.split(tiny_swin)
+    narrow = functional.merge(structure, {n: p.astype(jnp.bfloat16) for n, p in parameters.items()})
     x = images / np.float32(255)
     logits = narrow(jnp.bfloat16(x))
     assert logits.dtype == jnp.bfloat16

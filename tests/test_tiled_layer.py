@@ -16,12 +16,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.lowrank.products import masked_product
 from flora_jax.lowrank.tiled import BLOCKS, TILE, tiled_product
-from tests.conftest import ROOT
+from tests.helpers.commands import ROOT
 
 # tokens, in, out, ranks
 FILLED = (2 * BLOCKS[0], 32, 24, (TILE, 2 * TILE))
 FILLED_IN_PART = (BLOCKS[0] + 45, 40, 72, (16, 96, 130, 200))
 SMALL = (3, 12, 20, (2, 5, 9, 12))  # less than one block and one tile
+
+
+pytestmark = pytest.mark.slow
 
 
 def arrays(tokens, in_features, out_features, ranks):

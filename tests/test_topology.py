@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -12,11 +11,12 @@ import jax
 import pytest
 
 from configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
-from flora_jax import hlo, topology
 from flora_jax.models import functional
-from flora_jax.programs import DoesNotFitError, Program, heaviest_training
-from flora_jax.topology import check_topology, devices_of, images_a_device, largest_batch
-from tests.conftest import ROOT, TINY_CONFIG, run_benchmark
+from flora_jax.preflight import hlo, topology
+from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
+from flora_jax.preflight.topology import check_topology, devices_of, images_a_device, largest_batch
+from flora_jax.stages.settings import Settings
+from tests.helpers.commands import ROOT, TINY_CONFIG, run_benchmark
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(
@@ -27,6 +27,14 @@ needs_compiler = pytest.mark.skipif(
 @dataclasses.dataclass(frozen=True)
 class FakeMesh:
     size: int
+
+
+def settings_of(config_file, *arguments: str) -> Settings:
+    return Settings.from_config(config_file.get_config(*arguments))
+
+
+def with_supernet(settings: Settings, **changes) -> Settings:
+    return dataclasses.replace(settings, supernet=dataclasses.replace(settings.supernet, **changes))
 
 
 @pytest.mark.parametrize("slope, fixed, multiple", [(3.0, 100.0, 1), (5.5, 0.0, 4), (2.0, 700, 3)])
@@ -69,40 +77,41 @@ def test_unknown_topology_names_what_is_accepted(name):
 def test_missing_compiler_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install -r requirements-tpu-check\.txt"):
-        check_topology(deit_t.get_config(), "v5e:4x4")
+        check_topology(settings_of(deit_t), "v5e:4x4")
 
 
 def test_batch_that_the_devices_cannot_share_names_the_nearest():
-    training = heaviest_training(deit_t.get_config("runlocal"), "masked")  # 32 images
+    training = heaviest_training(settings_of(deit_t, "runlocal"), "masked")  # 32 images
     assert images_a_device(training, FakeMesh(16)) == 2
-    with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices .* nearest that can: 36"):
+    with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices; the nearest that can: 36"):
         images_a_device(training, FakeMesh(12))
-    training.recipe.accumulate = 4
+    recipe = dataclasses.replace(training.recipe, accumulate=4)
     with pytest.raises(ValueError, match=r"16 devices in 4 parts; the nearest that can: 64"):
-        images_a_device(training, FakeMesh(16))
+        images_a_device(dataclasses.replace(training, recipe=recipe), FakeMesh(16))
 
 
 def test_heaviest_training_of_each_kind_of_run():
-    flora = heaviest_training(deit_b.get_config(), "tiled")
+    flora = heaviest_training(settings_of(deit_b), "tiled")
     assert (flora.name, flora.num_genes, flora.has_teacher) == ("supernet", 36, True)
     assert flora.network.blocks[0].mlp.fc1.implementation == "tiled"
     dense = flora.spec.macs()
     assert 3.9 / 8 < flora.forward_macs / dense < 4.1 / 8  # mean rank of the law is below half
     assert flora.macs == 3 * flora.forward_macs + dense
 
-    gates = heaviest_training(vit_slim_deit_b.get_config(), "tiled")
+    gates = heaviest_training(settings_of(vit_slim_deit_b), "tiled")
     assert (gates.name, gates.num_genes, gates.has_teacher) == ("slim.gates", None, False)
     assert gates.penalty is not None
     assert "blocks.0.token_gate" in functional.split(gates.network)[1]
-    gates.recipe.rematerialize = True
-    assert gates.macs == 4 * dense
+    recipe = dataclasses.replace(gates.recipe, rematerialize=True)
+    assert dataclasses.replace(gates, recipe=recipe).macs == 4 * dense
 
-    config = digits_slim.get_config()
-    config.stages = ("pretrain",)
-    assert heaviest_training(config, "tiled").name == "pretrain"
-    config.stages = ("report",)
+    pretrain, report = (
+        dataclasses.replace(settings_of(digits_slim), stages=(stage,))
+        for stage in ("pretrain", "report")
+    )
+    assert heaviest_training(pretrain, "tiled").name == "pretrain"
     with pytest.raises(ValueError, match=r"none of the stages \['report'\] trains"):
-        heaviest_training(config, "tiled")
+        heaviest_training(report, "tiled")
 
 
 @pytest.fixture
@@ -126,9 +135,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(topology, "compile_training", compile_training)
     monkeypatch.setattr(topology, "compile_evaluation", compile_evaluation)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
-    config = deit_t.get_config("runlocal")
-    config.supernet.batch_size = 4
-    return config
+    return with_supernet(settings_of(deit_t, "runlocal"), batch_size=4)
 
 
 def test_table_of_a_run_that_fits(pretended):
@@ -143,16 +150,15 @@ def test_table_of_a_run_that_fits(pretended):
 
 
 def test_run_that_does_not_fit_says_by_how_much_and_what_to_do(pretended):
-    pretended.supernet.batch_size = 64
+    large = with_supernet(pretended, batch_size=64)
     with pytest.raises(ValueError) as error:
-        check_topology(pretended, "v5e:1x1")
+        check_topology(large, "v5e:1x1")
     assert "supernet at 64 images a device needs at least 64.10 GiB" in str(error.value)
     assert "48.35 GiB more than the 15.75 GiB of its memory; 8 images fit" in str(error.value)
     for way in ("supernet.accumulate=8", "supernet.rematerialize=True", "fsdp=2"):
         assert f"--config.{way}" in str(error.value)
-    pretended.supernet.rematerialize = True
     with pytest.raises(ValueError, match=r"accumulate=8, --config\.fsdp=2$"):
-        check_topology(pretended, "v5e:1x1")
+        check_topology(with_supernet(large, rematerialize=True), "v5e:1x1")
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess:
@@ -165,6 +171,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_command_line_needs_a_folder_or_a_topology():
     done = check(f"--config={TINY_CONFIG}")
     assert done.returncode == 1
@@ -180,6 +187,7 @@ def cells(table: str, row: str) -> list[str]:
     return re.split(r"  +", line)[1:]
 
 
+@pytest.mark.slow
 def test_scaling_on_paper():
     done = run_benchmark(
         *("scaling.py", "--skip_compiling", "--model", "deit_t"),
@@ -197,6 +205,7 @@ def test_scaling_on_paper():
     assert all_reduce[0] / all_reduce[1] == pytest.approx(2 * (15 / 16) / (255 / 256), rel=0.2)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_check_of_a_tiny_run():
     done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:2x2")
@@ -222,10 +231,7 @@ def test_topology_that_the_compiler_refuses():
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    os.environ.get("FLORA_SLOW_TESTS") != "1",
-    reason="takes minutes; FLORA_SLOW_TESTS=1 runs it",
-)
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, batch_size", [("4x4", 1024), ("16x16", 16384)])
 def test_deit_b_at_64_images_a_device_fits_v5e(shape, batch_size):
     done = check(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.io.export import export_timm
-from flora_jax.io.pretrained import from_pretrained, from_state_dict
 from flora_jax.models import functional
+from flora_jax.weights.export import export_timm
+from flora_jax.weights.pretrained import from_pretrained, from_state_dict
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch models")
 load_file = pytest.importorskip("safetensors.torch").load_file

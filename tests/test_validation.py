@@ -5,9 +5,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import deit_b, deit_s, deit_t, digits, swin_b, swin_s, swin_t
-from flora_jax import pipeline, validation
-from flora_jax.run import Run
-from tests.conftest import run_flora
+from flora_jax import pipeline
+from flora_jax.stages import validation
+from flora_jax.stages.budget import macs_window
+from flora_jax.stages.settings import Settings
+from tests.helpers.commands import run_flora
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -34,18 +36,18 @@ BAD_CONFIGS = {
     "dataset": ({"data.name": "digit"}, "unknown dataset 'digit'"),
     "augmentation": ({"data.augmentation.name": "mixup"}, "unknown augmentation 'mixup'"),
     "batch": ({"supernet.batch_size": 5000}, "supernet: batch_size 5000 exceeds its 1078 images"),
-    "dtype": ({"finetune.compute_dtype": "float8"}, "finetune: unknown compute_dtype 'float8'"),
+    "dtype": ({"finetune.compute_dtype": "float8"}, "finetune.compute_dtype 'float8' is unknown"),
     "population": ({"search.parents": 99}, "99 parents exceed the population"),
-    "baseline": ({"uniform_baseline": "alon"}, "unknown uniform_baseline 'alon'.*mean 'alone'"),
-    "metric": ({"metric": "accuracy"}, "unknown metric 'accuracy'; choose one of top1, log_likel"),
+    "baseline": ({"uniform_baseline": "alon"}, "uniform_baseline 'alon' is unknown.*mean 'alone'"),
+    "metric": ({"metric": "accuracy"}, "metric 'accuracy' is unknown; choose one of top1, log"),
     "teacher": ({"pretrain.distill": True}, "pretrain.distill must be False"),
     "drop": ({"filter.drop": 1.0}, r"filter\.drop must lie in \[0, 1\)"),
     "mixing": (
         {"supernet.stored_predictions": True, "supernet.mixup": 0.8},
         "supernet: stored predictions are of single images",
     ),
-    "negative mixing": ({"pretrain.cutmix": -1.0}, "pretrain: cutmix must be at least 0"),
-    "repeats": ({"finetune.repeats": 0}, "finetune: repeats must be at least 1, got 0"),
+    "negative mixing": ({"pretrain.cutmix": -1.0}, "pretrain.cutmix must be at least 0"),
+    "repeats": ({"finetune.repeats": 0}, "finetune.repeats must be at least 1, got 0"),
     "fsdp": ({"fsdp": 3}, r"fsdp 3 does not divide the 1 devices; choose one of \[1\]"),
     "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
 }
@@ -58,6 +60,7 @@ def test_bad_config_fails_before_any_work(changes, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workdir_of_another_config(finished_run):
     with pytest.raises(
         ValueError, match=r"made by another config(.|\n)*supernet.epochs: 6.0 there"
@@ -65,6 +68,7 @@ def test_workdir_of_another_config(finished_run):
         pipeline.run(tiny_config(**{"supernet.epochs": 2.0}), finished_run)
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_one_line(tmp_path):
     done = run_flora(tmp_path / "run", "--stage=serach")
     assert done.returncode == 1
@@ -72,6 +76,7 @@ def test_command_line_errors_are_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_unknown_field_on_the_command_line(tmp_path):
     done = run_flora(tmp_path / "run", "--config.supernet.epoch=3")
     assert done.returncode == 1
@@ -82,11 +87,12 @@ def test_unknown_field_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t, swin_b, swin_s, swin_t])
 def test_published_configs_make_sense(config_file, tmp_path):
     config = config_file.get_config()
-    run = Run(config, tmp_path)
-    least, most = run.regular_space.macs_range()
-    assert least < run.macs_window[0] < run.macs_window[1] < most
-    small = Run(config_file.get_config("runlocal"), tmp_path)
-    assert small.spec.family == run.spec.family
+    settings = Settings.from_config(config)
+    least, most = settings.space.of(settings.model).macs_range()
+    low, high = macs_window(settings, settings.model)
+    assert least < low < high < most
+    small = Settings.from_config(config_file.get_config("runlocal"))
+    assert small.model.family == settings.model.family
     validation.check(small)
     with pytest.raises(ValueError, match="accepted: runlocal"):
         config_file.get_config("runlocl")

@@ -5,9 +5,9 @@ its `image_shape`.
 """
 
 import dataclasses
-import difflib
 import math
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from flora_jax.data.geometry import (
 )
 from flora_jax.data.pixels import color_jitter, random_erasing
 from flora_jax.data.randaugment import MAX_MAGNITUDE, rand_augment
+from flora_jax.errors import InputError, did_you_mean, unknown
 
 Shape = tuple[int, int, int]
 
@@ -65,7 +66,7 @@ class _CentreCrop:
 
     def __post_init__(self):
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+            raise InputError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         cropped = eval_resize_crop(image, self.image_shape[0], self.crop_pct)
@@ -118,7 +119,7 @@ class _Inception:
 
     @property
     def least_side(self) -> int:
-        """From here on even the smallest and longest box is not enlarged."""
+        """Short side from which on even the smallest and longest box is not enlarged."""
         smallest_share = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
         return math.ceil(self.image_shape[0] / smallest_share)
 
@@ -139,7 +140,7 @@ class _Deit(_Inception):
     def __post_init__(self):
         super().__post_init__()
         if self.image_shape[2] != 3:
-            raise ValueError(
+            raise InputError(
                 f"augmentation 'deit' makes colour images, (size, size, 3), got image_shape "
                 f"{self.image_shape}; 'inception' is the nearest for other numbers of channels"
             )
@@ -148,7 +149,7 @@ class _Deit(_Inception):
         _check_number("color_jitter", self.color_jitter, 1)
         _check_number("erase_probability", self.erase_probability, 1)
         if not isinstance(self.num_operations, int) or self.num_operations < 1:
-            raise ValueError(
+            raise InputError(
                 f"num_operations must be an integer of at least 1, got {self.num_operations!r}; "
                 "rand_augment=False does without"
             )
@@ -180,7 +181,7 @@ def train_transform(name: str, image_shape: Shape, **settings) -> TrainTransform
       **settings: replace the recipe's defaults.
 
     Raises:
-      ValueError: unknown name or setting, or a value out of range.
+      InputError: unknown name or setting, or a value out of range.
     """
     return _build(_recipe(name), image_shape, settings)
 
@@ -194,32 +195,45 @@ def eval_transform(name: str, image_shape: Shape, **settings) -> EvalTransform:
     return _build(_recipe(name).evaluation, image_shape, settings)
 
 
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A recipe by its name, with what replaces its defaults."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+    def train(self, image_shape: Shape) -> TrainTransform:
+        return train_transform(self.name, image_shape, **self.changes)
+
+    def evaluation(self, image_shape: Shape) -> EvalTransform:
+        return eval_transform(self.name, image_shape)
+
+
 def _recipe(name: str):
     if name not in _RECIPES:
-        raise ValueError(f"unknown augmentation {name!r}; choose one of {', '.join(_RECIPES)}")
+        raise InputError(unknown("augmentation", name, _RECIPES))
     return _RECIPES[name]
 
 
 def _build(transform, image_shape: Shape, settings: dict):
     height, width, _ = image_shape
     if height != width:
-        raise ValueError(f"image_shape must be square, (size, size, channels), got {image_shape}")
+        raise InputError(f"image_shape must be square, (size, size, channels), got {image_shape}")
     accepted = [field.name for field in dataclasses.fields(transform)][1:]
     for name in settings:
         if name not in accepted:
-            nearest = difflib.get_close_matches(name, accepted, n=1)
-            raise ValueError(
+            raise InputError(
                 f"unknown augmentation setting {name!r}; accepted: {', '.join(accepted) or 'none'}"
-                + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
+                f"{did_you_mean(name, accepted)}"
             )
     return transform(tuple(image_shape), **settings)
 
 
 def _check_range(name: str, bounds: tuple[float, float], highest: float = math.inf) -> None:
     if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
-        raise ValueError(f"{name} must be (low, high), 0 < low <= high <= {highest}, got {bounds}")
+        raise InputError(f"{name} must be (low, high), 0 < low <= high <= {highest}, got {bounds}")
 
 
 def _check_number(name: str, value: float, highest: float = math.inf) -> None:
     if not 0 <= value <= highest:
-        raise ValueError(f"{name} must lie in 0..{highest}, got {value}")
+        raise InputError(f"{name} must lie in 0..{highest}, got {value}")

@@ -6,16 +6,25 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
+from flora_jax.cluster.sharing import equal_share
 from flora_jax.data import augment
 from flora_jax.data.sources import Source
+from flora_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch], Protocol):
+    """Batches one after another; `close` ends the threads and processes behind them."""
+
+    def close(self) -> None: ...
 
 
 def train_batches(
@@ -29,7 +38,7 @@ def train_batches(
     num_threads: int = 1,
     num_workers: int = 0,
     repeats: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Endless shuffled, augmented batches, prepared ahead in background threads or processes.
 
     A batch is a function of (source, transform, batch_size, seed, step) alone. Starting at
@@ -55,7 +64,7 @@ def train_batches(
       stops the threads and workers.
 
     Raises:
-      ValueError: batch_size is below 1, above len(source) or no multiple of process_count,
+      InputError: batch_size is below 1, above len(source) or no multiple of process_count,
         process_index, seed, start_step, num_threads or num_workers is out of range, or an image
         does not fit the transform.
     """
@@ -64,15 +73,10 @@ def train_batches(
         0, seed=seed, start_step=start_step, num_threads=num_threads, num_workers=num_workers
     )
     if batch_size > len(source):
-        raise ValueError(f"batch_size {batch_size} is larger than the {len(source)} images")
+        raise InputError(f"batch_size {batch_size} is larger than the {len(source)} images")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} lies outside 0..{process_count - 1}")
-    if batch_size % process_count:
-        nearest = max(1, round(batch_size / process_count)) * process_count
-        raise ValueError(
-            f"batch_size {batch_size} is not a multiple of the {process_count} processes; "
-            f"the nearest that is: {nearest}"
-        )
+    local_size = equal_share("batch_size", batch_size, process_count, of="processes")
 
     def prepare(example, rng):
         image = transform(example["image"], rng)
@@ -85,9 +89,9 @@ def train_batches(
         .random_map(prepare)
         # Sharding comes last: the order and the random numbers belong to the global position.
         .batch(
-            batch_size // process_count,
+            local_size,
             drop_remainder=True,
-            batch_fn=_Stack(batch_size // process_count, shared=num_workers > 0),
+            batch_fn=_Stack(local_size, shared=num_workers > 0),
         )[process_index::process_count]
     )
     return _prefetched(batches[start_step:], num_threads, num_workers)
@@ -112,7 +116,7 @@ def eval_batches(
     batch_size: int,
     num_threads: int = 1,
     num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
     """Every image once, in the order of the source; zeros fill the last batch.
 
     Threads and workers are those of `train_batches`.
@@ -122,13 +126,13 @@ def eval_batches(
       mask 1 for an image and 0 for filling.
 
     Raises:
-      ValueError: batch_size, num_threads or num_workers is out of range, the source is empty, or
+      InputError: batch_size, num_threads or num_workers is out of range, the source is empty, or
         an image does not fit the transform.
     """
     _check_at_least(1, batch_size=batch_size)
     _check_at_least(0, num_threads=num_threads, num_workers=num_workers)
     if not len(source):
-        raise ValueError("the source has no images")
+        raise InputError("the source has no images")
 
     def prepare(example):
         image = transform(example["image"])
@@ -180,14 +184,15 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _check_at_least(lowest: int, **values: int) -> None:
     for name, value in values.items():
         if value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+            raise InputError(f"{name} must be at least {lowest}, got {value}")
 
 
 def _check_shape(image: np.ndarray, transform) -> None:

@@ -5,6 +5,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from flora_jax.errors import InputError
+
 BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 AFFINE = Image.Transform.AFFINE
@@ -14,11 +16,11 @@ def shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarra
     """Moves the image by up to `pixels` whole pixels each way; zeros come in at the edges.
 
     Raises:
-      ValueError: pixels is negative or not below the height and width of the image.
+      InputError: pixels is negative or not below the height and width of the image.
     """
     height, width, _ = image.shape
     if not 0 <= pixels < min(height, width):
-        raise ValueError(
+        raise InputError(
             f"pixels must lie in 0..{min(height, width) - 1} for an image of shape "
             f"{image.shape}, got {pixels}"
         )
@@ -125,12 +127,12 @@ def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Repeats the channel of a grey image to `channels`.
 
     Raises:
-      ValueError: a colour image has another number of channels.
+      InputError: a colour image has another number of channels.
     """
     if image.shape[2] == channels:
         return image
     if image.shape[2] != 1:
-        raise ValueError(
+        raise InputError(
             f"image of shape {image.shape} does not fit a model of {channels} input channels; "
             f"accepted: 1 or {channels} channels"
         )

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.sources import Example, decode_rgb
-from flora_jax.io.files import absolute, dump_json, is_url, read_json, user_cache_dir
+from flora_jax.errors import InputError
+from flora_jax.io.files import absolute, is_url, read_json, user_cache_dir, write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -36,7 +37,7 @@ class ImageFolderSource:
         images: dict[str, list[str]],
         least_side: int | None,
     ):
-        """images: sorted names of the files in each folder, at root/split/folder/name."""
+        """Takes in `images` the sorted names of the files in each folder root/split/folder."""
         self.split = split
         self._root = root
         self._least_side = least_side
@@ -62,7 +63,7 @@ class ImageFolderSource:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises BadImageError when the file is no whole image, OSError when it cannot be read."""
+        """Reads an image; raises BadImageError where it is no whole one, OSError for a bad disk."""
         path = self._root / self.key(index)
         image = decode_rgb(path.read_bytes(), os.fspath(path), self._least_side)
         return {"image": image, "label": int(self.labels[index]), "key": self.key(index)}
@@ -91,14 +92,14 @@ def image_folder(
       A source of uint8 [H, W, 3] images, each of its own size.
 
     Raises:
-      ValueError: there is no such folder, it has no class folder, a class has no image, or a
+      InputError: there is no such folder, it has no class folder, a class has no image, or a
         folder cannot be read; names the folder.
     """
     root = absolute(epath.Path(root).expanduser())
     folder = root / split
     for path in (root, folder):
         if not path.is_dir():
-            raise ValueError(f"no folder {path}; {_contents(path.parent)}")
+            raise InputError(f"no folder {path}; {_contents(path.parent)}")
     cache_dir = cache_dir or user_cache_dir("index")
     index = _scan(folder) if is_url(root) else _cached_scan(folder, cache_dir)
     images = {inside: names for inside, (_, names) in index.items() if names}
@@ -123,7 +124,7 @@ def _cached_scan(folder: epath.Path, cache_dir: epath.PathLike) -> _Index:
         log.warning("the index %s cannot be used and is made again: %s", cache, error)
     index = _scan(folder)
     try:
-        dump_json(cache, index)
+        write_json(cache, index)
     except OSError as error:
         log.info("the index of %s is not kept: %s", folder, error)
     return index
@@ -134,7 +135,7 @@ def _scan(folder: epath.Path) -> _Index:
     modified = _modified(folder)
     _, classes = _list(folder)
     if not classes:
-        raise ValueError(
+        raise InputError(
             f"no class folder in {folder}: expected {folder}/CLASS/*.jpeg; {_contents(folder)}"
         )
     with ThreadPoolExecutor(16) as pool:  # a listing waits for the disk or the network
@@ -152,7 +153,7 @@ def _scan_class(folder: epath.Path, name: str) -> list[tuple[str, tuple[int | No
         found.append((inside, (modified, images)))
         waiting += [f"{inside}/{subfolder}" for subfolder in folders]
     if not any(images for _, (_, images) in found):
-        raise ValueError(
+        raise InputError(
             f"no image in the class folder {folder / name}: expected files *{', *'.join(SUFFIXES)}"
         )
     return found
@@ -172,7 +173,7 @@ def _names(folder: epath.Path) -> list[str]:
             os.stat(os.path.join(folder, "."))  # where this fails, folders inside look like files
         return sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise ValueError(f"cannot read the folder {folder}: {error}") from error
+        raise InputError(f"cannot read the folder {folder}: {error}") from error
 
 
 def _modified(folder: epath.Path) -> int | None:

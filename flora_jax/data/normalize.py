@@ -17,7 +17,8 @@ class Normalization:
     def __call__(self, images: jax.Array, dtype=jnp.float32) -> jax.Array:
         """images uint8 [..., C] -> float [..., C]"""
         scaled = images.astype(jnp.float32) / 255.0
-        mean, std = (jnp.asarray(v, jnp.float32) for v in (self.mean, self.std))
+        rank = range(images.ndim - 1)
+        mean, std = (jnp.expand_dims(jnp.float32(v), rank) for v in (self.mean, self.std))
         return ((scaled - mean) / std).astype(dtype)
 
     def invert(self, images: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from flora_jax.errors import InputError
+
 BICUBIC = Image.Resampling.BICUBIC
 AFFINE = Image.Transform.AFFINE
 
@@ -148,10 +150,10 @@ def rand_augment(
     Resampling is bicubic, as DeiT's recipe asks of timm.
 
     Raises:
-      ValueError: the image is not uint8 of 3 channels.
+      InputError: the image is not uint8 of 3 channels.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
+        raise InputError(
             f"RandAugment takes colour images, uint8 [H, W, 3], got {image.dtype} "
             f"{list(image.shape)}; repeat the channel of a grey image three times"
         )

@@ -10,15 +10,17 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from flora_jax.errors import InputError
+
 log = logging.getLogger(__name__)
 
 
-class BadImageError(ValueError):
+class BadImageError(InputError):
     """An encoded image that cannot be decoded; the message names it."""
 
 
 class Example(TypedDict):
-    """image: uint8 [H, W, C]; label: 0..num_classes-1; key: names the example for ever."""
+    """An image uint8 [H, W, C], its label 0..num_classes-1, and the key that names it for ever."""
 
     image: np.ndarray
     label: int
@@ -33,8 +35,11 @@ class Source(Protocol):
       labels: int32 [number of examples].
     """
 
-    num_classes: int
-    labels: np.ndarray
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
 
     def key(self, index: int) -> str: ...
 
@@ -65,7 +70,7 @@ def decode_rgb(encoded: bytes, name: str, least_side: int | None = None) -> np.n
                 grey = (np.asarray(picture) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
             if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
-                picture = picture.convert("RGBA")
+                return np.asarray(picture.convert("RGBA").convert("RGB"))
             return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
@@ -156,7 +161,7 @@ class TfdsSource:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """One pass over the records, which decodes no image."""
+        """The labels int32 [n], read in one pass over the records that decodes no image."""
         return np.array([record["label"] for record in self._records], np.int32)
 
     def key(self, index: int) -> str:
@@ -186,7 +191,7 @@ def tfds(
       A source of uint8 [H, W, 3] images, each of its own size.
 
     Raises:
-      ValueError: the dataset is not on disk in ArrayRecord format, lacks the split, or has no
+      InputError: the dataset is not on disk in ArrayRecord format, lacks the split, or has no
         "image" and "label" features.
     """
     import tensorflow_datasets
@@ -203,7 +208,7 @@ def tfds(
     # TFDS raises NotImplementedError for files in another format, KeyError for an unknown split.
     except (tensorflow_datasets.core.DatasetNotFoundError, NotImplementedError, KeyError) as error:
         folder = epath.Path(data_dir or tensorflow_datasets.core.constants.DATA_DIR)
-        raise ValueError(
+        raise InputError(
             f"no ArrayRecord dataset {name!r} in {folder}: expected "
             f"{folder / name.replace(':', '/')}/.../*.array_record-*; build it (needs "
             f"the packages tensorflow and importlib_resources) with: "
@@ -211,7 +216,7 @@ def tfds(
         ) from error
     missing = {"image", "label"} - set(records.dataset_info.features)
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{name!r} is not an image classification dataset: it has the features "
             f"{sorted(records.dataset_info.features)}, without {sorted(missing)}"
         )

@@ -7,13 +7,13 @@ is taken out of the training images; `test` is reported once.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 
 import numpy as np
 
 from flora_jax.data import sources
 from flora_jax.data.image_folder import ImageFolderSource, image_folder
+from flora_jax.errors import InputError
 
 DIGITS_TEST_FRACTION = 0.25
 DIGITS_TEST_SEED = 0  # not the user's seed: the reported images never change
@@ -21,18 +21,26 @@ DIGITS_TEST_SEED = 0  # not the user's seed: the reported images never change
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subset:
-    """The examples of `source` at `indices`, int [n]."""
+    """The examples of `source` at `indices`, int [n].
+
+    Attributes:
+      classes: those that all these examples belong to, numbered anew in this order; empty: all
+        classes of the source, as they are.
+    """
 
     source: sources.Source
     indices: np.ndarray
+    classes: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
-        return self.source.num_classes
+        return len(self.classes) or self.source.num_classes
 
     @property
     def labels(self) -> np.ndarray:
-        return self.source.labels[self.indices]
+        numbers = np.arange(self.source.num_classes, dtype=np.int32)
+        numbers[list(self.classes)] = np.arange(len(self.classes))
+        return numbers[self.source.labels[self.indices]]
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
@@ -41,39 +49,10 @@ class Subset:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> sources.Example:
-        return self.source[int(self.indices[index])]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClassSubset:
-    """The examples of some classes of `source`, which are numbered anew in the order given."""
-
-    source: sources.Source
-    classes: tuple[int, ...]
-
-    @functools.cached_property
-    def _indices(self) -> np.ndarray:
-        return np.flatnonzero(np.isin(self.source.labels, self.classes))
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        number = np.zeros(self.source.num_classes, np.int32)
-        number[list(self.classes)] = np.arange(self.num_classes)
-        return number[self.source.labels[self._indices]]
-
-    def key(self, index: int) -> str:
-        return self.source.key(int(self._indices[index]))
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> sources.Example:
-        example = self.source[int(self._indices[index])]
-        return {**example, "label": int(self.labels[index])}
+        example = self.source[int(self.indices[index])]
+        if self.classes:
+            example = {**example, "label": self.classes.index(example["label"])}
+        return example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +85,7 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
       (train, heldout), each in the order of `source`.
 
     Raises:
-      ValueError: fraction is not between 0 and 1, one of the two would be empty, or two examples
+      InputError: fraction is not between 0 and 1, one of the two would be empty, or two examples
         have the same key; names the key.
     """
     _check_fraction(fraction)
@@ -124,7 +103,7 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         by_hash = sorted(members, key=hashes.__getitem__)
         is_held_out[by_hash[: round(fraction * len(members))]] = True
     if not 0 < is_held_out.sum() < len(source):
-        raise ValueError(
+        raise InputError(
             f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
             f"images; both parts need at least one"
         )
@@ -157,12 +136,14 @@ def load_splits(
         of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
 
     Raises:
-      ValueError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
+      InputError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
         on disk, a folder whose two splits have different classes, or two images with one key.
     """
     _check_fraction(heldout_fraction)
     if on_bad_image not in ("raise", "skip"):
-        raise ValueError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
+        raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
+    rest: sources.Source
+    test: sources.Source
     if name == "digits":
         rest, test = hold_out(sources.digits(), DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
     elif name.startswith("tfds:"):
@@ -172,16 +153,16 @@ def load_splits(
         rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val", least_side)
     else:
         kind = "folder" if "/" in name else "tfds"
-        raise ValueError(
+        raise InputError(
             f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' or 'folder:PATH' (did you "
             f"mean '{kind}:{name}'?)"
         )
     if classes:
         rest, test = _of_classes(rest, classes), _of_classes(test, classes)
-    parts = (*hold_out(rest, heldout_fraction, seed), test)
+    train, heldout = hold_out(rest, heldout_fraction, seed)
     if on_bad_image == "skip":
-        parts = map(sources.SkippingSource, parts)
-    return Splits(*parts)
+        return Splits(*map(sources.SkippingSource, (train, heldout, test)))
+    return Splits(train, heldout, test)
 
 
 def _folder_splits(
@@ -190,7 +171,7 @@ def _folder_splits(
     train = image_folder(root, "train", least_side=least_side)
     test = image_folder(root, test_split)
     if train.classes != test.classes:
-        raise ValueError(
+        raise InputError(
             f"train and {test_split} in {root} must have the same class folders; "
             f"only in train: {_missing(train.classes, test.classes)}; "
             f"only in {test_split}: {_missing(test.classes, train.classes)}"
@@ -204,18 +185,18 @@ def _missing(classes: tuple[str, ...], others: tuple[str, ...], most: int = 5) -
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> ClassSubset:
+def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
     if len(set(classes)) < len(classes) or not set(classes) <= set(range(source.num_classes)):
-        raise ValueError(
+        raise InputError(
             f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
         )
-    return ClassSubset(source, tuple(classes))
+    return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
 
 
 def _check_unique(source: sources.Source, hashes: list[bytes]) -> None:
     if len(set(hashes)) < len(hashes):
         ((repeated, count),) = collections.Counter(hashes).most_common(1)
-        raise ValueError(
+        raise InputError(
             f"{count} examples have the key {source.key(hashes.index(repeated))!r}; every key must "
             "name one example"
         )
@@ -223,4 +204,4 @@ def _check_unique(source: sources.Source, hashes: list[bytes]) -> None:
 
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
+        raise InputError(f"the held-out fraction must lie between 0 and 1, got {fraction}")

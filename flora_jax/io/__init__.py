@@ -1,1 +1,1 @@
-"""Reading and writing: checkpoints of a run, folders of a finished model, files that stay whole."""
+"""Files that stay whole: checkpoints, manifests, JSON and JSON lines, on disk and in a bucket."""

@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from flora_jax.errors import InputError, MissingFileError, StorageError
 from flora_jax.io.files import absolute
 from flora_jax.io.manifest import verify, write_manifest
 
@@ -40,7 +41,7 @@ class Checkpoints:
       keep_every: multiples of this step stay too; 0 for none.
 
     Raises:
-      ValueError: no step would be kept, or `keep_every` is negative.
+      InputError: no step would be kept, or `keep_every` is negative.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0):
@@ -70,8 +71,8 @@ class Checkpoints:
         """Returns once the caller may donate the state; a thread writes and checksums it.
 
         Raises:
-          OSError: the save before could not be completed. Earlier steps are unharmed.
-          ValueError: the step is already there.
+          StorageError: the save before could not be completed. Earlier steps are unharmed.
+          InputError: the step is already there.
         """
         self._wait()
         folder = self._directory / str(step)
@@ -106,7 +107,7 @@ class Checkpoints:
                 write_manifest(folder, _manifest(folder))
                 self._delete_old()
         except Exception as error:  # a full disk is a ValueError in Orbax
-            raise OSError(f"saving {folder} failed: {error}") from error
+            raise StorageError(f"saving {folder} failed: {error}") from error
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
@@ -120,7 +121,7 @@ class Checkpoints:
                 _manifest(folder).unlink()
 
     def _newest_whole_step(self) -> int:
-        """As the first process finds it; the others wait for its answer."""
+        """The step that the first process finds; the others wait for its answer."""
         step = _NONE
         if jax.process_index() == 0:
             folder = _newest_whole(self._directory, self._move_aside)
@@ -147,16 +148,16 @@ def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
     A damaged checkpoint is left where it is, and an older one read, with a warning.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: every checkpoint is damaged.
+      MissingFileError: there is no checkpoint.
+      InputError: every checkpoint is damaged.
     """
     directory = absolute(directory)
     if not _step_folders(directory):
-        raise FileNotFoundError(f"no checkpoint in {directory}")
+        raise MissingFileError(f"no checkpoint in {directory}")
     reasons: list[str] = []
     path = _newest_whole(directory, lambda _, reason: reasons.append(reason))
     if path is None:
-        raise ValueError(f"every checkpoint in {directory} is damaged: {'; '.join(reasons)}")
+        raise InputError(f"every checkpoint in {directory} is damaged: {'; '.join(reasons)}")
     if reasons:
         log.warning("read step %s, since newer ones are damaged: %s", path.name, "; ".join(reasons))
     saved = ocp.metadata(path).metadata
@@ -171,7 +172,7 @@ def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _off_the_device(state):
-    """Orbax copies from an accelerator by itself, but on CPU it writes from the arrays' buffers."""
+    """A copy on CPU, where Orbax writes from the arrays' buffers; elsewhere it copies itself."""
     return jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
 
 
@@ -190,7 +191,7 @@ def _newest_whole(
 
 
 def _step_folders(directory: epath.Path) -> list[epath.Path]:
-    """Newest first."""
+    """The folders of all steps, the newest first."""
     if not directory.exists():
         return []
     folders = [path for path in directory.iterdir() if path.name.isascii() and path.name.isdigit()]
@@ -198,7 +199,7 @@ def _step_folders(directory: epath.Path) -> list[epath.Path]:
 
 
 def _complete_steps(directory: epath.Path) -> list[epath.Path]:
-    """Those with a manifest, newest first."""
+    """The steps that have a manifest, the newest first."""
     return [folder for folder in _step_folders(directory) if _manifest(folder).exists()]
 
 

@@ -8,35 +8,45 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
-from flora_jax.processes import by_the_first
+from flora_jax.cluster.processes import by_the_first
+from flora_jax.errors import InputError, RunError, StorageError
 
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path beside `path` to write to; on success it takes the place of `path`."""
+    """Yields a path beside `path` to write to; on success it takes the place of `path`.
+
+    Raises:
+      StorageError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"writing {path} failed: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-def dump_json(path: epath.PathLike, value) -> None:
+def write_json(path: epath.PathLike, value) -> None:
+    """Replaces the file in one piece. Raises as `replacing`."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
 
 
-write_json = by_the_first(dump_json)
+write_json_once = by_the_first(write_json)
 
 
 def sha256(path: epath.PathLike) -> str:
-    """Of the file's content, in hexadecimal."""
+    """The sha256 of the file's content, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -46,21 +56,28 @@ def locked(path: epath.PathLike) -> Iterator[None]:
     """Holds the lock file `path`, which the system lets go of however the process ends.
 
     Raises:
-      RuntimeError: another process holds it; names that process.
+      RunError: another process holds it; names that process.
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:  # a mode that epath lacks
+    with _opened_to_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
-            raise RuntimeError(f"{path.parent} is in use by another run: {holder}") from None
+            raise RunError(f"{path.parent} is in use by another run: {holder}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _opened_to_lock(path: epath.Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+")  # a mode that epath lacks
+    except OSError as error:
+        raise StorageError(f"{path.parent} cannot be written: {error}") from error
 
 
 def user_cache_dir(name: str) -> epath.Path:
@@ -70,7 +87,7 @@ def user_cache_dir(name: str) -> epath.Path:
 
 
 def is_url(path: epath.PathLike) -> bool:
-    """A folder of a service such as gs://, where files can be neither locked nor appended to."""
+    """Whether this is on a service such as gs://, where no file can be locked or appended to."""
     return "://" in os.fspath(path)
 
 
@@ -86,14 +103,14 @@ def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """epath would put the working directory before a URL."""
+    """The absolute path; a URL stays, before which epath would put the working directory."""
     return epath.Path(path) if is_url(path) else epath.Path(path).resolve()
 
 
 def read_json(path: epath.PathLike):
-    """Raises ValueError with the file's name when it is not JSON."""
+    """Reads a JSON file; InputError with its name when it is not JSON."""
     path = epath.Path(path)
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise InputError(f"{path} is not valid JSON: {error}") from error

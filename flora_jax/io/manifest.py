@@ -2,12 +2,13 @@
 
 from etils import epath
 
-from flora_jax.io.files import dump_json, read_json, sha256
+from flora_jax.errors import InputError
+from flora_jax.io.files import read_json, sha256, write_json
 
 
 def write_manifest(folder: epath.Path, manifest: epath.Path) -> None:
     """Writes the path, size in bytes and sha256 of every file under `folder` to a JSON file."""
-    dump_json(manifest, {name: _fingerprint(path) for name, path in _files(folder).items()})
+    write_json(manifest, {name: _fingerprint(path) for name, path in _files(folder).items()})
 
 
 def verify(folder: epath.Path, manifest: epath.Path) -> None:
@@ -16,20 +17,20 @@ def verify(folder: epath.Path, manifest: epath.Path) -> None:
     Only files found in the folder are opened, whatever paths a manifest names.
 
     Raises:
-      ValueError: they are not; says what is wrong.
+      InputError: they are not; says what is wrong.
     """
     if not manifest.exists():
-        raise ValueError(f"{manifest} is missing, so writing was not finished")
+        raise InputError(f"{manifest} is missing, so writing was not finished")
     recorded, files = read_json(manifest), _files(folder)
     if not recorded or not isinstance(recorded, dict):
-        raise ValueError(f"{manifest} is not a manifest")
+        raise InputError(f"{manifest} is not a manifest")
     if missing := sorted(recorded.keys() - files.keys()):
-        raise ValueError(f"{', '.join(missing)} missing from {folder}")
+        raise InputError(f"{', '.join(missing)} missing from {folder}")
     if unknown := sorted(files.keys() - recorded.keys()):
-        raise ValueError(f"{', '.join(unknown)} in {folder}, but not in {manifest}")
+        raise InputError(f"{', '.join(unknown)} in {folder}, but not in {manifest}")
     for name, path in files.items():
         if (found := _fingerprint(path)) != recorded[name]:
-            raise ValueError(f"{path} is altered: {found} instead of {recorded[name]}")
+            raise InputError(f"{path} is altered: {found} instead of {recorded[name]}")
 
 
 def _fingerprint(path: epath.Path) -> dict:
@@ -37,8 +38,8 @@ def _fingerprint(path: epath.Path) -> dict:
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """By their paths below the folder. On gs://, epath cannot glob, and walks by other names."""
-    files = {}
+    """All files by their paths below the folder; on gs://, epath's glob and walk do not serve."""
+    files: dict[str, epath.Path] = {}
     for path in folder.iterdir():
         if path.is_dir():
             files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}

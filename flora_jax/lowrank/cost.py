@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from flora_jax.models.spec import by_block
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cost:
@@ -22,12 +24,13 @@ class Cost:
     def __call__(self, genes: np.ndarray) -> np.ndarray:
         """genes int [..., L] -> int64 [...]."""
         parts = (layer[genes[..., i]] for i, layer in enumerate(self.layers))
-        return sum(parts, np.int64(self.fixed))
+        return sum(parts, np.asarray(self.fixed, np.int64))
 
     def of_block(self, block: int, triples: np.ndarray) -> np.ndarray:
         """What the three layers of a block add at each of its gene triples [K, 3], int64 [K]."""
-        layers = self.layers[3 * block : 3 * block + 3]
-        return sum(layer[column] for layer, column in zip(layers, triples.T, strict=True))
+        layers = by_block(self.layers)[block]
+        costs = [layer[column] for layer, column in zip(layers, triples.T, strict=True)]
+        return np.sum(costs, axis=0)
 
     def range_over(self, kept) -> tuple[int, int]:
         """The least and the most of any genes out of the triples [K_b, 3] of each block."""

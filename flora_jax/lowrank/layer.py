@@ -1,6 +1,6 @@
 """The supernet's Linear: a pair of factors whose rank is chosen at run time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,15 @@ from flax import nnx
 
 from flora_jax.lowrank.products import masked_product, sliced_product
 from flora_jax.lowrank.tiled import tiled_product
+from flora_jax.models.functional import Slot
 from flora_jax.models.layers import add_bias
+from flora_jax.models.spec import LinearShape
 
-IMPLEMENTATIONS = {"masked": masked_product, "sliced": sliced_product, "tiled": tiled_product}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "masked": masked_product,
+    "sliced": sliced_product,
+    "tiled": tiled_product,
+}
 
 
 def default_implementation() -> str:
@@ -26,31 +32,24 @@ def default_implementation() -> str:
 
 
 class RankedLinear(nnx.Module):
-    """x [M, in], gene int32 [] -> x @ down[:r].T @ up[:r] + bias [M, out], r = ranks[gene].
+    """x [M, in] -> x @ down[:r].T @ up[:r] + bias [M, out], r = ranks[gene].
 
-    down [R, in] and up [R, out] are rank-major, so that a rank is a block of leading rows.
+    down [R, in] and up [R, out] are rank-major, so that a rank is a block of leading rows. The gene
+    is part of the network's state and no parameter: every subnet is the same program.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        ranks: Sequence[int],
-        implementation: str,
-        *,
-        use_bias: bool = True,
-        rngs: nnx.Rngs,
+        self, layer: LinearShape, ranks: tuple[int, ...], implementation: str, *, rngs: nnx.Rngs
     ):
-        self.ranks = tuple(ranks)
+        self.ranks = ranks
         self.implementation = implementation
+        self.gene = Slot(last=len(ranks) - 1)
         init = nnx.initializers.xavier_uniform()
-        self.down = nnx.Param(init(rngs.params(), (self.ranks[-1], in_features)))
-        self.up = nnx.Param(init(rngs.params(), (self.ranks[-1], out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.down = nnx.Param(init(rngs.params(), (ranks[-1], layer.in_features)))
+        self.up = nnx.Param(init(rngs.params(), (ranks[-1], layer.out_features)))
+        self.bias = nnx.Param(jnp.zeros(layer.out_features)) if layer.use_bias else None
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        if gene is None:
-            gene = jnp.int32(len(self.ranks) - 1)
+    def __call__(self, x: jax.Array) -> jax.Array:
         multiply = IMPLEMENTATIONS[self.implementation]
-        product = multiply(x, self.down[...], self.up[...], gene, self.ranks)
+        product = multiply(x, self.down[...], self.up[...], self.gene[...], self.ranks)
         return add_bias(product, self.bias)

@@ -19,7 +19,7 @@ def masked_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
     """x [M, in] @ down.T @ up [M, out] with all components from ranks[gene] on set to zero."""
     rank = jnp.asarray(ranks)[gene]
     hidden = x @ down.T
-    return jnp.where(jnp.arange(down.shape[0]) < rank, hidden, 0) @ up
+    return jnp.where((jnp.arange(down.shape[0]) < rank)[None], hidden, 0) @ up
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -7,21 +7,17 @@ network: a layer whose factor pair would cost at least the dense matrix counts a
 
 import bisect
 import dataclasses
-import difflib
 import functools
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flora_jax.errors import InputError, unknown
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.window import WindowSampler
-
-if TYPE_CHECKING:
-    from flora_jax.models.spec import LinearShape, Spec
+from flora_jax.models.spec import LAYERS_PER_BLOCK, LinearShape, Spec, by_block
 
 LAWS = ("uniform", "low_rank_aware")
-_TRIPLE = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,29 +30,29 @@ class RankSpace:
       kept: one int32 array [K_b, 3] of gene triples a block, in lexicographic order.
 
     Raises:
-      ValueError: the spec is not dense, choices do not ascend to full rank, or kept triples are
+      InputError: the spec is not dense, choices do not ascend to full rank, or kept triples are
         missing, repeated or out of range.
     """
 
-    spec: "Spec"
+    spec: Spec
     choices: tuple[tuple[int, ...], ...]
     kept: tuple[np.ndarray, ...]
 
     def __post_init__(self):
         layers = self.spec.layers
         if any(rank is not None for rank in self.spec.ranks):
-            raise ValueError("a rank space needs a dense spec, but this one already has ranks")
+            raise InputError("a rank space needs a dense spec, but this one already has ranks")
         if len(self.choices) != len(layers):
-            raise ValueError(f"expected choices for {len(layers)} layers, got {len(self.choices)}")
+            raise InputError(f"expected choices for {len(layers)} layers, got {len(self.choices)}")
         for layer, ranks in zip(layers, self.choices, strict=True):
             ascending = all(a < b for a, b in itertools.pairwise(ranks))
             if not (ranks and ascending and ranks[0] >= 1 and ranks[-1] == layer.full_rank):
-                raise ValueError(
+                raise InputError(
                     f"rank choices {tuple(ranks)} of {layer.name} must ascend from at least 1 "
                     f"to its full rank {layer.full_rank}"
                 )
         if len(self.kept) != self.num_blocks:
-            raise ValueError(
+            raise InputError(
                 f"expected kept triples for {self.num_blocks} blocks, got {len(self.kept)}"
             )
         kept = tuple(self._checked_triples(b, triples) for b, triples in enumerate(self.kept))
@@ -64,21 +60,21 @@ class RankSpace:
 
     def _checked_triples(self, block: int, triples) -> np.ndarray:
         triples = np.asarray(triples)
-        if triples.ndim != 2 or triples.shape[1] != _TRIPLE or len(triples) == 0:
-            raise ValueError(
+        if triples.ndim != 2 or triples.shape[1] != LAYERS_PER_BLOCK or len(triples) == 0:
+            raise InputError(
                 f"kept triples of block {block} have shape {triples.shape}, expected (K, 3), K >= 1"
             )
-        triples = self._checked_genes(triples, first_layer=_TRIPLE * block)
+        triples = self._checked_genes(triples, first_layer=LAYERS_PER_BLOCK * block)
         ordered = np.unique(triples, axis=0)
         if len(ordered) != len(triples):
-            raise ValueError(f"block {block} repeats some of its {len(triples)} kept triples")
+            raise InputError(f"block {block} repeats some of its {len(triples)} kept triples")
         ordered.setflags(write=False)
         return ordered
 
     def _checked_genes(self, genes: np.ndarray, first_layer: int) -> np.ndarray:
         """`genes` [..., l] of the l layers from `first_layer` on, in range, as int32."""
         if not np.issubdtype(genes.dtype, np.integer):
-            raise ValueError(f"genes must be integers, got {genes.dtype}")
+            raise InputError(f"genes must be integers, got {genes.dtype}")
         if genes.size:
             flat = genes.reshape(-1, genes.shape[-1])
             extremes = np.stack([flat.min(axis=0), flat.max(axis=0)])
@@ -86,7 +82,7 @@ class RankSpace:
             outside = np.argwhere((extremes < 0) | (extremes >= num_choices))
             if len(outside):
                 row, column = outside[0]
-                raise ValueError(
+                raise InputError(
                     f"gene {extremes[row, column]} of {self.spec.layers[first_layer + column].name}"
                     f" lies outside 0..{num_choices[column] - 1}"
                 )
@@ -94,7 +90,7 @@ class RankSpace:
 
     @classmethod
     def regular(
-        cls, spec: "Spec", ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1), tile: int = 1
+        cls, spec: Spec, ratios=(1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1), tile: int = 1
     ) -> "RankSpace":
         """The space of all triples over ranks `int(round(ratio * full_rank))`, at least 1.
 
@@ -102,19 +98,19 @@ class RankSpace:
         multiplies whole tiles. A layer to which two ratios give the same rank has it once.
 
         Raises:
-          ValueError: a ratio lies outside (0, 1] or is repeated, 1 is missing, or tile is below 1.
+          InputError: a ratio lies outside (0, 1] or is repeated, 1 is missing, or tile is below 1.
         """
         if tile < 1:
-            raise ValueError(f"tile must be at least 1, got {tile}")
+            raise InputError(f"tile must be at least 1, got {tile}")
         ratios = sorted(ratios)
         for ratio in ratios:
             if not 0 < ratio <= 1:
-                raise ValueError(f"ratio {ratio} lies outside (0, 1]")
+                raise InputError(f"ratio {ratio} lies outside (0, 1]")
         for smaller, larger in itertools.pairwise(ratios):
             if smaller == larger:
-                raise ValueError(f"ratio {smaller} is given twice")
+                raise InputError(f"ratio {smaller} is given twice")
         if not ratios or ratios[-1] != 1:
-            raise ValueError(f"ratios {ratios} must contain 1: full rank is always a choice")
+            raise InputError(f"ratios {ratios} must contain 1: full rank is always a choice")
         choices = tuple(
             tuple(sorted({_rank_at(ratio, layer, tile) for ratio in ratios}))
             for layer in spec.layers
@@ -133,10 +129,10 @@ class RankSpace:
         }
 
     @classmethod
-    def from_json(cls, spec: "Spec", data: dict) -> "RankSpace":
-        """The space that `to_json` described; raises ValueError where it does not fit the spec."""
+    def from_json(cls, spec: Spec, data: dict) -> "RankSpace":
+        """The space that `to_json` described; raises InputError where it does not fit the spec."""
         if missing := {"choices", "kept"} - set(data):
-            raise ValueError(f"a rank space needs {' and '.join(sorted(missing))}")
+            raise InputError(f"a rank space needs {' and '.join(sorted(missing))}")
         return cls(spec, tuple(tuple(ranks) for ranks in data["choices"]), tuple(data["kept"]))
 
     @property
@@ -145,7 +141,12 @@ class RankSpace:
 
     @property
     def num_blocks(self) -> int:
-        return self.num_layers // _TRIPLE
+        return self.num_layers // LAYERS_PER_BLOCK
+
+    @property
+    def full_rank_triples(self) -> np.ndarray:
+        """int32 [blocks, 3]: the genes of every block at full rank."""
+        return self.full_rank_genes.reshape(-1, LAYERS_PER_BLOCK)
 
     @property
     def full_rank_genes(self) -> np.ndarray:
@@ -154,7 +155,7 @@ class RankSpace:
 
     @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:
-        """Per layer, int64: stored weights at each choice."""
+        """The stored weights of each layer at each of its choices, int64."""
         return tuple(
             np.array([_extracted_weights(layer, rank) for rank in ranks], np.int64)
             for layer, ranks in zip(self.spec.layers, self.choices, strict=True)
@@ -174,10 +175,10 @@ class RankSpace:
         return self.macs_cost.fixed
 
     def validate(self, genes) -> np.ndarray:
-        """genes [..., L] as int32; ValueError on a wrong length, dtype or value."""
+        """genes [..., L] as int32; InputError on a wrong length, dtype or value."""
         genes = np.asarray(genes)
         if genes.ndim == 0 or genes.shape[-1] != self.num_layers:
-            raise ValueError(f"genes have shape {genes.shape}, expected (..., {self.num_layers})")
+            raise InputError(f"genes have shape {genes.shape}, expected (..., {self.num_layers})")
         return self._checked_genes(genes, first_layer=0)
 
     def ranks(self, genes) -> np.ndarray:
@@ -186,7 +187,7 @@ class RankSpace:
         columns = [np.array(c, np.int64)[genes[..., i]] for i, c in enumerate(self.choices)]
         return np.stack(columns, axis=-1)
 
-    def extracted_spec(self, genes) -> "Spec":
+    def extracted_spec(self, genes) -> Spec:
         """genes [L] -> the spec of the extracted network."""
         pairs = zip(self.spec.layers, self.ranks(genes).tolist(), strict=True)
         return self.spec.with_ranks(
@@ -214,11 +215,11 @@ class RankSpace:
         """genes [..., L] -> bool [...]: whether every block's triple is a kept one."""
         genes = self.validate(genes)
         inside = np.ones(genes.shape[:-1], bool)
-        for b, triples in enumerate(self.kept):
-            layers = slice(_TRIPLE * b, _TRIPLE * (b + 1))
-            is_kept = np.zeros([len(ranks) for ranks in self.choices[layers]], bool)
+        in_blocks = genes.reshape(*inside.shape, -1, LAYERS_PER_BLOCK)
+        for b, (triples, choices) in enumerate(zip(self.kept, by_block(self.choices), strict=True)):
+            is_kept = np.zeros([len(ranks) for ranks in choices], bool)
             is_kept[tuple(triples.T)] = True
-            inside &= is_kept[tuple(np.moveaxis(genes[..., layers], -1, 0))]
+            inside &= is_kept[tuple(np.moveaxis(in_blocks[..., b, :], -1, 0))]
         return inside
 
     def sample(self, rng: np.random.Generator, n: int, law: str = "uniform") -> np.ndarray:
@@ -228,16 +229,13 @@ class RankSpace:
         1/ratio over its layers, ratio = rank / full rank (FLORA, low-rank aware sampling).
         """
         if law not in LAWS:
-            nearest = difflib.get_close_matches(str(law), LAWS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"unknown law {law!r}; choose one of {', '.join(LAWS)} (nearest: {nearest})"
-            )
-        layers, picks = self.spec.layers, []
-        for b, triples in enumerate(self.kept):
+            raise InputError(unknown("law", law, LAWS))
+        picks, choices = [], by_block(self.choices)
+        for triples, layers, ranks in zip(self.kept, self.spec.block_layers, choices, strict=True):
             weights = np.ones(len(triples))
             if law == "low_rank_aware":
-                for i, column in enumerate(triples.T, start=_TRIPLE * b):
-                    weights *= layers[i].full_rank / np.array(self.choices[i])[column]
+                for layer, of_layer, column in zip(layers, ranks, triples.T, strict=True):
+                    weights *= layer.full_rank / np.array(of_layer)[column]
             picks.append(rng.choice(len(triples), size=n, p=weights / weights.sum()))
         return np.concatenate(
             [triples[pick] for triples, pick in zip(self.kept, picks, strict=True)], axis=1
@@ -249,7 +247,7 @@ class RankSpace:
         See WindowSampler for how spaces with very many distinct costs are treated.
 
         Raises:
-          ValueError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
+          InputError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
         """
         return self._window_sampler.draw(rng, n, *macs)
 
@@ -274,25 +272,23 @@ class RankSpace:
 
         best = bisect.bisect_right(range(1, largest + 1), hi, key=macs)
         if best == 0:
-            raise ValueError(f"no uniform rank costs at most {hi} MACs; the least is {macs(1)}")
+            raise InputError(f"no uniform rank costs at most {hi} MACs; the least is {macs(1)}")
         return ranks(best)
 
 
 def _every_triple(choices) -> tuple[np.ndarray, ...]:
     """All gene triples [K_b, 3] of each block."""
-    sizes = [len(ranks) for ranks in choices]
     return tuple(
-        np.array(list(np.ndindex(*sizes[b : b + _TRIPLE])), np.int32)
-        for b in range(0, len(sizes), _TRIPLE)
+        np.array(list(np.ndindex(*map(len, of_block))), np.int32) for of_block in by_block(choices)
     )
 
 
-def _rank_at(ratio: float, layer: "LinearShape", tile: int = 1) -> int:
+def _rank_at(ratio: float, layer: LinearShape, tile: int = 1) -> int:
     rank = round(ratio * layer.full_rank)
     if rank == layer.full_rank:
         return rank
     return min(max(1, round(rank / tile)) * tile, layer.full_rank)
 
 
-def _extracted_weights(layer: "LinearShape", rank: int) -> int:
+def _extracted_weights(layer: LinearShape, rank: int) -> int:
     return layer.num_weights(None if layer.is_cheaper_dense(rank) else rank)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from flora_jax.errors import InputError
 from flora_jax.lowrank.products import Ranks
 
 # Components: the side of the matrix unit, which is no faster for fewer, so that a tile which the
@@ -36,7 +37,7 @@ def tiled_product(x, down, up, gene, ranks: Ranks) -> jax.Array:
       [M, out] in the dtype of x, summed in float32.
 
     Raises:
-      ValueError: the layer needs more of the chip's vector memory than there is.
+      InputError: the layer needs more of the chip's vector memory than there is.
     """
     rank = jnp.asarray(ranks, jnp.int32)[gene]
     to_whole_tiles = ((0, -down.shape[0] % TILE), (0, 0))
@@ -177,7 +178,7 @@ def _block(x, *, bytes_per_token: int, other_bytes: int) -> int:
         needed = other_bytes + block * bytes_per_token
         if needed <= VMEM_BYTES:
             return min(block, x.shape[0])
-    raise ValueError(
+    raise InputError(
         f"a layer of this size needs {needed / 2**20:.0f} MiB of vector memory, at most "
         f'{VMEM_BYTES // 2**20} can be used; choose the "masked" implementation'
     )

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from flora_jax.errors import InputError
 from flora_jax.lowrank.cost import Cost
 
 _MAX_CELLS = 2**17
@@ -35,7 +36,7 @@ class WindowSampler:
         cells = [e // self._cell for e in extra]
         self._rounded_off = int(sum((e % self._cell).max() for e in extra))
 
-        self._groups = []
+        self._groups: list[tuple[np.ndarray, ...]] = []
         self._shares = [np.ones(1)]
         for cell in reversed(cells):
             members = np.argsort(cell, kind="stable")
@@ -48,9 +49,9 @@ class WindowSampler:
             self._shares.insert(0, share)
 
     def draw(self, rng: np.random.Generator, n: int, lo: float, hi: float) -> np.ndarray:
-        """Genes int32 [n, L]; ValueError where nothing costs lo..hi."""
+        """Genes int32 [n, L]; InputError where nothing costs lo..hi."""
         if not lo <= hi:
-            raise ValueError(
+            raise InputError(
                 f"the {self.cost.unit} window [{lo}, {hi}] is empty: lo must not exceed hi"
             )
         if lo > self._most or hi < self._least:
@@ -83,7 +84,7 @@ class WindowSampler:
             remaining = remaining - values[group]
         return np.concatenate(genes, axis=1)
 
-    def _unreachable(self, lo: float, hi: float) -> ValueError:
+    def _unreachable(self, lo: float, hi: float) -> InputError:
         reachable = np.flatnonzero(self._shares[0])
         costs = self._least + self._cell * reachable
         nearest = reachable[np.argmin(np.maximum(lo - costs, costs - hi))]
@@ -92,7 +93,7 @@ class WindowSampler:
         if self._rounded_off:
             width = self._cell + self._rounded_off
             advice = f"; use a window at least {width} {unit} wide"
-        return ValueError(
+        return InputError(
             f"no kept genes found inside the {unit} window [{lo}, {hi}]; the space reaches "
             f"{self._least}..{self._most}, the nearest found costs {self.cost(genes)[0]}{advice}"
         )

@@ -1,21 +1,25 @@
 """The pre-norm transformer block and the patch embedding, which all families share."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import jax
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.models.layers import LayerNorm, Linear, make_linear
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear
+from flora_jax.models.spec import BlockInput, BlockLayers, Ranks
 
 
 class Mlp(nnx.Module):
-    def __init__(self, width: int, block: BlockSpec, *, rngs: nnx.Rngs):
-        self.fc1 = make_linear(width, block.mlp_dim, block.ranks[1], rngs=rngs)
-        self.fc2 = make_linear(block.mlp_dim, width, block.ranks[2], rngs=rngs)
+    """x [B*N, D] -> fc2(GELU(fc1(x))) [B*N, D]."""
 
-    def __call__(self, x: jax.Array, genes=(None, None)) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x, genes[0]), approximate=False), genes[1])
+    def __init__(self, layers: BlockLayers, ranks: Ranks, linear: MakeLinear, *, rngs: nnx.Rngs):
+        self.fc1 = linear(layers.fc1, ranks[1], rngs=rngs)
+        self.fc2 = linear(layers.fc2, ranks[2], rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class Block(nnx.Module):
@@ -26,40 +30,46 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        block: BlockSpec,
+        into: BlockInput,
+        layers: BlockLayers,
+        ranks: Ranks,
         attention: nnx.Module,
         epsilon: float,
-        downsample: nnx.Module | None = None,
+        downsample: nnx.Module | None,
+        linear: MakeLinear,
         *,
         rngs: nnx.Rngs,
     ):
         self.downsample = downsample
-        self.norm1 = LayerNorm(width, epsilon)
+        self.norm1 = LayerNorm(into.width, epsilon)
         self.attn = attention
-        self.norm2 = LayerNorm(width, epsilon)
-        self.mlp = Mlp(width, block, rngs=rngs)
+        self.norm2 = LayerNorm(into.width, epsilon)
+        self.mlp = Mlp(layers, ranks, linear, rngs=rngs)
 
-    def attention_half(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+    def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
+        """What the attention and the MLP work on; a subclass may change it."""
+        return norm(x)
+
+    def attention_half(self, x: jax.Array) -> jax.Array:
         if self.downsample is not None:
             x = self.downsample(x)
-        return x + self.attn(self.norm1(x), gene)
+        return x + self.attn(self.normalised(self.norm1, x))
 
-    def mlp_half(self, x: jax.Array, genes=(None, None)) -> jax.Array:
-        return x + self.mlp(self.norm2(x), genes)
+    def mlp_half(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.normalised(self.norm2, x))
 
-    def __call__(self, x: jax.Array, genes=(None, None, None)) -> jax.Array:
-        return self.mlp_half(self.attention_half(x, genes[0]), genes[1:])
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp_half(self.attention_half(x))
 
 
 BLOCK_OUTPUT = "block_output"  # what rematerialisation keeps
+RunBlocks = Callable[[Sequence[Block], jax.Array], jax.Array]
 
 
-def run_blocks(blocks: nnx.List, x: jax.Array, genes: jax.Array | None) -> jax.Array:
-    """Tokens through all blocks; genes int32 [L], three a block."""
-    for i, block in enumerate(blocks):
-        x = block(x, (None,) * 3 if genes is None else genes[3 * i : 3 * i + 3])
-        x = checkpoint_name(x, BLOCK_OUTPUT)
+def run_blocks(blocks: Iterable[Block], x: jax.Array) -> jax.Array:
+    """Takes tokens [B*N, D] through all blocks."""
+    for block in blocks:
+        x = checkpoint_name(block(x), BLOCK_OUTPUT)
     return x
 
 

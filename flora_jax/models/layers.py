@@ -1,17 +1,15 @@
-"""The layers a vision transformer is made of. Activations are two-dimensional, [B*N, D].
-
-Any layer in a searchable position is called as `layer(x, gene)`; only the supernet's own layer
-(`flora_jax.lowrank.layer.RankedLinear`) looks at the gene.
-"""
+"""The layers a vision transformer is made of. Activations are two-dimensional, [B*N, D]."""
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.models.spec import Rank
+from flora_jax.errors import InputError
+from flora_jax.models.spec import LinearShape, Rank
 
 # DeiT's truncated normal of std 0.02 fits a width of 768 only: at width 64 it trains to 88 % on the
 # digits where this reaches 98 % (docs/decisions.md).
@@ -27,7 +25,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_initializer(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         return add_bias(x @ self.kernel, self.bias)
 
 
@@ -47,23 +45,29 @@ class LowRankLinear(nnx.Module):
         self.up = nnx.Param(_initializer(rngs.params(), (rank, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         return add_bias(x @ self.down.T @ self.up, self.bias)
 
 
 LAYER_OUTPUT = "layer_output"  # what a loop over blocks keeps for its backward pass
 
 
-def add_bias(product: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return checkpoint_name(product if bias is None else product + bias, LAYER_OUTPUT)
+def add_bias(product: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return checkpoint_name(product if bias is None else product + bias[None], LAYER_OUTPUT)
 
 
-def make_linear(
-    in_features: int, out_features: int, rank: Rank, *, use_bias: bool = True, rngs: nnx.Rngs
-) -> nnx.Module:
+class MakeLinear(Protocol):
+    """Makes a searchable layer: a module that maps x [M, in] to [M, out]."""
+
+    def __call__(self, layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+def make_linear(layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> nnx.Module:
+    """One dense matrix, or a pair of factors where there is a rank."""
+    sizes = (layer.in_features, layer.out_features)
     if rank is None:
-        return Linear(in_features, out_features, use_bias=use_bias, rngs=rngs)
-    return LowRankLinear(in_features, out_features, rank, use_bias=use_bias, rngs=rngs)
+        return Linear(*sizes, use_bias=layer.use_bias, rngs=rngs)
+    return LowRankLinear(*sizes, rank, use_bias=layer.use_bias, rngs=rngs)
 
 
 class LayerNorm(nnx.Module):
@@ -88,13 +92,13 @@ def _layer_norm_forward(x, scale, bias, epsilon):
     centred = wide - wide.mean(-1, keepdims=True)
     inverse_std = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
     normal = (centred * inverse_std).astype(x.dtype)
-    return normal * scale + bias, (normal, inverse_std, scale)
+    return normal * scale[None] + bias[None], (normal, inverse_std, scale)
 
 
 def _layer_norm_backward(epsilon, saved, grad):
     # By hand, because the derived backward makes XLA:CPU's training step 1.5 times as slow.
     normal, inverse_std, scale = saved
-    wide_grad, wide_normal = (grad * scale).astype(jnp.float32), normal.astype(jnp.float32)
+    wide_grad, wide_normal = (grad * scale[None]).astype(jnp.float32), normal.astype(jnp.float32)
     along = (wide_grad * wide_normal).mean(-1, keepdims=True)
     grad_x = inverse_std * (wide_grad - wide_grad.mean(-1, keepdims=True) - wide_normal * along)
     return grad_x.astype(normal.dtype), (grad * normal).sum(0), grad.sum(0)
@@ -105,11 +109,11 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
     if images.ndim != 4 or images.shape[1:] != image_shape:
-        raise ValueError(
+        raise InputError(
             f"images have shape {tuple(images.shape)}; expected [B, {image_shape[0]}, "
             f"{image_shape[1]}, {image_shape[2]}] (batch, height, width, channels)"
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
+        raise InputError(
             f"images have dtype {images.dtype}; expected normalised floating point images, float32"
         )

@@ -7,21 +7,34 @@ MACs (multiply-adds) are counted for one image, as in the tables of FLORA (WACV 
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import ClassVar, Self
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from flora_jax.errors import InputError, check_at_least
 
 Rank = int | None  # None: one dense matrix; an integer: a pair of factors of that rank
 
 
+Ranks = tuple[Rank, Rank, Rank]  # of a block's (qkv, fc1, fc2)
+LAYERS_PER_BLOCK = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearShape:
-    """A searchable Linear layer: its sizes, and how many tokens of an image pass through it."""
+    """A searchable Linear layer.
+
+    Attributes:
+      name: of the module, such as "blocks.0.attn.qkv".
+      tokens: of an image, that pass through it.
+      singular_values_into: the factor of a pair, "down" or "up", that inherits them from an SVD.
+    """
 
     name: str
     in_features: int
     out_features: int
     tokens: int
     use_bias: bool = True
+    singular_values_into: Literal["down", "up"] = "down"
 
     @property
     def full_rank(self) -> int:
@@ -41,6 +54,14 @@ class LinearShape:
         return self.tokens * self.num_weights(rank)
 
 
+class BlockLayers(NamedTuple):
+    """The searchable layers of one block, in the order of its ranks and genes."""
+
+    qkv: LinearShape
+    fc1: LinearShape
+    fc2: LinearShape
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
     """One transformer block.
@@ -54,15 +75,13 @@ class BlockSpec:
     num_heads: int
     head_dim: int
     mlp_dim: int
-    ranks: tuple[Rank, Rank, Rank] = (None, None, None)
+    ranks: Ranks = (None, None, None)
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for name in ("num_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a block must be at least 1, got {getattr(self, name)}")
-        if len(self.ranks) != 3:
-            raise ValueError(f"a block has 3 ranks (qkv, fc1, fc2), got {self.ranks}")
+        check_at_least(self, 1, "num_heads", "head_dim", "mlp_dim")
+        if len(self.ranks) != LAYERS_PER_BLOCK:
+            raise InputError(f"a block has 3 ranks (qkv, fc1, fc2), got {self.ranks}")
 
     @property
     def attention_dim(self) -> int:
@@ -82,8 +101,10 @@ class Spec(abc.ABC):
     """What every family's spec can do. A family adds its fields and what lies around its blocks."""
 
     family: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # every family's spec is one
 
     image_size: int
+    patch_size: int
     in_channels: int
     num_classes: int
     qkv_bias: bool
@@ -92,7 +113,7 @@ class Spec(abc.ABC):
     @property
     @abc.abstractmethod
     def block_inputs(self) -> tuple[BlockInput, ...]:
-        """One a block."""
+        """What each block works on."""
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -115,18 +136,30 @@ class Spec(abc.ABC):
         return (self.image_size, self.image_size, self.in_channels)
 
     @property
-    def layers(self) -> tuple[LinearShape, ...]:
-        """The searchable layers, block by block (qkv, fc1, fc2). FLORA section 3."""
-        layers = []
+    def block_layers(self) -> tuple[BlockLayers, ...]:
+        """The searchable layers of every block (FLORA section 3).
+
+        As published, the singular values go into the output side of fc2 only.
+        """
+        found = []
         for i, (block, into) in enumerate(zip(self.blocks, self.block_inputs, strict=True)):
             width, hidden, tokens = into.width, block.mlp_dim, into.tokens
             qkv = 3 * block.attention_dim
-            layers += [
-                LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, self.qkv_bias),
-                LinearShape(f"blocks.{i}.mlp.fc1", width, hidden, tokens),
-                LinearShape(f"blocks.{i}.mlp.fc2", hidden, width, tokens),
-            ]
-        return tuple(layers)
+            found.append(
+                BlockLayers(
+                    qkv=LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, self.qkv_bias),
+                    fc1=LinearShape(f"blocks.{i}.mlp.fc1", width, hidden, tokens),
+                    fc2=LinearShape(
+                        f"blocks.{i}.mlp.fc2", hidden, width, tokens, singular_values_into="up"
+                    ),
+                )
+            )
+        return tuple(found)
+
+    @property
+    def layers(self) -> tuple[LinearShape, ...]:
+        """The searchable layers, block by block."""
+        return tuple(layer for layers in self.block_layers for layer in layers)
 
     @property
     def ranks(self) -> tuple[Rank, ...]:
@@ -135,10 +168,10 @@ class Spec(abc.ABC):
     def with_ranks(self, ranks: tuple[Rank, ...]) -> Self:
         """The same network with these ranks, one a searchable layer."""
         if len(ranks) != len(self.layers):
-            raise ValueError(f"expected {len(self.layers)} ranks, got {len(ranks)}")
+            raise InputError(f"expected {len(self.layers)} ranks, got {len(ranks)}")
         blocks = tuple(
-            dataclasses.replace(block, ranks=tuple(ranks[3 * i : 3 * i + 3]))
-            for i, block in enumerate(self.blocks)
+            dataclasses.replace(block, ranks=own_ranks)
+            for block, own_ranks in zip(self.blocks, by_block(ranks), strict=True)
         )
         return dataclasses.replace(self, blocks=blocks)
 
@@ -166,25 +199,25 @@ class Spec(abc.ABC):
     def _check_ranks(self) -> None:
         for layer, rank in zip(self.layers, self.ranks, strict=True):
             if rank is not None and not 1 <= rank <= layer.full_rank:
-                raise ValueError(
+                raise InputError(
                     f"rank {rank} of {layer.name} lies outside 1..{layer.full_rank} "
                     f"(None keeps the layer dense)"
                 )
 
 
-def check_positive(spec: Spec, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+_Each = TypeVar("_Each")
+
+
+def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
+    """What there is for each searchable layer, as one triple a block."""
+    return list(zip(each[0::3], each[1::3], each[2::3], strict=True))
 
 
 def check_multiple(spec: Spec, name: str, divisor_name: str) -> None:
     value, divisor = getattr(spec, name), getattr(spec, divisor_name)
     if value % divisor:
         nearest = max(1, round(value / divisor)) * divisor
-        raise ValueError(
+        raise InputError(
             f"{name} {value} is not a multiple of {divisor_name} {divisor}; "
             f"the nearest that is: {nearest}"
         )

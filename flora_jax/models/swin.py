@@ -1,6 +1,7 @@
 """Swin Transformer (Liu et al. 2021) as NNX modules built from a SwinSpec."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 from flax import nnx
 
 from flora_jax.models.attention import attend, merge_heads, split_heads
-from flora_jax.models.block import Block, PatchEmbed, run_blocks
-from flora_jax.models.layers import LayerNorm, Linear, check_images, make_linear
-from flora_jax.models.loop import Loop
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.block import Block, PatchEmbed
+from flora_jax.models.functional import Undecayed
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
+from flora_jax.models.network import Network
+from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin_spec import Stage, SwinSpec
 
 _HIDDEN = -100.0  # as published: the logit added between tokens that are no neighbours
@@ -25,28 +27,33 @@ class WindowAttention(nnx.Module):
     """
 
     def __init__(
-        self, stage: Stage, shift: int, block: BlockSpec, qkv_bias: bool, *, rngs: nnx.Rngs
+        self,
+        stage: Stage,
+        shift: int,
+        qkv: LinearShape,
+        block: BlockSpec,
+        linear: MakeLinear,
+        *,
+        rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
         self.grid_size, self.window_size, self.shift = stage.grid_size, stage.window_size, shift
-        self.qkv = make_linear(
-            stage.width, 3 * block.attention_dim, block.ranks[0], use_bias=qkv_bias, rngs=rngs
-        )
+        self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, stage.width, rngs=rngs)
         table = ((2 * stage.window_size - 1) ** 2, block.num_heads)
         init = nnx.initializers.truncated_normal(0.02)
-        self.relative_position_bias_table = nnx.Param(init(rngs.params(), table))
+        self.relative_position_bias_table = Undecayed(init(rngs.params(), table))
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        qkv = self.qkv(self._into_windows(x), gene)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        qkv = self.qkv(self._into_windows(x))
         qkv = split_heads(qkv, self.window_size**2, self.num_heads)
         bias = self._bias()
         query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
-        mixed = attend(query, key, value, bias).reshape(qkv.shape[1:])
+        mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
         return self._out_of_windows(self.proj(merge_heads(mixed)))
 
     def _bias(self) -> jax.Array:
-        """[windows, H, T, T]; one window stands for all where none is shifted."""
+        """The bias [windows, H, T, T]; one window stands for all where none is shifted."""
         index = _relative_position_index(self.window_size)
         bias = self.relative_position_bias_table[index].transpose(2, 0, 1)[None]
         if self.shift:
@@ -55,7 +62,7 @@ class WindowAttention(nnx.Module):
         return bias
 
     def _into_windows(self, x: jax.Array) -> jax.Array:
-        """[B*N, D] row by row -> [B*N, D] window by window."""
+        """Reorders tokens [B*N, D] from row by row to window by window."""
         side, window = self.grid_size, self.window_size
         grid = x.reshape(-1, side, side, x.shape[-1])
         if self.shift:
@@ -108,16 +115,13 @@ class PatchMerging(nnx.Module):
         return self.reduction(self.norm(merged))
 
 
-class Swin(nnx.Module):
-    """images float32 [B, H, W, C], normalised -> logits [B, num_classes].
+class Swin(Network):
+    """A Swin Transformer: attention inside windows, fewer and wider patches from stage to stage."""
 
-    Raises:
-      ValueError: the images have another shape than the spec's, or are not floating point.
-    """
+    spec: SwinSpec
 
-    def __init__(self, spec: SwinSpec, *, rngs: nnx.Rngs):
+    def __init__(self, spec: SwinSpec, linear: MakeLinear, block: type[Block], *, rngs: nnx.Rngs):
         self.spec = spec
-        self.loop: Loop | None = None
         epsilon = spec.layer_norm_eps
         norm = LayerNorm(spec.embed_dim, epsilon) if spec.patch_norm else None
         self.patch_embed = PatchEmbed(
@@ -126,44 +130,40 @@ class Swin(nnx.Module):
         init = nnx.initializers.normal(spec.embed_dim**-0.5)
         shape = (spec.grid_size**2, spec.embed_dim)
         self.absolute_pos_embed = (
-            nnx.Param(init(rngs.params(), shape)) if spec.absolute_pos_embed else None
+            Undecayed(init(rngs.params(), shape)) if spec.absolute_pos_embed else None
         )
-        self.blocks = nnx.List(_blocks(spec, rngs))
+        self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
         self.norm = LayerNorm(spec.num_features, epsilon)
         self.head = Linear(spec.num_features, spec.num_classes, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, C] -> tokens [B*N, D]."""
         check_images(images, self.spec.image_shape)
         x = self.patch_embed(images)
         if self.absolute_pos_embed is not None:
             position = self.absolute_pos_embed[...]
-            x = (x.reshape(-1, *position.shape) + position).reshape(x.shape)
+            x = (x.reshape(-1, *position.shape) + position[None]).reshape(x.shape)
         return x
 
     def classify(self, x: jax.Array) -> jax.Array:
-        """tokens [B*N, D] of the last stage -> logits [B, num_classes], read off their mean."""
         tokens = self.spec.stages[-1].tokens
         return self.head(self.norm(x).reshape(-1, tokens, x.shape[-1]).mean(1))
 
-    def __call__(self, images: jax.Array, genes: jax.Array | None = None) -> jax.Array:
-        run = self.loop or run_blocks
-        return self.classify(run(self.blocks, self.embed(images), genes))
 
-
-def _blocks(spec: SwinSpec, rngs: nnx.Rngs):
+def _blocks(
+    spec: SwinSpec, linear: MakeLinear, make_block: type[Block], rngs: nnx.Rngs
+) -> Iterator[Block]:
     """The blocks of all stages; the first of each later stage merges patches."""
-    blocks, before = iter(spec.blocks), None
+    blocks = zip(spec.blocks, spec.block_layers, spec.block_inputs, strict=True)
+    before, epsilon = None, spec.layer_norm_eps
     for stage in spec.stages:
         for i in range(stage.depth):
-            merges = i == 0 and before is not None
-            block, shift = next(blocks), stage.shift if i % 2 else 0
-            yield Block(
-                stage.width,
-                block,
-                WindowAttention(stage, shift, block, spec.qkv_bias, rngs=rngs),
-                spec.layer_norm_eps,
-                PatchMerging(before, spec.layer_norm_eps, rngs=rngs) if merges else None,
-                rngs=rngs,
+            block, layers, into = next(blocks)
+            shift = stage.shift if i % 2 else 0
+            attention = WindowAttention(stage, shift, layers.qkv, block, linear, rngs=rngs)
+            merging = None
+            if i == 0 and before is not None:
+                merging = PatchMerging(before, epsilon, rngs=rngs)
+            yield make_block(
+                into, layers, block.ranks, attention, epsilon, merging, linear, rngs=rngs
             )
         before = stage

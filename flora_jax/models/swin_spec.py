@@ -3,12 +3,12 @@
 import dataclasses
 from typing import ClassVar
 
+from flora_jax.errors import InputError, check_at_least, unknown
 from flora_jax.models.spec import (
     BlockInput,
     BlockSpec,
     Spec,
     check_multiple,
-    check_positive,
     nearest,
 )
 
@@ -29,7 +29,7 @@ class Stage:
 
     @property
     def shift(self) -> int:
-        """By how much every second block moves its windows; 0 where one window covers it all."""
+        """Patches by which every second block moves its windows; 0 where one window covers all."""
         return self.window_size // 2 if self.window_size < self.grid_size else 0
 
 
@@ -45,7 +45,7 @@ class SwinSpec(Spec):
       depths, num_heads: one a stage.
 
     Raises:
-      ValueError: windows do not tile a stage's feature map, a stage's width is not a multiple of
+      InputError: windows do not tile a stage's feature map, a stage's width is not a multiple of
         its num_heads, a size is not positive, depths and num_heads differ in length, `blocks` does
         not have sum(depths) entries, or a rank lies outside 1..full rank.
     """
@@ -70,13 +70,14 @@ class SwinSpec(Spec):
     def __post_init__(self):
         for name in ("depths", "num_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_positive(
+        check_at_least(
             self,
+            1,
             *("image_size", "patch_size", "embed_dim", "depths", "num_heads"),
             *("window_size", "num_classes", "in_channels", "mlp_ratio"),
         )
         if not self.depths or len(self.depths) != len(self.num_heads):
-            raise ValueError(
+            raise InputError(
                 f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage"
             )
         check_multiple(self, "image_size", "patch_size")
@@ -84,12 +85,12 @@ class SwinSpec(Spec):
         if not self.blocks:
             object.__setattr__(self, "blocks", self._regular_blocks())
         if len(self.blocks) != sum(self.depths):
-            raise ValueError(
+            raise InputError(
                 f"depths {self.depths} make {sum(self.depths)} blocks but {len(self.blocks)} "
                 f"were given"
             )
         if any(block.tokens is not None for block in self.blocks):
-            raise ValueError(f"no token can leave: {self.why_tokens_stay}")
+            raise InputError(f"no token can leave: {self.why_tokens_stay}")
         self._check_ranks()
 
     def _check_windows(self) -> None:
@@ -102,7 +103,7 @@ class SwinSpec(Spec):
                     self.window_size, lambda size: self._tiles_everywhere(self.image_size, size)
                 )
                 choice += f", or window_size: {window_size}"
-            raise ValueError(
+            raise InputError(
                 f"windows of {self.window_size} x {self.window_size} patches do not tile stage "
                 f"{number + 1} of an image of {self.image_size} pixels, which has "
                 f"{self.image_size / self.patch_size / 2**number:g} patches a side; "
@@ -124,8 +125,9 @@ class SwinSpec(Spec):
         blocks = []
         for number, stage in enumerate(self.stages):
             if stage.width % stage.num_heads:
-                legal = nearest(stage.num_heads, lambda n, width=stage.width: width % n == 0)
-                raise ValueError(
+                divisors = [n for n in range(1, stage.width + 1) if stage.width % n == 0]
+                legal = nearest(stage.num_heads, divisors.__contains__)
+                raise InputError(
                     f"stage {number + 1} has width {stage.width}, not a multiple of its num_heads "
                     f"{stage.num_heads}; the nearest that divides it: {legal}"
                 )
@@ -201,7 +203,7 @@ _SWIN_SIZES = {
 def swin(size: str, **overrides) -> SwinSpec:
     """Swin of the published size: "tiny", "small" or "base"; overrides replace any field."""
     if size not in _SWIN_SIZES:
-        raise ValueError(f"unknown Swin size {size!r}; choose one of {', '.join(_SWIN_SIZES)}")
+        raise InputError(unknown("Swin size", size, _SWIN_SIZES))
     embed_dim, depths, num_heads = _SWIN_SIZES[size]
     return SwinSpec(
         **{"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, **overrides}

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple, check_positive
+from flora_jax.errors import InputError, check_at_least, check_known, unknown
+from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple
 
 POOLS = ("token", "mean")
 
@@ -25,7 +26,7 @@ class ViTSpec(Spec):
     for the rest of the network, and stands in the attention of later blocks as one constant.
 
     Raises:
-      ValueError: image_size is not a multiple of patch_size, embed_dim is not a multiple of
+      InputError: image_size is not a multiple of patch_size, embed_dim is not a multiple of
         num_heads, a size is not positive, tokens and pool contradict each other, `blocks` does not
         have `depth` entries, a block's tokens are not among those of the block before, or a rank
         lies outside 1..full rank.
@@ -49,8 +50,9 @@ class ViTSpec(Spec):
     blocks: tuple[BlockSpec, ...] = ()
 
     def __post_init__(self):
-        check_positive(
+        check_at_least(
             self,
+            1,
             *("image_size", "patch_size", "embed_dim", "depth", "num_heads"),
             *("num_classes", "in_channels", "mlp_ratio"),
         )
@@ -63,7 +65,7 @@ class ViTSpec(Spec):
             )
             object.__setattr__(self, "blocks", (block,) * self.depth)
         if len(self.blocks) != self.depth:
-            raise ValueError(f"depth is {self.depth} but {len(self.blocks)} blocks were given")
+            raise InputError(f"depth is {self.depth} but {len(self.blocks)} blocks were given")
         self._check_tokens()
         self._check_ranks()
 
@@ -72,24 +74,23 @@ class ViTSpec(Spec):
         for i, block in enumerate(self.blocks):
             tokens = before if block.tokens is None else block.tokens
             if list(tokens) != sorted(set(tokens) & set(before)):
-                raise ValueError(
+                raise InputError(
                     f"tokens of block {i} must ascend and be among those of the block before"
                 )
             if block.tokens is None and len(before) < self.num_tokens:
-                raise ValueError(f"block {i} cannot work on all tokens: some left before it")
+                raise InputError(f"block {i} cannot work on all tokens: some left before it")
             if list(tokens[: self.num_prefix_tokens]) != list(range(self.num_prefix_tokens)):
-                raise ValueError(f"block {i} must keep the tokens that are classified")
+                raise InputError(f"block {i} must keep the tokens that are classified")
             if self.why_tokens_stay and len(tokens) < self.num_tokens:
-                raise ValueError(f"no token can leave: {self.why_tokens_stay}")
+                raise InputError(f"no token can leave: {self.why_tokens_stay}")
             before = tokens
 
     def _check_pool(self) -> None:
-        if self.pool not in POOLS:
-            raise ValueError(f"unknown pool {self.pool!r}; choose one of {', '.join(POOLS)}")
+        check_known(self, "pool", POOLS)
         if self.pool == "token" and not self.class_token:
-            raise ValueError("pool 'token' needs class_token=True; without it choose pool 'mean'")
+            raise InputError("pool 'token' needs class_token=True; without it choose pool 'mean'")
         if self.distilled and self.pool != "token":
-            raise ValueError("distilled=True classifies its two tokens: pool must be 'token'")
+            raise InputError("distilled=True classifies its two tokens: pool must be 'token'")
 
     @property
     def why_tokens_stay(self) -> str | None:
@@ -107,7 +108,7 @@ class ViTSpec(Spec):
 
     @property
     def num_tokens(self) -> int:
-        """Of the uncut image."""
+        """How many tokens the uncut image has."""
         return self.num_prefix_tokens + self.num_patches
 
     @property
@@ -148,6 +149,6 @@ _DEIT_WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 def deit(size: str, **overrides) -> ViTSpec:
     """DeiT of the published size: "tiny", "small" or "base"; overrides replace any field."""
     if size not in _DEIT_WIDTHS:
-        raise ValueError(f"unknown DeiT size {size!r}; choose one of {', '.join(_DEIT_WIDTHS)}")
+        raise InputError(unknown("DeiT size", size, _DEIT_WIDTHS))
     embed_dim, num_heads = _DEIT_WIDTHS[size]
     return ViTSpec(**{"embed_dim": embed_dim, "num_heads": num_heads, **overrides})

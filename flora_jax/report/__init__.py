@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, plots and tables."""
+"""What a person sees of a finished run: pictures and tables."""

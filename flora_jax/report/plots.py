@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from flora_jax.io.files import replacing
-from flora_jax.processes import by_the_first
 from flora_jax.report.table import count_unit
-from flora_jax.search.evolution import front
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
@@ -84,6 +84,17 @@ def plot_trade_off(
     ax.legend(loc="lower right", fontsize="small")
 
 
+def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
+    """Indices of the Pareto front by ascending MACs: nothing costs as little and is as accurate.
+
+    macs [P], top1 [P] -> int64 [F]; of equal points the first one.
+    """
+    macs, top1 = np.asarray(macs), np.asarray(top1)
+    order = np.lexsort((-top1, macs))
+    best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
+    return order[top1[order] > best_before[: len(order)]]
+
+
 def plot_ranks(
     ax: Axes,
     ranks: Sequence[int | None],
@@ -109,7 +120,7 @@ def plot_ranks(
     num_blocks = len(ranks) // len(names)
     shares = np.array([1.0 if r is None else r / f for r, f in zip(ranks, full_ranks, strict=True)])
     width = 0.8 / len(names)
-    handles = []
+    handles: list[Artist] = []
     for i, name in enumerate(names):
         ax.bar(
             np.arange(num_blocks) + (i - (len(names) - 1) / 2) * width,
@@ -171,11 +182,11 @@ def plot_curves(
         color, last_step = COLORS[i % len(COLORS)], max(1, steps[-1])
         label = f"{stage} ({last_step:,} steps)"
         ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
-        if accuracies and stage in accuracies:
-            steps, top1 = map(np.asarray, accuracies[stage])
-            right.plot(100 * steps / last_step, 100 * top1, color=color, linestyle="--")
-    losses = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
-    if losses.min() > 0 and losses.max() / losses.min() > _LOG_LOSS_RANGE:
+        if right is not None and accuracies and stage in accuracies:
+            at, top1 = map(np.asarray, accuracies[stage])
+            right.plot(100 * at / last_step, 100 * top1, color=color, linestyle="--")
+    every_loss = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
+    if every_loss.min() > 0 and every_loss.max() / every_loss.min() > _LOG_LOSS_RANGE:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
@@ -203,8 +214,7 @@ def report_figure(
     title: str = "",
 ) -> Figure:
     """The three plots as one picture; arguments as in plot_trade_off, plot_ranks, plot_curves."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(12, 8), layout=padded_layout())
     axes = figure.subplot_mosaic(
         [["trade-off", "curves"], ["ranks", "ranks"]],
         width_ratios=(3, 2),
@@ -222,7 +232,11 @@ def report_figure(
     return figure
 
 
-@by_the_first
+def padded_layout() -> ConstrainedLayoutEngine:
+    """A layout that leaves some room between the plots of a picture."""
+    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+
+
 def save_figure(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
     png = io.BytesIO()

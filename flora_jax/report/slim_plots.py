@@ -70,8 +70,9 @@ def plot_heads(ax: Axes, masks: Masks) -> None:
     kept = np.full((num_heads, num_blocks), np.nan)  # blocks may differ in their number of heads
     for b, mask in enumerate(masks.attn):
         kept[: len(mask), b] = 100 * mask.mean(1)
-    colors = LinearSegmentedColormap.from_list("kept", ["#d6e4f0", _COLORS["attn"], "#173a5c"])
-    colors = colors.with_extremes(under="0.6")
+    colors = LinearSegmentedColormap.from_list(
+        "kept", ["#d6e4f0", _COLORS["attn"], "#173a5c"]
+    ).with_extremes(under="0.6")
     image = ax.pcolormesh(
         *(np.arange(num_blocks + 1) - 0.5, np.arange(num_heads + 1) - 0.5, kept),
         cmap=colors,
@@ -129,12 +130,10 @@ def slim_figure(
     patches = [mask[num_prefix_tokens:] for mask in masks.patch]
     has_map = image is not None and bool(patches)
     if has_map:
-        image = _in_color(image)
         _check_grid(patches)
 
-    figure = Figure(figsize=(12, 10 if has_map else 7), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    rows = figure.subfigures(2 + has_map, 1)
+    figure = Figure(figsize=(12, 10 if has_map else 7), layout=plots.padded_layout())
+    rows = figure.subfigures(2 + has_map, 1, squeeze=False)[:, 0]
     kinds = _kinds(masks)
     for ax, kind in zip(rows[0].subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         plot_gates(ax, gates[kind], masks.thresholds[kind], _COLORS[kind])
@@ -147,8 +146,8 @@ def slim_figure(
     _title(right, "Dimensions of every head")
     for ax in (*rows[0].axes, left):
         ax.spines[["top", "right"]].set_visible(False)
-    if has_map:
-        _plot_token_maps(rows[2], image, patches)
+    if image is not None and has_map:
+        _plot_token_maps(rows[2], _in_color(image), patches)
     figure.suptitle(title)
     return figure
 
@@ -178,7 +177,7 @@ def _title(ax: Axes, text: str) -> None:
 
 
 def _legend_above(ax: Axes, **options) -> None:
-    """A legend inside would hide bars."""
+    """Puts the legend above the axes; inside it would hide bars."""
     columns = len(options.get("handles", ax.get_legend_handles_labels()[0]))
     ax.legend(
         loc="lower right",
@@ -200,7 +199,7 @@ def _check_same_network(gates: Mapping[str, Sequence[np.ndarray]], masks: Masks)
 
 
 def _in_color(image: np.ndarray) -> np.ndarray:
-    """float [H, W, 3] in 0..1"""
+    """The image as float [H, W, 3] in 0..1."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise ValueError(f"the image has shape {image.shape}; expected [H, W, 1 or 3]")

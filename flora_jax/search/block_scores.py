@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flora_jax.cluster.mesh import SPLIT, WHOLE, on_each_device, replicate
 from flora_jax.evaluation import EvaluationSet, means, sum_metrics
 from flora_jax.lowrank.supernet import Supernet
-from flora_jax.mesh import SPLIT, WHOLE, on_each_device, replicate
 from flora_jax.models import functional
 
 
@@ -37,35 +37,44 @@ def score_block(
     varied = network.blocks[block]
     attention = _compiled(varied, type(varied).attention_half, mesh)
     mlp = _compiled(varied, type(varied).mlp_half, mesh)
-    full_rank = [_compiled(module, type(module).__call__, mesh) for module in network.blocks]
+    whole = [_compiled(module, type(module).__call__, mesh) for module in network.blocks]
+    full_rank = [
+        functools.partial(run, triple)
+        for run, triple in zip(whole, supernet.space.full_rank_triples, strict=True)
+    ]
 
-    sums = [[] for _ in triples]
+    sums: list[list[jax.Array]] = [[] for _ in triples]
     for images, labels, mask in evaluation_set.batches:
-        before = embed(images)
+        before = embed(None, images)
         for run in full_rank[:block]:
             before = run(before)
-        attended = {gene: attention(before, gene) for gene in np.unique(triples[:, 0])}
-        for k, (qkv, fc1, fc2) in enumerate(triples):
-            x = mlp(attended[qkv], (fc1, fc2))
+        # The attention half depends on the gene of qkv alone.
+        attended = {triple[0]: attention(triple, before) for triple in _one_of_each_qkv(triples)}
+        for k, triple in enumerate(triples):
+            x = mlp(triple, attended[triple[0]])
             for run in full_rank[block + 1 :]:
                 x = run(x)
-            sums[k].append(_sum_metrics(mesh, classify(x), labels, mask))
+            sums[k].append(_sum_metrics(mesh, classify(None, x), labels, mask))
     return means(sums, evaluation_set.num_images)
 
 
+def _one_of_each_qkv(triples: np.ndarray) -> np.ndarray:
+    return triples[np.unique(triples[:, 0], return_index=True)[1]]
+
+
 def _compiled(module, method: Callable, mesh: Mesh) -> Callable:
-    """The method as a function of a batch's share and the genes, if it takes any."""
-    graphdef, parameters = functional.split(module)
-    return functools.partial(_run, graphdef, method, mesh, replicate(parameters, mesh))
+    """The method as a function of the module's genes (None where it has none) and a batch."""
+    structure, parameters = functional.split(module)
+    return functools.partial(_run, structure, method, mesh, replicate(parameters, mesh))
 
 
 @jax.jit(static_argnums=(0, 1, 2))
-def _run(graphdef, method, mesh, parameters, batch, *genes):
-    def on_one_device(parameters, batch, *genes):
-        return method(functional.merge(graphdef, parameters), batch, *genes)
+def _run(structure, method, mesh, parameters, genes, batch):
+    def on_one_device(parameters, genes, batch):
+        return method(functional.merge(structure, parameters, genes), batch)
 
-    in_specs = (WHOLE, SPLIT, *[WHOLE] * len(genes))
-    return on_each_device(on_one_device, mesh, in_specs, SPLIT)(parameters, batch, *genes)
+    in_specs = (WHOLE, WHOLE, SPLIT)
+    return on_each_device(on_one_device, mesh, in_specs, SPLIT)(parameters, genes, batch)
 
 
 @jax.jit(static_argnums=0)

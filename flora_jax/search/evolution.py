@@ -4,6 +4,7 @@ The random numbers of a generation depend on (seed, generation) alone and every 
 is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,9 +14,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from etils import epath
 
+from flora_jax.cluster.processes import is_first, wait_for_all
+from flora_jax.errors import InputError, check_at_least
+from flora_jax.io.json_lines import JsonLines
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.window import WindowSampler
+from flora_jax.models.spec import LAYERS_PER_BLOCK
 from flora_jax.search import history
 from flora_jax.search.history import Candidate
 
@@ -46,24 +51,17 @@ class EvolutionSettings:
     mutation_probability: float = 0.2
 
     def __post_init__(self):
-        for name, least in (
-            ("generations", 1),
-            ("population", 1),
-            ("parents", 1),
-            ("mutants", 0),
-            ("crossovers", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_at_least(self, 1, "generations", "population", "parents")
+        check_at_least(self, 0, "mutants", "crossovers")
         if self.parents > self.population:
-            raise ValueError(f"{self.parents} parents exceed the population of {self.population}")
+            raise InputError(f"{self.parents} parents exceed the population of {self.population}")
         if self.mutants + self.crossovers > self.population:
-            raise ValueError(
+            raise InputError(
                 f"{self.mutants} mutants and {self.crossovers} crossovers exceed the population "
                 f"of {self.population}"
             )
         if not 0 < self.mutation_probability <= 1:
-            raise ValueError(
+            raise InputError(
                 f"mutation_probability must lie in (0, 1], got {self.mutation_probability}"
             )
 
@@ -98,37 +96,30 @@ def evolve(
       The candidate of the highest score; among equals the cheaper one, then the earlier one.
 
     Raises:
-      ValueError: the window holds no kept genes, the history belongs to another search, or `score`
+      InputError: the window holds no kept genes, the history belongs to another search, or `score`
         returns another shape or a value that is not finite.
     """
     path = epath.Path(history_path)
-    header = _header(space, cost, window, settings, seed)
     sampler = WindowSampler(space.kept, cost)
-    generations = history.resume(path, header)
+    kept, generations = history.resume(path, _identity(space, cost, window, settings, seed))
+    sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
+    wait_for_all("history is read")  # the first process may cut it
     candidates = [candidate for members in generations for candidate in members]
-    for generation in range(len(generations), settings.generations):
-        rng = np.random.default_rng([seed, generation])
-        genes = _propose(space, sampler, window, settings, rng, candidates)
-        if len(genes) == 0:
-            log.info("generation %d: no unseen subnet is left in the window", generation)
-            break
-        members = _scored(score, cost, genes, generation)
-        candidates += members
-        history.append(path, ("" if generation else header) + history.to_line(generation, members))
-        if on_generation is not None:
-            on_generation(generation, members)
+    with JsonLines(path, kept) if is_first() else contextlib.nullcontext() as lines:
+        for generation in range(len(generations), settings.generations):
+            rng = np.random.default_rng([seed, generation])
+            genes = _propose(space, sampler, window, settings, rng, candidates)
+            if len(genes) == 0:
+                log.info("generation %d: no unseen subnet is left in the window", generation)
+                break
+            members = _scored(score, cost, genes, generation)
+            candidates += members
+            if lines is not None:
+                lines.append([history.to_record(generation, members)], durable=True)
+            wait_for_all("generation is saved")
+            if on_generation is not None:
+                on_generation(generation, members)
     return _best(candidates, 1)[0]
-
-
-def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
-    """Indices of the Pareto front by ascending MACs: nothing costs as little and is as accurate.
-
-    macs [P], top1 [P] -> int64 [F]; of equal points the first one.
-    """
-    macs, top1 = np.asarray(macs), np.asarray(top1)
-    order = np.lexsort((-top1, macs))
-    best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
-    return order[top1[order] > best_before[: len(order)]]
 
 
 def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndarray) -> np.ndarray:
@@ -136,8 +127,8 @@ def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndar
 
     Whole triples, because a mix of two kept triples need not be a kept one.
     """
-    from_mother = rng.random((len(mothers), mothers.shape[1] // 3)) < 0.5
-    return np.where(np.repeat(from_mother, 3, axis=1), mothers, fathers)
+    from_mother = rng.random((len(mothers), mothers.shape[1] // LAYERS_PER_BLOCK)) < 0.5
+    return np.where(np.repeat(from_mother, LAYERS_PER_BLOCK, axis=1), mothers, fathers)
 
 
 def mutate(
@@ -145,7 +136,8 @@ def mutate(
 ) -> np.ndarray:
     """genes [n, L] with each block redrawn from its kept triples at this probability."""
     redrawn = rng.random((len(genes), space.num_blocks)) < probability
-    return np.where(np.repeat(redrawn, 3, axis=1), space.sample(rng, len(genes)), genes)
+    fresh = space.sample(rng, len(genes))
+    return np.where(np.repeat(redrawn, LAYERS_PER_BLOCK, axis=1), fresh, genes)
 
 
 def _propose(
@@ -203,15 +195,15 @@ def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
     return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.cost))[:count]
 
 
-def _header(
+def _identity(
     space: RankSpace,
     cost: Cost,
     window: tuple[float, float],
     settings: EvolutionSettings,
     seed: int,
-) -> str:
-    """The line that tells one search from another."""
-    search = {
+) -> dict:
+    """What tells one search from another."""
+    return {
         "seed": seed,
         "unit": cost.unit,
         "window": [float(bound) for bound in window],
@@ -219,7 +211,6 @@ def _header(
         "space": _digest(repr(space.spec) + json.dumps(space.to_json())),
         "costs": _digest(json.dumps([cost.fixed, *(layer.tolist() for layer in cost.layers)])),
     }
-    return json.dumps({"search": search}) + "\n"
 
 
 def _digest(text: str) -> str:

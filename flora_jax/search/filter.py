@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 
+from flora_jax.errors import InputError
 from flora_jax.lowrank.space import RankSpace
 
 
@@ -26,7 +27,7 @@ def budget_price(scores: list[np.ndarray], macs: list[np.ndarray], budget: int) 
       Accuracy per MAC, at least 0; 0 when the most accurate triples fit already.
 
     Raises:
-      ValueError: scores and macs differ in shape, a score is not finite, or the budget is below
+      InputError: scores and macs differ in shape, a score is not finite, or the budget is below
         the cheapest total.
     """
     scores = [np.asarray(score, np.float64) for score in scores]
@@ -34,7 +35,7 @@ def budget_price(scores: list[np.ndarray], macs: list[np.ndarray], budget: int) 
     _check_aligned(scores, macs)
     cheapest = sum(int(cost.min()) for cost in macs)
     if budget < cheapest:
-        raise ValueError(f"budget {budget} is below the cheapest total, {cheapest} MACs")
+        raise InputError(f"budget {budget} is below the cheapest total, {cheapest} MACs")
     steps = [_hull_steps(score, cost) for score, cost in zip(scores, macs, strict=True)]
     slopes, extra = np.concatenate(steps, axis=1)
     order = np.argsort(-slopes)
@@ -57,7 +58,7 @@ def keep_triples(
       drop: share to drop, in [0, 1).
     """
     if not 0 <= drop < 1:
-        raise ValueError(f"drop must lie in [0, 1), got {drop}")
+        raise InputError(f"drop must lie in [0, 1), got {drop}")
     score, macs = np.asarray(score, np.float64), np.asarray(macs, np.int64)
     _check_aligned([score], [macs])
     count = len(score) - int(drop * len(score))
@@ -79,12 +80,12 @@ def filter_space(
       drop: share of each block's triples to drop.
 
     Raises:
-      ValueError: scores do not fit the space, or the budget is below its least MACs.
+      InputError: scores do not fit the space, or the budget is below its least MACs.
     """
     if not space.contains(space.full_rank_genes):
-        raise ValueError("filtering needs a space that keeps the full-rank triple of every block")
+        raise InputError("filtering needs a space that keeps the full-rank triple of every block")
     if budget < space.macs_range()[0]:
-        raise ValueError(
+        raise InputError(
             f"budget {budget} is below the least MACs of the space, {space.macs_range()[0]}"
         )
     macs = [space.block_macs(b) for b in range(space.num_blocks)]

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import logging
-import os
 
 from etils import epath
 
-from flora_jax.io.files import is_url, replacing
-from flora_jax.processes import by_the_first, wait_for_all
+from flora_jax.errors import InputError, differences
+from flora_jax.io.json_lines import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -35,81 +34,68 @@ class Candidate:
 
 def read_history(path: epath.PathLike) -> list[Candidate]:
     """Every candidate scored so far, in order; an unfinished last line is left out."""
-    _, generations, _ = _parse(epath.Path(path).read_bytes())
-    return [candidate for members in generations for candidate in members]
+    lines = read_lines(path)
+    _search_of(path, lines)
+    return [candidate for members in _generations(lines) for candidate in members]
 
 
-def resume(path: epath.Path, header: str) -> list[list[Candidate]]:
-    """The complete generations of a history, which is cut behind the last of them."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    wait_for_all("history is read")  # the first process may cut it
-    if header.encode().startswith(content):  # stopped while the first line was written
-        content = header.encode()
-    found, generations, good_bytes = _parse(content)
-    wanted = json.loads(header)["search"]
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
+def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candidate]]]:
+    """The lines of a history that count, and the complete generations in them.
+
+    Args:
+      search: what tells one search from another, JSON values.
+
+    Raises:
+      InputError: the file is no history, or that of another search.
+    """
+    header = json.dumps({"search": search}).encode() + b"\n"
+    lines = read_lines(path)
+    if not lines and header.startswith(path.read_bytes() if path.exists() else b""):
+        return [header], []  # stopped while the first line was written, or before
+    differing = list(differences(_search_of(path, lines), search))
     if differing:
-        told = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in differing)
-        raise ValueError(f"history {path} belongs to another search ({told}); use another path")
-    if good_bytes < len(content):
+        told = ", ".join(f"{name} {there} instead of {here}" for name, there, here in differing)
+        raise InputError(f"history {path} belongs to another search ({told}); use another path")
+    generations = _generations(lines)
+    complete = lines[: 1 + len(generations)]
+    if sum(map(len, complete)) < path.stat().length:
         log.warning("history %s is cut behind its %d complete generations", path, len(generations))
-        _cut(path, content[:good_bytes])
-    return generations
+    return complete, generations
 
 
-def _parse(content: bytes) -> tuple[dict, list[list[Candidate]], int]:
-    """What the search is, its complete generations, and the bytes up to the end of them."""
-    header, *lines = content.splitlines(keepends=True) or [b""]
+def to_record(generation: int, members: list[Candidate]) -> dict:
+    """The line of a generation."""
+    columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
+    return {"generation": generation, **columns}
+
+
+def _search_of(path: epath.PathLike, lines: list[bytes]) -> dict:
     try:
-        search = json.loads(header)["search"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError("not the history of a search: its first line does not say so") from error
-    generations, good_bytes = [], 0
-    for line in lines:
+        return json.loads(lines[0])["search"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{path} is not the history of a search: its first line does not say so"
+        ) from error
+
+
+def _generations(lines: list[bytes]) -> list[list[Candidate]]:
+    """Reads the generations behind the first line, up to a line that is damaged."""
+    generations: list[list[Candidate]] = []
+    for line in lines[1:]:
         members = _from_line(line, generation=len(generations))
         if members is None:
             break
         generations.append(members)
-        good_bytes = (good_bytes or len(header)) + len(line)
-    return search, generations, good_bytes
-
-
-def to_line(generation: int, members: list[Candidate]) -> str:
-    columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
-    return json.dumps({"generation": generation, **columns}) + "\n"
+    return generations
 
 
 def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
-    """The candidates of a complete line of this generation, None for anything else."""
+    """The candidates of a line of this generation, None for anything else."""
     try:
         record = json.loads(line)
         columns = zip(*(record[name] for name in _COLUMNS), strict=True)
         members = [Candidate(generation, tuple(genes), *values) for genes, *values in columns]
-        is_complete = line.endswith(b"\n") and record["generation"] == generation
+        is_next = record["generation"] == generation
     except (ValueError, KeyError, TypeError):
         return None
-    return members if is_complete else None
-
-
-@by_the_first
-def append(path: epath.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_url(path):
-        _replace(path, (path.read_bytes() if path.exists() else b"") + text.encode())
-        return
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@by_the_first
-def _cut(path: epath.Path, content: bytes) -> None:
-    _replace(path, content)
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    with replacing(path) as partial:
-        partial.write_bytes(content)
+    return members if is_next else None

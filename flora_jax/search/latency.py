@@ -11,25 +11,23 @@ import dataclasses
 import functools
 import logging
 import math
-import os
-import platform
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
-from flora_jax.models import create_abstract, functional
+from flora_jax.models import functional
 from flora_jax.models.block import Block
-from flora_jax.models.spec import Spec
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.network import Network
+from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
+from flora_jax.timing import describe_device, median_ratio, time_in_turn
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 2  # rounds
 _SHORTEST_MS = 5  # of work, below which starting it would be much of what is measured
 _HALVES = (Block.attention_half, Block.mlp_half, Block.mlp_half)  # of qkv, fc1 and fc2
 
@@ -56,7 +54,7 @@ class LatencyTable:
 
     @property
     def cost(self) -> Cost:
-        """In whole nanoseconds."""
+        """The table as a cost, in whole nanoseconds."""
         layers = (np.array([_nanoseconds(ms) for ms in choices]) for choices in self.change_ms)
         return Cost("ns", _nanoseconds(self.full_rank_ms), tuple(layers))
 
@@ -107,7 +105,7 @@ def measure(
     quickest = {name: ms.min() / copies.get(name, 1) for name, ms in times.items()}
     full_rank = zip(measured_as, space.full_rank_genes.tolist(), strict=True)
     halves = [quickest[name] for name in full_rank]
-    in_blocks = sum(halves[0::3]) + sum(halves[1::3])  # fc2 is in the same half as fc1
+    in_blocks = sum(qkv + fc1 for qkv, fc1, _ in by_block(halves))  # fc2's half is that of fc1
     scale = full_rank_ms / (in_blocks + quickest["around"])
     changes = (
         (scale * (quickest.get((layer, choice), half) - half) for choice in range(len(choices)))
@@ -137,7 +135,8 @@ def _compile(
     copies: dict[Hashable, int] = {}
     compile_half = functools.cache(functools.partial(_half, batch_size=batch_size, dtype=dtype))
     for layer in sorted(layers):
-        block, half = layer // 3, _HALVES[layer % 3]
+        block, place = divmod(layer, LAYERS_PER_BLOCK)
+        half = _HALVES[place]
         once = time_in_turn({"": compile_half(space.spec, block, half, 1)}, rounds=3)[""].min()
         enough = min(len(space.spec.blocks), math.ceil(_SHORTEST_MS / once))
         for choice, spec in _distinct_specs(space, layer).items():
@@ -154,43 +153,17 @@ def measure_networks(
     return time_in_turn(work, rounds)
 
 
-def median_ratio(times: np.ndarray, others: np.ndarray) -> float:
-    """The median over the rounds, so that what slows a whole round cancels out."""
-    return float(np.median(times / others))
-
-
-def time_in_turn(
-    work: Mapping[Hashable, Callable], rounds: int, pause: float = 0.0, untimed: int = 0
-) -> dict[Hashable, np.ndarray]:
-    """Milliseconds of each in every round, float64 [rounds], after two rounds that do not count.
-
-    Before each are `pause` seconds, in which threads of the work before stop spinning, and
-    `untimed` calls, after which memory and caches are its own again.
-    """
-    times = {name: [] for name in work}
-    for _ in range(WARM_UP + rounds):
-        for name, run in work.items():
-            time.sleep(pause)
-            for _ in range(untimed):
-                run()
-            started = time.perf_counter()
-            run()
-            times[name].append(1000 * (time.perf_counter() - started))
-    return {name: np.array(all_rounds[WARM_UP:]) for name, all_rounds in times.items()}
-
-
 def _measured_as(space: RankSpace) -> Iterator[int]:
-    """For each layer the first one of the same block shape, place and choices."""
-    spec, first = space.spec, {}
-    for layer in range(space.num_layers):
-        block, place = divmod(layer, 3)
-        choices = space.choices[3 * block : 3 * block + 3]
-        shape = (spec.blocks[block], spec.block_inputs[block], choices, place)
-        yield first.setdefault(shape, layer)
+    """Names for each layer the first one of the same block shape, place and choices."""
+    first: dict[tuple, int] = {}
+    blocks = zip(space.spec.blocks, space.spec.block_inputs, by_block(space.choices), strict=True)
+    for number, block in enumerate(blocks):
+        for place in range(LAYERS_PER_BLOCK):
+            yield first.setdefault((*block, place), LAYERS_PER_BLOCK * number + place)
 
 
 def _distinct_specs(space: RankSpace, layer: int) -> dict[int, Spec]:
-    """By choice of a layer, all others at full rank; without those extracted as if at full rank."""
+    """A spec for each choice of a layer, others at full rank; none that is extracted alike."""
     shape, full_rank = space.spec.layers[layer], space.full_rank_genes
     specs = {int(full_rank[layer]): space.spec}
     for choice, rank in enumerate(space.choices[layer]):
@@ -204,16 +177,16 @@ def _distinct_specs(space: RankSpace, layer: int) -> dict[int, Spec]:
 def _network(
     spec: Spec, batch_size: int, dtype: str, forward: Callable = lambda model, images: model(images)
 ) -> Callable[[], None]:
-    graphdef, parameters = functional.split(create_abstract(spec))
+    structure, parameters = functional.split(create_abstract(spec))
 
     def run(parameters, images):
-        return forward(functional.merge(graphdef, parameters), images)
+        return forward(functional.merge(structure, parameters), images)
 
     images = jax.ShapeDtypeStruct((batch_size, *spec.image_shape), dtype)
     return _compiled(run, dtype, parameters, images)
 
 
-def _around_blocks(model: nnx.Module, images: jax.Array) -> jax.Array:
+def _around_blocks(model: Network, images: jax.Array) -> jax.Array:
     """All of the network but the halves of its blocks."""
     x = model.embed(images)
     for block in model.blocks:
@@ -227,11 +200,11 @@ def _half(
     """Half of a block, a few times over with weights of its own."""
     module = create_abstract(spec).blocks[block]
     module.downsample = None  # it costs the same at every choice
-    graphdef, parameters = functional.split(module)
+    structure, parameters = functional.split(module)
 
     def chain(all_parameters, x):
         for parameters in all_parameters:
-            x = half(functional.merge(graphdef, parameters), x)
+            x = half(functional.merge(structure, parameters), x)
         return x
 
     into = spec.block_inputs[block]
@@ -249,8 +222,3 @@ def _compiled(function: Callable, dtype: str, *shapes) -> Callable[[], None]:
     arguments = jax.tree.map(small, shapes)
     program = jax.jit(function).lower(*arguments).compile()
     return lambda: jax.block_until_ready(program(*arguments))
-
-
-def describe_device() -> str:
-    device = jax.local_devices()[0].device_kind
-    return f"{device}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"

@@ -5,16 +5,15 @@ masks = slim.threshold(gated, attn=0.7, mlp=0.7, patch=0.7)
 small = slim.extract(gated, masks)               # a smaller plain model
 """
 
-from flora_jax.slim.cost import published_flops
-from flora_jax.slim.extract import cut_spec, extract
+from flora_jax.slim.extract import extract
 from flora_jax.slim.gates import (
     Gated,
     SparsityPenalty,
     abstract_gated,
     add_gates,
-    from_state_dict,
 )
-from flora_jax.slim.masks import Masks, apply_masks, threshold, threshold_to_macs
+from flora_jax.slim.masks import Masks, apply_masks, cut_spec, threshold, threshold_to_macs
+from flora_jax.slim.published import from_state_dict, published_flops
 
 __all__ = [
     "Gated",

@@ -5,57 +5,18 @@ tensors. Tokens leave the sequence; in the attention, one constant stands for th
 (`flora_jax.models.vit.Attention`).
 """
 
-import dataclasses
-from typing import TYPE_CHECKING
-
 import numpy as np
-from flax import nnx
 
-from flora_jax.models import Spec, create_abstract, functional
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.network import Network
 from flora_jax.models.spec import BlockSpec
-
-if TYPE_CHECKING:
-    from flora_jax.slim.gates import Gated
-    from flora_jax.slim.masks import Masks
+from flora_jax.slim.gates import GATE_NAMES, Gated
+from flora_jax.slim.masks import Masks, cut_spec
 
 
-def cut_spec(spec: Spec, masks: "Masks", tile: int = 1) -> Spec:
-    """The spec of the cut model.
-
-    A block's heads are as wide as its widest; a head that loses all its dimensions leaves.
-
-    Args:
-      tile: head and MLP widths are rounded up to a multiple of it, where the uncut width allows.
-
-    Raises:
-      ValueError: masks of another spec, or tile below 1.
-    """
-    if tile < 1:
-        raise ValueError(f"tile must be at least 1, got {tile}")
-    masks.check(spec)
-    blocks = []
-    for b, block in enumerate(spec.blocks):
-        widths = masks.attn[b].sum(1)
-        tokens = tuple(np.flatnonzero(masks.patch[b]).tolist()) if masks.patch else None
-        if tokens is not None and len(tokens) == len(masks.patch[b]):
-            tokens = None
-        blocks.append(
-            BlockSpec(
-                num_heads=int((widths > 0).sum()),
-                head_dim=_round_up(int(widths.max()), tile, block.head_dim),
-                mlp_dim=_round_up(int(masks.mlp[b].sum()), tile, block.mlp_dim),
-                tokens=tokens,
-            )
-        )
-    return dataclasses.replace(spec, blocks=tuple(blocks))
-
-
-def _round_up(width: int, tile: int, most: int) -> int:
-    return min(-(-width // tile) * tile, most)
-
-
-def extract(gated: "Gated", masks: "Masks", fold: bool = True, tile: int = 1) -> nnx.Module:
-    """The cut model.
+def extract(gated: Gated, masks: Masks, fold: bool = True, tile: int = 1) -> Network:
+    """Cuts a gated model by its masks.
 
     Args:
       fold: multiply the gates that stay into the weights, which keeps more of the trained function;
@@ -64,16 +25,16 @@ def extract(gated: "Gated", masks: "Masks", fold: bool = True, tile: int = 1) ->
       tile: as in `cut_spec`.
 
     Raises:
-      ValueError: masks of other gates, or tile below 1.
+      InputError: masks of other gates, or tile below 1.
     """
     masks.check_gated(gated)
     spec = cut_spec(gated.spec, masks, tile)
     parameters = {n: np.asarray(p) for n, p in functional.split(gated.network)[1].items()}
     for b, block in enumerate(gated.spec.blocks):
         name, cut = f"blocks.{b}", spec.blocks[b]
-        attn_gate = parameters.pop(f"{name}.attn.qkv.gate")
-        mlp_gate = parameters.pop(f"{name}.mlp.fc2.gate")
-        token_gate = np.tanh(parameters.pop(f"{name}.token_gate", np.inf))
+        attn_gate = parameters.pop(f"{name}.{GATE_NAMES['attn']}")
+        mlp_gate = parameters.pop(f"{name}.{GATE_NAMES['mlp']}")
+        token_gate = np.tanh(parameters.pop(f"{name}.{GATE_NAMES['patch']}", np.inf))
         if fold:
             kept_tokens = token_gate[masks.patch[b]].mean() if masks.patch else 1.0
             _fold(parameters, name, block, attn_gate, mlp_gate, kept_tokens)
@@ -102,7 +63,7 @@ def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask
     is_kept = np.take_along_axis(mask[heads], order, axis=1)  # [heads, d], False where filled up
 
     def columns(array):
-        """[..., H*d of the uncut block] -> [..., H, d of the cut one]"""
+        """Takes [..., H*d] of the uncut block to [..., H, d] of the cut one."""
         by_head = array.reshape(*array.shape[:-1], block.num_heads, block.head_dim)
         return np.where(is_kept, by_head[..., heads[:, None], order], 0)
 

@@ -8,71 +8,71 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flora_jax.io import pretrained
-from flora_jax.models import Spec, create, functional
+from flora_jax.errors import InputError, unknown
+from flora_jax.models import functional
 from flora_jax.models.block import Block
-from flora_jax.models.functional import Parameters
-from flora_jax.models.layers import Linear
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.functional import Parameters, Undecayed
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, make_linear
+from flora_jax.models.network import Network
+from flora_jax.models.spec import BlockInput, BlockSpec, LinearShape, Rank, Spec
 
 ATTENTION_GATES = ("dim", "head", "uniform")
 _TOKEN_GATE_START = 3.0  # its tanh, 0.995, is the gate
+GATE_NAMES = {"attn": "attn.qkv.gate", "mlp": "mlp.fc2.gate", "patch": "token_gate"}  # in a block
+
+
+class Gate(Undecayed):
+    """Values that multiply activations, and decide what can be cut."""
 
 
 class GatedQkv(Linear):
     """qkv whose output is multiplied per head and dimension, alike for q, k and v."""
 
-    def __init__(self, layer: Linear, num_heads: int, gate_shape: tuple[int, int]):
-        self.kernel, self.bias = layer.kernel, layer.bias
-        self.num_heads = num_heads
-        self.gate = nnx.Param(jnp.ones(gate_shape))
+    def __init__(
+        self, layer: LinearShape, block: BlockSpec, gate_shape: tuple[int, int], *, rngs: nnx.Rngs
+    ):
+        sizes = (layer.in_features, layer.out_features)
+        super().__init__(*sizes, use_bias=layer.use_bias, rngs=rngs)
+        self.num_heads = block.num_heads
+        self.gate = Gate(jnp.ones(gate_shape))
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         qkv = super().__call__(x)
-        return (qkv.reshape(len(x), 3, self.num_heads, -1) * self.gate).reshape(qkv.shape)
+        return (qkv.reshape(len(x), 3, self.num_heads, -1) * self.gate[None, None]).reshape(
+            qkv.shape
+        )
 
 
 class GatedFc2(Linear):
     """fc2 whose input, the hidden units after GELU, is multiplied per unit."""
 
-    def __init__(self, layer: Linear):
-        self.kernel, self.bias = layer.kernel, layer.bias
-        self.gate = nnx.Param(jnp.ones(self.kernel.shape[0]))
+    def __init__(self, layer: LinearShape, *, rngs: nnx.Rngs):
+        super().__init__(layer.in_features, layer.out_features, rngs=rngs)
+        self.gate = Gate(jnp.ones(layer.in_features))
 
-    def __call__(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        return super().__call__(x * self.gate)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x * self.gate[None])
 
 
-class GatedBlock(Block):
+class TokenGatedBlock(Block):
     """A block whose two normalised inputs are multiplied per token; the residual stream is not."""
 
-    def __init__(self, block: Block, gate_shape: tuple[int, int], num_tokens: int | None):
-        self.downsample, self.norm1, self.norm2 = block.downsample, block.norm1, block.norm2
-        self.attn, self.mlp = block.attn, block.mlp
-        self.attn.qkv = GatedQkv(block.attn.qkv, block.attn.num_heads, gate_shape)
-        self.mlp.fc2 = GatedFc2(block.mlp.fc2)
-        start = jnp.full(num_tokens or 0, _TOKEN_GATE_START)
-        self.token_gate = nnx.Param(start) if num_tokens else None
+    def __init__(self, into: BlockInput, *arguments, rngs: nnx.Rngs):
+        super().__init__(into, *arguments, rngs=rngs)
+        self.token_gate = Gate(jnp.full(into.tokens, _TOKEN_GATE_START))
 
-    def attention_half(self, x: jax.Array, gene: jax.Array | None = None) -> jax.Array:
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x + self.attn(self._gated(self.norm1(x)), gene)
-
-    def mlp_half(self, x: jax.Array, genes=(None, None)) -> jax.Array:
-        return x + self.mlp(self._gated(self.norm2(x)), genes)
-
-    def _gated(self, x: jax.Array) -> jax.Array:
-        if self.token_gate is None:
-            return x
+    def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
+        x = super().normalised(norm, x)
         gate = jnp.tanh(self.token_gate[...])
-        return (x.reshape(-1, len(gate), x.shape[-1]) * gate[:, None]).reshape(x.shape)
+        return (x.reshape(-1, len(gate), x.shape[-1]) * gate[None, :, None]).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
     """A dense model with gates. `network` is an NNX model; its parameters include the gates."""
 
-    network: nnx.Module
+    network: Network
     attention: str
     has_token_gates: bool
 
@@ -85,22 +85,28 @@ class Gated:
         return self.network(images)
 
     def gates(self) -> dict[str, list[np.ndarray]]:
-        """Per kind, one array a block, as they multiply: attn [H, d], [H, 1] or [1, d]; mlp
-        [hidden]; patch [N] (no arrays without token gates)."""
-        parameters = functional.split(self.network)[1]
+        """An array a block of each kind, as it multiplies: attn [H, d], [H, 1] or [1, d]; mlp
+        [hidden]; patch [N], or none without token gates."""
+        values = {name: np.asarray(gate) for name, gate in self._named_gates()}
 
-        def of_blocks(name: str) -> list[np.ndarray]:
+        def of_blocks(kind: str) -> list[np.ndarray]:
             blocks = range(len(self.spec.blocks))
-            return [np.asarray(parameters[f"blocks.{b}.{name}"]) for b in blocks]
+            return [values[f"blocks.{b}.{GATE_NAMES[kind]}"] for b in blocks]
 
-        return {
-            "attn": of_blocks("attn.qkv.gate"),
-            "mlp": of_blocks("mlp.fc2.gate"),
-            "patch": [np.tanh(g) for g in of_blocks("token_gate")] if self.has_token_gates else [],
-        }
+        tokens = map(np.tanh, of_blocks("patch")) if self.has_token_gates else []
+        return {"attn": of_blocks("attn"), "mlp": of_blocks("mlp"), "patch": list(tokens)}
+
+    def _named_gates(self):
+        return functional.named_variables(self.network, Gate)
+
+    def with_gates(self, gates: Mapping[str, jax.Array | np.ndarray]) -> "Gated":
+        """The same network with some of its gates replaced, by name, as before the tanh."""
+        parameters = {**functional.split(self.network)[1], **gates}
+        network = functional.with_parameters(self.network, parameters)
+        return dataclasses.replace(self, network=network)
 
 
-def add_gates(model: nnx.Module, attention: str = "dim", tokens: bool | None = None) -> Gated:
+def add_gates(model: Network, attention: str = "dim", tokens: bool | None = None) -> Gated:
     """A copy of a dense model with open gates: 1 on dimensions and units, tanh(3) on tokens.
 
     Args:
@@ -110,47 +116,51 @@ def add_gates(model: nnx.Module, attention: str = "dim", tokens: bool | None = N
         class token.
 
     Raises:
-      ValueError: an unknown variant, a model that is already compressed, or token gates on a Swin
+      InputError: an unknown variant, a model that is already compressed, or token gates on a Swin
         or on a network that averages all patches.
     """
     gated = abstract_gated(model.spec, attention, tokens)
     fresh = {
-        name: jnp.full(shape.shape, _TOKEN_GATE_START if name.endswith("token_gate") else 1.0)
-        for name, shape in functional.split(gated.network)[1].items()
-        if name.endswith("gate")
+        name: jnp.full(gate.shape, _TOKEN_GATE_START if name.endswith(GATE_NAMES["patch"]) else 1.0)
+        for name, gate in functional.named_variables(gated.network, Gate)
     }
     parameters = functional.split(model)[1] | fresh
     return dataclasses.replace(gated, network=functional.with_parameters(gated.network, parameters))
 
 
 def abstract_gated(spec: Spec, attention: str = "dim", tokens: bool | None = None) -> Gated:
-    """As `add_gates` on a model whose parameters are shapes without values."""
+    """Does as `add_gates` on a model whose parameters are shapes without values."""
     if attention not in ATTENTION_GATES:
-        raise ValueError(
-            f"unknown attention gates {attention!r}; choose one of {', '.join(ATTENTION_GATES)}"
-        )
+        raise InputError(unknown("attention gates", attention, ATTENTION_GATES))
     if any(rank is not None for rank in spec.ranks):
-        raise ValueError("gates need a dense model: slim first, then factorize the slim model")
+        raise InputError("gates need a dense model: slim first, then factorize the slim model")
     if any(block.tokens is not None for block in spec.blocks):
-        raise ValueError("this model was slimmed before: its tokens have left for good")
+        raise InputError("this model was slimmed before: its tokens have left for good")
     reason = spec.why_tokens_stay
     if tokens and reason:
-        raise ValueError(f"no token gates here: {reason}")
+        raise InputError(f"no token gates here: {reason}")
     has_token_gates = reason is None if tokens is None else tokens
 
-    def build():
-        network = create(spec)
-        for i, (block, into) in enumerate(zip(spec.blocks, spec.block_inputs, strict=True)):
-            gate_shape = {
-                "dim": (block.num_heads, block.head_dim),
-                "head": (block.num_heads, 1),
-                "uniform": (1, block.head_dim),
-            }[attention]
-            num_tokens = into.tokens if has_token_gates else None
-            network.blocks[i] = GatedBlock(network.blocks[i], gate_shape, num_tokens)
-        return network
+    gated_layers: dict[str, MakeLinear] = {}
+    for block, layers in zip(spec.blocks, spec.block_layers, strict=True):
+        gate_shape = {
+            "dim": (block.num_heads, block.head_dim),
+            "head": (block.num_heads, 1),
+            "uniform": (1, block.head_dim),
+        }[attention]
 
-    return Gated(nnx.eval_shape(build), attention, has_token_gates)
+        def qkv(layer, rank, *, rngs, block=block, gate_shape=gate_shape):
+            return GatedQkv(layer, block, gate_shape, rngs=rngs)
+
+        gated_layers[layers.qkv.name] = qkv
+        gated_layers[layers.fc2.name] = lambda layer, rank, *, rngs: GatedFc2(layer, rngs=rngs)
+
+    def gated_linear(layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> nnx.Module:
+        return gated_layers.get(layer.name, make_linear)(layer, rank, rngs=rngs)
+
+    block_class = TokenGatedBlock if has_token_gates else Block
+    network = create_abstract(spec, linear=gated_linear, block=block_class)
+    return Gated(network, attention, has_token_gates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,47 +173,13 @@ class SparsityPenalty:
 
     def terms(self, parameters: Parameters) -> jax.Array:
         """float32 [3]: the unweighted sums, attn, mlp, patch."""
-        sums = {"attn.qkv.gate": 0.0, "mlp.fc2.gate": 0.0, "token_gate": 0.0}
+        sums: dict[str, jax.Array | float] = dict.fromkeys(GATE_NAMES, 0.0)
         for name, value in parameters.items():
-            for kind in sums:
-                if name.endswith(kind):
-                    gate = jnp.tanh(value) if kind == "token_gate" else value
+            for kind, gate_name in GATE_NAMES.items():
+                if name.endswith(gate_name):
+                    gate = jnp.tanh(value) if kind == "patch" else value
                     sums[kind] += jnp.abs(gate).sum()
         return jnp.stack([jnp.float32(total) for total in sums.values()])
 
     def __call__(self, parameters: Parameters) -> jax.Array:
         return self.terms(parameters) @ jnp.array([self.attn, self.mlp, self.patch])
-
-
-_PUBLISHED_NAMES = {
-    "attn.zeta": "attn.qkv.gate",
-    "mlp.zeta": "mlp.fc2.gate",
-    "attn.patch_zeta": "token_gate",
-}
-
-
-def from_state_dict(arrays: Mapping[str, np.ndarray], spec: Spec, attention: str = "dim") -> Gated:
-    """A gated model from the published code's names: a timm DeiT's, and blocks.N.attn.zeta,
-    blocks.N.attn.patch_zeta, blocks.N.mlp.zeta.
-
-    Raises:
-      ValueError: weights or gates are missing, or of another shape than the spec's.
-    """
-    weights = {name: a for name, a in arrays.items() if not name.endswith("zeta")}
-    parameters = functional.split(pretrained.from_state_dict(weights, spec))[1]
-    gated = abstract_gated(spec, attention)
-    for name, shape in functional.split(gated.network)[1].items():
-        if not name.endswith("gate"):
-            continue
-        block = ".".join(name.split(".")[:2])
-        source = next(s for s, ours in _PUBLISHED_NAMES.items() if name == f"{block}.{ours}")
-        if f"{block}.{source}" not in arrays:
-            raise ValueError(f"the gates {block}.{source} are missing")
-        value = np.asarray(arrays[f"{block}.{source}"], np.float32)
-        if value.size != np.prod(shape.shape):
-            raise ValueError(
-                f"{block}.{source} has shape {value.shape}, expected {shape.shape} for the gates "
-                f"of attention={attention!r} in this spec"
-            )
-        parameters[name] = value.reshape(shape.shape)
-    return dataclasses.replace(gated, network=functional.with_parameters(gated.network, parameters))

@@ -2,23 +2,28 @@
 
 import bisect
 import dataclasses
+import itertools
 import logging
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from safetensors import numpy as safetensors
 
-from flora_jax.models import Spec, functional
-from flora_jax.slim.extract import cut_spec
-from flora_jax.slim.gates import Gated
+from flora_jax.cluster.processes import by_the_first
+from flora_jax.errors import InputError
+from flora_jax.io.files import replacing
+from flora_jax.models.spec import BlockSpec, Spec
+from flora_jax.slim.gates import GATE_NAMES, Gated
 
 log = logging.getLogger(__name__)
 
-KINDS = ("attn", "mlp", "patch")
+KINDS = tuple(GATE_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masks:
-    """What stays, one bool array a block: attn [H, d], mlp [hidden], patch [N].
+    """What stays of a model, one bool array a block: attn [H, d], mlp [hidden], patch [N].
 
     `thresholds` are the gate values that divide, by kind; patch is absent without token gates.
     """
@@ -29,7 +34,7 @@ class Masks:
     thresholds: dict[str, float]
 
     def check(self, spec: Spec) -> None:
-        """Raises ValueError unless these are masks of this spec."""
+        """Raises InputError unless these are masks of this spec."""
         expected = {
             "attn": [(block.num_heads, block.head_dim) for block in spec.blocks],
             "mlp": [(block.mlp_dim,) for block in spec.blocks],
@@ -38,17 +43,52 @@ class Masks:
         for kind, shapes in expected.items():
             actual = [mask.shape for mask in getattr(self, kind)]
             if actual != shapes:
-                raise ValueError(f"{kind} masks have shapes {actual}, the spec's are {shapes}")
+                raise InputError(f"{kind} masks have shapes {actual}, the spec's are {shapes}")
 
     def check_gated(self, gated: Gated) -> None:
-        """Raises ValueError unless these are masks of this model's spec and kinds of gates."""
+        """Raises InputError unless these are masks of this model's spec and kinds of gates."""
         self.check(gated.spec)
         if bool(self.patch) != gated.has_token_gates:
-            raise ValueError(
+            raise InputError(
                 "the masks decide on tokens, but this network's tokens have no gates"
                 if self.patch
                 else "the masks do not decide on tokens, but this network's tokens have gates"
             )
+
+
+def cut_spec(spec: Spec, masks: Masks, tile: int = 1) -> Spec:
+    """The spec of the cut model.
+
+    A block's heads are as wide as its widest; a head that loses all its dimensions leaves.
+
+    Args:
+      tile: head and MLP widths are rounded up to a multiple of it, where the uncut width allows.
+
+    Raises:
+      InputError: masks of another spec, or tile below 1.
+    """
+    if tile < 1:
+        raise InputError(f"tile must be at least 1, got {tile}")
+    masks.check(spec)
+    blocks = []
+    for b, block in enumerate(spec.blocks):
+        widths = masks.attn[b].sum(1)
+        tokens = tuple(np.flatnonzero(masks.patch[b]).tolist()) if masks.patch else None
+        if tokens is not None and len(tokens) == len(masks.patch[b]):
+            tokens = None
+        blocks.append(
+            BlockSpec(
+                num_heads=int((widths > 0).sum()),
+                head_dim=_round_up(int(widths.max()), tile, block.head_dim),
+                mlp_dim=_round_up(int(masks.mlp[b].sum()), tile, block.mlp_dim),
+                tokens=tokens,
+            )
+        )
+    return dataclasses.replace(spec, blocks=tuple(blocks))
+
+
+def _round_up(width: int, tile: int, most: int) -> int:
+    return min(-(-width // tile) * tile, most)
 
 
 def threshold(gated: Gated, attn: float = 1.0, mlp: float = 1.0, patch: float = 1.0) -> Masks:
@@ -62,14 +102,14 @@ def threshold(gated: Gated, attn: float = 1.0, mlp: float = 1.0, patch: float = 
       attn, mlp, patch: the share of the gates to keep, in (0, 1].
 
     Raises:
-      ValueError: a budget outside (0, 1], or one for tokens where tokens have no gates.
+      InputError: a budget outside (0, 1], or one for tokens where tokens have no gates.
     """
     budgets = {"attn": attn, "mlp": mlp, "patch": patch}
     for kind, budget in budgets.items():
         if not 0 < budget <= 1:
-            raise ValueError(f"budget {kind}={budget} lies outside (0, 1]")
+            raise InputError(f"budget {kind}={budget} lies outside (0, 1]")
     if not gated.has_token_gates and patch != 1:
-        raise ValueError(f"budget patch={patch}, but this network's tokens have no gates")
+        raise InputError(f"budget patch={patch}, but this network's tokens have no gates")
     gates = gated.gates()
     masks = _masks_at(gates, gated.spec, budgets)
     _warn_of_emptied_blocks(gates, masks)
@@ -88,7 +128,7 @@ def _masks_at(gates: dict[str, list[np.ndarray]], spec: Spec, budgets: dict[str,
             for gate, block in zip(gates["attn"], spec.blocks, strict=True)
         ),
         mlp=tuple(_keep(gate, thresholds["mlp"]) for gate in gates["mlp"]),
-        patch=_keep_tokens(gates["patch"], thresholds.get("patch"), spec),
+        patch=_keep_tokens(gates["patch"], thresholds.get("patch", 0.0), spec),
         thresholds=thresholds,
     )
 
@@ -126,7 +166,7 @@ def threshold_to_macs(gated: Gated, macs: int, tile: int = 1) -> Masks:
     Budgets are tried in thousandths. Widths are rounded up to `tile` as in `cut_spec`.
 
     Raises:
-      ValueError: not even the smallest budget is that cheap; names the least MACs.
+      InputError: not even the smallest budget is that cheap; names the least MACs.
     """
     gates, steps = gated.gates(), 1000
 
@@ -139,7 +179,7 @@ def threshold_to_macs(gated: Gated, macs: int, tile: int = 1) -> Masks:
     # A larger budget keeps all that a smaller one keeps: the cost is monotone in it.
     step = bisect.bisect_right(range(1, steps + 1), macs, key=cost)
     if step == 0:
-        raise ValueError(f"no budget reaches {macs} MACs; the least is {cost(1)}")
+        raise InputError(f"no budget reaches {macs} MACs; the least is {cost(1)}")
     masks = masks_at(step)
     _warn_of_emptied_blocks(gates, masks)
     return masks
@@ -149,20 +189,57 @@ def apply_masks(gated: Gated, masks: Masks) -> Gated:
     """The published form of a slimmed model: every gate is 0 or 1, nothing is cut.
 
     Raises:
-      ValueError: masks of other gates.
+      InputError: masks of other gates.
     """
     masks.check_gated(gated)
-    parameters = functional.split(gated.network)[1]
-    for b in range(len(gated.spec.blocks)):
-        shape = parameters[f"blocks.{b}.attn.qkv.gate"].shape
-        attn = masks.attn[b][: shape[0], : shape[1]]
+    gates = {}
+    for b, uncut in enumerate(gated.gates()["attn"]):
+        attn = masks.attn[b][: uncut.shape[0], : uncut.shape[1]]
         if (attn != masks.attn[b]).any():
-            raise ValueError(
+            raise InputError(
                 f"the attention mask of block {b} is not one of attention={gated.attention!r}"
             )
-        parameters[f"blocks.{b}.attn.qkv.gate"] = jnp.float32(attn)
-        parameters[f"blocks.{b}.mlp.fc2.gate"] = jnp.float32(masks.mlp[b])
+        of_kinds = {"attn": attn, "mlp": masks.mlp[b]}
         if gated.has_token_gates:
-            before_tanh = np.where(masks.patch[b], np.inf, 0)
-            parameters[f"blocks.{b}.token_gate"] = jnp.float32(before_tanh)
-    return dataclasses.replace(gated, network=functional.with_parameters(gated.network, parameters))
+            of_kinds["patch"] = np.where(masks.patch[b], np.inf, 0)  # before the tanh
+        for kind, gate in of_kinds.items():
+            gates[f"blocks.{b}.{GATE_NAMES[kind]}"] = jnp.float32(gate)
+    return gated.with_gates(gates)
+
+
+def write_decision(path: epath.PathLike, gated: Gated, masks: Masks) -> None:
+    """Writes gates and masks to a `.safetensors` file, by kind and block; `read_decision` reads it.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for kind, gates in gated.gates().items():
+        for block, (gate, mask) in enumerate(zip(gates, getattr(masks, kind), strict=True)):
+            arrays[f"{kind}.{block}.gate"] = np.ascontiguousarray(gate)
+            arrays[f"{kind}.{block}.mask"] = np.ascontiguousarray(mask)
+        if gates:
+            arrays[f"{kind}.threshold"] = np.array([masks.thresholds[kind]])
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save(arrays))
+
+
+write_decision_once = by_the_first(write_decision)
+
+
+def read_decision(path: epath.PathLike) -> tuple[dict[str, list[np.ndarray]], Masks]:
+    """The gates, as `Gated.gates` gives them, and the masks that came of them."""
+    arrays = safetensors.load(epath.Path(path).read_bytes())
+
+    def of_blocks(kind: str, what: str) -> list[np.ndarray]:
+        names = (f"{kind}.{block}.{what}" for block in itertools.count())
+        return [arrays[name] for name in itertools.takewhile(arrays.__contains__, names)]
+
+    thresholds = {
+        kind: float(arrays[f"{kind}.threshold"][0])
+        for kind in KINDS
+        if f"{kind}.threshold" in arrays
+    }
+    attn, mlp, patch = (tuple(of_blocks(kind, "mask")) for kind in KINDS)
+    masks = Masks(attn, mlp, patch, thresholds)
+    return {kind: of_blocks(kind, "gate") for kind in KINDS}, masks

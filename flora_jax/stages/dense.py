@@ -3,33 +3,36 @@
 import logging
 
 from flora_jax.evaluation import top1
-from flora_jax.io import folder
-from flora_jax.io.pretrained import from_pretrained
-from flora_jax.models import create
-from flora_jax.run import Run
+from flora_jax.models.factory import create
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run
+from flora_jax.stages.training import train_stage
+from flora_jax.weights import folder
+from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)
 
 
-def pretrain(run: Run) -> None:
-    """The dense model: trained from scratch, or read from the weights that the config names."""
-    if run.config.pretrained:
-        model = from_pretrained(run.config.pretrained, run.spec)
+def pretrain(run: Run, images: Images) -> None:
+    """Makes the dense model: trains it, or reads the weights that the config names."""
+    settings = run.settings
+    if settings.pretrained:
+        model = from_pretrained(settings.pretrained, run.spec)
     else:
-        model = create(run.spec, run.seed("create"))
-        folder.save_description(model, run.folder / "pretrain")
-        model = run.train(model, run.config.pretrain, "pretrain")
-    folder.save(model, run.folder / "dense")
-    log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, run.heldout_set))
+        model = create(run.spec, settings.seed_of("create"))
+        folder.save_description_once(model, run.folder / "pretrain")
+        model = train_stage(run, model, settings.pretrain, "pretrain", images.train)
+    folder.save_once(model, run.folder / "dense")
+    log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, images.heldout_set))
 
 
-def transfer(run: Run) -> None:
-    """A finished model, compressed or not, fine-tuned on this run's dataset with a new classifier.
+def transfer(run: Run, images: Images) -> None:
+    """Fine-tunes a finished model, compressed or not, on this dataset with a new classifier.
 
     The shape is that of the model in the folder `pretrained`; of the config's `model` section only
     num_classes counts.
     """
-    model = from_pretrained(run.config.pretrained, run.spec)
-    folder.save_description(model, run.folder / "transfer/training")
-    model = run.train(model, run.config.finetune, "transfer/training")
-    folder.save(model, run.folder / "transfer")
+    model = from_pretrained(run.settings.pretrained, run.spec)
+    folder.save_description_once(model, run.folder / "transfer/training")
+    model = train_stage(run, model, run.settings.finetune, "transfer/training", images.train)
+    folder.save_once(model, run.folder / "transfer")

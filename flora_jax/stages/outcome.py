@@ -1,104 +1,118 @@
 """Where a run ends: its models on the test split, the table and the pictures."""
 
-import json
+import logging
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
+from flora_jax.cluster.processes import by_the_first
 from flora_jax.evaluation import top1
-from flora_jax.io import folder
-from flora_jax.io.files import read_json, write_json
+from flora_jax.io.files import read_json, write_json_once
+from flora_jax.io.json_lines import read_records
 from flora_jax.models.spec import Spec
-from flora_jax.processes import by_the_first
 from flora_jax.report import plots, slim_plots, table
-from flora_jax.run import Run
 from flora_jax.search.history import read_history
-from flora_jax.search.latency import measure_networks, median_ratio
-from flora_jax.stages.slim import choose_masks, trained_gates
+from flora_jax.search.latency import measure_networks
+from flora_jax.slim.masks import read_decision
+from flora_jax.stages.budget import load_latency_table, load_uniform_ranks, load_window
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_regular_space
+from flora_jax.stages.slim import DECISION_FILE
+from flora_jax.timing import median_ratio
+from flora_jax.weights import folder
+
+log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run) -> None:
-    """The only look at the test split."""
-    test_set = run.evaluation_set(run.splits.test)
+def evaluate(run: Run, images: Images) -> None:
+    """Measures all finished models on the test split, the only look at it."""
+    test_set = images.evaluation_set(images.splits.test)
     result, specs = {}, {}
     for name, path in _models(run).items():
-        model = folder.load(path)
+        model = folder.load_model(path)
         result[name] = {
             "top1": top1(model, test_set),
             "macs": model.spec.macs(),
             "params": model.spec.num_params(),
         }
         specs[name] = model.spec
-    if run.spends_latency:
+    if run.settings.searches_by_latency:
         for name, ms in _milliseconds(run, specs).items():
             result[name]["ms"] = ms
-    write_json(run.folder / "result.json", result)
+    write_json_once(run.folder / "result.json", result)
 
 
 def _milliseconds(run: Run, specs: dict[str, Spec]) -> dict[str, float]:
-    """Of the finished models, on the scale of the table that the search used."""
-    table = run.latency_table
+    """Times the finished models, on the scale of the table that the search used."""
+    table = load_latency_table(run)
     times = measure_networks(specs | {"dense": run.spec}, table.batch_size, table.dtype)
     return {name: table.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}
 
 
 def _models(run: Run) -> dict[str, epath.Path]:
     """The finished models of the configured stages."""
-    stages, names = run.config.stages, {}
+    stages, names = run.settings.stages, {}
     for stage, name in (("pretrain", "dense"), ("slim", "slim"), ("transfer", "transfer")):
         if stage in stages:
             names[name] = name
     if "finetune" in stages:
         names["subnet"] = "subnet"
-        if run.config.uniform_baseline != "none":
+        if run.settings.uniform_baseline != "none":
             names["uniform"] = "uniform"
     elif "extract" in stages:
         names["subnet"] = "extract/subnet"
     return {name: run.folder / path for name, path in names.items()}
 
 
-def report(run: Run) -> None:
-    """The table on the terminal and the pictures in the folder."""
-    result = read_json(run.folder / "result.json")
-    pictures = []
-    if "slim" in run.config.stages:
-        pictures.append(run.folder / "slim.png")
-        plots.save_figure(_slim_figure(run), pictures[-1])
-    if "extract" in run.config.stages:
-        pictures.append(run.folder / "report.png")
-        plots.save_figure(_search_figure(run, result), pictures[-1])
-    _show(result, pictures)
+def report(run: Run, images: Images) -> None:
+    """Prints the table and draws the pictures, out of what the stages have saved."""
+    result, figures = read_json(run.folder / "result.json"), {}
+    if "slim" in run.settings.stages:
+        if (run.folder / DECISION_FILE).exists():
+            figures["slim.png"] = _slim_figure(run, images)
+        else:
+            log.warning(
+                "no picture of the slimming: %s is missing, because an earlier version of "
+                "flora_jax slimmed this model",
+                run.folder / DECISION_FILE,
+            )
+    if "extract" in run.settings.stages:
+        figures["report.png"] = _search_figure(run, result)
+    _show_once(run.folder, result, figures)
 
 
 @by_the_first
-def _show(result: dict, pictures: list[epath.Path]) -> None:
+def _show_once(directory: epath.Path, result: dict, figures: dict[str, Figure]) -> None:
     print(f"\n{table.comparison_table(result)}\n")
-    for picture in pictures:
-        print(f"Picture: {picture}")
+    for name, figure in figures.items():
+        plots.save_figure(figure, directory / name)
+        print(f"Picture: {directory / name}")
 
 
-def _slim_figure(run: Run):
-    gated = trained_gates(run)
-    batch, _, _ = next(run.heldout_set.batches)
+def _slim_figure(run: Run, images: Images) -> Figure:
+    gates, masks = read_decision(run.folder / DECISION_FILE)
+    batch, _, _ = next(images.heldout_set.batches)
+    image = np.asarray(batch[0], np.float32)
     return slim_plots.slim_figure(
-        gated.gates(),
-        choose_masks(run, gated),
-        image=run.normalization.invert(np.asarray(batch[0], np.float32)),
+        gates,
+        masks,
+        image=run.settings.data.normalization.invert(image),
         num_prefix_tokens=run.spec.num_prefix_tokens,
         title=f"{run.folder.name}: gates and what they leave",
     )
 
 
-def _search_figure(run: Run, result: dict):
+def _search_figure(run: Run, result: dict) -> Figure:
     candidates = read_history(run.folder / "search/history.jsonl")
-    cost, unit, window = "macs", 1, run.macs_window
-    if run.spends_latency:
-        cost, unit, window = "ms", 1e6, run.latency_window
-    subnet = folder.load(run.folder / "extract/subnet").spec
-    full_ranks = [layer.full_rank for layer in run.base.spec.layers]
+    cost, unit = ("ms", 1e6) if run.settings.searches_by_latency else ("macs", 1)
+    subnet = folder.load_spec(run.folder / "extract/subnet")
+    space = load_regular_space(run)
+    full_ranks = [layer.full_rank for layer in space.spec.layers]
+    low, high = load_window(run)
     uniform_ratio = None
-    if run.config.uniform_baseline != "none":
-        uniform_ratio = run.uniform_ranks[0] / full_ranks[0]
+    if run.settings.uniform_baseline != "none":
+        uniform_ratio = load_uniform_ranks(run, space)[0] / full_ranks[0]
     return plots.report_figure(
         candidates={
             cost: [candidate.cost / unit for candidate in candidates],
@@ -106,7 +120,7 @@ def _search_figure(run: Run, result: dict):
             "generation": [candidate.generation for candidate in candidates],
         },
         points={name: (row[cost], row["top1"]) for name, row in result.items()},
-        window=tuple(bound / unit for bound in window),
+        window=(low / unit, high / unit),
         ranks=subnet.ranks,
         full_ranks=full_ranks,
         curves=_loss_curves(run.folder),
@@ -122,7 +136,7 @@ def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float
     for name in ("pretrain", "slim/retrain", "supernet", "finetune/uniform", "finetune/subnet"):
         path = directory / name / "metrics.jsonl"
         if path.exists():
-            losses = np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])
+            losses = np.array([record["loss"] for record in read_records(path)])
             parts = np.array_split(losses, min(100, len(losses)))
             steps = np.cumsum([len(part) for part in parts])
             curves[name] = (steps.tolist(), [float(part.mean()) for part in parts])

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
-from flora_jax.distillation import StoredTeacher
-from flora_jax.run import Run
-from flora_jax.stages.flora import filter_part
+from flora_jax.distill.stored_teacher import StoredTeacher
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_base, load_dense
+from flora_jax.stages.training import stored_teacher
 
 TOLERANCE = 1e-3  # float16 rounds a probability by 2.5e-4
 
@@ -13,8 +15,8 @@ def check_predictions(run: Run) -> None:
     """Prints how far each training's stored predictions are from a fresh pass of its teacher.
 
     Raises:
-      FileNotFoundError: the run has stored none.
-      ValueError: they are damaged, of other images or another teacher, or too far away.
+      MissingFileError: the run has stored none.
+      InputError: they are damaged, of other images or another teacher, or too far away.
     """
     found = False
     for name, stored in _stored_teachers(run):
@@ -24,27 +26,27 @@ def check_predictions(run: Run) -> None:
             f"probability is {difference.largest:.1e}, the mean {difference.mean:.1e}"
         )
         if difference.largest > TOLERANCE:
-            raise ValueError(
+            raise InputError(
                 f"{stored.folder} holds other probabilities than the teacher gives: they differ by "
                 f"{difference.largest:.2g}, at most {TOLERANCE} is rounding; delete the folder"
             )
     if not found:
-        raise FileNotFoundError(f"{run.folder} has stored no predictions")
+        raise MissingFileError(f"{run.folder} has stored no predictions")
 
 
 def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
-    config = run.config
+    settings, images = run.settings, Images(run.settings)
     for pattern, recipe in (
-        ("slim/gates", config.slim.gates),
-        ("slim/retrain", config.slim.retrain),
-        ("filter/block_*", config.filter.train),
-        ("supernet", config.supernet),
-        ("finetune/subnet", config.finetune),
-        ("finetune/uniform", config.finetune),
-        ("finetune/uniform_alone", config.supernet),
+        ("slim/gates", settings.slim.gates),
+        ("slim/retrain", settings.slim.retrain),
+        ("filter/block_*", settings.filter.train),
+        ("supernet", settings.supernet),
+        ("finetune/subnet", settings.finetune),
+        ("finetune/uniform", settings.finetune),
+        ("finetune/uniform_alone", settings.supernet),
     ):
         for folder in sorted(run.folder.glob(f"{pattern}/predictions")):
             name = str(folder.parent.relative_to(run.folder))
-            source = filter_part(run) if name.startswith("filter/") else run.splits.train
-            teacher = run.dense if name.startswith("slim/") else run.base
-            yield name, run.stored_teacher(teacher, recipe, name, source)
+            source = images.filter_part() if name.startswith("filter/") else images.train
+            teacher = load_dense(run) if name.startswith("slim/") else load_base(run)
+            yield name, stored_teacher(run, teacher, recipe, name, source)

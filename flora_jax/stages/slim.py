@@ -5,48 +5,64 @@ import logging
 
 from flora_jax import slim
 from flora_jax.evaluation import top1
-from flora_jax.io import folder
-from flora_jax.run import Run
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.slim.masks import write_decision_once
+from flora_jax.stages.budget import check_macs_budget
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_dense
+from flora_jax.stages.sections import SlimSettings
+from flora_jax.stages.training import train_stage
+from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
 
+DECISION_FILE = "slim/decision.safetensors"
 
-def slim_down(run: Run) -> None:
-    """The dense model with what its gates can spare cut out, retrained."""
-    gated, settings = trained_gates(run), run.config.slim
-    masks = choose_masks(run, gated)
+
+def slim_down(run: Run, images: Images) -> None:
+    """Cuts out of the dense model what its gates can spare, and retrains it."""
+    settings, dense = run.settings.slim, load_dense(run)
+    gated = train_gates(run, images, dense)
+    masks = choose_masks(settings, dense.spec, gated)
+    write_decision_once(run.folder / DECISION_FILE, gated, masks)
     small = slim.extract(gated, masks, fold=settings.fold, tile=settings.tile)
     log.info(
         "cut: %.1f %% of the multiply-adds, %.1f %% of the parameters stay; %.2f %% top-1 held-out "
         "before retraining (with gates and nothing cut: %.2f %%)",
-        100 * small.spec.macs() / run.spec.macs(),
-        100 * small.spec.num_params() / run.spec.num_params(),
-        100 * top1(small, run.heldout_set),
-        100 * top1(gated.network, run.heldout_set),
+        100 * small.spec.macs() / dense.spec.macs(),
+        100 * small.spec.num_params() / dense.spec.num_params(),
+        100 * top1(small, images.heldout_set),
+        100 * top1(gated.network, images.heldout_set),
     )
-    run.check_budget(small.spec)
-    folder.save(small, run.folder / "slim/cut")
-    folder.save_description(small, run.folder / "slim/retrain")
-    small = run.train(small, settings.retrain, "slim/retrain", teacher=run.dense)
-    folder.save(small, run.folder / "slim")
+    check_macs_budget(run.settings, dense.spec, small.spec)
+    folder.save_once(small, run.folder / "slim/cut")
+    folder.save_description_once(small, run.folder / "slim/retrain")
+    retrain = settings.retrain
+    small = train_stage(run, small, retrain, "slim/retrain", images.train, teacher=dense)
+    folder.save_once(small, run.folder / "slim")
 
 
-def trained_gates(run: Run) -> slim.Gated:
-    """The dense model's gates after their training, which is done once."""
-    settings = run.config.slim
-    gated = slim.add_gates(run.dense, settings.attention, settings.tokens)
-    penalty = slim.SparsityPenalty(**settings.penalty)
-    network = run.train(
-        gated.network, settings.gates, "slim/gates", penalty=penalty, teacher=run.dense
+def train_gates(run: Run, images: Images, dense: Network) -> slim.Gated:
+    """Trains the dense model with gates."""
+    settings = run.settings.slim
+    gated = slim.add_gates(dense, settings.attention, settings.tokens)
+    network = train_stage(
+        run,
+        gated.network,
+        settings.gates,
+        "slim/gates",
+        images.train,
+        teacher=dense,
+        penalty=settings.penalty,
     )
     return dataclasses.replace(gated, network=network)
 
 
-def choose_masks(run: Run, gated: slim.Gated) -> slim.Masks:
-    """By the config's budget of each kind, or by its one MAC budget where that is set."""
-    budget = run.config.slim.budget
+def choose_masks(settings: SlimSettings, dense: Spec, gated: slim.Gated) -> slim.Masks:
+    """Applies the budget of each kind, or the one MAC budget where that is set."""
+    budget = settings.budget
     if budget.macs:
-        macs = round(budget.macs * run.spec.macs())
-        return slim.threshold_to_macs(gated, macs, run.config.slim.tile)
+        return slim.threshold_to_macs(gated, round(budget.macs * dense.macs()), settings.tile)
     patch = budget.patch if gated.has_token_gates else 1.0
     return slim.threshold(gated, budget.attn, budget.mlp, patch)

@@ -1,33 +1,33 @@
 """The training loop of every stage: dense, local supernets, supernet, fine-tuning."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
+from flora_jax.cluster.mesh import make_mesh, replicate, shard_batch, shard_parameters
+from flora_jax.cluster.processes import Stopped, StopRequest, is_first
 from flora_jax.data.normalize import Normalization
+from flora_jax.errors import InputError, UserError
 from flora_jax.io.checkpoint import Checkpoints
-from flora_jax.io.files import is_url, replacing
-from flora_jax.mesh import make_mesh, replicate, shard_batch, shard_parameters
+from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models import functional
-from flora_jax.processes import Stopped, StopRequest
-from flora_jax.report.progress import Progress
+from flora_jax.models.network import Network
+from flora_jax.progress import Progress
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import TrainState, initial_state, make_step
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """The loss or the gradient became NaN or infinite."""
 
 
 def train(
-    model: nnx.Module,
+    model: Network,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     settings: TrainSettings,
     *,
@@ -35,10 +35,10 @@ def train(
     name: str,
     normalization: Normalization,
     draw_genes: Callable[[int], np.ndarray] | None = None,
-    teacher: nnx.Module | None = None,
+    teacher: Network | None = None,
     penalty: Callable[[functional.Parameters], jax.Array] | None = None,
     mesh: Mesh | None = None,
-) -> nnx.Module:
+) -> Network:
     """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
 
     Everything random is a function of the step, so an interrupted run that goes on gives the
@@ -64,12 +64,12 @@ def train(
     """
     # What runs.
     directory = epath.Path(directory)
-    graphdef, parameters = functional.split(model)
-    teacher_graphdef, teacher_parameters = functional.split(teacher) if teacher else (None, None)
+    structure, parameters = functional.split(model)
+    teacher_structure, teacher_parameters = functional.split(teacher) if teacher else (None, None)
     mesh = mesh or make_mesh()
-    step_function = make_step(graphdef, settings, normalization, mesh, teacher_graphdef, penalty)
+    step_function = make_step(structure, settings, normalization, mesh, teacher_structure, penalty)
     teacher_parameters = replicate(teacher_parameters, mesh)
-    state = shard_parameters(initial_state(parameters, settings), mesh)
+    state = shard_parameters(initial_state(structure, parameters, settings), mesh)
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.
@@ -79,13 +79,13 @@ def train(
         state = checkpoints.restore(state)
         start = int(state.step)
         if start > settings.steps:
-            raise ValueError(
+            raise InputError(
                 f"{directory} holds a checkpoint of step {start}, but training ends at step "
                 f"{settings.steps}; choose another folder or at least {start} steps"
             )
         if start == settings.steps:
-            return _result(graphdef, state, mesh)
-        log = stack.enter_context(_MetricsLog(directory / "metrics.jsonl", start))
+            return _result(structure, state, mesh)
+        log = stack.enter_context(_metrics_log(directory / "metrics.jsonl", start))
         progress = stack.enter_context(
             Progress(name, total=settings.steps, start=start, unit="step")
         )
@@ -108,21 +108,22 @@ def train(
                 values = np.stack(jax.device_get(unread))
                 first = done - len(unread)
                 _check_finite(values, first, draw_genes, checkpoints)
-                log.write(first, values, saves)
+                if log is not None:
+                    log.append(_records(first, values), durable=saves)
                 progress.update(len(unread), loss=float(values[:, 0].mean()))
                 unread.clear()
             if saves:
                 checkpoints.save(done, state)
             if stops:
                 raise Stopped(f"{name} is saved at step {done} of {settings.steps}")
-        return _result(graphdef, state, mesh)
+        return _result(structure, state, mesh)
 
 
-def _result(graphdef, state: TrainState, mesh: Mesh) -> nnx.Module:
-    """On this process' own device, as a model that was loaded."""
+def _result(structure, state: TrainState, mesh: Mesh) -> Network:
+    """Puts the trained model on this process' own device, as one that was loaded."""
     parameters = replicate(state.parameters if state.average is None else state.average, mesh)
     return functional.merge(
-        graphdef, jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), parameters)
+        structure, jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), parameters)
     )
 
 
@@ -140,43 +141,15 @@ def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Check
     )
 
 
-class _MetricsLog:
-    """metrics.jsonl: a line a step; lines of steps that a resumed run repeats are dropped.
+def _metrics_log(
+    path: epath.Path, start: int
+) -> contextlib.AbstractContextManager[JsonLines | None]:
+    """The first process' file of a line a step, without those that a resumed run repeats."""
+    return JsonLines(path, read_lines(path)[:start]) if is_first() else contextlib.nullcontext()
 
-    Where files cannot be appended to, it is written anew with every checkpoint.
-    """
 
-    def __init__(self, path: epath.Path, start: int):
-        self._path, self._is_first = path, jax.process_index() == 0
-        self._lines: list[str] = []
-        if self._is_first and path.exists():
-            self._lines = path.read_text().splitlines(keepends=True)[:start]
-
-    def __enter__(self):
-        if self._is_first:
-            self._write_anew()
-            self._file = None if is_url(self._path) else self._path.open("a")
-        return self
-
-    def __exit__(self, *exception):
-        if self._is_first and self._file:
-            self._file.close()
-
-    def write(self, first: int, values: np.ndarray, saves: bool) -> None:
-        if not self._is_first:
-            return
-        lines = [
-            json.dumps({"step": first + offset, "loss": loss, "gradient_norm": norm}) + "\n"
-            for offset, (loss, norm) in enumerate(values.tolist())
-        ]
-        if self._file:
-            self._file.writelines(lines)
-            self._file.flush()
-            return
-        self._lines += lines
-        if saves:
-            self._write_anew()
-
-    def _write_anew(self) -> None:
-        with replacing(self._path) as partial:
-            partial.write_text("".join(self._lines))
+def _records(first: int, values: np.ndarray) -> list[dict]:
+    return [
+        {"step": step, "loss": loss, "gradient_norm": norm}
+        for step, (loss, norm) in enumerate(values.tolist(), start=first)
+    ]

@@ -28,17 +28,18 @@ def mix(
         uncut = _outside_box(box_key, jax.random.beta(cutmix_key, cutmix, cutmix), *own.shape)
         cuts = jax.random.bernoulli(switch_key, SWITCH_PROBABILITY if mixup else 1.0)
         own = jnp.where(cuts, uncut, own)
-    blend = own[..., None] * images + (1 - own[..., None]) * images[::-1]
+    per_pixel, wide = own[None, ..., None], images.astype(jnp.float32)
+    blend = per_pixel * wide + (1 - per_pixel) * wide[::-1]
     share = own.mean()
     return blend.astype(images.dtype), share * targets + (1 - share) * targets[::-1]
 
 
 def _outside_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
     """0 in a box of about 1 - share of the area, anywhere and cut off at the edges; 1 outside."""
-    shape = jnp.array([height, width])
+    shape = jnp.array([height, width], jnp.float32)
     half = jnp.floor(shape * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
     centre = jnp.floor(jax.random.uniform(key, (2,)) * shape).astype(jnp.int32)
     first, end = centre - half, centre + half
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
     in_box = (first[0] <= rows) & (rows < end[0]) & (first[1] <= columns) & (columns < end[1])
-    return 1.0 - in_box
+    return 1.0 - in_box.astype(jnp.float32)

@@ -1,18 +1,13 @@
 """AdamW with the published learning rate schedule and weight decay rule."""
 
+from collections.abc import Collection
+
+import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax.models.functional import Parameters
 from flora_jax.train.settings import TrainSettings
-
-_NEVER_DECAYED = (
-    "cls_token",
-    "dist_token",
-    "pos_embed",
-    "absolute_pos_embed",
-    "relative_position_bias_table",
-    "gate",
-)
 
 
 def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
@@ -24,7 +19,7 @@ def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
     start, warmup = settings.warmup_learning_rate, settings.warmup_steps
 
     def schedule(step):
-        t = jnp.maximum(step - 1, 0)
+        t = jnp.maximum(step - 1, 0).astype(jnp.float32)
         cosine = low + (base - low) * (1 + jnp.cos(jnp.pi * t / settings.steps)) / 2
         ramp = start + t * (base - start) / max(warmup, 1)
         return jnp.where(t < warmup, ramp, cosine)
@@ -32,13 +27,20 @@ def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
     return schedule
 
 
-def decays(name: str, parameter) -> bool:
-    """Whether weight decay applies: not to one-dimensional parameters, tokens or positions."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] not in _NEVER_DECAYED
+def make_optimizer(
+    settings: TrainSettings, undecayed: Collection[str]
+) -> optax.GradientTransformation:
+    """The optimiser of a flat dict of parameters.
 
+    Args:
+      undecayed: names that weight decay leaves alone (tokens, positions, gates), beside all
+        one-dimensional parameters.
+    """
 
-def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    return optax.chain(
+    def decays(parameters: Parameters) -> dict[str, bool]:
+        return {name: p.ndim > 1 and name not in undecayed for name, p in parameters.items()}
+
+    chain = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
             learning_rate_schedule(settings),
@@ -46,6 +48,12 @@ def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
             b2=settings.b2,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
-            mask=lambda parameters: {name: decays(name, p) for name, p in parameters.items()},
+            mask=decays,
         ),
     )
+
+    def update(gradient: Parameters, state, parameters: Parameters):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to an integer power
+            return chain.update(gradient, state, parameters)
+
+    return optax.GradientTransformation(chain.init, update)

@@ -8,7 +8,14 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from flora_jax.mesh import AXES, SPLIT, WHOLE, on_each_device, parameter_partition, sharded_axis
+from flora_jax.cluster.mesh import (
+    AXES,
+    SPLIT,
+    WHOLE,
+    on_each_device,
+    parameter_partition,
+    sharded_axis,
+)
 from flora_jax.models.functional import Parameters
 
 

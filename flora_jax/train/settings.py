@@ -1,43 +1,42 @@
-"""What a training stage does, as one immutable value."""
+"""What a training stage does: its recipe in epochs, and its settings in steps."""
 
 import dataclasses
-import math
+
+from flora_jax.errors import InputError, check_at_least, check_known
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+_RATES = ("learning_rate", "warmup_learning_rate", "min_learning_rate")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """Recipe of one training stage; the defaults are FLORA's supernet recipe where it has one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What a recipe and the settings made of it have in common; defaults are FLORA's supernet's.
 
     Attributes:
-      steps: optimiser steps.
       batch_size: images of all processes together in one step.
-      learning_rate, warmup_learning_rate, min_learning_rate: already scaled to the batch size.
-      warmup_steps: steps of linear warm-up.
-      accumulate: micro-batches a step is cut into; saves activation memory.
+      learning_rate, warmup_learning_rate, min_learning_rate: at the end of warm-up, at its start,
+        and where the cosine ends.
+      accumulate: micro-batches that a step is cut into; saves activation memory.
       compute_dtype: "float32" or "bfloat16" for activations; parameters stay float32.
       ema_decay: decay of an exponential moving average of the parameters, which is then the
         result of the stage; 0 for none.
       label_smoothing: share of the target mass spread over all classes (not with a teacher).
-      mixup, cutmix: parameters of the Beta distributions that images are mixed by; 0 for none.
+      mixup, cutmix: parameters of the Beta distributions that images of a batch are mixed by; 0
+        for none.
       rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
         again: less memory for a third more multiply-adds.
-      loop_over_blocks: compute like blocks in a loop over their stacked parameters, which makes
-        the program as many times smaller.
-      seed: of everything random inside a step.
       log_every, checkpoint_every: steps. The two newest checkpoints stay.
       keep_every: checkpoints at multiples of this step stay too; 0 for none.
+
+    Raises:
+      InputError: a value is out of range; names it.
     """
 
-    steps: int
     batch_size: int
     learning_rate: float
     warmup_learning_rate: float = 5e-7
     min_learning_rate: float = 5e-7
-    warmup_steps: int = 0
     weight_decay: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.999
-    epsilon: float = 1e-8
     clip_norm: float = 5.0
     accumulate: int = 1
     compute_dtype: str = "float32"
@@ -46,33 +45,98 @@ class TrainSettings:
     mixup: float = 0.0
     cutmix: float = 0.0
     rematerialize: bool = False
-    loop_over_blocks: bool = False
-    seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 1000
     keep_every: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            *("learning_rate", "warmup_learning_rate", "min_learning_rate", "warmup_steps"),
-            *("mixup", "cutmix", "keep_every"),
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(self, 1, "batch_size", "accumulate", "log_every", "checkpoint_every")
+        check_at_least(self, 0, *_RATES, "weight_decay", "mixup", "cutmix", "keep_every")
         if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be above 0, got {self.clip_norm}")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"unknown compute_dtype {self.compute_dtype!r}; choose float32 or bfloat16"
-            )
+            raise InputError(f"clip_norm must be above 0, got {self.clip_norm}")
+        check_known(self, "compute_dtype", COMPUTE_DTYPES)
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        for name in ("ema_decay", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings(Hyperparameters):
+    """One training, counted in steps, with learning rates that are scaled to its batch size.
+
+    Attributes:
+      steps: optimiser steps.
+      warmup_steps: steps of linear warm-up.
+      b1, b2, epsilon: of AdamW.
+      loop_over_blocks: compute like blocks in a loop over their stacked parameters, which makes
+        the program as many times smaller.
+      seed: of everything random inside a step.
+    """
+
+    steps: int
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    loop_over_blocks: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "steps")
+        check_at_least(self, 0, "warmup_steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Hyperparameters):
+    """One training stage of a config, whatever the number of images.
+
+    Attributes:
+      epochs, warmup_epochs: passes over the training images.
+      learning_rate, warmup_learning_rate, min_learning_rate: for 512 images of a batch; they are
+        scaled by batch_size / 512.
+      repeats: times that an image comes in a row, each time augmented anew.
+      distill: soft targets from the model before; False: the labels.
+      stored_predictions: the teacher runs once, before training, and its top 100 classes of every
+        augmented image are kept on disk (ImageNet: 0.5 GB an epoch); False: it runs in every step.
+    """
+
+    epochs: float = 150.0
+    batch_size: int = 1024
+    learning_rate: float = 2.5e-5
+    warmup_epochs: float = 5.0
+    repeats: int = 1
+    distill: bool = True
+    stored_predictions: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 0, "epochs", "warmup_epochs")
+        check_at_least(self, 1, "repeats")
+        if self.distill and self.stored_predictions and (self.mixup or self.cutmix):
+            raise InputError(
+                "stored predictions are of single images and cannot teach mixed ones; set mixup "
+                "and cutmix to 0, or stored_predictions to False"
+            )
+
+    def settings(self, num_images: int, seed: int = 0, **changes) -> TrainSettings:
+        """The steps and learning rates for this many training images.
+
+        Args:
+          changes: further fields of the settings.
+        """
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Hyperparameters)}
+        scale = self.batch_size / 512
+        scaled = {rate: shared[rate] * scale for rate in _RATES}
+        steps_per_epoch = num_images / self.batch_size
+        return TrainSettings(
+            **shared | scaled,
+            steps=max(1, round(self.epochs * steps_per_epoch)),
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            seed=seed,
+            **changes,
+        )

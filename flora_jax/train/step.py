@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.models.block import BLOCK_OUTPUT
-from flora_jax.models.functional import Parameters
+from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
+from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.loop import Loop
 from flora_jax.train.mixing import mix
 from flora_jax.train.optimizer import make_optimizer
@@ -29,13 +29,15 @@ class TrainState(NamedTuple):
     average: Parameters | None  # exponential moving average of the parameters
 
 
-def initial_state(parameters: Parameters, settings: TrainSettings) -> TrainState:
-    """Step 0, with a copy of the parameters: a step donates its state, the caller keeps them."""
+def initial_state(
+    structure: Structure, parameters: Parameters, settings: TrainSettings
+) -> TrainState:
+    """The state at step 0, with a copy of the parameters, for a step donates its state."""
     parameters = jax.tree.map(jnp.copy, parameters)
     return TrainState(
         step=jnp.int32(0),
         parameters=parameters,
-        optimizer=make_optimizer(settings).init(parameters),
+        optimizer=make_optimizer(settings, structure.undecayed).init(parameters),
         average=jax.tree.map(jnp.copy, parameters) if settings.ema_decay else None,
     )
 
@@ -65,32 +67,34 @@ def soft_targets(probs: jax.Array, index: jax.Array, num_classes: int) -> jax.Ar
 
 
 def teacher_targets(
-    graphdef, parameters: Parameters, images: jax.Array, loop: Loop | None = None
+    structure: Structure, parameters: Parameters, images: jax.Array, run: RunBlocks = run_blocks
 ) -> jax.Array:
     """A teacher's probabilities for normalised images, float32 [B, classes]."""
-    logits = _logits(graphdef, parameters, images, loop=loop)
+    logits = _logits(structure, parameters, images, run=run)
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 
 def _logits(
-    graphdef, parameters: Parameters, images: jax.Array, genes=None, loop: Loop | None = None
+    structure: Structure,
+    parameters: Parameters,
+    images: jax.Array,
+    genes: jax.Array | None = None,
+    run: RunBlocks = run_blocks,
 ) -> jax.Array:
-    """Computed in the dtype of the images."""
+    """The logits of a model, computed in the dtype of the images."""
     parameters = jax.tree.map(lambda p: p.astype(images.dtype), parameters)
-    model = functional.merge(graphdef, parameters)
-    model.loop = loop
-    return model(images, genes)
+    return functional.merge(structure, parameters, genes)(images, run)
 
 
 @functools.lru_cache(maxsize=32)
 def make_step(
-    graphdef,
+    structure: Structure,
     settings: TrainSettings,
     normalization: Normalization,
     mesh: Mesh,
-    teacher_graphdef=None,
+    teacher_structure: Structure | None = None,
     penalty: Callable[[Parameters], jax.Array] | None = None,
-) -> Callable:
+) -> Any:
     """The compiled step of a network; equal arguments give the same compiled function.
 
     A `penalty` on the parameters (hashable, so that equal ones compile once) adds to the loss.
@@ -102,18 +106,18 @@ def make_step(
       Where the batch has target_probs [B, k] and target_index [B, k], the arguments of
       `soft_targets`, these are what the network learns from; then there is no teacher.
     """
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, structure.undecayed)
     dtype = jnp.dtype(settings.compute_dtype)
-    loop = Loop(settings.rematerialize) if settings.loop_over_blocks else None
-    forward = functools.partial(_logits, graphdef, loop=loop)
-    if settings.rematerialize and not loop:
+    run = Loop(settings.rematerialize) if settings.loop_over_blocks else run_blocks
+    forward: Callable = functools.partial(_logits, structure, run=run)
+    if settings.rematerialize and not settings.loop_over_blocks:
         blocks_alone = jax.checkpoint_policies.save_only_these_names(BLOCK_OUTPUT)
         forward = jax.checkpoint(forward, policy=blocks_alone)
 
     def loss(parameters, images, targets, genes, teacher_parameters):
         logits = forward(parameters, images, genes)
-        if teacher_graphdef is not None:
-            targets = teacher_targets(teacher_graphdef, teacher_parameters, images, loop)
+        if teacher_structure is not None:
+            targets = teacher_targets(teacher_structure, teacher_parameters, images, run)
         task = task_loss(logits, targets)
         return task if penalty is None else task + penalty(parameters)
 
@@ -135,7 +139,7 @@ def make_step(
 
     def targets_of(batch, num_classes: int):
         if "target_probs" in batch:
-            if teacher_graphdef is not None:
+            if teacher_structure is not None:
                 raise ValueError("a step learns from a teacher or stored predictions, not both")
             return soft_targets(batch["target_probs"], batch["target_index"], num_classes)
         labels = jax.nn.one_hot(batch["label"], num_classes)
@@ -143,7 +147,7 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch, genes, teacher_parameters):
-        num_classes = functional.merge(graphdef, state.parameters).spec.num_classes
+        num_classes = functional.merge(structure, state.parameters).spec.num_classes
         images, targets = normalization(batch["image"], dtype), targets_of(batch, num_classes)
         if settings.mixup or settings.cutmix:
             key = jax.random.fold_in(jax.random.key(settings.seed), state.step)

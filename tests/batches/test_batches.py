@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.data import augment, batches, sources, splits
-from tests.batches.conftest import (
+from tests.helpers.batches import (
     SHAPE,
     assert_same_batches,
     numbered_source,
@@ -132,7 +132,7 @@ def test_close_stops_the_threads(digits):
     [
         ({"batch_size": 0}, "at least 1, got 0"),
         ({"batch_size": 10}, "batch_size 10 is larger than the 9 images"),
-        ({"process_count": 3}, "8 is not a multiple of the 3 processes.*: 9"),
+        ({"process_count": 3}, "8 cannot be shared by 3 processes.*: 9"),
         ({"process_index": 2, "process_count": 2}, r"process_index 2 lies outside 0\.\.1"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

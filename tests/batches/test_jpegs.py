@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.data import augment, batches, splits
-from tests.batches.conftest import assert_same_batches, of_all_processes, write_jpegs
+from tests.helpers.batches import assert_same_batches, of_all_processes, write_jpegs
 
 DEIT = augment.train_transform("deit", (32, 32, 3))
 
@@ -35,6 +35,7 @@ def take(source, steps: range, batch_size: int, seed: int, **arguments) -> list[
         return list(itertools.islice(iterator, len(steps)))
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(
     process_counts=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
@@ -56,6 +57,7 @@ def test_a_run_resumed_on_other_processes_sees_the_batches_of_an_unbroken_one(
     assert_same_batches(before + after, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers, process_index, process_count", [(1, 1, 2), (2, 2, 4)])
 def test_workers_of_a_process_resumed_in_mid_epoch_give_its_part_of_an_unbroken_run(
     train_split, num_workers, process_index, process_count

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flora_jax.data import augment, sources, splits
-from tests.batches.conftest import SHAPE, as_rgb, numbered_source, take_eval
+from tests.helpers.batches import SHAPE, as_rgb, numbered_source, take_eval
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 

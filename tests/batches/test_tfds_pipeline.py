@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flora_jax.data import sources
-from tests.batches.conftest import encode, write_tfds
-from tests.conftest import run_flora
+from tests.helpers.batches import encode, write_tfds
+from tests.helpers.commands import run_flora
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def dark_and_light(tmp_path_factory):
     return data_dir
 
 
+@pytest.mark.slow
 def test_the_whole_method_on_tfds_without_tensorflow(dark_and_light, tmp_path, monkeypatch):
     (tmp_path / "tensorflow.py").write_text("raise ModuleNotFoundError('no TensorFlow here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

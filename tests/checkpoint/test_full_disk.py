@@ -12,10 +12,13 @@ import pytest
 
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.train.step import TrainState
-from tests.checkpoint.conftest import program, restored_step, state_at
-from tests.conftest import ROOT
+from tests.helpers.checkpoints import program, restored_step, state_at
+from tests.helpers.commands import ROOT
 
 _program = functools.partial(program, __name__)
+
+
+pytestmark = pytest.mark.slow
 
 
 def save_until_full(directory: str):

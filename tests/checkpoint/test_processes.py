@@ -8,14 +8,18 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from flora_jax import mesh, processes
+from flora_jax.cluster import mesh, processes
 from flora_jax.io.checkpoint import Checkpoints, read_parameters
 from flora_jax.train.step import TrainState
-from tests.checkpoint.conftest import assert_same, names, program
-from tests.conftest import ROOT, free_port
+from tests.helpers.checkpoints import assert_same, names, program
+from tests.helpers.commands import ROOT, free_port
 
 _program = functools.partial(program, __name__)
+
+
+pytestmark = pytest.mark.processes
 
 
 def sharded_state(step: int, over: jax.sharding.Mesh) -> TrainState:

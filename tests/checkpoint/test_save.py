@@ -8,9 +8,9 @@ import threading
 import jax
 import pytest
 
-from flora_jax import mesh
+from flora_jax.cluster import mesh
 from flora_jax.io.checkpoint import Checkpoints, read_parameters
-from tests.checkpoint.conftest import assert_same, files, names, restored_step, state_at
+from tests.helpers.checkpoints import assert_same, files, names, restored_step, state_at
 
 WRITE_MANIFEST = "flora_jax.io.checkpoint.write_manifest"
 

@@ -1,10 +1,9 @@
 """Images in class folders."""
 
-import pathlib
-
 import numpy as np
 import pytest
-from PIL import Image
+
+from tests.helpers.pictures import save
 
 
 @pytest.fixture(autouse=True)
@@ -12,20 +11,6 @@ def cache(tmp_path, monkeypatch):
     """The folder that holds the indices."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/flora_jax/index"
-
-
-def save(path: pathlib.Path, picture=None, **options) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if picture is None:
-        picture = np.zeros((3, 5, 3), np.uint8)
-    if not isinstance(picture, Image.Image):
-        picture = Image.fromarray(picture)
-    picture.save(path, **options)
-    return path
-
-
-def keys(source) -> list[str]:
-    return [source.key(i) for i in range(len(source))]
 
 
 @pytest.fixture
@@ -37,7 +22,3 @@ def pets(tmp_path):
                 picture = np.full((20, 30, 3), (i, 0, 0), np.uint8)
                 save(tmp_path / "pets" / split / name / f"{i}.png", picture)
     return tmp_path / "pets"
-
-
-def not_an_image(path):
-    path.write_text("<html>404</html>")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from flora_jax.data import augment, batches, sources
 from flora_jax.data.image_folder import image_folder
-from tests.image_folder.conftest import keys, not_an_image, save
+from tests.helpers.pictures import keys, not_an_image, save
 
 
 def test_missing_folders_are_named_with_what_is_there(pets, tmp_path):

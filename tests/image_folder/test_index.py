@@ -11,7 +11,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from flora_jax.data.image_folder import image_folder
-from tests.image_folder.conftest import keys, save
+from tests.helpers.pictures import keys, save
 
 
 def test_classes_and_images_are_in_the_order_of_torchvision(tmp_path):

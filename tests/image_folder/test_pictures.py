@@ -6,7 +6,7 @@ from PIL import Image
 
 from flora_jax.data import augment, splits
 from flora_jax.data.image_folder import image_folder
-from tests.image_folder.conftest import save
+from tests.helpers.pictures import save
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 GREY = np.stack([RAMP] * 3, axis=-1)

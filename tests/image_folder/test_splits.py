@@ -10,8 +10,8 @@ import pytest
 
 from flora_jax.data import augment, batches, splits
 from flora_jax.data.image_folder import image_folder
-from tests.conftest import run_flora
-from tests.image_folder.conftest import keys, not_an_image, save
+from tests.helpers.commands import run_flora
+from tests.helpers.pictures import keys, not_an_image, save
 
 
 def test_held_out_images_of_a_folder_never_change(pets, tmp_path):
@@ -103,6 +103,7 @@ def test_batches_of_a_folder(pets):
     assert other["mask"].tolist() == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_whole_method_on_a_folder(tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("val", 10)):

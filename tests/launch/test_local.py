@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.conftest import is_running
-from tests.launch.conftest import (
+from tests.helpers.commands import is_running
+from tests.helpers.launching import (
     ARGUMENTS,
     LAUNCH,
     environment,
@@ -18,6 +18,8 @@ from tests.launch.conftest import (
     output,
     wait_until,
 )
+
+pytestmark = pytest.mark.processes
 
 
 class TestLocal:

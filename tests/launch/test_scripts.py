@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from tests.launch.conftest import ARGUMENTS, LAUNCH, SLICE, launch, output
+from tests.helpers.launching import ARGUMENTS, LAUNCH, SLICE, launch, output
 
 SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_pod.sh", "tpu_worker.sh"]
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.launch.conftest import ARGUMENTS, LAUNCH, environment, executable, output, wait_until
+from tests.helpers.launching import ARGUMENTS, LAUNCH, environment, executable, output, wait_until
 
 
 class TestSlurm:

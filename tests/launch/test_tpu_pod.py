@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.launch.conftest import (
+from tests.helpers.commands import ROOT
+from tests.helpers.launching import (
     ARGUMENTS,
     LAUNCH,
     SLICE,

@@ -1,34 +1,9 @@
 """A teacher and its stored predictions."""
 
-import contextlib
-import itertools
-
 import pytest
 
-import flora_jax as flora
-from flora_jax.data.augment import train_transform
-from flora_jax.data.batches import train_batches
-from flora_jax.data.normalize import Normalization
-from flora_jax.data.predictions import StoredPredictions
-from flora_jax.data.sources import digits
-from flora_jax.data.splits import subset
-from flora_jax.models import functional
-from flora_jax.train.teacher import Teacher, describe, write_predictions
-
-SPEC = flora.ViTSpec(
-    image_size=8, patch_size=4, in_channels=1, embed_dim=8, depth=1, num_heads=2, num_classes=10
-)
-NORMALIZATION = Normalization((0.5,), (0.5,))
-AUGMENTATION = {"name": "digits", "image_shape": SPEC.image_shape, "scale": (0.9, 1.1)}
-BATCH_SIZE, STEPS, SEED = 16, 8, 3
-SOURCE = subset(digits(), range(50))  # epochs of 4, 3 and 1 steps
-PART = "epoch_0001.part_000_of_001.bin"
-
-
-def a_model(seed):
-    """Scaled up, so that its predictions are not all alike."""
-    graphdef, parameters = functional.split(flora.create(SPEC, seed))
-    return functional.merge(graphdef, {name: 2 * p for name, p in parameters.items()})
+from flora_jax.distill.teacher import Teacher
+from tests.helpers.predictions import NORMALIZATION, a_description, a_model, write
 
 
 @pytest.fixture(scope="module")
@@ -36,43 +11,9 @@ def teacher():
     return Teacher(a_model(seed=1), NORMALIZATION)
 
 
-def a_description(teacher, **changes):
-    fields = {"batch_size": BATCH_SIZE, "steps": STEPS, "seed": SEED, "k": 4, **changes}
-    return describe("digits", SOURCE, teacher, augmentation=AUGMENTATION, **fields)
-
-
 @pytest.fixture(scope="module")
 def description(teacher):
     return a_description(teacher)
-
-
-def batches(start, process_index=0, process_count=1):
-    return train_batches(
-        SOURCE,
-        train_transform(**AUGMENTATION),
-        BATCH_SIZE,
-        SEED,
-        start,
-        process_index,
-        process_count,
-    )
-
-
-def first_batches(steps=STEPS, start=0):
-    with contextlib.closing(batches(start)) as stream:
-        return list(itertools.islice(stream, steps))
-
-
-def write(folder, description, teacher, processes=1):
-    for index in range(processes):
-        write_predictions(
-            folder,
-            description,
-            teacher,
-            lambda start, index=index: batches(start, index, processes),
-            index,
-            processes,
-        )
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +22,3 @@ def stored(tmp_path_factory, description, teacher):
     folder = tmp_path_factory.mktemp("stored")
     write(folder, description, teacher)
     return folder
-
-
-def read_all(folder, description, *process):
-    reader = StoredPredictions(folder, description, *process)
-    return [reader.read(step) for step in range(description.steps)]

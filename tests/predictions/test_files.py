@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from flora_jax.data.normalize import Normalization
-from flora_jax.data.predictions import StoredPredictions, parts_to_write
 from flora_jax.data.sources import digits
 from flora_jax.data.splits import subset
+from flora_jax.distill.records import StoredPredictions, parts_to_write
+from flora_jax.distill.teacher import Teacher, describe, write_predictions
 from flora_jax.models import functional
-from flora_jax.train.teacher import Teacher, describe, write_predictions
-from tests.predictions.conftest import (
+from tests.helpers.predictions import (
+    AUGMENTATION,
     BATCH_SIZE,
     NORMALIZATION,
     PART,
@@ -121,12 +122,14 @@ def test_a_flipped_bit_is_detected_and_only_that_file_written_anew(
         ("k", 5),
         ("num_classes", 11),
         ("teacher", "abc"),
-        ("augmentation", {"name": "shift"}),
+        ("augmentation", AUGMENTATION | {"name": "shift"}),
     ],
 )
 def test_other_predictions_are_refused(stored, description, field, value):
     other = dataclasses.replace(description, **{field: value})
-    there = description.to_json()[field]
+    there, name = description.to_json()[field], field
+    if field == "augmentation":
+        there, value, name = there["name"], value["name"], f"{field}.name"
     before = content(stored)
     for opening in (
         lambda: StoredPredictions(stored, other),
@@ -134,7 +137,7 @@ def test_other_predictions_are_refused(stored, description, field, value):
     ):
         with pytest.raises(ValueError, match="holds other predictions") as caught:
             opening()
-        assert f"{field}: {there!r} there, {value!r} here" in str(caught.value)
+        assert f"{name}: {there!r} there, {value!r} now" in str(caught.value)
     assert content(stored) == before
 
 
@@ -152,12 +155,12 @@ def test_another_teacher_or_other_images_make_another_description(teacher, descr
 
 
 def test_writing_goes_on_with_the_same_number_of_processes(stored, description):
-    with pytest.raises(ValueError, match="parts: 1 there, 2 here"):
+    with pytest.raises(ValueError, match="parts: 1 there, 2 now"):
         parts_to_write(stored, description, 0, 2)
 
 
 def test_bad_processes_and_steps(stored, description, tmp_path):
-    with pytest.raises(ValueError, match="batch_size 16 is not a multiple of 3 processes"):
+    with pytest.raises(ValueError, match=r"batch_size 16 cannot be shared by 3 processes; .*: 15"):
         StoredPredictions(stored, description, 0, 3)
     with pytest.raises(ValueError, match=r"process_index 2 lies outside 0\.\.1"):
         StoredPredictions(stored, description, 2, 2)
@@ -186,7 +189,7 @@ def test_a_full_disk_is_an_error_before_the_work(tmp_path, copy, description, mo
 
 
 def test_a_teacher_that_diverged_is_refused(tmp_path, description):
-    graphdef, parameters = functional.split(a_model(seed=1))
-    broken = functional.merge(graphdef, {name: p * jnp.nan for name, p in parameters.items()})
+    structure, parameters = functional.split(a_model(seed=1))
+    broken = functional.merge(structure, {name: p * jnp.nan for name, p in parameters.items()})
     with pytest.raises(ValueError, match="predictions at step 0 are not finite"):
         write(tmp_path, description, Teacher(broken, NORMALIZATION))

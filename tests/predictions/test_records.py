@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.data.predictions import Description
-from tests.predictions.conftest import (
+from flora_jax.distill.records import Description
+from tests.helpers.predictions import (
     BATCH_SIZE,
     NORMALIZATION,
     PART,

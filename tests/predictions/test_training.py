@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.data.predictions import StoredPredictions
-from flora_jax.mesh import make_mesh, shard_batch
+from flora_jax.cluster.mesh import make_mesh, shard_batch
+from flora_jax.distill.records import StoredPredictions
+from flora_jax.distill.teacher import Teacher, compare_predictions
 from flora_jax.models import functional
 from flora_jax.train.settings import TrainSettings
 from flora_jax.train.step import initial_state, make_step, soft_targets
-from flora_jax.train.teacher import Teacher, compare_predictions
-from tests.predictions.conftest import (
+from tests.helpers.predictions import (
     BATCH_SIZE,
     NORMALIZATION,
     STEPS,
@@ -26,16 +26,20 @@ from tests.predictions.conftest import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def loss(batch, teacher_model=None, accumulate=1):
     recipe = TrainSettings(
         steps=STEPS, batch_size=BATCH_SIZE, learning_rate=1e-3, accumulate=accumulate
     )
-    graphdef, parameters = functional.split(a_model(seed=2))
+    structure, parameters = functional.split(a_model(seed=2))
     teacher = functional.split(teacher_model) if teacher_model else (None, None)
-    step = make_step(graphdef, recipe, NORMALIZATION, make_mesh(), teacher[0])
+    step = make_step(structure, recipe, NORMALIZATION, make_mesh(), teacher[0])
     batch = shard_batch(batch, make_mesh())
-    return np.asarray(step(initial_state(parameters, recipe), batch, None, teacher[1])[1])
+    return np.asarray(
+        step(initial_state(structure, parameters, recipe), batch, None, teacher[1])[1]
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

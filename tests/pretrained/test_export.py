@@ -6,9 +6,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import flora_jax as flora
-from flora_jax.io.export import export_timm
-from flora_jax.io.pretrained import from_pretrained
-from tests.pretrained.conftest import VIT, assert_same
+from flora_jax.weights.export import export_timm
+from flora_jax.weights.pretrained import from_pretrained
+from tests.helpers.weights import VIT, assert_same
 
 
 @pytest.mark.parametrize("name", ["vit", "distilled", "no_qkv_bias", "swin"])

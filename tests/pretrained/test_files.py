@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as flora
-from flora_jax.io.export import export_timm
-from flora_jax.io.pretrained import from_pretrained
-from flora_jax.io.state_dict import read_state_dict
-from flora_jax.models import layouts
-from tests.pretrained.conftest import SWIN, VIT, assert_same, written
+from flora_jax.weights import layouts
+from flora_jax.weights.export import export_timm
+from flora_jax.weights.pretrained import from_pretrained
+from flora_jax.weights.state_dict import read_state_dict
+from tests.helpers.weights import SWIN, VIT, assert_same, written
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

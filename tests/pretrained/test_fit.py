@@ -6,10 +6,11 @@ import logging
 import numpy as np
 import pytest
 
-from flora_jax.io.pretrained import from_state_dict
-from flora_jax.models import functional, layouts
-from flora_jax.models.resample import resample_pos_embed, resample_relative_position_table
-from tests.pretrained.conftest import SWIN, SWINS, VIT, VITS, assert_same, written
+from flora_jax.models import functional
+from flora_jax.weights import layouts
+from flora_jax.weights.pretrained import from_state_dict
+from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
+from tests.helpers.weights import SWIN, SWINS, VIT, VITS, assert_same, written
 
 
 def test_buffers_and_the_module_prefix_are_left_out(swin):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from flora_jax.io.pretrained import from_state_dict
-from flora_jax.models import functional, layouts
-from tests.pretrained.conftest import SWINS, VITS, assert_same, written
+from flora_jax.models import functional
+from flora_jax.weights import layouts
+from flora_jax.weights.pretrained import from_state_dict
+from tests.helpers.weights import SWINS, VITS, assert_same, written
 
 VERSION_5 = ("any.q_proj.weight",)
 TABLES = {

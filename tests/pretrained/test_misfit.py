@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flora_jax.io.pretrained import from_state_dict
-from flora_jax.models import functional, layouts
-from tests.pretrained.conftest import SWIN, VIT, VITS, written
+from flora_jax.models import functional
+from flora_jax.weights import layouts
+from flora_jax.weights.pretrained import from_state_dict
+from tests.helpers.weights import SWIN, VIT, VITS, written
 
 
 def test_names_that_do_not_fit(vit):

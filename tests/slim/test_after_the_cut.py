@@ -8,16 +8,13 @@ import pytest
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.models import create_abstract, functional, spec_from_json, spec_to_json
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
 from flora_jax.models.spec import BlockSpec
-from tests.slim.conftest import (
-    TINY,
-    TINY_SWIN,
-    check_costs,
-    images_of,
-    logits,
-    random_masks,
-)
+from flora_jax.models.spec_json import spec_from_json, spec_to_json
+from tests.helpers.slimming import TINY, TINY_SWIN, check_costs, images_of, logits, random_masks
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax import slim
-from tests.slim.conftest import (
+from flora_jax.slim.masks import read_decision, write_decision
+from tests.helpers.slimming import (
     TINY_SWIN,
     gated_model,
     images_of,
@@ -119,3 +120,18 @@ def test_a_block_is_never_emptied(tiny_gated, warnings):
 def test_only_the_budget_found_warns(tiny_gated, warnings):
     slim.threshold_to_macs(tiny_gated, tiny_gated.spec.macs() - 1)
     assert not warnings.records
+
+
+@pytest.mark.parametrize("spec", [None, TINY_SWIN], ids=["with tokens", "without"])
+def test_a_decision_comes_back_from_its_file(tiny_gated, tmp_path, spec):
+    gated = tiny_gated if spec is None else gated_model(spec)
+    masks = slim.threshold(gated, 0.5, 0.25, 0.6 if spec is None else 1.0)
+    write_decision(tmp_path / "decision.safetensors", gated, masks)
+    gates, again = read_decision(tmp_path / "decision.safetensors")
+    assert again.thresholds == masks.thresholds
+    for kind, values in gated.gates().items():
+        assert len(gates[kind]) == len(values) == len(getattr(again, kind))
+        for one, other in zip(gates[kind], values, strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)
+        for one, other in zip(getattr(again, kind), getattr(masks, kind), strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.slim.conftest import (
+from tests.helpers.slimming import (
     TINY,
     TINY_SWIN,
     check_costs,
@@ -22,6 +22,8 @@ from tests.slim.conftest import (
     random_masks,
     with_gates,
 )
+
+pytestmark = pytest.mark.slow
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -115,12 +117,12 @@ def test_the_constant_key_is_exact_where_heads_were_cut(tiny_gated):
     assert 1 < kept.sum() < len(kept) - 1
 
     def wide(network):
-        graphdef, parameters = functional.split(network)
-        return graphdef, {n: np.asarray(p, np.float64) for n, p in parameters.items()}
+        structure, parameters = functional.split(network)
+        return structure, {n: np.asarray(p, np.float64) for n, p in parameters.items()}
 
     with jax.enable_x64(True):
-        graphdef, parameters = wide(tiny_gated.network)
-        gated = dataclasses.replace(tiny_gated, network=functional.merge(graphdef, parameters))
+        structure, parameters = wide(tiny_gated.network)
+        gated = dataclasses.replace(tiny_gated, network=functional.merge(structure, parameters))
         small = slim.extract(gated, masks, fold=False)
         cut_parameters = wide(small)[1]
     x = rng.normal(size=(spec.num_tokens, spec.embed_dim))

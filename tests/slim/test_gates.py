@@ -7,7 +7,7 @@ import pytest
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.slim.conftest import (
+from tests.helpers.slimming import (
     QUICK,
     TINY,
     TINY_SWIN,
@@ -47,9 +47,9 @@ def test_open_gates_change_little():
 @pytest.mark.parametrize("attention", ["dim", "head", "uniform"])
 def test_the_gradient_reaches_every_gate(attention):
     gated = gated_model(flora.ViTSpec(**TINY, depth=2), attention=attention)
-    graphdef, parameters = functional.split(gated.network)
+    structure, parameters = functional.split(gated.network)
     images = images_of(gated.spec)
-    gradient = jax.grad(lambda p: (forward(graphdef, p, images) ** 2).sum())
+    gradient = jax.grad(lambda p: (forward(structure, p, images) ** 2).sum())
     grads = jax.jit(gradient, compiler_options=QUICK)(parameters)
     gates = {name: grad for name, grad in grads.items() if name.endswith("gate")}
     assert len(gates) == 6

@@ -6,7 +6,10 @@ import pytest
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.slim.conftest import logits
+from tests.helpers.slimming import logits
+
+pytestmark = pytest.mark.slow
+
 
 GOLDENS = {"full": "dim", "head": "head", "uniform": "uniform"}
 

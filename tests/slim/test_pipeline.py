@@ -1,6 +1,8 @@
 """ViT-Slim, FLORA on top of it, and the transfer of the result, from end to end."""
 
 import json
+import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +10,16 @@ from ml_collections import ConfigDict
 
 import flora_jax as flora
 from configs import digits_slim, flora_on_slim_deit_b, transfer, vit_slim_deit_b, vit_slim_deit_s
-from flora_jax import pipeline, validation
+from flora_jax import pipeline
 from flora_jax.models import functional
-from flora_jax.run import Run
+from flora_jax.slim.masks import read_decision
+from flora_jax.stages import validation
+from flora_jax.stages.images import Images
+from flora_jax.stages.run import Run, load_dense
+from flora_jax.stages.settings import Settings
+from flora_jax.stages.slim import DECISION_FILE, train_gates
+
+pytestmark = pytest.mark.slow
 
 
 def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
@@ -42,7 +51,7 @@ def test_flora_goes_on_from_the_slimmed_model(both):
     slim, subnet = flora.load(both / "slim").spec, flora.load(both / "subnet").spec
     assert [block.mlp_dim for block in subnet.blocks] == [block.mlp_dim for block in slim.blocks]
     assert [block.tokens for block in subnet.blocks] == [block.tokens for block in slim.blocks]
-    assert slim.blocks != Run(tiny_config(), both).spec.blocks
+    assert slim.blocks != Run.open(both).spec.blocks
     for name in ("slim.png", "report.png"):
         assert (both / name).stat().st_size > 10_000
 
@@ -51,14 +60,29 @@ def test_gates_are_trained_under_the_penalty(both):
     """The same training without it leaves larger gates."""
     config = tiny_config()
     config.slim.penalty = {"attn": 0.0, "mlp": 0.0, "patch": 0.0}
-    run = Run(tiny_config(), both)
-    free = Run(config, both.parent / "free")
-    flora.save(run.dense, free.folder / "dense")
-    from flora_jax.stages.slim import trained_gates
-
-    for kind, gates in trained_gates(run).gates().items():
-        others = trained_gates(free).gates()[kind]
+    free, dense = (
+        Run(Settings.from_config(config), both.parent / "free"),
+        load_dense(Run.open(both)),
+    )
+    freely_trained = train_gates(free, Images(free.settings), dense).gates()
+    trained, _ = read_decision(both / DECISION_FILE)
+    for kind, gates in trained.items():
+        others = freely_trained[kind]
         assert np.mean(np.concatenate(gates, None)) < np.mean(np.concatenate(others, None)), kind
+
+
+def test_a_report_trains_nothing(both, tmp_path, caplog):
+    """Of a run that an earlier version slimmed, which kept no gates, it says what it leaves out."""
+    shutil.copytree(both, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/slim/gates")
+    pipeline.run(tiny_config(), tmp_path / "run", "report")
+    (tmp_path / "run" / DECISION_FILE).unlink()
+    (tmp_path / "run/slim.png").unlink()
+    with caplog.at_level(logging.WARNING, "flora_jax"):
+        pipeline.run(tiny_config(), tmp_path / "run", "report")
+    assert "an earlier version of flora_jax slimmed this model" in caplog.text
+    assert not (tmp_path / "run/slim.png").exists()
+    assert not (tmp_path / "run/slim/gates").exists()
 
 
 def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
@@ -80,7 +104,7 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
 BAD_CONFIGS = {
     "budget": ({"slim.budget.mlp": 0.0}, r"slim\.budget\.mlp must lie in \(0, 1\], got 0"),
     "large budget": ({"slim.budget.attn": 1.5}, r"slim\.budget\.attn must lie in \(0, 1\]"),
-    "gates": ({"slim.attention": "heads"}, "unknown attention gates 'heads'; choose one of dim"),
+    "gates": ({"slim.attention": "heads"}, "slim.attention 'heads' is unknown; choose one of dim"),
     "tile": ({"slim.tile": 0}, r"slim\.tile must be at least 1"),
     "nothing left": ({"slim.budget.macs": 0.4}, r"0\.4 is below the subnet's, 0\.47"),
     "batch": ({"slim.retrain.batch_size": 5000}, "slim.retrain: batch_size 5000 exceeds"),
@@ -127,8 +151,7 @@ def test_bad_transfer(both, changes, message, tmp_path):
 
 @pytest.mark.parametrize("module", [vit_slim_deit_b, vit_slim_deit_s, flora_on_slim_deit_b])
 def test_published_configs_make_sense(module, tmp_path):
-    config = module.get_config()
-    assert Run(config, tmp_path).spec.image_size == 224
-    validation.check(Run(module.get_config("runlocal"), tmp_path))
+    assert Settings.from_config(module.get_config()).model.image_size == 224
+    validation.check(Settings.from_config(module.get_config("runlocal")))
     with pytest.raises(ValueError, match="accepted: runlocal"):
         module.get_config("runlocl")

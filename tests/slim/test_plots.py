@@ -12,6 +12,9 @@ from matplotlib.text import Text
 from flora_jax.report import slim_plots
 from flora_jax.slim import Masks
 
+pytestmark = pytest.mark.slow
+
+
 THRESHOLDS = {"attn": 0.3, "mlp": 0.5, "patch": 0.6}
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.io.folder import save_description
-from flora_jax.mesh import make_mesh
-from tests.conftest import ROOT
-from tests.train.conftest import (
+from flora_jax.cluster.mesh import make_mesh
+from flora_jax.weights.folder import save_description_once
+from tests.helpers.commands import ROOT
+from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
     SPACE,
@@ -29,6 +29,8 @@ from tests.train.conftest import (
     metrics_of,
     run,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def until(end):
@@ -56,7 +58,10 @@ def show_one_and_four_devices():
     """The program of a process with four devices: prints one line of JSON a result."""
     assert jax.device_count() == 4
     settings, metrics = dataclasses.replace(SETTINGS, steps=6, checkpoint_every=2), {}
-    with tempfile.TemporaryDirectory() as name, mock.patch("flora_jax.mesh.SMALLEST_SHARDED", 1):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        mock.patch("flora_jax.cluster.mesh.SMALLEST_SHARDED", 1),
+    ):
         directory = pathlib.Path(name)
         for layout in LAYOUTS:
             network = run(directory / layout, settings, mesh=mesh_of(layout))
@@ -66,7 +71,7 @@ def show_one_and_four_devices():
                 run(directory / "moved", settings, until(end), mesh=mesh_of(layout))
         metrics["moved"] = metrics_of(directory / "moved")
         print(json.dumps(metrics), flush=True)
-        save_description(flora.Supernet(network, SPACE), directory / "1x4")
+        save_description_once(flora.Supernet(network, SPACE), directory / "1x4")
         loaded = flora.load(directory / "1x4").network
     batch = batch_of(0) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}
     evaluation_set = flora.EvaluationSet([batch], NORMALIZATION)

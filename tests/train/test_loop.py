@@ -8,10 +8,10 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.io.checkpoint import read_parameters
-from flora_jax.io.folder import save_description
 from flora_jax.models import functional
 from flora_jax.train.loop import NonFiniteLossError
-from tests.train.conftest import (
+from flora_jax.weights.folder import save_description_once
+from tests.helpers.training import (
     SETTINGS,
     SPACE,
     Interruption,
@@ -23,6 +23,8 @@ from tests.train.conftest import (
     parameters_of,
     run,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def assert_same(ours, theirs):
@@ -116,7 +118,7 @@ def test_divergence_names_step_genes_and_checkpoint(tmp_path):
         SETTINGS, learning_rate=1e30, warmup_steps=7, log_every=1, checkpoint_every=2
     )
     network = a_network()
-    save_description(flora.Supernet(network, SPACE), tmp_path)
+    save_description_once(flora.Supernet(network, SPACE), tmp_path)
     with pytest.raises(NonFiniteLossError) as caught:
         run(tmp_path, settings, network=network)
     message = str(caught.value)
@@ -131,7 +133,7 @@ def test_divergence_names_step_genes_and_checkpoint(tmp_path):
 
 def test_divergence_before_any_checkpoint(tmp_path):
     """The first loss overflows, because the weights start beyond float32's square root."""
-    graphdef, parameters = functional.split(a_network())
-    huge = functional.merge(graphdef, {name: p * 1e30 for name, p in parameters.items()})
+    structure, parameters = functional.split(a_network())
+    huge = functional.merge(structure, {name: p * 1e30 for name, p in parameters.items()})
     with pytest.raises(NonFiniteLossError, match=r"at step 0 .* checkpoint is none yet"):
         run(tmp_path, network=huge)

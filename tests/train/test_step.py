@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.normalize import Normalization
-from flora_jax.mesh import make_mesh
 from flora_jax.models import functional
 from flora_jax.train.step import make_step
-from tests.train.conftest import (
+from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
     SPEC,
@@ -43,13 +44,13 @@ def test_moving_average(by_hand):
 def test_one_program_serves_every_subnet(by_hand):
     """And every run of equal settings, whatever its weights."""
     assert len({tuple(genes_of(i)) for i in range(len(by_hand))}) > 3
-    graphdef, equal_graphdef = (functional.split(a_network(seed=seed))[0] for seed in (0, 1))
-    step = make_step(graphdef, SETTINGS, NORMALIZATION, make_mesh(), None)
+    structure, equal_structure = (functional.split(a_network(seed=seed))[0] for seed in (0, 1))
+    step = make_step(structure, SETTINGS, NORMALIZATION, make_mesh(), None)
     settings = dataclasses.replace(SETTINGS)
-    assert make_step(equal_graphdef, settings, Normalization(), make_mesh(), None) is step
+    assert make_step(equal_structure, settings, Normalization(), make_mesh(), None) is step
     assert step._cache_size() == 1
     settings = dataclasses.replace(SETTINGS, b1=0.8)
-    assert make_step(graphdef, settings, NORMALIZATION, make_mesh(), None) is not step
+    assert make_step(structure, settings, NORMALIZATION, make_mesh(), None) is not step
 
 
 def test_masked_and_sliced_train_alike(by_hand):
@@ -57,6 +58,7 @@ def test_masked_and_sliced_train_alike(by_hand):
     assert_near(masked, by_hand[4][0].parameters, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_loop_over_blocks_trains_alike():
     """With a teacher, whose blocks are in a loop too."""
     spec = dataclasses.replace(SPEC, depth=3, blocks=())
@@ -87,7 +89,8 @@ def test_bfloat16(by_hand):
 
 
 def logits_of(model, genes=None):
-    return np.float64(model(NORMALIZATION(jnp.asarray(batch_of(0)["image"])), genes))
+    model = functional.merge(*functional.split(model), genes)
+    return np.float64(model(NORMALIZATION(jnp.asarray(batch_of(0)["image"]))))
 
 
 def log_softmax(logits):

@@ -1,0 +1,1 @@
+"""Several devices and processes: where arrays live, who writes, how a batch is shared."""

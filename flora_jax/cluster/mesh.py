@@ -1,0 +1,86 @@
+"""Where arrays live: one mesh for any number of devices and processes, and one sharding rule."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flora_jax.errors import InputError
+
+AXES = ("data", "fsdp")  # a batch is split over both, large parameters over the second
+SPLIT, WHOLE = PartitionSpec(AXES), PartitionSpec()  # a batch, and what every device has whole
+SMALLEST_SHARDED = 2**16  # elements; below, gathering costs more than it saves
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """All devices, or those given, in groups of `fsdp` that hold each large parameter once.
+
+    Auto, because `jax.make_mesh` defaults to Explicit axes, under which reshapes inside a plain
+    ViT block raise ShardingTypeError.
+
+    Raises:
+      InputError: the number of devices is not a multiple of `fsdp`.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise InputError(
+            f"fsdp {fsdp} does not divide the {len(devices)} devices; choose one of {divisors}"
+        )
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def sharded_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
+    """The axis of a parameter that is split over "fsdp": the largest one that divides, if any."""
+    parts = mesh.shape["fsdp"]
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not axes or np.prod(shape) < SMALLEST_SHARDED:
+        return None
+    return max(axes, key=lambda axis: shape[axis])
+
+
+def parameter_partition(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    axis = sharded_axis(shape, mesh)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
+
+
+def shard_parameters(tree, mesh: Mesh):
+    """Every array that is the size of a large parameter split over "fsdp", the others whole."""
+    return jax.device_put(
+        tree,
+        jax.tree.map(lambda x: NamedSharding(mesh, parameter_partition(x.shape, mesh)), tree),
+    )
+
+
+def replicate(tree, mesh: Mesh):
+    """Every device holds the whole tree."""
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+
+
+def spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process holds whole -> the same array split over all devices."""
+    return jax.device_put(array, NamedSharding(mesh, SPLIT))
+
+
+def on_each_device(function, mesh: Mesh, in_specs, out_specs):
+    """The function with each device at its own share; it holds the only collectives there are.
+
+    A Pallas kernel can be split over devices in no other way, and an automatic partitioner puts
+    collectives inside the branches of sliced layers.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,  # a Pallas kernel does not say along which axes its result varies
+    )
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process' share [B_local, ...] of a batch -> global arrays [B, ...] over all devices."""
+    sharding = NamedSharding(mesh, SPLIT)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

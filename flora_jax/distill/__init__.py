@@ -1,0 +1,1 @@
+"""Learning from a teacher: its predictions, once and kept on disk, or in every step."""

@@ -1,0 +1,29 @@
+"""What the user is told: kinds of errors that a user can mend, and hints for their messages."""
+
+from flora_jax.errors.checks import check_at_least, check_between, check_known
+from flora_jax.errors.hints import did_you_mean, differences, few, listed_differences, unknown
+from flora_jax.errors.kinds import (
+    InputError,
+    MissingFileError,
+    MissingPackageError,
+    RunError,
+    StorageError,
+    UserError,
+)
+
+__all__ = [
+    "InputError",
+    "MissingFileError",
+    "MissingPackageError",
+    "RunError",
+    "StorageError",
+    "UserError",
+    "check_at_least",
+    "check_between",
+    "check_known",
+    "did_you_mean",
+    "differences",
+    "few",
+    "listed_differences",
+    "unknown",
+]

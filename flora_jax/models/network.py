@@ -1,0 +1,31 @@
+"""What the networks of all families have in common: an embedding, blocks and a classifier."""
+
+import abc
+
+import jax
+from flax import nnx
+
+from flora_jax.models.block import RunBlocks, run_blocks
+from flora_jax.models.spec import Spec
+
+
+class Network(nnx.Module):
+    """images float32 [B, H, W, C], normalised -> logits [B, num_classes].
+
+    Raises:
+      InputError: the images have another shape than the spec's, or are not floating point.
+    """
+
+    spec: Spec
+    blocks: nnx.List
+
+    @abc.abstractmethod
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Turns images [B, H, W, C] into tokens [B*N, D], positions added."""
+
+    @abc.abstractmethod
+    def classify(self, x: jax.Array) -> jax.Array:
+        """Turns tokens [B*N, D] of the last block into logits [B, num_classes]."""
+
+    def __call__(self, images: jax.Array, run: RunBlocks = run_blocks) -> jax.Array:
+        return self.classify(run(self.blocks, self.embed(images)))

@@ -1,0 +1,215 @@
+"""A run's steps, compiled from shapes alone: what they need of a device and what they communicate.
+
+The arrays of a step have their places from a mesh, whose devices need not exist.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
+from flora_jax.distill.teacher import TOP
+from flora_jax.errors import InputError
+from flora_jax.evaluation import sum_model_metrics
+from flora_jax.lowrank.supernet import abstract_supernet
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.preflight import hlo
+from flora_jax.slim.gates import SparsityPenalty, abstract_gated
+from flora_jax.stages.run import network_spec
+from flora_jax.stages.settings import Settings
+from flora_jax.train.settings import Recipe
+from flora_jax.train.step import initial_state, make_step
+
+_Shape = jax.ShapeDtypeStruct
+
+
+class DoesNotFitError(ValueError):
+    """A program needs `needed` bytes of a device's memory, more than there is."""
+
+    def __init__(self, needed: float, message: str):
+        super().__init__(message)
+        self.needed = needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What was compiled for a topology; bytes are those of one device.
+
+    Attributes:
+      images: that a device takes at once.
+      seconds: of compiling.
+      kernels: calls of Pallas kernels.
+    """
+
+    images: int
+    arguments: int
+    temporaries: int
+    code: int
+    total: int
+    seconds: float
+    kernels: int
+    collectives: list[hlo.Collective]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The training stage of a config that asks most of a device.
+
+    Attributes:
+      name: of its recipe in the config.
+      network: its parameters are shapes.
+      num_genes: that a step takes; None for a plain model.
+      forward_macs: multiply-adds for one image; of a supernet, the mean over the subnets that
+        training draws.
+    """
+
+    name: str
+    network: Network
+    spec: Spec
+    num_genes: int | None
+    recipe: Recipe
+    penalty: SparsityPenalty | None
+    forward_macs: int
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.recipe.distill and not self.recipe.stored_predictions
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of a step for one image, forward, backward and of the teacher."""
+        passes = 4 if self.recipe.rematerialize else 3
+        return passes * self.forward_macs + self.has_teacher * self.spec.macs()
+
+
+def heaviest_training(settings: Settings, implementation: str) -> Training:
+    """The training of the supernet where the config has one, otherwise of gates or a plain model.
+
+    The dense model stands for what becomes of it by slimming: that shape is not known yet.
+
+    Raises:
+      InputError: the config trains nothing.
+    """
+    spec, stages = network_spec(settings), settings.stages
+    num_genes = penalty = None
+    if "supernet" in stages:
+        space = settings.space.of(spec)
+        name, recipe, num_genes = "supernet", settings.supernet, space.num_layers
+        network = abstract_supernet(space, implementation).network
+        draws = space.sample(np.random.default_rng(0), 1000, "low_rank_aware")
+        macs = round(space.macs(draws).mean())
+    elif "slim" in stages:
+        name, recipe = "slim.gates", settings.slim.gates
+        network = abstract_gated(spec, settings.slim.attention, settings.slim.tokens).network
+        penalty, macs = settings.slim.penalty, spec.macs()
+    elif {"pretrain", "transfer", "finetune"} & set(stages):
+        name = "pretrain" if "pretrain" in stages else "finetune"
+        recipe, network, macs = getattr(settings, name), create_abstract(spec), spec.macs()
+    else:
+        raise InputError(f"none of the stages {list(stages)} trains a model")
+    return Training(name, network, spec, num_genes, recipe, penalty, macs)
+
+
+def compile_training(settings: Settings, training: Training, mesh: Mesh, images: int) -> Program:
+    """The training step at `images` a device, exactly as `flora_jax.train.loop.train` runs it.
+
+    Raises:
+      InputError: the recipe makes no sense.
+      DoesNotFitError: it needs more memory than a device has.
+    """
+    spec, batch_size = training.spec, images * mesh.size
+    recipe = dataclasses.replace(training.recipe, batch_size=batch_size)
+    step_settings = recipe.settings(batch_size, loop_over_blocks=True)  # as on TPU
+    normalization = settings.data.normalization
+    structure, parameters = functional.split(training.network)
+    teacher_structure, teacher = None, None
+    if training.has_teacher:
+        teacher_structure, teacher = functional.split(create_abstract(spec))
+    batch = {"image": _Shape((batch_size, *spec.image_shape), jnp.uint8)}
+    batch["label"] = _Shape((batch_size,), jnp.int32)
+    if recipe.distill and recipe.stored_predictions:
+        stored = (batch_size, min(TOP, spec.num_classes))
+        batch["target_probs"] = _Shape(stored, jnp.float16)
+        batch["target_index"] = _Shape(stored, jnp.int16)
+    step = make_step(
+        structure, step_settings, normalization, mesh, teacher_structure, training.penalty
+    )
+    state = jax.eval_shape(lambda p: initial_state(structure, p, step_settings), parameters)
+    arguments = (
+        _placed(state, mesh, lambda shape: parameter_partition(shape, mesh)),
+        _placed(batch, mesh, lambda _: SPLIT),
+        _placed(_genes(training), mesh, lambda _: WHOLE),
+        _placed(teacher, mesh, lambda _: WHOLE),
+    )
+    return _compile(step.lower(*arguments), images)
+
+
+def compile_evaluation(settings: Settings, training: Training, mesh: Mesh) -> Program:
+    """The evaluation step of the same network, each device with whole parameters."""
+    structure, parameters = functional.split(training.network)
+    images = -(-settings.data.eval_batch_size // mesh.size)
+    size = images * mesh.size
+    batch = (
+        _Shape((size, *training.spec.image_shape), jnp.float32),
+        _Shape((size,), jnp.int32),
+        _Shape((size,), jnp.float32),
+    )
+    arguments = (
+        _placed(parameters, mesh, lambda _: WHOLE),
+        _placed(batch, mesh, lambda _: SPLIT),
+        _placed(_genes(training), mesh, lambda _: WHOLE),
+    )
+    return _compile(sum_model_metrics.lower(structure, mesh, *arguments), images)
+
+
+def _genes(training: Training):
+    return None if training.num_genes is None else _Shape((training.num_genes,), jnp.int32)
+
+
+def _placed(tree, mesh: Mesh, partition: Callable):
+    """Arrays' shapes with the place that each array would have."""
+
+    def at(x) -> _Shape:
+        sharding = NamedSharding(mesh, partition(x.shape))
+        return _Shape(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(at, tree)
+
+
+_NEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMG])")
+
+
+def _compile(lowered, images: int) -> Program:
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        match = _NEEDED.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+            raise
+        needed = float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
+        raise DoesNotFitError(needed, str(error)) from error
+    seconds = time.perf_counter() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        images=images,
+        arguments=arguments,
+        temporaries=temporaries,
+        code=code,
+        total=arguments + temporaries + code + output,
+        seconds=seconds,
+        kernels=hlo.num_kernels(text),
+        collectives=hlo.collectives(text),
+    )

@@ -1,0 +1,268 @@
+"""Whether a run fits a TPU slice, from the compiler alone: no TPU is needed.
+
+libtpu, on any machine, compiles a config's heaviest training step and its evaluation step for a
+topology by name.
+"""
+
+import collections
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import os
+import re
+from collections.abc import Callable
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from flora_jax.cluster.mesh import make_mesh
+from flora_jax.cluster.sharing import equal_share
+from flora_jax.errors import InputError, MissingPackageError
+from flora_jax.models import functional
+from flora_jax.preflight.programs import (
+    DoesNotFitError,
+    Program,
+    Training,
+    compile_evaluation,
+    compile_training,
+    heaviest_training,
+)
+from flora_jax.report.table import human_count
+from flora_jax.stages.settings import Settings
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+_MOST_IMAGES = 4096  # a device; a network that takes more is not short of memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation.
+
+    Attributes:
+      hbm: bytes of a device's memory that a program can have: the limit that libtpu 0.0.42 names
+        when a program is too large. Google's tables (docs.cloud.google.com/tpu/docs/v5e and so
+        on) give a chip 32 (v3, two devices), 32, 16, 95 and 32 GB.
+      implementation: of the supernet's layers, as `default_implementation` chooses there.
+      example: a topology.
+      options: of the compiler; without them a v4 chip would be two devices.
+    """
+
+    hbm: float
+    implementation: str
+    example: str
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+CHIPS = {
+    "v3": Chip(15.48 * GIB, "masked", "v3:4x4"),
+    "v4": Chip(30.75 * GIB, "masked", "v4:2x2x4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(15.75 * GIB, "tiled", "v5e:4x4"),
+    "v5p": Chip(95.74 * GIB, "tiled", "v5p:2x2x4"),
+    "v6e": Chip(31.25 * GIB, "tiled", "v6e:4x4"),
+}
+
+
+def use_compiler_only() -> None:
+    """Keeps JAX and libtpu from looking for a TPU; to be called before JAX finds its devices."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # others may compile at this time
+    jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read such programs back
+
+
+def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
+    """The devices of a slice such as "v5e:4x4".
+
+    Raises:
+      MissingPackageError: libtpu, the compiler, is not installed.
+      InputError: there is no such topology.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        examples = ", ".join(chip.example for chip in CHIPS.values())
+        raise InputError(
+            f"unknown topology {topology!r}; give a generation and a shape, as in {examples}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise MissingPackageError(
+            "the TPU compiler libtpu is not installed: pip install -r requirements-tpu-check.txt"
+        )
+    chip = CHIPS[generation]
+    try:
+        found = topologies.get_topology_desc(topology, "tpu", **chip.options)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"unknown topology {topology!r}; its sides must be multiples of 2, as in "
+            f"{chip.example} ({error})"
+        ) from error
+    return chip, found.devices
+
+
+def check_topology(settings: Settings, topology: str) -> str:
+    """A table of what training and evaluation need there, and the largest batch that fits.
+
+    It takes at most three compilations of the training step.
+
+    Raises:
+      MissingPackageError, InputError: as `devices_of`; a batch or fsdp that cannot be shared by the
+        devices; or a step needs more memory than there is, by how much and what to do.
+    """
+    chip, devices = devices_of(topology)
+    mesh = make_mesh(settings.fsdp, devices)
+    training = heaviest_training(settings, chip.implementation)
+    images = images_a_device(training, mesh)
+    programs: dict[int, Program] = {}
+
+    def needed(images: int) -> float:
+        log.info("%s: compiling for %d images a device", training.name, images)
+        try:
+            programs[images] = compile_training(settings, training, mesh, images)
+        except DoesNotFitError as error:
+            return error.needed
+        return programs[images].total
+
+    first = needed(images)
+    largest = largest_batch(needed, images, first, chip.hbm, training.recipe.accumulate)
+    if images not in programs:
+        raise InputError(_too_much(training, images, first, largest, mesh, chip))
+    log.info("evaluation: compiling")
+    evaluation = compile_evaluation(settings, training, make_mesh(1, devices))
+    title = (
+        f"{training.name} on {topology}: {mesh.size} devices of {_size(chip.hbm)}; "
+        f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    )
+    columns = (
+        _column(training.name, training.macs, training, programs[images], mesh, chip),
+        _column("evaluation", training.forward_macs, training, evaluation, mesh, chip),
+    )
+    fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
+    if largest == _MOST_IMAGES:
+        fits = f"at least {fits}"
+    elif largest in programs:
+        fits += f", which need {_size(programs[largest].total)}"
+    return "\n".join((title, *_table(columns), f"largest batch of those tried that fits: {fits}"))
+
+
+def images_a_device(training: Training, mesh: Mesh) -> int:
+    """Images that a device takes in every step.
+
+    Raises:
+      InputError: the devices cannot share the batch equally.
+    """
+    recipe = training.recipe
+    name = f"{training.name}.batch_size"
+    return equal_share(name, recipe.batch_size, mesh.size, recipe.accumulate)
+
+
+def largest_batch(
+    needed: Callable[[int], float], images: int, first: float, available: float, multiple: int
+) -> int:
+    """The most images of those tried that fit, 0 for none; by at most two more trials.
+
+    What a program needs grows at most linearly: the compiler saves where memory is short, so that
+    still larger batches may fit. The first guess is as if all of it grew, or the next larger batch;
+    the second is on the line through both.
+
+    Args:
+      needed: images of a device -> bytes.
+      images, first: a batch and what it needs.
+      available: bytes.
+      multiple: batches are multiples of it and, from 8 images on, of 8.
+    """
+    tried = {images: first}
+    for _ in range(2):
+        guess = _whole(_where_line_ends(tried, available), multiple)
+        if guess >= _MOST_IMAGES and max(tried.values()) <= available:
+            return _MOST_IMAGES
+        if tried.keys() == {guess}:
+            guess = _whole(guess + math.lcm(8, multiple), multiple)
+        if guess in tried or not guess:
+            break
+        tried[guess] = needed(guess)
+    return max((images for images, size in tried.items() if size <= available), default=0)
+
+
+def _where_line_ends(tried: dict[int, float], available: float) -> float:
+    """Where the line through the last two points, or through one and zero, meets `available`."""
+    (x0, y0), (x1, y1) = [(0, 0.0), *tried.items()][-2:]
+    if y1 == y0 or x1 == x0:
+        return _MOST_IMAGES
+    return x0 + (available - y0) * (x1 - x0) / (y1 - y0)
+
+
+def _whole(images: float, multiple: int) -> int:
+    step = math.lcm(8, multiple)
+    step = step if images >= step else multiple
+    return max(0, math.floor(images / step) * step)
+
+
+def _too_much(
+    training: Training, images: int, needed: float, largest: int, mesh: Mesh, chip: Chip
+) -> str:
+    name, recipe, fsdp = training.name, training.recipe, mesh.shape["fsdp"]
+    ways = []
+    if 0 < largest < images:
+        parts = recipe.accumulate * 2 ** math.ceil(math.log2(images / largest))
+        ways.append(f"--config.{name}.accumulate={parts}")
+    if not recipe.rematerialize:
+        ways.append(f"--config.{name}.rematerialize=True")
+    ways.append(f"--config.fsdp={2 * fsdp}")
+    fits = f"{largest} images fit" if largest else "no batch that was tried fits"
+    return (
+        f"{name} at {images} images a device needs at least {_size(needed)}, "
+        f"{_size(needed - chip.hbm)} more than the {_size(chip.hbm)} of its memory; {fits}. "
+        f"Choose a smaller batch_size, more devices, {', '.join(ways)}"
+    )
+
+
+def _column(
+    name: str, macs: int, training: Training, program: Program, mesh: Mesh, chip: Chip
+) -> dict[str, str]:
+    """The cells of a column by their titles, from top to bottom."""
+    parameters = functional.split(training.network)[1].values()
+    cells = {
+        "": name,
+        "parameters": human_count(sum(math.prod(p.shape) for p in parameters)),
+        "images a step": str(program.images * mesh.size),
+        "images a device": str(program.images),
+        "multiply-adds an image": human_count(macs),
+        "multiply-adds a device": human_count(macs * program.images),
+        "arguments": _size(program.arguments),
+        "temporaries": _size(program.temporaries),
+        "program": _size(program.code),
+        "all together": _size(program.total),
+        "of the memory": f"{100 * program.total / chip.hbm:.0f} %",
+        "Pallas kernels": str(program.kernels),
+    }
+    by_kind = collections.defaultdict(list)
+    for collective in program.collectives:
+        kind = collective.kind + (" in a branch" if collective.in_branch else "")
+        by_kind[kind].append(collective.num_bytes)
+    for kind, sizes in by_kind.items():
+        cells[kind] = f"{len(sizes)} of {_size(sum(sizes))}"
+    return cells | {"compiled in": f"{program.seconds:.0f} s"}
+
+
+def _table(columns: tuple[dict[str, str], ...]) -> list[str]:
+    """The rows of all columns; those of one alone are empty in the others."""
+    titles = sorted({t: None for c in columns for t in c}, key=lambda t: t == "compiled in")
+    rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))).rstrip()
+        for row in rows
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    for divisor, unit in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:.2f} {unit}"
+    return f"{num_bytes:.0f} B"

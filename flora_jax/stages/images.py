@@ -1,0 +1,52 @@
+"""The images of a run: what it trains with, searches with and reports on."""
+
+import functools
+
+import jax
+
+from flora_jax.data.batches import eval_batches
+from flora_jax.data.sources import Source
+from flora_jax.data.splits import Splits, hold_out, load_splits
+from flora_jax.evaluation import EvaluationSet
+from flora_jax.stages.run import network_spec
+from flora_jax.stages.settings import Settings
+
+
+class Images:
+    """The splits of a run's dataset. Raises as `load_splits`."""
+
+    def __init__(self, settings: Settings):
+        data, self._settings = settings.data, settings
+        self._image_shape = network_spec(settings).image_shape
+        self.splits: Splits = load_splits(
+            data.name,
+            heldout_fraction=data.heldout_fraction,
+            seed=settings.seed,
+            data_dir=data.data_dir or None,
+            test_split=data.test_split or None,
+            on_bad_image=data.on_bad_image,
+            classes=data.classes,
+            least_side=data.augmentation.train(self._image_shape).least_side,
+        )
+
+    @property
+    def train(self) -> Source:
+        return self.splits.train
+
+    @functools.cached_property
+    def heldout_set(self) -> EvaluationSet:
+        """The held-out images, which stay on the devices while the run goes on."""
+        return self.evaluation_set(self.splits.heldout)
+
+    def evaluation_set(self, source: Source) -> EvaluationSet:
+        """Every image of a source, on the devices."""
+        data = self._settings.data
+        size = min(data.eval_batch_size, len(source))
+        size = -(-size // jax.device_count()) * jax.device_count()
+        transform = data.augmentation.evaluation(self._image_shape)
+        return EvaluationSet(eval_batches(source, transform, size), data.normalization)
+
+    def filter_part(self) -> Source:
+        """The training images that local supernets see."""
+        fraction = self._settings.filter.train_fraction
+        return hold_out(self.train, fraction, self._settings.seed_of("filter/part"))[1]

@@ -1,0 +1,84 @@
+"""A run: its settings, and the folder in which its stages leave what later ones read.
+
+Folder of a run:
+  dense/            the uncompressed model
+  pretrain/         its training run, unless the weights were given
+  slim/             the slimmed model, from which FLORA goes on where the run slims; in it gates/,
+                    cut/ and retrain/: training of the gates, the model after the cut, retraining;
+                    decision.safetensors: the gates and what they leave
+  transfer/         a finished model fine-tuned on this dataset
+  filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
+  supernet/         the supernet's training run: open it with `flora_jax.load`
+  search/           history.jsonl and best.json; latency.json where that is the budget
+  extract/          the subnet, and the baseline at the largest common ratio inside the budget,
+                    with the weights that they inherit
+  finetune/         their training runs
+  subnet/ uniform/  the finished models
+  result.json, report.png
+"""
+
+import dataclasses
+
+from etils import epath
+
+from flora_jax.io.files import read_json
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.stages.settings import Settings
+from flora_jax.weights import folder
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The settings of a run and the folder it runs in."""
+
+    settings: Settings
+    folder: epath.Path
+
+    @classmethod
+    def open(cls, folder: epath.PathLike) -> "Run":
+        """The run that was made in this folder."""
+        folder = epath.Path(folder)
+        return cls(Settings.from_config(read_json(folder / CONFIG_FILE)), folder)
+
+    @property
+    def spec(self) -> Spec:
+        return network_spec(self.settings)
+
+
+def network_spec(settings: Settings) -> Spec:
+    """The spec of the dense model, or of the finished one that is transferred to other classes."""
+    if "transfer" not in settings.stages:
+        return settings.model
+    finished = folder.load_spec(settings.pretrained)
+    return dataclasses.replace(finished, num_classes=settings.model.num_classes)
+
+
+def load_dense(run: Run) -> Network:
+    """The uncompressed model, once `pretrain` is done."""
+    return folder.load_model(run.folder / "dense")
+
+
+def load_base(run: Run) -> Network:
+    """The model that FLORA compresses: the slimmed one where the run slims."""
+    return folder.load_model(_base_folder(run))
+
+
+def load_regular_space(run: Run) -> RankSpace:
+    """Every rank triple of the model that FLORA compresses."""
+    return run.settings.space.of(folder.load_spec(_base_folder(run)))
+
+
+def load_space(run: Run) -> RankSpace:
+    """The filtered space where the run filters, otherwise every rank triple."""
+    regular = load_regular_space(run)
+    if "filter" not in run.settings.stages:
+        return regular
+    return RankSpace.from_json(regular.spec, read_json(run.folder / "filter/space.json"))
+
+
+def _base_folder(run: Run) -> epath.Path:
+    return run.folder / ("slim" if "slim" in run.settings.stages else "dense")

@@ -1,0 +1,208 @@
+"""The sections of a run's settings: frozen values that check themselves.
+
+Configs take their defaults here, so that each stands in one place.
+"""
+
+import dataclasses
+from typing import Any
+
+from flora_jax.data.augment import Augmentation
+from flora_jax.data.normalize import Normalization
+from flora_jax.errors import InputError, check_at_least, check_between, check_known
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.models.spec import Spec
+from flora_jax.search.evolution import EvolutionSettings
+from flora_jax.slim.gates import ATTENTION_GATES, SparsityPenalty
+from flora_jax.train.settings import Recipe
+
+BUDGETS = ("macs", "latency")
+Window = tuple[float, float]
+
+# timm turns the published colour jitter of 0.4 off where RandAugment is on.
+_DEIT_AUGMENTATION = {
+    "scale": (0.08, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "rand_augment": True,
+    "magnitude": 9.0,
+    "magnitude_std": 0.5,
+    "num_operations": 2,
+    "color_jitter": 0.0,
+    "erase_probability": 0.25,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which images a run uses, and how they are prepared.
+
+    Attributes:
+      name, data_dir, test_split, on_bad_image, heldout_fraction: as in `load_splits`; an empty
+        data_dir or test_split stands for the default.
+      classes: some of the dataset's, numbered anew; empty: all.
+      mean, std: of the pixels, one a channel.
+      num_threads: that prepare training batches.
+      num_workers: processes that prepare training batches in place of threads.
+    """
+
+    name: str = "tfds:imagenet2012"
+    data_dir: str = ""
+    test_split: str = ""
+    on_bad_image: str = "raise"
+    classes: tuple[int, ...] = ()
+    heldout_fraction: float = 0.02
+    augmentation: Augmentation = Augmentation("deit", _DEIT_AUGMENTATION)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    eval_batch_size: int = 256
+    num_threads: int = 16
+    num_workers: int = 0
+
+    def __post_init__(self):
+        check_between(self, 0, 1, "heldout_fraction")
+        check_at_least(self, 1, "eval_batch_size")
+        check_at_least(self, 0, "num_threads", "num_workers")
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.mean, self.std)
+
+
+# DeiT's own training, for the dense model and after slimming.
+DEIT_TRAINING: dict[str, Any] = {
+    "epochs": 300.0,
+    "learning_rate": 5e-4,
+    "warmup_learning_rate": 1e-6,
+    "min_learning_rate": 1e-5,
+    "weight_decay": 0.05,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "repeats": 3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimBudget:
+    """Shares of each kind of gate to keep, or one share of the dense MACs that sets them all.
+
+    Attributes:
+      macs: 0 where the other three count.
+    """
+
+    attn: float = 0.7
+    mlp: float = 0.7
+    patch: float = 0.7
+    macs: float = 0.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            share = getattr(self, field.name)
+            if not (0 < share <= 1 or (field.name == "macs" and share == 0)):
+                raise InputError(f"{field.name} must lie in (0, 1], got {share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimSettings:
+    """ViT-Slim (CVPR 2022), where the stages name it.
+
+    Attributes:
+      attention: kind of the attention gates, as in `flora_jax.slim.add_gates`.
+      tokens: whether tokens get gates; None: where the network's tokens can leave.
+      gates, retrain: trainings of the gates, and of what is left after the cut.
+      fold: as in `flora_jax.slim.extract`.
+      tile: widths are rounded up to a multiple of it.
+    """
+
+    attention: str = "dim"
+    tokens: bool | None = None
+    penalty: SparsityPenalty = SparsityPenalty()
+    gates: Recipe = Recipe(
+        epochs=50.0,
+        learning_rate=5e-4,
+        min_learning_rate=5e-4,
+        warmup_epochs=0.0,
+        weight_decay=1e-3,
+        distill=False,
+    )
+    budget: SlimBudget = SlimBudget()
+    fold: bool = True
+    tile: int = 1
+    retrain: Recipe = Recipe(**DEIT_TRAINING)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "tile")
+        check_known(self, "attention", ATTENTION_GATES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceSettings:
+    """Rank choices: ratios of full rank, rounded to multiples of a tile apart from full rank."""
+
+    ratios: tuple[float, ...] = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
+    tile: int = 1
+
+    def of(self, spec: Spec) -> RankSpace:
+        """Every rank triple of this network. Raises as `RankSpace.regular`."""
+        return RankSpace.regular(spec, self.ratios, self.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetSettings:
+    """What the subnet may cost, at least and at most, as shares of the dense model's.
+
+    Attributes:
+      macs: multiply-adds. The filter's price is in them, whatever the search spends.
+      latency: time on this device.
+    """
+
+    macs: Window = (0.43, 0.46)
+    latency: Window = (0.55, 0.6)
+
+    def __post_init__(self):
+        for name in BUDGETS:
+            low, high = getattr(self, name)
+            if not 0 < low < high <= 1:
+                raise InputError(
+                    f"{name} {(low, high)} must be two shares of the dense model's, "
+                    f"0 < low < high <= 1"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterSettings:
+    """Candidate filtering: the share of triples to drop, and the training of local supernets.
+
+    Attributes:
+      train_fraction: of the training images.
+    """
+
+    drop: float = 0.7
+    train_fraction: float = 0.1
+    train: Recipe = Recipe(epochs=20.0, warmup_epochs=3.0, learning_rate=7.5e-6)
+
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise InputError(f"drop must lie in [0, 1), got {self.drop}")
+        check_between(self, 0, 1, "train_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings(EvolutionSettings):
+    """The evolution, and what it spends.
+
+    Attributes:
+      budget: "macs", or "latency" on this device.
+      latency_batch: images that the device runs at once.
+    """
+
+    budget: str = "macs"
+    latency_batch: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_known(self, "budget", BUDGETS)
+        check_at_least(self, 1, "latency_batch")
+
+    @property
+    def evolution(self) -> EvolutionSettings:
+        names = [field.name for field in dataclasses.fields(EvolutionSettings)]
+        return EvolutionSettings(**{name: getattr(self, name) for name in names})

@@ -1,0 +1,127 @@
+"""All settings of a run as one frozen value, made of a config and as good as one."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from flora_jax.errors import InputError, check_known, unknown
+from flora_jax.evaluation import METRICS
+from flora_jax.models.spec import Spec
+from flora_jax.models.vit_spec import deit
+from flora_jax.stages.config_tree import from_mapping, to_mapping
+from flora_jax.stages.sections import (
+    DEIT_TRAINING,
+    BudgetSettings,
+    DataSettings,
+    FilterSettings,
+    SearchSettings,
+    SlimSettings,
+    SpaceSettings,
+)
+from flora_jax.train.settings import Recipe
+
+# A config's stages come in this order.
+STAGES = (
+    "pretrain",
+    "transfer",
+    "slim",
+    "filter",
+    "supernet",
+    "search",
+    "extract",
+    "finetune",
+    "evaluate",
+    "report",
+)
+FLORA_STAGES = tuple(name for name in STAGES if name not in ("transfer", "slim"))
+UNIFORM_BASELINES = ("supernet", "alone", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run does; the defaults are FLORA's on DeiT-B and ImageNet (WACV 2024).
+
+    Attributes:
+      seed: of everything random.
+      fsdp: devices that share one copy of the parameters and the optimiser's state.
+      model: the dense network.
+      pretrained: weights in any layout that `flora_jax.from_pretrained` reads; empty: train from
+        scratch.
+      uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
+        supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
+        supernet and fine-tuning together; "none" leaves it out.
+      metric: what filter and search maximise on the held-out images: top1 or log_likelihood.
+
+    Raises:
+      InputError: a value that makes no sense; names it, and what would be accepted.
+    """
+
+    seed: int = 0
+    stages: tuple[str, ...] = FLORA_STAGES
+    fsdp: int = 1
+    model: Spec = deit("base")
+    data: DataSettings = DataSettings()
+    pretrained: str = ""
+    pretrain: Recipe = Recipe(**DEIT_TRAINING, label_smoothing=0.1, distill=False)
+    slim: SlimSettings = SlimSettings()
+    space: SpaceSettings = SpaceSettings()
+    budget: BudgetSettings = BudgetSettings()
+    uniform_baseline: str = "supernet"
+    metric: str = "top1"
+    filter: FilterSettings = FilterSettings()
+    supernet: Recipe = Recipe()
+    search: SearchSettings = SearchSettings()
+    finetune: Recipe = Recipe(epochs=30.0, warmup_epochs=0.0)
+
+    def __post_init__(self):
+        _check_stages(self.stages)
+        check_known(self, "uniform_baseline", UNIFORM_BASELINES)
+        check_known(self, "metric", METRICS)
+        if self.pretrain.distill:
+            raise InputError("pretrain.distill must be False: the dense model has no teacher")
+        if "transfer" in self.stages and self.finetune.distill:
+            raise InputError("finetune.distill must be False: nobody teaches the new classes")
+        share, high = self.slim.budget.macs, self.budget.macs[1]
+        if {"slim", "search"} <= set(self.stages) and 0 < share < high:
+            raise InputError(
+                f"slim.budget.macs {share} is below the subnet's, {high}: the slimmed model must "
+                f"leave something to save"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> Self:
+        """Reads the settings of a config: nested dicts, a ConfigDict or a run's config.json.
+
+        Raises:
+          InputError: a field that does not exist or a value that makes no sense; names it.
+        """
+        return from_mapping(cls, config)
+
+    def to_config(self) -> dict[str, Any]:
+        """Writes nested dicts, of which `from_config` makes the same settings."""
+        return to_mapping(self)
+
+    @property
+    def searches_by_latency(self) -> bool:
+        """Whether the search's budget is time on this device, not MACs."""
+        return "search" in self.stages and self.search.budget == "latency"
+
+    def seed_of(self, purpose: str) -> int:
+        """A seed of its own for everything random, 31 bits."""
+        words = np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode())])
+        return int(words.generate_state(1)[0] >> 1)
+
+
+def _check_stages(stages: tuple[str, ...]) -> None:
+    for name in stages:
+        if name not in STAGES:
+            raise InputError(unknown("stage", name, STAGES))
+    order = [name for name in STAGES if name in stages]
+    if list(stages) != order:
+        raise InputError(f"stages {list(stages)} must come once each, in the order {order}")
+    others = set(stages) - {"transfer", "evaluate", "report"}
+    if "transfer" in stages and others:
+        raise InputError(f"transfer stands alone, without {', '.join(sorted(others))}")

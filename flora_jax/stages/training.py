@@ -1,0 +1,133 @@
+"""A training of a run: batches, teacher and folder that belong to its name."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from flora_jax.cluster.mesh import make_mesh
+from flora_jax.data.batches import Batches, train_batches
+from flora_jax.data.sources import Source
+from flora_jax.distill.stored_teacher import StoredTeacher
+from flora_jax.distill.teacher import Teacher, describe
+from flora_jax.lowrank.supernet import Supernet
+from flora_jax.models.functional import Parameters
+from flora_jax.models.network import Network
+from flora_jax.stages.run import Run
+from flora_jax.train.loop import train
+from flora_jax.train.settings import Recipe, TrainSettings
+
+
+def train_stage(
+    run: Run,
+    model: Network,
+    recipe: Recipe,
+    name: str,
+    source: Source,
+    *,
+    teacher: Network | None = None,
+    draw_genes: Callable[[int], np.ndarray] | None = None,
+    penalty: Callable[[Parameters], jax.Array] | None = None,
+) -> Network:
+    """Trains in the run's folder `name`, or goes on with a training that was interrupted there.
+
+    Args:
+      model: where the training starts.
+      source: the training images.
+      teacher: what it learns from where the recipe distils.
+      draw_genes, penalty: as in `flora_jax.train.loop.train`.
+    """
+    batches = _batches(run, recipe, name, source)
+    if not recipe.distill:
+        teacher = None
+    if teacher is not None and recipe.stored_predictions:
+        stored = stored_teacher(run, teacher, recipe, name, source)
+        stored.write()
+        teacher, batches = None, stored.taught_batches
+    return train(
+        model,
+        batches,
+        train_settings(recipe, len(source), run.settings.seed),
+        directory=run.folder / name,
+        name=name,
+        normalization=run.settings.data.normalization,
+        draw_genes=draw_genes,
+        teacher=teacher,
+        penalty=penalty,
+        mesh=make_mesh(run.settings.fsdp),
+    )
+
+
+def train_supernet(
+    run: Run,
+    supernet: Supernet,
+    recipe: Recipe,
+    name: str,
+    source: Source,
+    *,
+    law: str,
+    teacher: Network,
+) -> Supernet:
+    """Trains a subnet a step, drawn from the supernet's space by a law; otherwise `train_stage`."""
+    seed, space = run.settings.seed_of(f"{name}/genes"), supernet.space
+
+    def draw_genes(step: int) -> np.ndarray:
+        return space.sample(np.random.default_rng([seed, step]), 1, law)[0]
+
+    network = train_stage(
+        run, supernet.network, recipe, name, source, teacher=teacher, draw_genes=draw_genes
+    )
+    return Supernet(network, space)
+
+
+def stored_teacher(
+    run: Run, model: Network, recipe: Recipe, name: str, source: Source
+) -> StoredTeacher:
+    """The model as the teacher of the training `name`, its predictions kept on disk."""
+    data = run.settings.data
+    teacher = Teacher(model, data.normalization, recipe.compute_dtype)
+    description = describe(
+        data.name,
+        source,
+        teacher,
+        batch_size=recipe.batch_size,
+        steps=train_settings(recipe, len(source)).steps,
+        seed=run.settings.seed_of(f"{name}/batches"),
+        augmentation={
+            "image_shape": run.spec.image_shape,
+            "name": data.augmentation.name,
+            **data.augmentation.changes,
+            "repeats": recipe.repeats,
+        },
+    )
+    folder = run.folder / name / "predictions"
+    return StoredTeacher(folder, teacher, description, _batches(run, recipe, name, source))
+
+
+def train_settings(recipe: Recipe, num_images: int, seed: int = 0) -> TrainSettings:
+    """Counts a recipe in steps; on TPU, whose programs are large, blocks are computed in a loop."""
+    settings = recipe.settings(num_images, seed)
+    return dataclasses.replace(settings, loop_over_blocks=jax.default_backend() == "tpu")
+
+
+def _batches(run: Run, recipe: Recipe, name: str, source: Source) -> Callable[[int], Batches]:
+    """Makes a function: step -> this process' batches of the training `name` from there on."""
+    data = run.settings.data
+    transform = data.augmentation.train(run.spec.image_shape)
+
+    def batches(start_step: int) -> Batches:
+        return train_batches(
+            source,
+            transform,
+            recipe.batch_size,
+            run.settings.seed_of(f"{name}/batches"),
+            start_step,
+            jax.process_index(),
+            jax.process_count(),
+            data.num_threads,
+            data.num_workers,
+            recipe.repeats,
+        )
+
+    return batches

@@ -1,0 +1,1 @@
+"""Weights in and out: the names of other libraries, saved models, exports."""

@@ -1,0 +1,116 @@
+"""Models as folders: `spec.json` beside the weights.
+
+A finished model's weights are `model.safetensors` with a checksum: it opens anywhere, without
+Orbax or pickle. The folder of a training run keeps Orbax `checkpoints/` instead.
+"""
+
+import numpy as np
+from etils import epath
+from safetensors import numpy as safetensors
+
+from flora_jax.cluster.processes import by_the_first
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.checkpoint import read_parameters
+from flora_jax.io.files import on_disk, read_json, replacing, sha256, write_json, write_json_once
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet, abstract_supernet
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.models.spec_json import spec_from_json, spec_to_json
+
+FORMAT = 1
+SPEC_FILE, WEIGHTS_FILE, CHECKPOINTS = "spec.json", "model.safetensors", "checkpoints"
+
+
+def describe(model: Network | Supernet) -> dict:
+    """What `spec.json` says of a model: enough to build it again without its weights."""
+    if isinstance(model, Supernet):
+        spec, space = model.space.spec, model.space.to_json()
+    else:
+        spec, space = model.spec, None
+    return {"format": FORMAT, "spec": spec_to_json(spec), "space": space}
+
+
+def save_description_once(model: Network | Supernet, path: epath.PathLike) -> None:
+    """Marks the folder of a training run as a model that `load` can open."""
+    write_json_once(epath.Path(path) / SPEC_FILE, describe(model))
+
+
+def save(model: Network | Supernet, path: epath.PathLike) -> None:
+    """Writes a model to the folder `path`; `load` reads it back bit for bit.
+
+    The description is written last, so that a folder with one is complete.
+    """
+    path = epath.Path(path)
+    parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
+    with replacing(path / WEIGHTS_FILE) as partial:
+        partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
+        checksum = sha256(partial)
+    write_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
+
+
+save_once = by_the_first(save)
+
+
+def load(path: epath.PathLike) -> Network | Supernet:
+    """Opens a saved model, or the newest checkpoint of a training run (a supernet, mostly).
+
+    Raises:
+      MissingFileError: nothing to open at `path`.
+      InputError: the folder was written by a newer version, or its content is damaged.
+    """
+    path = epath.Path(path)
+    description = _read_description(path)
+    spec = spec_from_json(description["spec"])
+    if (path / WEIGHTS_FILE).exists():
+        parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
+    else:
+        parameters = read_parameters(path / CHECKPOINTS)
+    if description["space"] is None:
+        return functional.with_parameters(create_abstract(spec), parameters)
+    supernet = abstract_supernet(RankSpace.from_json(spec, description["space"]))
+    return Supernet(functional.with_parameters(supernet.network, parameters), supernet.space)
+
+
+def load_model(path: epath.PathLike) -> Network:
+    """Loads a plain model. Raises as `load`, and InputError for a supernet."""
+    model = load(path)
+    if isinstance(model, Supernet):
+        raise InputError(f"{path} holds a supernet: flora_jax.load opens it, extract a model first")
+    return model
+
+
+def load_supernet(path: epath.PathLike) -> Supernet:
+    """Loads a supernet. Raises as `load`, and InputError for a plain model."""
+    supernet = load(path)
+    if not isinstance(supernet, Supernet):
+        raise InputError(f"{path} holds a plain model where a supernet is needed")
+    return supernet
+
+
+def load_spec(path: epath.PathLike) -> Spec:
+    """Reads the spec of a saved model, without its weights. Raises as `load`."""
+    return spec_from_json(_read_description(epath.Path(path))["spec"])
+
+
+def _read_description(path: epath.Path) -> dict:
+    if not (path / SPEC_FILE).exists():
+        found = sorted(p.parent.name for p in path.glob(f"*/{SPEC_FILE}")) if path.exists() else []
+        hint = f"; inside it are {', '.join(found)}" if found else ""
+        raise MissingFileError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
+    description = read_json(path / SPEC_FILE)
+    needed = {"format", "spec", "space"} | ({"sha256"} if (path / WEIGHTS_FILE).exists() else set())
+    if missing := needed - description.keys():
+        raise InputError(f"{path / SPEC_FILE} lacks {', '.join(sorted(missing))}")
+    if description["format"] != FORMAT:
+        raise InputError(f"{path} has format {description['format']}; this version reads {FORMAT}")
+    return description
+
+
+def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
+    with on_disk(path) as file:
+        if sha256(file) != checksum:
+            raise InputError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
+        return safetensors.load_file(file)

@@ -1,0 +1,77 @@
+"""Learned positions of one grid or window taken to another, with the numbers timm gets."""
+
+import math
+
+import numpy as np
+from PIL import Image
+from scipy.interpolate import RegularGridInterpolator
+
+from flora_jax.errors import InputError
+
+
+def resample_pos_embed(pos_embed: np.ndarray, num_prefix_tokens: int, grid: int) -> np.ndarray:
+    """pos_embed float32 [P + n*n, D] -> [P + grid*grid, D]; the P prefix tokens stay.
+
+    Bicubic with antialiasing: Pillow's, channel by channel.
+
+    Raises:
+      InputError: the positions without the prefix are no square grid.
+    """
+    prefix, positions = np.split(pos_embed, [num_prefix_tokens])
+    side = math.isqrt(len(positions))
+    if side == 0 or side * side != len(positions):
+        raise InputError(
+            f"a position embedding of {len(pos_embed)} tokens, {num_prefix_tokens} of them before "
+            f"the patches, has no square grid: {len(positions)} patches"
+        )
+    channels = positions.T.reshape(-1, side, side)
+    resized = [
+        np.asarray(Image.fromarray(channel).resize((grid, grid), Image.Resampling.BICUBIC))
+        for channel in channels
+    ]
+    return np.concatenate([prefix, np.stack(resized, axis=-1).reshape(grid * grid, -1)])
+
+
+def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarray:
+    """table float32 [(2w-1)^2, H] of windows of w x w -> [(2*window-1)^2, H].
+
+    Offsets are stretched geometrically, so that near ones, where the table is steep, hardly move
+    (timm's resize_rel_pos_bias_table, after BEiT).
+
+    Raises:
+      InputError: the table is not that of a square window of at least 2.
+    """
+    source_side, side = math.isqrt(len(table)), 2 * window - 1
+    if source_side**2 != len(table) or source_side % 2 == 0 or source_side < 3:
+        raise InputError(
+            f"a relative position table of {len(table)} rows belongs to no window; a window of w "
+            f"has (2w-1)^2 rows, w >= 2: 9, 25, 49, ..."
+        )
+    if source_side == side:
+        return table
+    offsets = _stretched_offsets(source_side // 2, side // 2)
+    wanted = np.arange(-(side // 2), side // 2 + 1)
+    interpolate = RegularGridInterpolator(
+        (offsets, offsets),
+        table.reshape(source_side, source_side, -1).astype(np.float64),
+        bounds_error=False,
+        fill_value=None,  # extrapolate
+    )
+    rows, columns = np.meshgrid(wanted, wanted, indexing="ij")
+    return interpolate((rows, columns)).reshape(side * side, -1).astype(np.float32)
+
+
+def _stretched_offsets(source: int, target: int) -> np.ndarray:
+    """[2*source + 1] offsets, symmetric, growing by powers of q so that `source` reaches `target`.
+
+    The bounds of q are timm's.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if (1 - q**source) / (1 - q) > target:
+            high = q
+        else:
+            low = q
+    positive = np.cumsum(q ** np.arange(source))
+    return np.concatenate([-positive[::-1], [0.0], positive])

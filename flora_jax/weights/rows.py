@@ -1,0 +1,69 @@
+"""A parameter of ours beside the arrays of a file that hold it, and the change between them.
+
+A change can be read and written, so the table that reads a library's file also writes one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flora_jax.errors import InputError
+from flora_jax.models.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """How an array of a file becomes ours, and back."""
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+
+
+def _only(array: np.ndarray) -> np.ndarray:
+    (only,) = array
+    return only
+
+
+SAME = Change(lambda array: array, lambda array: array)
+TRANSPOSED = Change(np.transpose, np.transpose)
+WITHOUT_FIRST_AXIS = Change(_only, lambda array: array[None])  # [1, ...] -> [...]
+
+
+def patch_kernel(spec: Spec) -> Change:
+    """The change of a patch embedding's kernel [D, C, p, p] to ours [p*p*C, D]."""
+    sizes = (spec.patch_size, spec.patch_size, spec.in_channels)
+    return Change(
+        lambda array: array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]),
+        lambda array: array.reshape(*sizes, -1).transpose(3, 2, 0, 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One of our parameters; several sources (query, key, value) stand side by side in it."""
+
+    target: str
+    sources: tuple[str, ...]
+    change: Change = SAME
+
+    def read(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The arrays of the sources -> float32, contiguous. Raises InputError for their shapes."""
+        try:
+            parts = [self.change.read(array) for array in arrays]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        except (ValueError, TypeError) as error:
+            shapes = ", ".join(f"{array.shape}" for array in arrays)
+            raise InputError(
+                f"{', '.join(self.sources)} cannot be read from an array of shape {shapes}"
+            ) from error
+        return np.ascontiguousarray(whole, np.float32)
+
+    def write(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """The inverse of `read`, by source name."""
+        parts = np.split(array, len(self.sources), axis=-1)
+        written = map(self.change.write, parts)
+        return dict(zip(self.sources, map(np.ascontiguousarray, written), strict=True))
+
+
+Table = list[Row]

@@ -1,0 +1,90 @@
+"""A tiny network, its batches and settings, and runs of them."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+
+import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh, replicate, shard_batch
+from flora_jax.data.normalize import Normalization
+from flora_jax.models import functional
+from flora_jax.train.loop import train
+from flora_jax.train.settings import TrainSettings
+from flora_jax.train.step import initial_state, make_step
+
+SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+SPACE = flora.RankSpace.regular(SPEC, ratios=(1 / 2, 1))
+NORMALIZATION = Normalization()
+# The large epsilon keeps Adam from blowing up rounding differences to whole steps.
+SETTINGS = TrainSettings(
+    steps=7,
+    batch_size=8,
+    learning_rate=1e-2,
+    epsilon=1e-2,
+    ema_decay=0.5,
+    label_smoothing=0.3,
+    log_every=2,
+    checkpoint_every=3,
+)
+
+
+def batch_of(step):
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (SETTINGS.batch_size, *SPEC.image_shape), np.uint8)
+    return {"image": images, "label": rng.integers(0, 3, SETTINGS.batch_size).astype(np.int32)}
+
+
+def batches(start):
+    return map(batch_of, itertools.count(start))
+
+
+def genes_of(step, space=SPACE):
+    return space.sample(np.random.default_rng(step), 1)[0]
+
+
+def a_network(implementation="sliced", seed=0):
+    return flora.factorize(flora.create(SPEC, seed), SPACE, implementation=implementation).network
+
+
+def run(directory, settings=SETTINGS, stream=batches, network=None, mesh=None):
+    return train(
+        network or a_network(),
+        stream,
+        settings,
+        directory=directory,
+        name="test",
+        normalization=NORMALIZATION,
+        draw_genes=genes_of,
+        mesh=mesh,
+    )
+
+
+def states(settings, num_steps, network=None, teacher=None, space=SPACE):
+    """The states and metrics after each step, by the compiled step alone."""
+    network, mesh = network or a_network(), make_mesh()
+    structure, parameters = functional.split(network)
+    teacher_structure, teacher_parameters = functional.split(teacher) if teacher else (None, None)
+    step = make_step(structure, settings, NORMALIZATION, mesh, teacher_structure)
+    state = initial_state(structure, jax.tree.map(np.array, parameters), settings)
+    found = []
+    for i in range(num_steps):
+        batch = shard_batch(batch_of(i), mesh)
+        teacher_parameters = replicate(teacher_parameters, mesh)
+        state, metrics = step(replicate(state, mesh), batch, genes_of(i, space), teacher_parameters)
+        found.append(jax.tree.map(np.array, (state, metrics)))
+    return found
+
+
+def parameters_of(model):
+    return {name: np.array(value) for name, value in functional.split(model)[1].items()}
+
+
+def metrics_of(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class Interruption(Exception):
+    pass

@@ -1,0 +1,54 @@
+"""A config becomes settings once: complete, checked, and named where it is wrong."""
+
+import importlib
+import json
+
+import pytest
+
+from flora_jax.stages.settings import FLORA_STAGES, STAGES, Settings
+from tests.helpers.commands import ROOT
+
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_settings_and_back(name):
+    settings = Settings.from_config(importlib.import_module(f"configs.{name}").get_config())
+    stored = json.loads(json.dumps(settings.to_config()))
+    assert Settings.from_config(stored) == settings
+    assert Settings.from_config(settings.to_config()).to_config() == settings.to_config()
+
+
+def test_defaults_are_the_published_method():
+    settings = Settings()
+    assert settings.stages == FLORA_STAGES
+    assert settings.supernet.epochs == 150.0
+    assert (settings.supernet.learning_rate, settings.finetune.epochs) == (2.5e-5, 30.0)
+    assert Settings.from_config({}) == settings
+    assert hash(settings.supernet) == hash(Settings.from_config({}).supernet)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"supernett": {}}, r"no setting supernett \(did you mean 'supernet'\?\)"),
+        ({"supernet": {"epoch": 1}}, r"no setting supernet\.epoch \(did you mean 'epochs'\?\)"),
+        (
+            {"slim": {"gates": {"learning_rat": 1}}},
+            r"no setting slim\.gates\.learning_rat \(did you mean 'learning_rate'\?\)",
+        ),
+        ({"slim": {"gates": {"epochs": -1.0}}}, r"slim\.gates\.epochs must be at least 0, got -1"),
+        ({"slim": {"budget": {"mlp": 2.0}}}, r"slim\.budget\.mlp must lie in \(0, 1\], got 2\.0"),
+        ({"filter": {"train": {"clip_norm": 0.0}}}, r"filter\.train\.clip_norm must be above 0"),
+        ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
+        ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
+        ({"stages": ["report", "search"]}, "in the order"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_section(config, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.from_config(config)
+
+
+def test_stages_come_in_one_order():
+    assert [name for name in STAGES if name in FLORA_STAGES] == list(FLORA_STAGES)
