@@ -1,5 +1,7 @@
 """Command line: python -m flora_jax.main --config=configs/digits.py --workdir=DIR"""
 
+import ast
+import contextlib
 import logging
 import os
 import pathlib
@@ -90,7 +92,10 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        text = str(error)
+        with contextlib.suppress(ValueError, SyntaxError):  # that of a KeyError is a literal
+            text = str(ast.literal_eval(text))
+        sys.exit(f"error: {' '.join(text.split())}")
 
 
 def _configure_jax() -> None:
