@@ -20,8 +20,6 @@ from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 
 SMALL = {"image_size": 4, "patch_size": 2, "embed_dim": 6, "num_heads": 2, "num_classes": 3}
-
-
 SMALL_SWIN = {"patch_size": 1, "num_classes": 3, "mlp_ratio": 2}
 
 
