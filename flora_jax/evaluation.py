@@ -98,7 +98,7 @@ def evaluate(
       {"top1": float64 [P], "log_likelihood": float64 [P]}, P = 1 for a plain model.
 
     Raises:
-      InputError: genes that do not fit the supernet, or genes for a plain model.
+      ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
     population: Sequence[np.ndarray | None] = [None]
     if isinstance(model, Supernet):

@@ -64,7 +64,7 @@ def train_batches(
       stops the threads and workers.
 
     Raises:
-      InputError: batch_size is below 1, above len(source) or no multiple of process_count,
+      ValueError: batch_size is below 1, above len(source) or no multiple of process_count,
         process_index, seed, start_step, num_threads or num_workers is out of range, or an image
         does not fit the transform.
     """

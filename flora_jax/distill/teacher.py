@@ -153,7 +153,7 @@ def compare_predictions(teacher: Teacher, batches: Iterable[Batch]) -> Differenc
       batches: some that `StoredPredictions.attach` made.
 
     Raises:
-      InputError: there is no batch.
+      ValueError: there is no batch.
     """
     differences = []
     for batch in batches:

@@ -41,7 +41,7 @@ class Checkpoints:
       keep_every: multiples of this step stay too; 0 for none.
 
     Raises:
-      InputError: no step would be kept, or `keep_every` is negative.
+      ValueError: no step would be kept, or `keep_every` is negative.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0):
@@ -72,7 +72,7 @@ class Checkpoints:
 
         Raises:
           StorageError: the save before could not be completed. Earlier steps are unharmed.
-          InputError: the step is already there.
+          ValueError: the step is already there.
         """
         self._wait()
         folder = self._directory / str(step)

@@ -96,7 +96,7 @@ def evolve(
       The candidate of the highest score; among equals the cheaper one, then the earlier one.
 
     Raises:
-      InputError: the window holds no kept genes, the history belongs to another search, or `score`
+      ValueError: the window holds no kept genes, the history belongs to another search, or `score`
         returns another shape or a value that is not finite.
     """
     path = epath.Path(history_path)

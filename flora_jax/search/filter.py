@@ -27,7 +27,7 @@ def budget_price(scores: list[np.ndarray], macs: list[np.ndarray], budget: int) 
       Accuracy per MAC, at least 0; 0 when the most accurate triples fit already.
 
     Raises:
-      InputError: scores and macs differ in shape, a score is not finite, or the budget is below
+      ValueError: scores and macs differ in shape, a score is not finite, or the budget is below
         the cheapest total.
     """
     scores = [np.asarray(score, np.float64) for score in scores]
@@ -80,7 +80,7 @@ def filter_space(
       drop: share of each block's triples to drop.
 
     Raises:
-      InputError: scores do not fit the space, or the budget is below its least MACs.
+      ValueError: scores do not fit the space, or the budget is below its least MACs.
     """
     if not space.contains(space.full_rank_genes):
         raise InputError("filtering needs a space that keeps the full-rank triple of every block")
