@@ -223,6 +223,7 @@ def test_check_of_a_tiny_run():
     assert "fits: at least 4096 images a device" in done.stdout
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_topology_that_the_compiler_refuses():
     done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:3x3")

@@ -12,6 +12,9 @@ torch = pytest.importorskip("torch", reason="compares with PyTorch models")
 load_file = pytest.importorskip("safetensors.torch").load_file
 functions = torch.nn.functional
 
+pytestmark = pytest.mark.slow
+
+
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 VIT_SIZES = {
     "micro": {

@@ -11,6 +11,7 @@ from flora_jax.weights.pretrained import from_pretrained
 from tests.helpers.weights import VIT, assert_same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "distilled", "no_qkv_bias", "swin"])
 def test_export_and_back_is_exact(models, subnets, tmp_path, name):
     path = tmp_path / "exported.safetensors"

@@ -44,6 +44,7 @@ def test_open_gates_change_little():
     assert without.gates()["patch"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dim", "head", "uniform"])
 def test_the_gradient_reaches_every_gate(attention):
     gated = gated_model(flora.ViTSpec(**TINY, depth=2), attention=attention)
