@@ -43,6 +43,8 @@ def test_defaults_are_the_published_method():
         ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
         ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
         ({"stages": ["report", "search"]}, "in the order"),
+        ({"budget": {"macs": (0.5,)}}, "budget: a value of another form: not enough values"),
+        ({"filter": {"drop": "half"}}, "filter: a value of another form: .*'<='"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_section(config, message):

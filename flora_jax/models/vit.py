@@ -1,6 +1,7 @@
 """DeiT (Touvron et al. 2021) as NNX modules built from a ViTSpec."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Attention(nnx.Module):
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
         self.num_tokens, self.num_left = qkv.tokens, num_left
-        self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
+        self.qkv: Any = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,9 +50,8 @@ class Attention(nnx.Module):
     def _with_constant(self, tokens: jax.Array, part: int) -> jax.Array:
         """Appends qkv's bias of a part (1 key, 2 value) to tokens [B, H, N, d]: [B, H, N+1, d]."""
         constant = jnp.zeros_like(tokens[:, :, :1])
-        qkv_bias = getattr(self.qkv, "bias", None)
-        if qkv_bias is not None:
-            constant += qkv_bias[...].reshape(3, 1, self.num_heads, 1, self.head_dim)[part]
+        if self.qkv.bias is not None:
+            constant += self.qkv.bias[...].reshape(3, 1, self.num_heads, 1, self.head_dim)[part]
         return jnp.concatenate([tokens, constant], axis=2)
 
 

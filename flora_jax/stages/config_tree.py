@@ -34,6 +34,8 @@ def from_mapping(settings_class: type[T], values: Mapping, name: str = "") -> T:
         raise
     except InputError as error:
         raise _NamedError(_with_name(name, str(error), kinds)) from error
+    except (TypeError, ValueError) as error:  # a number where there should be a pair, or the like
+        raise _NamedError(_with_name(name, f"a value of another form: {error}", kinds)) from error
 
 
 class _NamedError(InputError):
