@@ -1,5 +1,6 @@
 """The evolutionary search: legal, distinct, better than chance, and resumable bit for bit."""
 
+import hashlib
 import json
 import logging
 
@@ -11,13 +12,9 @@ from hypothesis import strategies as st
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.search.evolution import (
-    EvolutionSettings,
-    cross_blocks,
-    evolve,
-    mutate,
-)
+from flora_jax.search.evolution import EvolutionSettings, evolve
 from flora_jax.search.history import read_history
+from flora_jax.search.proposals import cross_blocks, mutate, nearest_kept, neighbours
 
 SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 REGULAR = RankSpace.regular(SPEC)
@@ -27,9 +24,18 @@ SPACE = REGULAR.keep(
 )
 LEAST, MOST = SPACE.macs_range()
 WINDOW = (LEAST + 0.4 * (MOST - LEAST), LEAST + 0.5 * (MOST - LEAST))
+HIGHER = (LEAST + 0.55 * (MOST - LEAST), LEAST + 0.6 * (MOST - LEAST))
 SMALL = EvolutionSettings(generations=4, population=8, parents=3, mutants=3, crossovers=3)
 OTHER_COST = Cost("cells", 10, tuple(layer % 1000 for layer in SPACE.macs_cost.layers))
 TARGET = SPACE.sample_within(np.random.default_rng(99), 1, WINDOW)[0]
+FIRST = np.concatenate(
+    [
+        SPACE.sample_within(np.random.default_rng(1), 3, HIGHER),
+        REGULAR.sample_within(np.random.default_rng(1), 2, HIGHER),  # not kept
+        SPACE.sample_within(np.random.default_rng(1), 9, WINDOW),
+        SPACE.sample_within(np.random.default_rng(1), 2, (MOST, MOST)),
+    ]
+)
 
 
 def closeness(genes):
@@ -42,17 +48,21 @@ def metrics(genes):
     return closeness(genes), 1 - closeness(genes)
 
 
+def search(path, score=metrics, **change):
+    """Evolves a small population; `change` are other arguments than usual."""
+    usual = {"space": SPACE, "cost": SPACE.macs_cost, "windows": [WINDOW], "settings": SMALL}
+    return evolve(score=score, history_path=path, **(usual | {"seed": 7} | change))
+
+
+def best_inside(candidates, window):
+    """The winner of a window, told independently of the search."""
+    inside = [candidate for candidate in candidates if window[0] <= candidate.cost <= window[1]]
+    return max(inside, key=lambda candidate: (candidate.score, -candidate.cost))
+
+
 def test_finds_better_than_random_draws(tmp_path):
     for seed in range(3):
-        best = evolve(
-            SPACE,
-            metrics,
-            SPACE.macs_cost,
-            WINDOW,
-            EvolutionSettings(),
-            seed,
-            tmp_path / f"{seed}.jsonl",
-        )
+        [best] = search(tmp_path / f"{seed}.jsonl", settings=EvolutionSettings(), seed=seed)
         draws = SPACE.sample_within(np.random.default_rng(seed), 1000, WINDOW)
         assert best.score > closeness(draws).max() + 0.02
 
@@ -65,14 +75,9 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
         scored.append(genes)
         return metrics(genes)
 
-    best = evolve(
-        SPACE,
+    [best] = search(
+        tmp_path / "new" / "history.jsonl",
         score,
-        SPACE.macs_cost,
-        WINDOW,
-        SMALL,
-        seed=0,
-        history_path=tmp_path / "new" / "history.jsonl",
         on_generation=lambda generation, members: seen_generations.append((generation, members)),
     )
     history = read_history(tmp_path / "new" / "history.jsonl")
@@ -88,14 +93,63 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     assert [candidate.top1 for candidate in history] == metrics(genes)[1].tolist()
     assert [generation for generation, _ in seen_generations] == [0, 1, 2, 3]
     assert [member for _, members in seen_generations for member in members] == history
-    assert best == max(history, key=lambda candidate: (candidate.score, -candidate.cost))
+    assert best == best_inside(history, WINDOW)
+
+
+@given(seed=st.integers(0, 2**32), touching=st.booleans(), with_first=st.booleans())
+def test_serves_every_window(tmp_path_factory, seed, touching, with_first):
+    path = tmp_path_factory.mktemp("windows") / "history.jsonl"
+    border = int(SPACE.macs(TARGET))
+    windows = [(LEAST, border), (border if touching else HIGHER[0], MOST)]
+    first = np.concatenate([[TARGET], FIRST]) if with_first else None
+    calls = []
+
+    def score(genes):
+        calls.append(len(genes))
+        return metrics(genes)
+
+    winners = search(path, score, windows=windows, seed=seed, first=first)
+    history = read_history(path)
+    genes = np.array([candidate.genes for candidate in history])
+    assert winners == [best_inside(history, window) for window in windows]
+    assert calls == [2 * SMALL.population] * SMALL.generations
+    assert len(np.unique(genes, axis=0)) == len(genes)
+    assert SPACE.contains(genes).all()
+    for start in range(0, len(history), SMALL.population):
+        lo, hi = windows[start // SMALL.population % 2]
+        population = history[start : start + SMALL.population]
+        assert all(lo <= candidate.cost <= hi for candidate in population)
+
+
+def test_what_is_given_comes_first(tmp_path):
+    path = tmp_path / "history.jsonl"
+    search(path, windows=[WINDOW, HIGHER], first=FIRST)
+    low, high = np.split(np.array([c.genes for c in read_history(path)])[:16], 2)
+    np.testing.assert_array_equal(low, FIRST[5:13])
+    np.testing.assert_array_equal(high[:3], FIRST[:3])
+    assert not {tuple(FIRST[13])} & {c.genes for c in read_history(path)}
+
+
+def test_children_may_have_a_parent_in_another_window(tmp_path):
+    settings = EvolutionSettings(generations=2, population=8, parents=8, mutants=0, crossovers=8)
+    path = tmp_path / "history.jsonl"
+    search(path, windows=[WINDOW, HIGHER], settings=settings)
+    low, high, children = np.split(
+        np.array([c.genes for c in read_history(path)]).reshape(-1, SPACE.num_blocks, 3)[:24], 3
+    )
+
+    def found_in(parents):
+        return (children[:, None] == parents).all(axis=-1).any(axis=1)
+
+    assert (found_in(low) | found_in(high)).all()
+    assert not found_in(low).all()
 
 
 def test_any_cost_can_be_the_budget(tmp_path):
     least, most = OTHER_COST.range_over(SPACE.kept)
     window = (least + 0.3 * (most - least), least + 0.4 * (most - least))
     path = tmp_path / "history.jsonl"
-    best = evolve(SPACE, metrics, OTHER_COST, window, SMALL, 0, path)
+    [best] = search(path, cost=OTHER_COST, windows=[window])
     candidates = read_history(path)
     assert len(candidates) == SMALL.generations * SMALL.population
     costs = OTHER_COST(np.array([candidate.genes for candidate in candidates]))
@@ -106,15 +160,7 @@ def test_any_cost_can_be_the_budget(tmp_path):
 
 def test_among_equals_the_cheaper_wins(tmp_path):
     path = tmp_path / "history.jsonl"
-    best = evolve(
-        SPACE,
-        lambda genes: (np.full(len(genes), 0.5),) * 2,
-        SPACE.macs_cost,
-        WINDOW,
-        SMALL,
-        0,
-        path,
-    )
+    [best] = search(path, lambda genes: (np.full(len(genes), 0.5),) * 2)
     assert best.cost == min(candidate.cost for candidate in read_history(path))
 
 
@@ -140,17 +186,54 @@ def test_mutants_redraw_blocks_at_the_given_rate():
     np.testing.assert_array_equal(mutate(rng, SPACE, parents, 0.0), parents)
 
 
+def test_the_nearest_kept_triples():
+    space = REGULAR.keep([[(0, 0, 1), (3, 3, 1)], [(1, 0, 0), (0, 0, 1)], [(2, 2, 2)], [(6, 6, 6)]])
+    found = nearest_kept(space, [2, 2, 1, 0, 0, 0, 6, 6, 6, 6, 6, 6])
+    # In block 1 both are one step away, and qkv's costs less than fc2's.
+    assert found.tolist() == [3, 3, 1, 1, 0, 0, 2, 2, 2, 6, 6, 6]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(nearest_kept(space, found), found)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40))
+def test_neighbours_are_kept_and_near(seed, count):
+    rng = np.random.default_rng(seed)
+    genes = REGULAR.sample(rng, 1)[0]
+    start = nearest_kept(SPACE, genes)
+    found = neighbours(SPACE, genes, count, rng)
+    assert found.shape == (count, SPACE.num_layers)
+    assert found.dtype == np.int32
+    assert len(np.unique(found, axis=0)) == count
+    assert SPACE.contains(found).all()
+    changed = (found != start).reshape(count, -1, 3).any(axis=-1).sum(axis=1)
+    assert np.isin(changed, [1, 2]).all()
+    assert np.abs(SPACE.macs(found) - SPACE.macs(start)).mean() < 0.02 * (MOST - LEAST)
+
+
+def test_a_point_has_no_neighbours():
+    point = SPACE.keep(triples[:1] for triples in SPACE.kept)
+    assert neighbours(point, TARGET, 5, np.random.default_rng(0)).shape == (0, 12)
+
+
 @pytest.fixture(scope="module")
 def whole_history(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "history.jsonl"
-    best = evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path)
-    return path.read_bytes(), best
+    search(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module", params=[{}, {"windows": [WINDOW, HIGHER], "first": FIRST}])
+def finished(tmp_path_factory, request):
+    """A finished search: what is unusual in it, its history, its winners."""
+    path = tmp_path_factory.mktemp("finished") / "history.jsonl"
+    winners = search(path, **request.param)
+    return request.param, path.read_bytes(), winners
 
 
 @pytest.mark.parametrize("generations_left", range(5))
 @pytest.mark.parametrize("tail", [b"", b"half", b'{"generation": 9, "genes": []}\n', b"\xff\0\n"])
-def test_resumes_at_every_generation(tmp_path, whole_history, generations_left, tail, caplog):
-    content, best = whole_history
+def test_resumes_at_every_generation(tmp_path, finished, generations_left, tail, caplog):
+    change, content, winners = finished
     lines = content.splitlines(keepends=True)
     path = tmp_path / "history.jsonl"
     if tail == b"half":
@@ -163,34 +246,47 @@ def test_resumes_at_every_generation(tmp_path, whole_history, generations_left, 
         return metrics(genes)
 
     with caplog.at_level(logging.WARNING):
-        assert evolve(SPACE, score, SPACE.macs_cost, WINDOW, SMALL, 7, path) == best
+        assert search(path, score, **change) == winners
     assert path.read_bytes() == content
     assert len(calls) == SMALL.generations - generations_left
     assert bool(caplog.records) == (tail != b"")
 
 
 @given(st.data())
-def test_resumes_after_a_cut_anywhere(tmp_path_factory, whole_history, data):
-    content, best = whole_history
+def test_resumes_after_a_cut_anywhere(tmp_path_factory, finished, data):
+    change, content, winners = finished
     path = tmp_path_factory.mktemp("cut") / "history.jsonl"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    assert evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path) == best
+    assert search(path, **change) == winners
     assert path.read_bytes() == content
 
 
+def test_one_window_is_searched_as_ever(whole_history):
+    """Histories of versions that knew one window only must go on; this was recorded with one."""
+    header, generations = whole_history.split(b"\n", 1)
+    assert list(json.loads(header)["search"]) == [
+        *("seed", "unit", "window", "settings", "space", "costs")
+    ]
+    assert json.loads(header)["search"]["window"] == list(WINDOW)
+    assert hashlib.sha256(generations).hexdigest() == (
+        "0ef79e76afe3c7ccbd3cce3af562098fdb9587f1ef3bb4724b1c07cad108d5ff"
+    )
+
+
 def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
-    content, _ = whole_history
     path = tmp_path / "history.jsonl"
-    path.write_bytes(content[:-1])
+    path.write_bytes(whole_history[:-1])
     assert [candidate.generation for candidate in read_history(path)] == [0] * 8 + [1] * 8 + [2] * 8
-    assert path.read_bytes() == content[:-1]
+    assert path.read_bytes() == whole_history[:-1]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"seed": 8}, "seed 7 instead of 8"),
-        ({"window": (LEAST, MOST)}, "window .* instead of"),
+        ({"windows": [(LEAST, MOST)]}, "window .* instead of"),
+        ({"windows": [WINDOW, HIGHER]}, r"window .* instead of \[\["),
+        ({"first": FIRST}, "first None instead of"),
         ({"cost": OTHER_COST}, "costs .* instead of .*, unit MACs instead of cells"),
         (
             {"settings": EvolutionSettings()},
@@ -201,12 +297,10 @@ def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
 )
 def test_refuses_the_history_of_another_search(tmp_path, whole_history, change, message):
     path = tmp_path / "history.jsonl"
-    path.write_bytes(whole_history[0])
-    search = {"space": SPACE, "cost": SPACE.macs_cost, "window": WINDOW, "settings": SMALL}
-    search |= {"seed": 7, **change}
+    path.write_bytes(whole_history)
     with pytest.raises(ValueError, match=f"belongs to another search .*{message}"):
-        evolve(score=metrics, history_path=path, **search)
-    assert path.read_bytes() == whole_history[0]
+        search(path, **change)
+    assert path.read_bytes() == whole_history
 
 
 @pytest.mark.parametrize("content", [b"notes\n", b'{"a": 1}\n', b"[]\n"])
@@ -214,7 +308,7 @@ def test_refuses_other_files(tmp_path, content):
     path = tmp_path / "history.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not the history of a search"):
-        evolve(SPACE, metrics, SPACE.macs_cost, WINDOW, SMALL, 7, path)
+        search(path)
     assert path.read_bytes() == content
 
 
@@ -222,33 +316,44 @@ def test_stops_when_the_space_is_exhausted(tmp_path):
     space = SPACE.keep([SPACE.kept[0][:5], SPACE.kept[1][:4], SPACE.kept[2][:1], SPACE.kept[3][:1]])
     settings = EvolutionSettings(generations=9, population=8, parents=3, mutants=3, crossovers=3)
     path = tmp_path / "history.jsonl"
-    best = evolve(space, metrics, space.macs_cost, space.macs_range(), settings, 0, path)
+    change = {"space": space, "windows": [space.macs_range()], "settings": settings}
+    winners = search(path, **change)
     history = read_history(path)
     assert len({candidate.genes for candidate in history}) == len(history) == 20
     content = path.read_bytes()
-    assert evolve(space, None, space.macs_cost, space.macs_range(), settings, 0, path) == best
+    assert search(path, None, **change) == winners
     assert path.read_bytes() == content
 
 
-def test_impossible_window_leaves_no_history(tmp_path):
+def test_an_exhausted_window_leaves_the_others_be(tmp_path):
+    path, windows = tmp_path / "history.jsonl", [(LEAST, LEAST), WINDOW]
+    cheapest, _ = search(path, windows=windows)
+    assert cheapest.cost == LEAST
+    per_generation = [candidate.generation for candidate in read_history(path)]
+    assert [per_generation.count(generation) for generation in range(4)] == [9, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "windows, message",
+    [
+        ([(MOST + 1, MOST + 2)], "no kept genes found"),
+        ([WINDOW, (MOST + 1, MOST + 2)], "no kept genes found"),
+        ([], "ascend and not overlap"),
+        ([HIGHER, WINDOW], "ascend and not overlap"),
+        ([(LEAST, MOST), HIGHER], "ascend and not overlap"),
+    ],
+)
+def test_impossible_windows_leave_no_history(tmp_path, windows, message):
     path = tmp_path / "history.jsonl"
-    with pytest.raises(ValueError, match="no kept genes found"):
-        evolve(SPACE, metrics, SPACE.macs_cost, (MOST + 1, MOST + 2), SMALL, 0, path)
+    with pytest.raises(ValueError, match=message):
+        search(path, windows=windows)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("scores", [np.zeros(3), np.full(8, np.nan)])
 def test_bad_scores(tmp_path, scores):
     with pytest.raises(ValueError, match="score must return 8 finite numbers"):
-        evolve(
-            SPACE,
-            lambda genes: (np.zeros(8), scores),
-            SPACE.macs_cost,
-            WINDOW,
-            SMALL,
-            0,
-            tmp_path / "history.jsonl",
-        )
+        search(tmp_path / "history.jsonl", lambda genes: (np.zeros(8), scores))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +372,6 @@ def test_bad_settings(change, message):
 
 
 def test_history_is_json_lines(whole_history):
-    header, *lines = map(json.loads, whole_history[0].splitlines())
+    header, *lines = map(json.loads, whole_history.splitlines())
     assert header["search"]["seed"] == 7
     assert [set(line) for line in lines] == [{"generation", "genes", "cost", "score", "top1"}] * 4

@@ -1,4 +1,6 @@
-"""Evolutionary search for the best subnet inside a window of cost (FLORA, evolutionary search).
+"""Evolutionary search for the best subnet inside each window of cost (FLORA, evolutionary search).
+
+One search serves several budgets: every scored candidate counts for each window that holds it.
 
 The random numbers of a generation depend on (seed, generation) alone and every scored generation
 is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
@@ -7,9 +9,10 @@ is appended to a history file, so an interrupted search continues bit for bit as
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -20,11 +23,13 @@ from flora_jax.io.json_lines import JsonLines
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.window import WindowSampler
-from flora_jax.models.spec import LAYERS_PER_BLOCK
 from flora_jax.search import history
 from flora_jax.search.history import Candidate
+from flora_jax.search.proposals import cross_blocks, mutate
 
 log = logging.getLogger(__name__)
+
+Window = tuple[float, float]
 
 # Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
 _BATCH = 256
@@ -37,9 +42,9 @@ class EvolutionSettings:
 
     Attributes:
       generations: scored populations, the first, random one among them.
-      population: candidates a generation.
-      parents: the best candidates so far, which mutants and crossovers descend from.
-      mutants, crossovers: how many of a generation are made in each way; the rest is random.
+      population: new candidates a generation for each window.
+      parents: the best candidates so far in a window, which mutants and crossovers descend from.
+      mutants, crossovers: how many of a population are made in each way; the rest is random.
       mutation_probability: chance of each block of a mutant to be redrawn.
     """
 
@@ -70,47 +75,59 @@ def evolve(
     space: RankSpace,
     score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     cost: Cost,
-    window: tuple[float, float],
+    windows: Sequence[Window],
     settings: EvolutionSettings,
     seed: int,
     history_path: epath.PathLike,
     on_generation: Callable[[int, list[Candidate]], None] | None = None,
-) -> Candidate:
-    """Searches for the subnet of the highest score; continues the history where there is one.
+    *,
+    first: np.ndarray | None = None,
+) -> list[Candidate]:
+    """Searches for the best subnet of each window; continues the history where there is one.
 
-    No candidate is scored twice. The search ends early when no unseen legal genes are found.
+    No candidate is scored twice, and those of a generation are scored in one call. The search ends
+    early when no unseen legal genes are found for any window.
 
     Args:
       space: the kept triples to search.
       score: genes int32 [P, L] -> (score float [P], top1 float [P]) of inherited subnets on
         held-out images; the two may be the same.
       cost: of a candidate, such as `space.macs_cost`.
-      window: least and most cost of a legal candidate.
+      windows: least and most cost of a legal candidate for each budget, in ascending order; they
+        may touch, but not overlap.
       settings: sizes of the search.
       seed: of all random draws.
       history_path: JSON lines, created if missing: what the search is, then every generation.
       on_generation: called with a generation's number and candidates as soon as it is saved;
         not for generations read from the history.
+      first: genes int32 [F, L] that the first generation takes before random ones, in this order,
+        as far as they are kept, lie in a window and fit its population.
 
     Returns:
-      The candidate of the highest score; among equals the cheaper one, then the earlier one.
+      For each window the candidate of the highest score inside it; among equals the cheaper one,
+      then the earlier one.
 
     Raises:
-      ValueError: the window holds no kept genes, the history belongs to another search, or `score`
+      ValueError: there is no window, windows do not ascend or overlap, one of them holds no kept
+        genes, `first` are no genes of the space, the history belongs to another search, or `score`
         returns another shape or a value that is not finite.
     """
+    if not windows or any(hi > lo for (_, hi), (lo, _) in itertools.pairwise(windows)):
+        raise ValueError(f"windows must ascend and not overlap, got {list(windows)}")
     path = epath.Path(history_path)
     sampler = WindowSampler(space.kept, cost)
-    kept, generations = history.resume(path, _identity(space, cost, window, settings, seed))
-    sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
+    kept, generations = history.resume(path, _identity(space, cost, windows, settings, seed, first))
+    first = _kept(space, first)
+    for window in windows:
+        sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
     wait_for_all("history is read")  # the first process may cut it
     candidates = [candidate for members in generations for candidate in members]
     with JsonLines(path, kept) if is_first() else contextlib.nullcontext() as lines:
         for generation in range(len(generations), settings.generations):
             rng = np.random.default_rng([seed, generation])
-            genes = _propose(space, sampler, window, settings, rng, candidates)
+            genes = _propose(space, sampler, windows, settings, rng, candidates, first)
             if len(genes) == 0:
-                log.info("generation %d: no unseen subnet is left in the window", generation)
+                log.info("generation %d: no unseen subnet is left in any window", generation)
                 break
             members = _scored(score, cost, genes, generation)
             candidates += members
@@ -119,65 +136,60 @@ def evolve(
             wait_for_all("generation is saved")
             if on_generation is not None:
                 on_generation(generation, members)
-    return _best(candidates, 1)[0]
-
-
-def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndarray) -> np.ndarray:
-    """Children int32 [n, L] that take each block's whole triple from one of two parents [n, L].
-
-    Whole triples, because a mix of two kept triples need not be a kept one.
-    """
-    from_mother = rng.random((len(mothers), mothers.shape[1] // LAYERS_PER_BLOCK)) < 0.5
-    return np.where(np.repeat(from_mother, LAYERS_PER_BLOCK, axis=1), mothers, fathers)
-
-
-def mutate(
-    rng: np.random.Generator, space: RankSpace, genes: np.ndarray, probability: float
-) -> np.ndarray:
-    """genes [n, L] with each block redrawn from its kept triples at this probability."""
-    redrawn = rng.random((len(genes), space.num_blocks)) < probability
-    fresh = space.sample(rng, len(genes))
-    return np.where(np.repeat(redrawn, LAYERS_PER_BLOCK, axis=1), fresh, genes)
+    return [_best(candidates, window, 1)[0] for window in windows]
 
 
 def _propose(
     space: RankSpace,
     sampler: WindowSampler,
-    window: tuple[float, float],
+    windows: Sequence[Window],
     settings: EvolutionSettings,
     rng: np.random.Generator,
     candidates: list[Candidate],
+    first: np.ndarray,
 ) -> np.ndarray:
-    """Unseen legal genes int32 [P, L]; fewer than the population where the space runs out."""
+    """Unseen legal genes int32 [P, L], a population for each window or what is left of it."""
     seen = {candidate.genes for candidate in candidates}
-    population: list[tuple[int, ...]] = []
+    parents = [_genes(space, _best(candidates, window, settings.parents)) for window in windows]
+    fathers = np.concatenate(parents)  # of all windows: a child may well lie between two
 
-    def fill(propose: Callable[[], np.ndarray], count: int) -> None:
-        wanted = len(population) + count
-        for _ in range(_ROUNDS):
-            if len(population) == wanted:
-                return
-            genes = propose()
-            cost = sampler.cost(genes)
-            legal = genes[(window[0] <= cost) & (cost <= window[1])]
-            new = [g for g in dict.fromkeys(map(tuple, legal.tolist())) if g not in seen]
-            new = new[: wanted - len(population)]
-            population.extend(new)
-            seen.update(new)
+    def draw(parents: np.ndarray) -> np.ndarray:
+        return parents[rng.integers(len(parents), size=_BATCH)]
 
-    if candidates:
-        best = np.array([c.genes for c in _best(candidates, settings.parents)], np.int32)
+    def rounds(propose: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+        return (propose() for _ in range(_ROUNDS))
 
-        def draw_parents():
-            return best[rng.integers(len(best), size=_BATCH)]
+    def ways(window: Window, mothers: np.ndarray) -> list[tuple[int, Iterator[np.ndarray]]]:
+        """How many genes to take out of which batches."""
+        probability = settings.mutation_probability
+        random = rounds(lambda: sampler.draw(rng, _BATCH, *window))
+        if len(mothers) == 0:  # the first generation
+            return [(settings.population, iter([first])), (settings.population, random)]
+        return [
+            (settings.mutants, rounds(lambda: mutate(rng, space, draw(mothers), probability))),
+            (settings.crossovers, rounds(lambda: cross_blocks(rng, draw(mothers), draw(fathers)))),
+            (settings.population, random),
+        ]
 
-        fill(
-            lambda: mutate(rng, space, draw_parents(), settings.mutation_probability),
-            settings.mutants,
-        )
-        fill(lambda: cross_blocks(rng, draw_parents(), draw_parents()), settings.crossovers)
-    fill(lambda: sampler.draw(rng, _BATCH, *window), settings.population - len(population))
-    return np.array(population, np.int32).reshape(-1, space.num_layers)
+    proposed: list[tuple[int, ...]] = []
+    for window, mothers in zip(windows, parents, strict=True):
+        end = len(proposed) + settings.population
+        for count, batches in ways(window, mothers):
+            unseen = _unseen(batches, sampler.cost, window, seen)
+            proposed += itertools.islice(unseen, min(count, end - len(proposed)))
+    return np.array(proposed, np.int32).reshape(-1, space.num_layers)
+
+
+def _unseen(
+    batches: Iterable[np.ndarray], cost: Cost, window: Window, seen: set[tuple[int, ...]]
+) -> Iterator[tuple[int, ...]]:
+    """The rows of batches [n, L] that lie in the window and are not in `seen`, where they go."""
+    for genes in batches:
+        costs = cost(genes)
+        for row in map(tuple, genes[(window[0] <= costs) & (costs <= window[1])].tolist()):
+            if row not in seen:
+                seen.add(row)
+                yield row
 
 
 def _scored(score: Callable, cost: Cost, genes: np.ndarray, generation: int) -> list[Candidate]:
@@ -191,26 +203,45 @@ def _scored(score: Callable, cost: Cost, genes: np.ndarray, generation: int) -> 
     ]
 
 
-def _best(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.cost))[:count]
+def _best(candidates: Iterable[Candidate], window: Window, count: int) -> list[Candidate]:
+    inside = (c for c in candidates if window[0] <= c.cost <= window[1])
+    return sorted(inside, key=lambda candidate: (-candidate.score, candidate.cost))[:count]
+
+
+def _genes(space: RankSpace, candidates: list[Candidate]) -> np.ndarray:
+    """The genes of candidates, int32 [n, L]."""
+    genes = np.array([candidate.genes for candidate in candidates], np.int32)
+    return genes.reshape(-1, space.num_layers)
+
+
+def _kept(space: RankSpace, first: np.ndarray | None) -> np.ndarray:
+    """The kept ones of the genes [F, L], int32; none where there is no `first`."""
+    if first is None:
+        return _genes(space, [])
+    return space.validate(first)[space.contains(first)]
 
 
 def _identity(
     space: RankSpace,
     cost: Cost,
-    window: tuple[float, float],
+    windows: Sequence[Window],
     settings: EvolutionSettings,
     seed: int,
+    first: np.ndarray | None,
 ) -> dict:
-    """What tells one search from another."""
-    return {
+    """What tells one search from another; its window is a pair, or a list of pairs for several."""
+    bounds = [[float(bound) for bound in window] for window in windows]
+    identity = {
         "seed": seed,
         "unit": cost.unit,
-        "window": [float(bound) for bound in window],
+        "window": bounds if len(bounds) > 1 else bounds[0],
         "settings": dataclasses.asdict(settings),
         "space": _digest(repr(space.spec) + json.dumps(space.to_json())),
         "costs": _digest(json.dumps([cost.fixed, *(layer.tolist() for layer in cost.layers)])),
     }
+    if first is not None:
+        identity["first"] = _digest(json.dumps(np.asarray(first).tolist()))
+    return identity
 
 
 def _digest(text: str) -> str:

@@ -101,7 +101,9 @@ def search(run: Run, images: Images) -> None:
                 raise Stopped(f"search is saved at generation {generation + 1} of {total}")
 
         seed = run.settings.seed_of("search")
-        best = evolve(space, score, cost, window, settings.evolution, seed, history, on_generation)
+        [best] = evolve(
+            space, score, cost, [window], settings.evolution, seed, history, on_generation
+        )
     found = {
         "generation": best.generation,
         "genes": best.genes,
