@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax.lowrank.cost import Cost
@@ -36,6 +36,9 @@ FIRST = np.concatenate(
         SPACE.sample_within(np.random.default_rng(1), 2, (MOST, MOST)),
     ]
 )
+
+# Whole searches and synced files take long on a machine that does other things too.
+unhurried = settings(deadline=None)
 
 
 def closeness(genes):
@@ -96,6 +99,7 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     assert best == best_inside(history, WINDOW)
 
 
+@unhurried
 @given(seed=st.integers(0, 2**32), touching=st.booleans(), with_first=st.booleans())
 def test_serves_every_window(tmp_path_factory, seed, touching, with_first):
     path = tmp_path_factory.mktemp("windows") / "history.jsonl"
@@ -195,6 +199,7 @@ def test_the_nearest_kept_triples():
     np.testing.assert_array_equal(nearest_kept(space, found), found)
 
 
+@unhurried
 @given(st.integers(0, 2**32), st.integers(1, 40))
 def test_neighbours_are_kept_and_near(seed, count):
     rng = np.random.default_rng(seed)
@@ -252,6 +257,7 @@ def test_resumes_at_every_generation(tmp_path, finished, generations_left, tail,
     assert bool(caplog.records) == (tail != b"")
 
 
+@unhurried
 @given(st.data())
 def test_resumes_after_a_cut_anywhere(tmp_path_factory, finished, data):
     change, content, winners = finished
