@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from flora_jax.cluster.mesh import SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError
 from flora_jax.lowrank.supernet import Supernet
@@ -22,6 +22,10 @@ class EvaluationSet:
 
     Every process passes the same batches, whole.
 
+    Attributes:
+      labels: int32 [num_images], in the order of the images.
+      is_image: bool [B of all batches together], False for what only fills up the last batch.
+
     Raises:
       InputError: there is no image.
     """
@@ -29,13 +33,16 @@ class EvaluationSet:
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
         self.mesh = mesh = make_mesh()
         self._normalize = jax.jit(normalization)
-        self._batches = []
-        self.num_images = 0
+        self._batches, labels, masks = [], [], []
         for batch in batches:
-            self.num_images += int(batch["mask"].sum())
+            labels.append(batch["label"])
+            masks.append(batch["mask"])
             self._batches.append([spread(batch[name], mesh) for name in ("image", "label", "mask")])
-        if not self.num_images:
+        if not any(mask.any() for mask in masks):
             raise InputError("an evaluation set needs at least one image")
+        self.is_image = np.concatenate(masks) > 0
+        self.labels = np.concatenate(labels)[self.is_image]
+        self.num_images = len(self.labels)
 
     @property
     def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
@@ -50,11 +57,15 @@ class EvaluationSet:
 METRICS = ("top1", "log_likelihood")
 
 
+def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of the right class: logits [B, classes], labels [B] -> float32 [B]."""
+    return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
 def sum_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     """Sums the METRICS of logits [B, classes], labels [B], mask [B] over B: float32 [1, 2]."""
     is_correct = logits.argmax(-1) == labels
-    log_probability = -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    metrics = jnp.stack([is_correct.astype(jnp.float32), log_probability])
+    metrics = jnp.stack([is_correct.astype(jnp.float32), _log_likelihood(logits, labels)])
     return jnp.sum(metrics * mask[None], axis=1)[None]
 
 
@@ -124,3 +135,39 @@ def top1(
     """
     values = evaluate(model, evaluation_set, genes)["top1"]
     return values if np.ndim(genes) == 2 else float(values[0])
+
+
+@jax.jit(static_argnums=(0, 1))
+def _predict(structure, mesh, parameters, batch):
+    """Top class int32 [B] and log-likelihood float32 [B] of a batch, whole on every device."""
+
+    def on_one_device(parameters, batch):
+        images, labels, _ = batch
+        logits = functional.merge(structure, parameters)(images)
+        found = logits.argmax(-1), _log_likelihood(logits, labels)
+        return jax.lax.all_gather(found, AXES, tiled=True)
+
+    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, batch)
+
+
+def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, np.ndarray]:
+    """What a plain model makes of each image, in the order of the images; `evaluate` has the means.
+
+    All processes call it and get the same.
+
+    Returns:
+      {"is_correct": bool [n], "log_likelihood": float32 [n] of the right class,
+      "predicted": int32 [n], the class that comes first}, n = evaluation_set.num_images.
+    """
+    structure, parameters = functional.split(model)
+    mesh = evaluation_set.mesh
+    run = functools.partial(_predict, structure, mesh, replicate(parameters, mesh))
+    found = jax.device_get([run(batch) for batch in evaluation_set.batches])
+    predicted, log_likelihood = (
+        np.concatenate(batches)[evaluation_set.is_image] for batches in zip(*found, strict=True)
+    )
+    return {
+        "is_correct": predicted == evaluation_set.labels,
+        "log_likelihood": log_likelihood,
+        "predicted": predicted,
+    }

@@ -1,8 +1,10 @@
 """The benchmarks run and print what their documentation says, on the smallest case."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from benchmarks.seeds import summary
+from benchmarks.seeds import comparison, mean_over_seeds, summary
 from tests.helpers.commands import run_benchmark
 
 
@@ -38,3 +40,33 @@ def test_summary_of_seeds():
     dense, subnet = summary(runs).splitlines()[2:]
     assert dense == "| dense | 99.00, 97.00 | 98.00 ± 1.41 | +0.00 | 0.0 % | 0.0 % |"
     assert subnet == "| subnet | 98.00, 98.00 | 98.00 ± 0.00 | +0.00 | 60.0 % | 60.0 % |"
+
+
+def test_summary_of_several_budgets():
+    entry = {"top1": 0.9, "macs": 40, "params": 20}
+    dense = {"top1": 0.9, "macs": 100, "params": 50}
+    budgets = [entry | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
+    rows = summary([{"dense": dense, "subnet": budgets}]).splitlines()[3:]
+    assert [row.split("|")[1] for row in rows] == [" subnet 0.40 ", " subnet 0.55 "]
+
+
+def test_comparison_over_seeds(tmp_path):
+    """Two seeds that err on other images, each on one in ten more than uniform does."""
+    labels, wrong = np.zeros(100, np.int32), np.arange(100) % 10
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        tensors = {"label": labels + seed // 2}
+        for name, is_correct in (("uniform 0.55", wrong >= 0), ("subnet 0.55", wrong != seed)):
+            tensors[f"{name}/is_correct"] = is_correct.astype(np.uint8)
+            tensors[f"{name}/log_likelihood"] = -np.ones(100, np.float32) / (1 + is_correct)
+            tensors[f"{name}/predicted"] = labels
+        save_file(tensors, path)
+    found = mean_over_seeds(paths[:2])
+    np.testing.assert_array_equal(found["subnet 0.55"]["is_correct"], 1 - 0.5 * (wrong < 2))
+    (row,) = comparison(paths[:2]).splitlines()[2:]
+    assert row.startswith("| subnet 0.55 | uniform 0.55 | -10.00 (-1")
+    assert "| -0.0500 (-0.0" in row
+    with pytest.raises(SystemExit, match=r"2\.safetensors is of other test images than .*0\.saf"):
+        comparison(paths)
+    with pytest.raises(SystemExit, match=r"9\.safetensors is missing"):
+        comparison([*paths, tmp_path / "9.safetensors"])

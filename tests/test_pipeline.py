@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.numpy import load_file
 
 import flora_jax as flora
 from configs import deit_t, digits_swin
@@ -44,6 +45,29 @@ def test_result_compares_dense_uniform_and_subnet(finished_run):
         assert flora.num_params(model.spec) == result[name]["params"]
         # 450 test images: top-1 is a whole number of them.
         assert (result[name]["top1"] * 450) == pytest.approx(round(result[name]["top1"] * 450))
+
+
+def test_result_compares_the_models_image_by_image(finished_run):
+    result = json.loads((finished_run / "result.json").read_text())
+    images = load_file(finished_run / "test_images.safetensors")
+    assert images["label"].shape == (450,)
+    for name, entry in result.items():
+        is_correct, predicted = (images[f"{name}/{key}"] for key in ("is_correct", "predicted"))
+        np.testing.assert_array_equal(is_correct, predicted == images["label"])
+        assert is_correct.dtype == np.uint8
+        assert entry["top1"] == is_correct.mean()
+        mean = images[f"{name}/log_likelihood"].mean(dtype=np.float64)
+        assert entry["log_likelihood"] == mean
+        if name != "dense":
+            assert entry["agreement"] == (predicted == images["dense/predicted"]).mean()
+    assert {name: set(entry.get("against", ())) for name, entry in result.items()} == {
+        "dense": set(),
+        "uniform": {"dense"},
+        "subnet": {"uniform", "dense"},
+    }
+    difference, low, high = result["subnet"]["against"]["uniform"]["top1"]
+    assert difference == pytest.approx(result["subnet"]["top1"] - result["uniform"]["top1"])
+    assert low <= difference <= high
 
 
 def test_subnet_is_the_best_candidate_of_the_search(finished_run):
@@ -109,6 +133,8 @@ def test_other_uniform_baselines(finished_run, tmp_path, baseline):
     assert done.returncode == 0, done.stderr
     result = json.loads((workdir / "result.json").read_text())
     expected = json.loads((finished_run / "result.json").read_text())
+    against, expected_against = (r["subnet"].pop("against") for r in (result, expected))
+    assert against["dense"] == expected_against["dense"]
     assert result["subnet"] == expected["subnet"]
     if baseline == "none":
         assert set(result) == {"dense", "subnet"}

@@ -19,6 +19,7 @@ import pytest
 import flora_jax as flora
 from flora_jax.cluster import processes
 from flora_jax.cluster.mesh import make_mesh
+from flora_jax.evaluation import evaluate_images
 from flora_jax.io.files import locked, write_json
 from flora_jax.search.evolution import EvolutionSettings, evolve
 from flora_jax.weights.folder import save_description_once
@@ -27,6 +28,7 @@ from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
     SPACE,
+    SPEC,
     Interruption,
     batch_of,
     metrics_of,
@@ -72,6 +74,11 @@ def train_and_search(directory: pathlib.Path) -> None:
     best = evolve(SPACE, score, SPACE.macs_cost, window, settings, 0, history)
     found["winner"] = [int(gene) for gene in best.genes]
     flora.save(flora.extract(supernet, best.genes), directory / "subnet")
+    each = evaluate_images(flora.create(SPEC), images)
+    write_json(
+        directory / f"images_{jax.process_index()}.json",
+        {name: values.tolist() for name, values in each.items()},
+    )
     write_json(directory / "found.json", found)
 
 
@@ -164,6 +171,18 @@ def test_two_processes_find_the_same_subnet(results):
     histories = [(folder / "history.jsonl").read_text().splitlines() for folder in results]
     for ours, theirs in zip(*histories, strict=True):
         assert json.loads(ours).get("genes") == json.loads(theirs).get("genes")
+
+
+def test_both_processes_know_what_one_finds_in_each_image(results):
+    alone, *both = (
+        json.loads((results[i] / f"images_{process}.json").read_text())
+        for i, process in ((0, 0), (1, 0), (1, 1))
+    )
+    assert len(alone["predicted"]) == SETTINGS.batch_size
+    for together in both:
+        assert together["predicted"] == alone["predicted"]
+        assert together["is_correct"] == alone["is_correct"]
+        np.testing.assert_allclose(together["log_likelihood"], alone["log_likelihood"], rtol=1e-6)
 
 
 def test_one_device_goes_on_where_four_have_stopped(results):

@@ -25,6 +25,32 @@ def test_table_of_an_example():
     ]
 
 
+def test_table_shows_intervals_where_they_are_known():
+    def against(**points):
+        return {name: {"top1": [p / 100 for p in three]} for name, three in points.items()}
+
+    cost = {"macs": 4_000_000, "params": 70_000}
+    baseline = {"against": against(dense=(-1, -2, -1e-9)), "agreement": 0.98}
+    intervals = against(uniform_=(0.5, -0.25, 1.25), dense=(-0.5, -1.11, 0.22))
+    intervals["uniform 0.55"] = intervals.pop("uniform_")
+    result = {
+        "dense": {"top1": 0.99, "macs": 8_000_000, "params": 140_000},
+        "subnet": [
+            {"budget": [0.5, 0.55], "top1": 0.985, **cost, "against": intervals, "agreement": 1.0}
+        ],
+        "uniform": [{"budget": [0.5, 0.55], "top1": 0.98, **cost, **baseline}],
+        "seeds": [0, 1],
+    }
+    lines = comparison_table(result).splitlines()
+    assert [line[:87].rstrip() for line in lines] == [
+        "model          top-1 %   change   95 % interval   against uniform (95 %)   agreement",
+        "dense            99.00",
+        "uniform 0.55     98.00    -1.00    -2.00..+0.00                              98.00 %",
+        "subnet 0.55      98.50    -0.50    -1.11..+0.22     +0.50 (-0.25..+1.25)    100.00 %",
+    ]
+    assert max(map(len, lines)) <= 140
+
+
 def test_table_shows_latency_where_it_is_known():
     dense, subnet = ({"top1": 0.9, "macs": 8, "params": 8, "ms": ms} for ms in (20.0, 15.0))
     header, first, second = comparison_table({"dense": dense, "subnet": subnet}).splitlines()

@@ -1,11 +1,13 @@
 """The models of a run side by side, as plain text."""
 
 from collections.abc import Mapping
+from typing import Any
+
+from flora_jax.comparison import Interval, budget_name, kind_of
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
-_HEADER = ("model", "top-1 %", "change", "MACs", "fewer MACs", "params", "fewer params")
-_LATENCY_HEADER = ("ms", "fewer ms")
-_FIRST_ROWS = ("dense", "slim", "uniform", "subnet")
+_FIRST_ROWS = ("dense", "slim", "uniform", "allocated", "subnet")
+_OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement")
 _FIELDS = ("top1", "macs", "params")
 
 
@@ -23,54 +25,115 @@ def human_count(n: float) -> str:
     return f"{n / divisor:.2f} {symbol}" if symbol else f"{n:g}"
 
 
+def named_entries(result: Mapping) -> dict[str, Any]:
+    """What result.json holds by name of its row; a list of entries under the name of each budget.
+
+    Items of lists that have no "budget" are left out.
+    """
+    named: dict[str, Any] = {}
+    for name, value in result.items():
+        if isinstance(value, list):
+            entries = [item for item in value if isinstance(item, Mapping) and "budget" in item]
+            named |= {budget_name(name, entry["budget"]): entry for entry in entries}
+        else:
+            named[name] = value
+    return named
+
+
+def in_points(difference: Interval) -> Interval:
+    """A difference of shares, with its interval, in percentage points."""
+    share, low, high = difference
+    return 100 * share, 100 * low, 100 * high
+
+
+def difference_text(difference: Interval, digits: int = 2) -> str:
+    """A difference with its interval: +0.22 (-0.67..+1.11)."""
+    return f"{_signed(difference[0], digits)} ({_interval_text(difference, digits)})"
+
+
 def comparison_table(result: Mapping) -> str:
     """Accuracy and cost of every model of result.json, and its change against the first one.
 
     Args:
-      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one. Where
-        all have "ms", milliseconds, these are shown. Entries and keys of another form are ignored.
+      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one; a list
+        of such entries, each with its "budget", for several budgets. Where all have "ms",
+        milliseconds, these are shown; "against" and "agreement" are where some entry has them.
+        Entries and keys of another form are ignored.
 
     Returns:
-      One line a model: dense, slim, uniform, subnet, then the others in the order given. "change"
-      is in percentage points of top-1.
+      One line a model: dense, slim, uniform, allocated, subnet, then the others in the order
+      given. "change" and its interval are in percentage points of top-1, as is the difference to
+      uniform; "agreement" is how often a model predicts the same class as the dense one.
 
     Raises:
       ValueError: no entry has all its numbers.
     """
     models = {
         name: entry
-        for name, entry in result.items()
+        for name, entry in named_entries(result).items()
         if isinstance(entry, Mapping) and all(field in entry for field in _FIELDS)
     }
     if not models:
         raise ValueError(f"no entry has {', '.join(_FIELDS)}; entries: {', '.join(result)}")
-    names = [name for name in _FIRST_ROWS if name in models]
-    names += [name for name in models if name not in _FIRST_ROWS]
-    first = models[names[0]]
-    rows = [_HEADER] + [_row(name, models[name], first) for name in names]
+    names = sorted(models, key=_place)
+    rows = [_row(name, models[name], names[0], models[names[0]]) for name in names]
     if all("ms" in entry for entry in models.values()):
-        cells = [_LATENCY_HEADER] + [_latency_cells(models[name], first) for name in names]
-        rows = [row + more for row, more in zip(rows, cells, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_align(row, widths) for row in rows)
+        for name, row in zip(names, rows, strict=True):
+            row |= _latency_cells(models[name], models[names[0]])
+    header = [
+        title
+        for title in rows[0]
+        if title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows)
+    ]
+    lines = [header] + [[row[title] for title in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_align(line, widths) for line in lines)
 
 
-def _row(name: str, model: Mapping, first: Mapping) -> tuple[str, ...]:
+def _place(name: str) -> int:
+    kind = kind_of(name)
+    return _FIRST_ROWS.index(kind) if kind in _FIRST_ROWS else len(_FIRST_ROWS)
+
+
+def _row(name: str, model: Mapping, first_name: str, first: Mapping) -> dict[str, str]:
+    """The cells of a model by the title of their column."""
     compared = model is not first
-    return (
-        name,
-        f"{100 * model['top1']:.2f}",
-        f"{_rounded(100 * (model['top1'] - first['top1']), 2):+.2f}" if compared else "",
-        human_count(model["macs"]),
-        _saving(model["macs"], first["macs"]) if compared else "",
-        human_count(model["params"]),
-        _saving(model["params"], first["params"]) if compared else "",
-    )
+    against = _points_against(model)
+    uniform = next((other for other in against if kind_of(other) == "uniform"), None)
+    return {
+        "model": name,
+        "top-1 %": f"{100 * model['top1']:.2f}",
+        "change": _signed(100 * (model["top1"] - first["top1"])) if compared else "",
+        "95 % interval": _interval_text(against[first_name]) if first_name in against else "",
+        "against uniform (95 %)": difference_text(against[uniform]) if uniform else "",
+        "agreement": f"{100 * model['agreement']:.2f} %" if "agreement" in model else "",
+        "MACs": human_count(model["macs"]),
+        "fewer MACs": _saving(model["macs"], first["macs"]) if compared else "",
+        "params": human_count(model["params"]),
+        "fewer params": _saving(model["params"], first["params"]) if compared else "",
+    }
 
 
-def _latency_cells(model: Mapping, first: Mapping) -> tuple[str, str]:
+def _points_against(model: Mapping) -> dict[str, Interval]:
+    """Differences in percentage points of top-1 to each model that it was compared with."""
+    return {
+        other: in_points(differences["top1"])
+        for other, differences in model.get("against", {}).items()
+    }
+
+
+def _latency_cells(model: Mapping, first: Mapping) -> dict[str, str]:
     saving = _saving(model["ms"], first["ms"]) if model is not first else ""
-    return f"{model['ms']:.2f}", saving
+    return {"ms": f"{model['ms']:.2f}", "fewer ms": saving}
+
+
+def _interval_text(difference: Interval, digits: int = 2) -> str:
+    _, low, high = difference
+    return f"{_signed(low, digits)}..{_signed(high, digits)}"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{_rounded(value, digits):+.{digits}f}"
 
 
 def _saving(count: float, first_count: float) -> str:
@@ -81,7 +144,7 @@ def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0  # no "-0.00"
 
 
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
+def _align(row: list[str], widths: list[int]) -> str:
     cells = [row[0].ljust(widths[0])]
     cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "   ".join(cells).rstrip()

@@ -5,10 +5,12 @@ import logging
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.evaluation import top1
-from flora_jax.io.files import read_json, write_json_once
+from flora_jax.comparison import baseline_pairs, compare
+from flora_jax.evaluation import evaluate_images
+from flora_jax.io.files import read_json, replacing, write_json_once
 from flora_jax.io.json_lines import read_records
 from flora_jax.models.spec import Spec
 from flora_jax.report import plots, slim_plots, table
@@ -23,24 +25,58 @@ from flora_jax.timing import median_ratio
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
+TEST_IMAGES_FILE = "test_images.safetensors"
+PerImage = dict[str, np.ndarray]
 
 
 def evaluate(run: Run, images: Images) -> None:
     """Measures all finished models on the test split, the only look at it."""
     test_set = images.evaluation_set(images.splits.test)
-    result, specs = {}, {}
+    specs, found = {}, {}
     for name, path in _models(run).items():
         model = folder.load_model(path)
-        result[name] = {
-            "top1": top1(model, test_set),
-            "macs": model.spec.macs(),
-            "params": model.spec.num_params(),
-        }
-        specs[name] = model.spec
+        specs[name], found[name] = model.spec, evaluate_images(model, test_set)
+    save_images_once(run.folder / TEST_IMAGES_FILE, test_set.labels, found)
+    result = {name: _entry(specs[name], found[name]) for name in specs}
+    for name, against in compare(found, baseline_pairs(found)).items():
+        result[name]["against"] = against
+        if "dense" in against:
+            result[name]["agreement"] = _agreement(found[name], found["dense"])
     if run.settings.searches_by_latency:
         for name, ms in _milliseconds(run, specs).items():
             result[name]["ms"] = ms
     write_json_once(run.folder / "result.json", result)
+
+
+@by_the_first
+def save_images_once(path: epath.Path, labels: np.ndarray, found: dict[str, PerImage]) -> None:
+    """Writes what each model makes of each image. Raises as `replacing`.
+
+    Args:
+      labels: int32 [n]; stored as "label".
+      found: {model: what `evaluate_images` gives}; stored as "model/is_correct" (uint8 [n]),
+        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]).
+    """
+    tensors = {"label": labels}
+    for model, values in found.items():
+        tensors |= {f"{model}/{name}": value for name, value in values.items()}
+        tensors[f"{model}/is_correct"] = values["is_correct"].astype(np.uint8)
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save(tensors))
+
+
+def _entry(spec: Spec, found: PerImage) -> dict:
+    return {
+        "top1": float(found["is_correct"].mean()),
+        "log_likelihood": float(found["log_likelihood"].mean(dtype=np.float64)),
+        "macs": spec.macs(),
+        "params": spec.num_params(),
+    }
+
+
+def _agreement(ours: PerImage, theirs: PerImage) -> float:
+    """Share of the images of which both predict the same class."""
+    return float((ours["predicted"] == theirs["predicted"]).mean())
 
 
 def _milliseconds(run: Run, specs: dict[str, Spec]) -> dict[str, float]:
