@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import flora_jax as flora
-from flora_jax.stages.budget import macs_window
+from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 
@@ -45,7 +45,7 @@ def main() -> None:
     for folder in arguments.runs:
         run, supernet = Run.open(folder), flora.load(f"{folder}/supernet")
         rng = np.random.default_rng(0)
-        window = macs_window(run.settings, run.spec)
+        window = macs_budgets(run.settings, run.spec)[-1].window
         genes = supernet.space.sample_within(rng, arguments.subnets, window)
         is_right, log_probability = per_image(Images(run.settings).heldout_set, supernet, genes)
         found = []

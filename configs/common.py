@@ -11,6 +11,7 @@ from flora_jax.stages.settings import FLORA_STAGES, Settings
 
 SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
 FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *FLORA_STAGES[1:])
+MINUTES_STAGES = tuple(s for s in FLORA_STAGES if s not in ("filter", "supernet", "search"))
 TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
 NO_MIXING = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}  # for few epochs of small images

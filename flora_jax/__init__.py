@@ -2,12 +2,14 @@
 
 from flora_jax import slim
 from flora_jax.evaluation import EvaluationSet, evaluate, top1
+from flora_jax.lowrank.calibration import Calibration, calibrate
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract, factorize
 from flora_jax.models.factory import create
 from flora_jax.models.spec import BlockSpec, Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.vit_spec import ViTSpec, deit
+from flora_jax.search.allocation import allocate
 from flora_jax.weights.export import export_timm
 from flora_jax.weights.folder import load, save
 from flora_jax.weights.pretrained import from_pretrained, from_state_dict
@@ -25,12 +27,15 @@ def num_params(spec: Spec) -> int:
 
 __all__ = [
     "BlockSpec",
+    "Calibration",
     "EvaluationSet",
     "RankSpace",
     "Spec",
     "Supernet",
     "SwinSpec",
     "ViTSpec",
+    "allocate",
+    "calibrate",
     "create",
     "deit",
     "evaluate",

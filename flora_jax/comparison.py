@@ -59,7 +59,7 @@ def compare(
 
 def budget_name(kind: str, budget: Sequence[float]) -> str:
     """The name of a model of one of several budgets (low, high): "subnet 0.55" for (0.5, 0.55)."""
-    return f"{kind} {budget[1]:.2f}"
+    return f"{kind} {budget[1]:g}"
 
 
 def kind_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """Accuracy and likelihood over a set of images that stays on the device."""
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,6 +45,18 @@ class EvaluationSet:
         self.labels = np.concatenate(labels)[self.is_image]
         self.num_images = len(self.labels)
 
+    def relabelled(self, labels: np.ndarray) -> "EvaluationSet":
+        """The same images with other labels, int32 [num_images]."""
+        padded = np.zeros(len(self.is_image), np.int32)
+        padded[self.is_image] = labels
+        other, start = copy.copy(self), 0
+        other.labels, other._batches = labels, []
+        for images, old, mask in self._batches:
+            own = padded[start : start + len(old)]
+            other._batches.append([images, spread(own, self.mesh), mask])
+            start += len(old)
+        return other
+
     @property
     def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """Normalised images [B, H, W, C], labels [B], mask [B].
@@ -82,15 +95,19 @@ def sum_model_metrics(structure, mesh, parameters, batch, genes):
     return run(parameters, batch, genes)
 
 
-def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]:
-    """Turns the sums [devices, 2] of each model's batches into the METRICS, each float64 [P].
+def sum_over_devices(sums: list[list[jax.Array]]) -> np.ndarray:
+    """Adds up the sums [devices, M] of each model's batches: float64 [P, M].
 
     The devices are read back once, and the processes add up what each of them has read.
     """
     shards = [[[s.data for s in batch.addressable_shards] for batch in batches] for batches in sums]
     local = np.asarray(jax.device_get(shards), np.float64).sum(axis=(1, 2, 3))
-    totals = multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64) / num_images
-    return dict(zip(METRICS, totals.T, strict=True))
+    return multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64)
+
+
+def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]:
+    """Turns the sums [devices, 2] of each model's batches into the METRICS, each float64 [P]."""
+    return dict(zip(METRICS, sum_over_devices(sums).T / num_images, strict=True))
 
 
 def evaluate(

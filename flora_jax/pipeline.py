@@ -1,7 +1,6 @@
 """Runs the configured stages in order: skips what is done, goes on with what was interrupted."""
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from flora_jax.errors import InputError, RunError, listed_differences, unknown
 from flora_jax.io.files import is_url, locked, read_json, write_json, write_json_once
 from flora_jax.stages import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
-from flora_jax.stages.run import CONFIG_FILE, Run
+from flora_jax.stages.run import CONFIG_FILE, Run, saved_settings
 from flora_jax.stages.settings import Settings
 from flora_jax.stages.validation import check
 
@@ -71,11 +70,11 @@ def _held(folder: epath.Path) -> contextlib.AbstractContextManager:
 def _claim_once(this_run: Run) -> None:
     """Makes the folder this config's own, but for the list of stages, which may change."""
     path, current = this_run.folder / CONFIG_FILE, this_run.settings.to_config()
-    current = json.loads(json.dumps(current))
     if not path.exists():
         write_json(path, current)
         return
-    differing = listed_differences(read_json(path) | {"stages": current["stages"]}, current)
+    saved = saved_settings(this_run.folder).to_config()
+    differing = listed_differences(saved | {"stages": current["stages"]}, current)
     if differing:
         raise InputError(
             f"{this_run.folder} was made by another config; choose another --workdir or undo:"

@@ -16,7 +16,7 @@ from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.search import latency
 from flora_jax.search.history import read_history
 from flora_jax.search.latency import LatencyTable, measure, measure_networks
-from flora_jax.stages.budget import latency_window, load_latency_table
+from flora_jax.stages.budget import load_budgets, load_latency_table
 from flora_jax.stages.flora import search
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_space
@@ -108,13 +108,14 @@ def test_search_spends_latency(finished_run, tmp_path, capsys, monkeypatch):
         )
         return dataclasses.replace(table, change_ms=quick)
 
-    monkeypatch.setattr("flora_jax.stages.flora.measure", measure_and_make_low_ranks_quick)
+    monkeypatch.setattr("flora_jax.stages.budget.measure", measure_and_make_low_ranks_quick)
     pipeline.run(run.settings.to_config(), run.folder)
     table, space = load_latency_table(run), load_space(run)
     candidates = read_history(run.folder / "search/history.jsonl")
     costs = table.cost(np.array([candidate.genes for candidate in candidates]))
     assert [candidate.cost for candidate in candidates] == costs.tolist()
-    low, high = latency_window(run.settings, table)
+    [budget] = load_budgets(run)
+    low, high = budget.window
     assert low <= costs.min() <= costs.max() <= high
 
     best = json.loads((run.folder / "search/best.json").read_text())

@@ -34,7 +34,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def test_result_compares_dense_uniform_and_subnet(finished_run):
     result = json.loads((finished_run / "result.json").read_text())
-    assert set(result) == {"dense", "uniform", "subnet"}
+    assert set(result) == {"dense", "uniform", "allocated", "subnet"}
     dense = result["dense"]["macs"]
     low, high = tiny_config().budget.macs
     assert low * dense <= result["subnet"]["macs"] <= high * dense
@@ -63,7 +63,8 @@ def test_result_compares_the_models_image_by_image(finished_run):
     assert {name: set(entry.get("against", ())) for name, entry in result.items()} == {
         "dense": set(),
         "uniform": {"dense"},
-        "subnet": {"uniform", "dense"},
+        "allocated": {"uniform", "dense"},
+        "subnet": {"uniform", "allocated", "dense"},
     }
     difference, low, high = result["subnet"]["against"]["uniform"]["top1"]
     assert difference == pytest.approx(result["subnet"]["top1"] - result["uniform"]["top1"])
@@ -124,10 +125,10 @@ def test_one_stage_alone(finished_run, tmp_path):
 def test_other_uniform_baselines(finished_run, tmp_path, baseline):
     workdir = tmp_path / "copy"
     shutil.copytree(finished_run, workdir)
-    for name in ("extract", "finetune", "uniform", "subnet"):
+    for name in ("extract", "finetune", "uniform", "allocated", "subnet"):
         shutil.rmtree(workdir / name)
     (workdir / "config.json").unlink()
-    done_before = ("pretrain", "filter", "supernet", "search")
+    done_before = ("pretrain", "calibrate", "filter", "supernet", "allocate", "search")
     (workdir / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done_before}))
     done = run_flora(workdir, f"--config.uniform_baseline={baseline}")
     assert done.returncode == 0, done.stderr
@@ -137,7 +138,7 @@ def test_other_uniform_baselines(finished_run, tmp_path, baseline):
     assert against["dense"] == expected_against["dense"]
     assert result["subnet"] == expected["subnet"]
     if baseline == "none":
-        assert set(result) == {"dense", "subnet"}
+        assert set(result) == {"dense", "allocated", "subnet"}
     else:
         assert result["uniform"]["macs"] == expected["uniform"]["macs"]
         steps = (workdir / "finetune/uniform_alone/metrics.jsonl").read_text().count("\n")

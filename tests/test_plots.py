@@ -31,11 +31,11 @@ def example_figure(**changes):
     arguments = {
         "candidates": CANDIDATES,
         "points": POINTS,
-        "window": WINDOW,
-        "ranks": [8, None, 16, 32, 24, None],
+        "windows": [WINDOW],
+        "ranks": {"subnet": [8, None, 16, 32, 24, None]},
         "full_ranks": [32] * 6,
         "curves": {"supernet": (np.arange(1, 50), np.geomspace(2, 0.5, 49))},
-        "uniform_ratio": 0.5,
+        "uniform_ratios": [0.5],
         "title": "example",
     }
     return plots.report_figure(**arguments | changes)
@@ -47,7 +47,7 @@ def legend_texts(ax):
 
 def test_trade_off_draws_candidates_front_points_and_window():
     ax = Figure().subplots()
-    plots.plot_trade_off(ax, CANDIDATES, POINTS, WINDOW)
+    plots.plot_trade_off(ax, CANDIDATES, POINTS, [WINDOW])
     cloud, stars = ax.collections
     macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
     np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
@@ -76,7 +76,7 @@ def test_trade_off_draws_candidates_front_points_and_window():
 def test_trade_off_of_large_models_is_in_giga():
     ax = Figure().subplots()
     candidates = {"macs": [8e9], "top1": [0.8], "generation": [0]}
-    plots.plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, (7e9, 9e9))
+    plots.plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, [(7e9, 9e9)])
     assert ax.get_xlabel() == "MACs (G)"
     assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
 
@@ -86,13 +86,34 @@ def test_trade_off_of_large_models_is_in_giga():
 @given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=4))
 def test_labels_of_points_never_overlap(values):
     points = dict(zip(("dense", "uniform", "subnet", "slim"), values, strict=False))
-    figure = example_figure(points=points, window=(7e9, 9e9))
+    figure = example_figure(points=points, windows=[(7e9, 9e9)])
     figure.draw_without_rendering()
     ax = figure.axes[0]
     # The extent of an annotation includes its leader line, that of a text does not.
     boxes = [Text.get_window_extent(text) for text in ax.texts]
     assert len(boxes) == len(points)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_models_of_several_budgets_are_joined_by_kind():
+    points = {"dense": (8e6, 0.98), "subnet 0.3": (3e6, 0.9), "subnet 0.6": (5e6, 0.95)}
+    nothing = {"macs": [], "top1": [], "generation": []}
+    figure = example_figure(
+        candidates=nothing,
+        points=points,
+        windows=[(2.8e6, 3e6), (4.8e6, 5e6)],
+        ranks={"subnet 0.3": [8, 8, 8], "subnet 0.6": [16, 16, None]},
+        full_ranks=[32] * 3,
+        uniform_ratios=[0.2, 0.4],
+    )
+    trade_off, _, *ranks = figure.axes
+    (joined,) = trade_off.lines
+    np.testing.assert_allclose(joined.get_xydata(), [[3, 90], [5, 95]])
+    assert len(trade_off.patches) == 2
+    assert [ax.get_title("left") for ax in ranks] == [
+        "Ranks of the subnet 0.3",
+        "Ranks of the subnet 0.6",
+    ]
 
 
 def test_ranks_draw_three_bars_a_block():
@@ -177,7 +198,7 @@ def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
     [
         {"candidates": {"macs": [4.5e6], "top1": [0.9], "generation": [0]}},
         {"candidates": {"macs": [], "top1": [], "generation": []}, "points": {}},
-        {"points": {"dense": POINTS["dense"], "subnet": POINTS["subnet"]}, "uniform_ratio": None},
+        {"points": {"dense": POINTS["dense"], "subnet": POINTS["subnet"]}, "uniform_ratios": None},
         {"curves": {}},
         {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": ([1], [0.5])}},
     ],
@@ -195,7 +216,8 @@ def test_pyplot_stays_out():
         "import sys\n"
         "from flora_jax.report import plots\n"
         "candidates = dict(macs=[1, 2], top1=[0.5, 0.6], generation=[0, 1])\n"
-        "figure = plots.report_figure(candidates, {}, (1, 2), [1, 2, 3], [4, 4, 4], {})\n"
+        "ranks = dict(subnet=[1, 2, 3])\n"
+        "figure = plots.report_figure(candidates, {}, [(1, 2)], ranks, [4, 4, 4], {})\n"
         "figure.draw_without_rendering()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )

@@ -71,7 +71,7 @@ def train_and_search(directory: pathlib.Path) -> None:
         generations=3, population=6, parents=3, mutants=2, crossovers=2, mutation_probability=0.5
     )
     window, history = SPACE.macs_range(), directory / "history.jsonl"
-    best = evolve(SPACE, score, SPACE.macs_cost, window, settings, 0, history)
+    [best] = evolve(SPACE, score, SPACE.macs_cost, [window], settings, 0, history)
     found["winner"] = [int(gene) for gene in best.genes]
     flora.save(flora.extract(supernet, best.genes), directory / "subnet")
     each = evaluate_images(flora.create(SPEC), images)

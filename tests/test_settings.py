@@ -43,7 +43,7 @@ def test_defaults_are_the_published_method():
         ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
         ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
         ({"stages": ["report", "search"]}, "in the order"),
-        ({"budget": {"macs": (0.5,)}}, "budget: a value of another form: not enough values"),
+        ({"budget": {"macs": (0.5,)}}, "budget.macs must be one window"),
         ({"filter": {"drop": "half"}}, "filter: a value of another form: .*'<='"),
     ],
 )

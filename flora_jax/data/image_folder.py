@@ -3,11 +3,14 @@
 The list of files is kept in a cache folder, so that only the first run on a dataset lists it.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import logging
 import os
+import posixpath
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 from etils import epath
@@ -44,7 +47,11 @@ class ImageFolderSource:
         # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
         folders = sorted(images, key=lambda folder: (_class_of(folder), folder))
         self.classes = tuple(dict.fromkeys(map(_class_of, folders)))
-        self._keys = [f"{split}/{folder}/{name}" for folder in folders for name in images[folder]]
+        self._keys = [
+            posixpath.normpath(f"{split}/{folder}/{name}")
+            for folder in folders
+            for name in images[folder]
+        ]
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.repeat(
             np.array([number[_class_of(folder)] for folder in folders], np.int32),
@@ -106,6 +113,41 @@ def image_folder(
     return ImageFolderSource(root, split, images, least_side)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnlabelledSource:
+    """Images that belong to no class: every label is 0, and there are 0 classes."""
+
+    images: ImageFolderSource
+
+    num_classes: ClassVar[int] = 0
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.zeros(len(self), np.int32)
+
+    def key(self, index: int) -> str:
+        return self.images.key(index)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.images[index] | {"label": 0}
+
+
+def unlabelled_folder(root: epath.PathLike, least_side: int | None = None) -> UnlabelledSource:
+    """All images in a folder and those inside it, of no class; keys are paths inside it.
+
+    Raises:
+      InputError: there is no such folder, or no image in it.
+    """
+    root = absolute(epath.Path(root).expanduser())
+    if not root.is_dir():
+        raise InputError(f"no folder {root}; {_contents(root.parent)}")
+    images = {inside: names for inside, (_, names) in _scan_class(root, ".") if names}
+    return UnlabelledSource(ImageFolderSource(root, ".", images, least_side))
+
+
 # Folder inside the split -> when it was last changed, in ns (None: unknown), and its sorted images.
 _Index = dict[str, tuple[int | None, list[str]]]
 
@@ -153,8 +195,9 @@ def _scan_class(folder: epath.Path, name: str) -> list[tuple[str, tuple[int | No
         found.append((inside, (modified, images)))
         waiting += [f"{inside}/{subfolder}" for subfolder in folders]
     if not any(images for _, (_, images) in found):
+        kind = "folder" if name == "." else "class folder"
         raise InputError(
-            f"no image in the class folder {folder / name}: expected files *{', *'.join(SUFFIXES)}"
+            f"no image in the {kind} {folder / name}: expected files *{', *'.join(SUFFIXES)}"
         )
     return found
 

@@ -12,11 +12,11 @@ import hashlib
 import numpy as np
 
 from flora_jax.data import sources
-from flora_jax.data.image_folder import ImageFolderSource, image_folder
+from flora_jax.data.image_folder import ImageFolderSource, image_folder, unlabelled_folder
 from flora_jax.errors import InputError
 
-DIGITS_TEST_FRACTION = 0.25
-DIGITS_TEST_SEED = 0  # not the user's seed: the reported images never change
+TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
+TEST_SEED = 0  # not the user's seed: the reported images never change
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class Subset:
 
     @property
     def labels(self) -> np.ndarray:
+        if not self.classes:
+            return self.source.labels[self.indices]
         numbers = np.arange(self.source.num_classes, dtype=np.int32)
         numbers[list(self.classes)] = np.arange(len(self.classes))
         return numbers[self.source.labels[self.indices]]
@@ -65,6 +67,7 @@ class Splits:
 
     @property
     def num_classes(self) -> int:
+        """How many there are; 0 where the images have no labels."""
         return self.train.num_classes
 
 
@@ -124,7 +127,8 @@ def load_splits(
 
     Args:
       name: "digits", "tfds:NAME" for a TFDS dataset with a "train" split, or "folder:PATH" for
-        images at PATH/{train,val}/CLASS/*.jpeg (see `image_folder`).
+        images at PATH/{train,val}/CLASS/*.jpeg (see `image_folder`), or "images:PATH" for
+        any images in a folder, which have no labels; a quarter of them is the test split.
       heldout_fraction: share of the training images that is held out for the search.
       seed: picks the held-out images; the test images do not depend on it.
       data_dir: folder of the TFDS datasets; None: the TFDS default.
@@ -145,17 +149,20 @@ def load_splits(
     rest: sources.Source
     test: sources.Source
     if name == "digits":
-        rest, test = hold_out(sources.digits(), DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
+        rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
     elif name.startswith("tfds:"):
         rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir, least_side)
         test = sources.tfds(name.removeprefix("tfds:"), test_split or "validation", data_dir)
     elif name.startswith("folder:"):
         rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val", least_side)
+    elif name.startswith("images:"):
+        every_image = unlabelled_folder(name.removeprefix("images:"), least_side)
+        rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
     else:
         kind = "folder" if "/" in name else "tfds"
         raise InputError(
-            f"unknown dataset {name!r}; choose 'digits' or 'tfds:NAME' or 'folder:PATH' (did you "
-            f"mean '{kind}:{name}'?)"
+            f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
+            f"classes, 'images:PATH' (did you mean '{kind}:{name}'?)"
         )
     if classes:
         rest, test = _of_classes(rest, classes), _of_classes(test, classes)

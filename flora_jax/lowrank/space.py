@@ -153,6 +153,12 @@ class RankSpace:
         """int32 [L]: the last choice everywhere."""
         return np.array([len(ranks) - 1 for ranks in self.choices], np.int32)
 
+    @property
+    def cheapest_genes(self) -> np.ndarray:
+        """int32 [L]: the kept triple of the least MACs in every block."""
+        pairs = enumerate(self.kept)
+        return np.concatenate([triples[self.block_macs(b).argmin()] for b, triples in pairs])
+
     @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:
         """The stored weights of each layer at each of its choices, int64."""

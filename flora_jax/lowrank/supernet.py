@@ -1,6 +1,7 @@
 """The low-rank supernet: SVD weight inheritance in, any smaller network out (FLORA, section 3)."""
 
 import dataclasses
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,8 @@ import numpy as np
 from flax import nnx
 from threadpoolctl import threadpool_limits
 
-from flora_jax.errors import InputError, unknown
+from flora_jax.errors import InputError, few, unknown
+from flora_jax.lowrank.calibration import Calibration
 from flora_jax.lowrank.layer import IMPLEMENTATIONS, RankedLinear, default_implementation
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models import functional
@@ -18,6 +20,8 @@ from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import check_images
 from flora_jax.models.network import Network
 from flora_jax.models.spec import LinearShape, Rank
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,42 +59,81 @@ def _forward(structure, parameters, images, genes):
     return functional.merge(structure, parameters, genes)(images)
 
 
-def factorize(model: Network, space: RankSpace, *, implementation: str | None = None) -> Supernet:
-    """A supernet that inherits a dense model's weights through the SVD of each kernel.
+def factorize(
+    model: Network,
+    space: RankSpace,
+    *,
+    calibration: Calibration | None = None,
+    implementation: str | None = None,
+) -> Supernet:
+    """A supernet that inherits a dense model's weights through an SVD of each kernel.
 
     Args:
       model: a dense model of `space.spec`.
       space: the ranks each layer may take.
+      calibration: of this model; the leading components are then the best on what really enters the
+        layer. None: the plain SVD, as published.
       implementation: "masked", "sliced", or None for what suits the platform.
 
     Raises:
-      InputError: the model is not of the space's spec, or the implementation is unknown.
+      InputError: the model is not of the space's spec, the calibration is of another model, or the
+        implementation is unknown.
     """
     if model.spec != space.spec:
         raise InputError("the model's spec is not the spec of the rank space")
+    if calibration is not None:
+        calibration.check_fits(model)
     parameters = functional.split(model)[1]
     layers = space.spec.layers
     kernels = [np.asarray(parameters.pop(f"{layer.name}.kernel")) for layer in layers]
-    sides = [layer.singular_values_into for layer in layers]
+
+    def factors(layer: LinearShape, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        moment = None if calibration is None else calibration.shrunk_moment(layer)
+        return svd_factors(kernel, layer.singular_values_into, moment)
+
     # A thread a layer: LAPACK's own threads stall one another for minutes on a busy machine.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for layer, (down, up) in zip(layers, pool.map(svd_factors, kernels, sides), strict=True):
+        pairs = zip(layers, pool.map(factors, layers, kernels), strict=True)
+        for layer, (down, up) in pairs:
             parameters[f"{layer.name}.down"] = jnp.asarray(down)
             parameters[f"{layer.name}.up"] = jnp.asarray(up)
+        if calibration is not None:
+            is_full = pool.map(calibration.is_full_rank, layers)
+            filled = [la.name for la, full in zip(layers, is_full, strict=True) if not full]
+            if filled:
+                log.info(
+                    "%d images leave the second moments of %s short of full rank; shrinkage of %g "
+                    "fills them",
+                    *(calibration.num_images, few(filled), calibration.shrinkage),
+                )
     return Supernet(
         functional.with_parameters(_abstract_network(space, implementation), parameters), space
     )
 
 
-def svd_factors(kernel: np.ndarray, singular_values_into: str) -> tuple[np.ndarray, np.ndarray]:
-    """kernel [in, out] -> down [R, in], up [R, out] with kernel = down.T @ up, R = min(in, out)."""
-    left, singular_values, right = np.linalg.svd(kernel, full_matrices=False)
-    down, up = left.T, right
-    if singular_values_into == "down":
-        down = down * singular_values[:, None]
+def svd_factors(
+    kernel: np.ndarray, singular_values_into: str, moment: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """kernel [in, out] -> down [R, in], up [R, out] with kernel = down.T @ up, R = min(in, out).
+
+    Args:
+      moment: float64 [in, in], positive definite: the error that the leading r components leave is
+        the least for every r in the norm of this matrix. None: in that of the identity.
+    """
+    wide = kernel.astype(np.promote_types(kernel.dtype, np.float32) if moment is None else float)
+    if moment is None:
+        left, sizes, up = np.linalg.svd(wide, full_matrices=False)
+        down = left.T
     else:
-        up = up * singular_values[:, None]
-    return np.ascontiguousarray(down), np.ascontiguousarray(up)
+        up = np.linalg.svd(np.linalg.cholesky(moment).T @ wide, full_matrices=False)[2]
+        down = up @ wide.T  # exact at full rank, for the rows of `up` span those of the kernel
+        sizes = np.linalg.norm(down, axis=1)
+        down = down / np.where(sizes > 0, sizes, 1)[:, None]
+    if singular_values_into == "down":
+        down = down * sizes[:, None]
+    else:
+        up = up * sizes[:, None]
+    return np.ascontiguousarray(down, kernel.dtype), np.ascontiguousarray(up, kernel.dtype)
 
 
 def abstract_supernet(space: RankSpace, implementation: str | None = None) -> Supernet:

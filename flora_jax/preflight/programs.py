@@ -4,6 +4,7 @@ The arrays of a step have their places from a mesh, whose devices need not exist
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
 from flora_jax.distill.teacher import TOP
 from flora_jax.errors import InputError
 from flora_jax.evaluation import sum_model_metrics
+from flora_jax.lowrank.calibration import BATCH_SIZE, TappedLinear, batch_sums, layer_groups
 from flora_jax.lowrank.supernet import abstract_supernet
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
@@ -46,6 +48,7 @@ class Program:
 
     Attributes:
       images: that a device takes at once.
+      resident: of what stays on the device beside the program: the held-out images.
       seconds: of compiling.
       kernels: calls of Pallas kernels.
     """
@@ -58,6 +61,7 @@ class Program:
     seconds: float
     kernels: int
     collectives: list[hlo.Collective]
+    resident: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +157,13 @@ def compile_training(settings: Settings, training: Training, mesh: Mesh, images:
     return _compile(step.lower(*arguments), images)
 
 
-def compile_evaluation(settings: Settings, training: Training, mesh: Mesh) -> Program:
-    """The evaluation step of the same network, each device with whole parameters."""
+def compile_evaluation(
+    settings: Settings, training: Training, mesh: Mesh, num_heldout: int
+) -> Program:
+    """The evaluation step of the same network, each device with whole parameters.
+
+    A device keeps its share of the held-out images too.
+    """
     structure, parameters = functional.split(training.network)
     images = -(-settings.data.eval_batch_size // mesh.size)
     size = images * mesh.size
@@ -168,7 +177,27 @@ def compile_evaluation(settings: Settings, training: Training, mesh: Mesh) -> Pr
         _placed(batch, mesh, lambda _: SPLIT),
         _placed(_genes(training), mesh, lambda _: WHOLE),
     )
-    return _compile(sum_model_metrics.lower(structure, mesh, *arguments), images)
+    program = _compile(sum_model_metrics.lower(structure, mesh, *arguments), images)
+    resident = -(-num_heldout // size) * images * math.prod(training.spec.image_shape)
+    return dataclasses.replace(program, resident=resident, total=program.total + resident)
+
+
+def compile_calibration(settings: Settings, spec: Spec, mesh: Mesh) -> Program:
+    """The step that sums what enters the layers of the dense network, for the largest group."""
+    structure, _ = functional.split(create_abstract(spec, linear=TappedLinear))
+    parameters = functional.split(create_abstract(spec))[1]
+    group = max(layer_groups(spec), key=lambda layers: sum(la.in_features**2 for la in layers))
+    images = -(-BATCH_SIZE // mesh.size)
+    batch = _Shape((images * mesh.size, *spec.image_shape), jnp.uint8)
+    mask = _Shape((images * mesh.size,), jnp.float32)
+    arguments = (
+        _placed(parameters, mesh, lambda _: WHOLE),
+        _placed(batch, mesh, lambda _: SPLIT),
+        _placed(mask, mesh, lambda _: SPLIT),
+    )
+    names = tuple(layer.name for layer in group)
+    lowered = batch_sums.lower(structure, mesh, names, settings.data.normalization, *arguments)
+    return _compile(lowered, images)
 
 
 def _genes(training: Training):

@@ -1,7 +1,7 @@
 """Whether a run fits a TPU slice, from the compiler alone: no TPU is needed.
 
-libtpu, on any machine, compiles a config's heaviest training step and its evaluation step for a
-topology by name.
+libtpu, on any machine, compiles a config's heaviest training step, its evaluation step and the step
+of its calibration for a topology by name.
 """
 
 import collections
@@ -26,16 +26,19 @@ from flora_jax.preflight.programs import (
     DoesNotFitError,
     Program,
     Training,
+    compile_calibration,
     compile_evaluation,
     compile_training,
     heaviest_training,
 )
 from flora_jax.report.table import human_count
+from flora_jax.stages.images import Images
 from flora_jax.stages.settings import Settings
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+_IMAGENET = 1_281_167  # training images, which need not be here to be counted
 _MOST_IMAGES = 4096  # a device; a network that takes more is not short of memory
 
 
@@ -132,22 +135,47 @@ def check_topology(settings: Settings, topology: str) -> str:
     largest = largest_batch(needed, images, first, chip.hbm, training.recipe.accumulate)
     if images not in programs:
         raise InputError(_too_much(training, images, first, largest, mesh, chip))
-    log.info("evaluation: compiling")
-    evaluation = compile_evaluation(settings, training, make_mesh(1, devices))
+    log.info("evaluation and calibration: compiling")
+    whole, num_heldout = make_mesh(1, devices), count_heldout(settings)
+    evaluation = compile_evaluation(settings, training, whole, num_heldout or 0)
+    others = [("evaluation", training.forward_macs, evaluation)]
+    if "calibrate" in settings.stages and settings.calibration.images:
+        calibration = compile_calibration(settings, training.spec, whole)
+        others.append(("calibrate", training.spec.macs(), calibration))
+    for name, _, program in others:
+        if program.total > chip.hbm:
+            raise InputError(
+                f"{name} needs {_size(program.total)} of a device's {_size(chip.hbm)}, "
+                f"{_size(program.resident)} of them for held-out images: choose a smaller "
+                f"eval_batch_size or heldout_fraction, or more devices"
+            )
     title = (
         f"{training.name} on {topology}: {mesh.size} devices of {_size(chip.hbm)}; "
         f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     )
-    columns = (
-        _column(training.name, training.macs, training, programs[images], mesh, chip),
-        _column("evaluation", training.forward_macs, training, evaluation, mesh, chip),
-    )
+    columns = [_column(training.name, training.macs, training, programs[images], mesh, chip)]
+    columns += [
+        _column(name, macs, training, program, whole, chip) for name, macs, program in others
+    ]
     fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
     if largest == _MOST_IMAGES:
         fits = f"at least {fits}"
     elif largest in programs:
         fits += f", which need {_size(programs[largest].total)}"
-    return "\n".join((title, *_table(columns), f"largest batch of those tried that fits: {fits}"))
+    lines = [title, *_table(columns), f"largest batch of those tried that fits: {fits}"]
+    if num_heldout is None:
+        lines.append(f"not counted: the held-out images of {settings.data.name}, which is not here")
+    return "\n".join(lines)
+
+
+def count_heldout(settings: Settings) -> int | None:
+    """How many images are held out; None where the dataset is not on this machine."""
+    if settings.data.name.partition(":")[2].startswith("imagenet2012"):
+        return round(settings.data.heldout_fraction * _IMAGENET)
+    try:
+        return len(Images(settings).splits.heldout)
+    except InputError:
+        return None
 
 
 def images_a_device(training: Training, mesh: Mesh) -> int:
@@ -237,6 +265,7 @@ def _column(
         "arguments": _size(program.arguments),
         "temporaries": _size(program.temporaries),
         "program": _size(program.code),
+        **({"held-out images": _size(program.resident)} if program.resident else {}),
         "all together": _size(program.total),
         "of the memory": f"{100 * program.total / chip.hbm:.0f} %",
         "Pallas kernels": str(program.kernels),
@@ -250,7 +279,7 @@ def _column(
     return cells | {"compiled in": f"{program.seconds:.0f} s"}
 
 
-def _table(columns: tuple[dict[str, str], ...]) -> list[str]:
+def _table(columns: list[dict[str, str]]) -> list[str]:
     """The rows of all columns; those of one alone are empty in the others."""
     titles = sorted({t: None for c in columns for t in c}, key=lambda t: t == "compiled in")
     rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]

@@ -5,7 +5,7 @@ state, no window, and no display is needed.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from flora_jax.comparison import kind_of
 from flora_jax.io.files import replacing
 from flora_jax.report.table import count_unit
 
@@ -31,15 +32,16 @@ def plot_trade_off(
     ax: Axes,
     candidates: Mapping[str, Sequence[float]],
     points: Mapping[str, tuple[float, float]],
-    window: tuple[float, float],
+    windows: Sequence[tuple[float, float]],
 ) -> None:
     """Accuracy against cost of everything the search scored and of the models evaluated.
 
     Args:
       candidates: {"macs": [P] (or "ms", milliseconds, where these were the budget), "top1": [P]
-        in 0..1 on the held-out split, "generation": [P]}.
-      points: {label: (cost, top1 in 0..1 on the test split)}, such as dense, uniform and subnet.
-      window: the cost (lo, hi) that the search may spend.
+        in 0..1 on the held-out split, "generation": [P]}; P is 0 where nothing was searched.
+      points: {label: (cost, top1 in 0..1 on the test split)}, such as dense, uniform and subnet;
+        those of one kind at several budgets, such as "subnet 0.55", are joined to a front.
+      windows: the cost (lo, hi) of each budget.
     """
     cost_name, window_name = ("ms", "latency") if "ms" in candidates else ("macs", "MAC")
     cost, top1, generation = (np.asarray(candidates[k]) for k in (cost_name, "top1", "generation"))
@@ -47,41 +49,72 @@ def plot_trade_off(
     point_top1 = 100 * np.array([point[1] for point in points.values()])
     unit, label = 1, "latency (ms)"
     if cost_name == "macs":
-        unit, symbol = count_unit(max([*cost, *point_cost, window[1]]))
+        unit, symbol = count_unit(max([*cost, *point_cost, windows[-1][1]]))
         label = f"MACs ({symbol})" if symbol else "MACs"
 
-    left, right = window[0] / unit, window[1] / unit
-    ax.axvspan(left, right, color="0.92", zorder=0, label=f"{window_name} window")
-    scatter = ax.scatter(
-        cost / unit, 100 * top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
-    )
-    on_front = front(cost, top1)
-    ax.plot(
-        cost[on_front] / unit,
-        100 * top1[on_front],
-        color="0.2",
-        linewidth=1.2,
-        drawstyle="steps-post",
-        label="Pareto front (held-out split)",
-    )
+    for i, (low, high) in enumerate(windows):
+        label_once = f"{window_name} window{'s' * (len(windows) > 1)}" if i == 0 else None
+        ax.axvspan(low / unit, high / unit, color="0.92", zorder=0, label=label_once)
+    if len(cost):
+        _scatter_candidates(ax, cost / unit, 100 * top1, generation)
+    colors = point_colors(points)
+    for members in _by_kind(points).values():
+        if len(members) > 1:
+            front_cost, front_top1 = np.array([points[name] for name in members]).T
+            ax.plot(front_cost / unit, 100 * front_top1, color=colors[members[0]], zorder=3)
     ax.scatter(
         point_cost / unit,
         point_top1,
         s=150,
         marker="*",
-        c=[_POINT_COLORS[i % len(_POINT_COLORS)] for i in range(len(points))],
+        c=[colors[name] for name in points],
         edgecolor="white",
         zorder=4,
         label="models (test split)",
     )
+    ax.margins(x=0.1, y=0.15)
+    _label_points(ax, list(points), point_cost / unit, point_top1, list(colors.values()))
+    ax.set_xlabel(label)
+    ax.set_ylabel("top-1 accuracy (%)")
+    # Below the axes: inside it would hide models.
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
+    )
+
+
+def _scatter_candidates(
+    ax: Axes, cost: np.ndarray, top1: np.ndarray, generation: np.ndarray
+) -> None:
+    """What the search scored: cost in the axis' unit, top1 in percent."""
+    scatter = ax.scatter(
+        cost, top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
+    )
+    on_front = front(cost, top1)
+    ax.plot(
+        cost[on_front],
+        top1[on_front],
+        color="0.2",
+        linewidth=1.2,
+        drawstyle="steps-post",
+        label="Pareto front (held-out split)",
+    )
     if len(np.unique(generation)) > 1:
         bar = ax.figure.colorbar(scatter, ax=ax, pad=0.01, aspect=30, label="generation")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.margins(x=0.1, y=0.15)
-    _label_points(ax, list(points), point_cost / unit, point_top1)
-    ax.set_xlabel(label)
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.legend(loc="lower right", fontsize="small")
+
+
+def _by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names such as "subnet 0.55" and "subnet 0.35" under "subnet"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
+
+
+def point_colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each kind of model."""
+    kinds = list(_by_kind(names))
+    return {name: _POINT_COLORS[kinds.index(kind_of(name)) % len(_POINT_COLORS)] for name in names}
 
 
 def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
@@ -204,29 +237,35 @@ def plot_curves(
 def report_figure(
     candidates: Mapping[str, Sequence[float]],
     points: Mapping[str, tuple[float, float]],
-    window: tuple[float, float],
-    ranks: Sequence[int | None],
+    windows: Sequence[tuple[float, float]],
+    ranks: Mapping[str, Sequence[int | None]],
     full_ranks: Sequence[int],
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     *,
     accuracies: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
-    uniform_ratio: float | None = None,
+    uniform_ratios: Sequence[float] | None = None,
     title: str = "",
 ) -> Figure:
-    """The three plots as one picture; arguments as in plot_trade_off, plot_ranks, plot_curves."""
-    figure = Figure(figsize=(12, 8), layout=padded_layout())
-    axes = figure.subplot_mosaic(
-        [["trade-off", "curves"], ["ranks", "ranks"]],
-        width_ratios=(3, 2),
-        height_ratios=(3, 2),
-    )
-    plot_trade_off(axes["trade-off"], candidates, points, window)
-    axes["trade-off"].set_title("Accuracy against cost", loc="left")
-    plot_curves(axes["curves"], curves, accuracies)
-    axes["curves"].set_title("Training", loc="left")
-    plot_ranks(axes["ranks"], ranks, full_ranks, uniform_ratio=uniform_ratio)
-    axes["ranks"].set_title("Ranks of the subnet", loc="left")
-    for ax in axes.values():
+    """All plots as one picture; arguments as in plot_trade_off, plot_ranks, plot_curves.
+
+    Args:
+      ranks: of the subnet of each budget, by its name: a plot each.
+      uniform_ratios: of each budget.
+    """
+    heights = (3, *[2] * len(ranks))
+    figure = Figure(figsize=(12, 1.6 * sum(heights)), layout=padded_layout())
+    grid = figure.add_gridspec(len(heights), 2, width_ratios=(3, 2), height_ratios=heights)
+    trade_off, training = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    plot_trade_off(trade_off, candidates, points, windows)
+    trade_off.set_title("Accuracy against cost", loc="left")
+    plot_curves(training, curves, accuracies)
+    training.set_title("Training", loc="left")
+    for i, (name, own_ranks) in enumerate(ranks.items()):
+        ax = figure.add_subplot(grid[1 + i, :])
+        ratio = None if uniform_ratios is None else uniform_ratios[i]
+        plot_ranks(ax, own_ranks, full_ranks, uniform_ratio=ratio)
+        ax.set_title(f"Ranks of the {name}", loc="left")
+    for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
@@ -245,7 +284,9 @@ def save_figure(figure: Figure, path: epath.PathLike) -> None:
         partial.write_bytes(png.getvalue())
 
 
-def _label_points(ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray) -> None:
+def _label_points(
+    ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray, colors: list[str]
+) -> None:
     """Names the points, each towards the middle of the plot.
 
     The labels are fanned out by a line each, in the order of their points: whatever the final size
@@ -253,7 +294,7 @@ def _label_points(ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray) -> 
     """
     middle = np.mean(ax.get_xlim())
     for position, i in enumerate(np.argsort(-y)):
-        on_left, color = x[i] < middle, _POINT_COLORS[i % len(_POINT_COLORS)]
+        on_left, color = x[i] < middle, colors[i]
         ax.annotate(
             f"{labels[i]} {y[i]:.1f} %",
             (x[i], y[i]),

@@ -1,11 +1,11 @@
-"""Scores of every rank triple of one block, with all other blocks at full rank.
+"""Measures of every rank triple of one block, with all other blocks at ranks that stay.
 
 Only the block varies, so what comes before it is computed once a batch, and its attention half
 once for each choice of the qkv rank. Every function here is compiled once per block shape.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -15,12 +15,16 @@ from flora_jax.cluster.mesh import SPLIT, WHOLE, on_each_device, replicate
 from flora_jax.evaluation import EvaluationSet, means, sum_metrics
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
+from flora_jax.models.spec import LAYERS_PER_BLOCK
+
+# (logits [B, classes], target, mask [B]) -> sums over the images, float32 [1, M].
+Measure = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def score_block(
     supernet: Supernet, block: int, evaluation_set: EvaluationSet
 ) -> dict[str, np.ndarray]:
-    """Metrics of each kept triple of `block`, in the order of `space.kept[block]`.
+    """Metrics of each kept triple of `block`, others at full rank, in the order of `kept[block]`.
 
     Returns:
       {"top1": float64 [K], "log_likelihood": float64 [K]}
@@ -28,34 +32,74 @@ def score_block(
     Raises:
       ValueError: the network has no such block.
     """
-    if not 0 <= block < supernet.space.num_blocks:
-        raise ValueError(f"block {block} lies outside 0..{supernet.space.num_blocks - 1}")
-    network, triples = supernet.network, supernet.space.kept[block]
-    mesh = evaluation_set.mesh
-    embed = _compiled(network, type(network).embed, mesh)
-    classify = _compiled(network, type(network).classify, mesh)
-    varied = network.blocks[block]
-    attention = _compiled(varied, type(varied).attention_half, mesh)
-    mlp = _compiled(varied, type(varied).mlp_half, mesh)
-    whole = [_compiled(module, type(module).__call__, mesh) for module in network.blocks]
-    full_rank = [
-        functools.partial(run, triple)
-        for run, triple in zip(whole, supernet.space.full_rank_triples, strict=True)
-    ]
-
-    sums: list[list[jax.Array]] = [[] for _ in triples]
-    for images, labels, mask in evaluation_set.batches:
-        before = embed(None, images)
-        for run in full_rank[:block]:
-            before = run(before)
-        # The attention half depends on the gene of qkv alone.
-        attended = {triple[0]: attention(triple, before) for triple in _one_of_each_qkv(triples)}
-        for k, triple in enumerate(triples):
-            x = mlp(triple, attended[triple[0]])
-            for run in full_rank[block + 1 :]:
-                x = run(x)
-            sums[k].append(_sum_metrics(mesh, classify(None, x), labels, mask))
+    space = supernet.space
+    if not 0 <= block < space.num_blocks:
+        raise ValueError(f"block {block} lies outside 0..{space.num_blocks - 1}")
+    scorer = BlockScorer(supernet, evaluation_set.mesh)
+    batches, others = evaluation_set.batches, space.full_rank_genes
+    sums = scorer.sums(block, space.kept[block], others, batches, sum_metrics)
     return means(sums, evaluation_set.num_images)
+
+
+class BlockScorer:
+    """The parts of a supernet, each compiled as a function of its own genes and a batch."""
+
+    def __init__(self, supernet: Supernet, mesh: Mesh):
+        structure, parameters = functional.split(supernet.network)
+        network = functional.merge(structure, replicate(parameters, mesh))
+        compiled = functools.partial(_compiled, mesh=mesh)
+        self._mesh = mesh
+        self._embed = compiled(network, type(network).embed)
+        self._classify = compiled(network, type(network).classify)
+        self._whole = [compiled(block, type(block).__call__) for block in network.blocks]
+        self._attention = [compiled(block, type(block).attention_half) for block in network.blocks]
+        self._mlp = [compiled(block, type(block).mlp_half) for block in network.blocks]
+
+    def logits(self, images: jax.Array, genes: np.ndarray) -> jax.Array:
+        """images float32 [B, H, W, C], genes int32 [L] -> logits [B, classes]."""
+        return self._classify(None, self._run(0, self._embed(None, images), genes))
+
+    def sums(
+        self,
+        block: int,
+        triples: np.ndarray,
+        others: np.ndarray,
+        batches: Iterable[tuple[jax.Array, jax.Array, jax.Array]],
+        measure: Measure,
+    ) -> list[list[jax.Array]]:
+        """Sums of a measure for each triple of `block`, batch by batch, [devices, M] each.
+
+        Args:
+          triples: int32 [K, 3], of the block.
+          others: int32 [L], genes of the other blocks.
+          batches: images, targets and masks.
+          measure: hashable.
+        """
+        sums: list[list[jax.Array]] = [[] for _ in triples]
+        for images, target, mask in batches:
+            before = self._embed(None, images)
+            for run, triple in zip(self._whole[:block], _by_block(others), strict=False):
+                before = run(triple, before)
+            # The attention half depends on the gene of qkv alone.
+            attended = {
+                triple[0]: self._attention[block](triple, before)
+                for triple in _one_of_each_qkv(triples)
+            }
+            for k, triple in enumerate(triples):
+                x = self._run(block + 1, self._mlp[block](triple, attended[triple[0]]), others)
+                found = _measured(measure, self._mesh, self._classify(None, x), target, mask)
+                sums[k].append(found)
+        return sums
+
+    def _run(self, first: int, x: jax.Array, genes: np.ndarray) -> jax.Array:
+        """Takes tokens through all blocks from the first one on."""
+        for run, triple in zip(self._whole[first:], _by_block(genes)[first:], strict=True):
+            x = run(triple, x)
+        return x
+
+
+def _by_block(genes: np.ndarray) -> np.ndarray:
+    return genes.reshape(-1, LAYERS_PER_BLOCK)
 
 
 def _one_of_each_qkv(triples: np.ndarray) -> np.ndarray:
@@ -65,7 +109,7 @@ def _one_of_each_qkv(triples: np.ndarray) -> np.ndarray:
 def _compiled(module, method: Callable, mesh: Mesh) -> Callable:
     """The method as a function of the module's genes (None where it has none) and a batch."""
     structure, parameters = functional.split(module)
-    return functools.partial(_run, structure, method, mesh, replicate(parameters, mesh))
+    return functools.partial(_run, structure, method, mesh, parameters)
 
 
 @jax.jit(static_argnums=(0, 1, 2))
@@ -77,6 +121,6 @@ def _run(structure, method, mesh, parameters, genes, batch):
     return on_each_device(on_one_device, mesh, in_specs, SPLIT)(parameters, genes, batch)
 
 
-@jax.jit(static_argnums=0)
-def _sum_metrics(mesh, logits, labels, mask):
-    return on_each_device(sum_metrics, mesh, SPLIT, SPLIT)(logits, labels, mask)
+@jax.jit(static_argnums=(0, 1))
+def _measured(measure, mesh, logits, target, mask):
+    return on_each_device(measure, mesh, SPLIT, SPLIT)(logits, target, mask)

@@ -5,6 +5,7 @@ section on low-rank aware candidate filtering). The price comes from the target 
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -69,32 +70,32 @@ def keep_triples(
 
 
 def filter_space(
-    space: RankSpace, scores: list[np.ndarray], budget: int, drop: float = 0.7
-) -> tuple[RankSpace, float]:
-    """The space of the kept triples, and the price that judged them.
+    space: RankSpace, scores: list[np.ndarray], budgets: Sequence[int], drop: float = 0.7
+) -> tuple[RankSpace, list[float]]:
+    """The space of the triples kept at the price of any budget, and the prices.
 
     Args:
       space: every block of it keeps the full-rank triple.
       scores: one float array [K_b] a block, aligned with `space.kept`.
-      budget: MACs of the whole network for one image.
-      drop: share of each block's triples to drop.
+      budgets: MACs of the whole network for one image.
+      drop: share of each block's triples to drop, at each price.
 
     Raises:
-      ValueError: scores do not fit the space, or the budget is below its least MACs.
+      ValueError: scores do not fit the space, or a budget is below its least MACs.
     """
     if not space.contains(space.full_rank_genes):
         raise InputError("filtering needs a space that keeps the full-rank triple of every block")
-    if budget < space.macs_range()[0]:
+    if min(budgets) < space.macs_range()[0]:
         raise InputError(
-            f"budget {budget} is below the least MACs of the space, {space.macs_range()[0]}"
+            f"budget {min(budgets)} is below the least MACs of the space, {space.macs_range()[0]}"
         )
     macs = [space.block_macs(b) for b in range(space.num_blocks)]
-    price = budget_price(scores, macs, budget - space.fixed_macs)
-    kept = [
-        triples[keep_triples(score, cost, price, drop)]
-        for triples, score, cost in zip(space.kept, scores, macs, strict=True)
-    ]
-    return space.keep(kept), price
+    prices = [budget_price(scores, macs, budget - space.fixed_macs) for budget in budgets]
+    kept = []
+    for triples, score, cost in zip(space.kept, scores, macs, strict=True):
+        at_each = [keep_triples(score, cost, price, drop) for price in prices]
+        kept.append(triples[np.unique(np.concatenate(at_each))])
+    return space.keep(kept), prices
 
 
 def _check_aligned(scores: list[np.ndarray], macs: list[np.ndarray]) -> None:
@@ -109,16 +110,22 @@ def _check_aligned(scores: list[np.ndarray], macs: list[np.ndarray]) -> None:
             raise ValueError(f"block {b} has a score that is not finite")
 
 
-def _hull_steps(score: np.ndarray, macs: np.ndarray) -> np.ndarray:
-    """Steps up the upper concave hull of one block, float64 [2, S]: accuracy per MAC, MACs."""
+def hull_options(score: np.ndarray, macs: np.ndarray) -> list[int]:
+    """Indices along the upper concave hull of score over MACs, from the cheapest up."""
     by_cost = np.lexsort((-score, macs))
     hull = by_cost[:1].tolist()
-    for i in by_cost[1:]:
+    for i in by_cost[1:].tolist():
         if score[i] <= score[hull[-1]]:
             continue
         while len(hull) > 1 and _slope(score, macs, hull[-1], i) >= _slope(score, macs, *hull[-2:]):
             hull.pop()
         hull.append(i)
+    return hull
+
+
+def _hull_steps(score: np.ndarray, macs: np.ndarray) -> np.ndarray:
+    """Steps up the hull of one block, float64 [2, S]: accuracy per MAC, MACs."""
+    hull = hull_options(score, macs)
     slopes = [_slope(score, macs, a, b) for a, b in itertools.pairwise(hull)]
     return np.array([slopes, np.diff(macs[hull])])
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+from flora_jax.stages.calibration import calibrate_factors
 from flora_jax.stages.dense import pretrain, transfer
 from flora_jax.stages.flora import (
+    allocate,
     extract_subnets,
     filter_candidates,
     finetune,
@@ -20,8 +22,10 @@ _FUNCTIONS = (
     pretrain,
     transfer,
     slim_down,
+    calibrate_factors,
     filter_candidates,
     train_whole_supernet,
+    allocate,
     search,
     extract_subnets,
     finetune,

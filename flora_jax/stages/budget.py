@@ -1,81 +1,171 @@
-"""What a run's subnet may cost, in multiply-adds or in nanoseconds of this device."""
+"""What a run's subnets may cost, in multiply-adds or in nanoseconds of this device."""
 
+import dataclasses
+from collections.abc import Iterator
+
+from flora_jax.cluster.processes import wait_for_all
+from flora_jax.comparison import budget_name
 from flora_jax.errors import InputError
-from flora_jax.io.files import read_json
+from flora_jax.io.files import read_json, write_json_once
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
-from flora_jax.search.latency import LatencyTable
+from flora_jax.search.latency import LatencyTable, measure
 from flora_jax.stages.run import Run
+from flora_jax.stages.sections import Window
 from flora_jax.stages.settings import Settings
 
 LATENCY_FILE = "search/latency.json"
 
 
-def macs_window(settings: Settings, dense: Spec) -> tuple[int, int]:
-    """MACs of the subnet (lo, hi); the settings give them as shares of the dense model's."""
-    low, high = settings.budget.macs
-    return round(low * dense.macs()), round(high * dense.macs())
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """One window of cost, from which a subnet is taken.
+
+    Attributes:
+      shares: its ends as shares of the dense model's cost.
+      window: the same in the unit of `budget_cost`.
+      is_only: whether the run has no other.
+    """
+
+    shares: Window
+    window: tuple[int, int]
+    is_only: bool
+
+    def name(self, kind: str) -> str:
+        """What a model of this budget is called: "subnet", or "subnet 0.55" beside others."""
+        return kind if self.is_only else budget_name(kind, self.shares)
+
+    def folder(self, kind: str) -> str:
+        """The name of a model's folder: "subnet" or "subnet_0.55"."""
+        return self.name(kind).replace(" ", "_")
 
 
-def latency_window(settings: Settings, table: LatencyTable) -> tuple[int, int]:
-    """Nanoseconds of the subnet (lo, hi); the settings give them as shares of the dense model's."""
-    (low, high), dense = settings.budget.latency, 1e6 * table.dense_ms
-    return round(low * dense), round(high * dense)
+def load_budgets(run: Run) -> list[Budget]:
+    """The budgets of a run, cheapest first; those of latency once the table is measured."""
+    settings = run.settings
+    if settings.spends_latency:
+        return _budgets(settings, "latency", 1e6 * load_latency_table(run).dense_ms)
+    return macs_budgets(settings, run.spec)
+
+
+def macs_budgets(settings: Settings, dense: Spec) -> list[Budget]:
+    """The budgets of multiply-adds, cheapest first."""
+    return _budgets(settings, "macs", dense.macs())
+
+
+def _budgets(settings: Settings, name: str, dense: float) -> list[Budget]:
+    shares = settings.budget.windows(name)
+    return [
+        Budget(window, (round(window[0] * dense), round(window[1] * dense)), len(shares) == 1)
+        for window in shares
+    ]
+
+
+def budget_cost(run: Run, space: RankSpace) -> Cost:
+    """What the budgets are of; a table of latencies is measured once, when it is first needed."""
+    if not run.settings.spends_latency:
+        return space.macs_cost
+    wait_for_all("latency.json is looked for")
+    if not (run.folder / LATENCY_FILE).exists():
+        batch_size, dtype = run.settings.search.latency_batch, run.settings.finetune.compute_dtype
+        table = measure(space, batch_size, dtype, dense=run.spec)
+        write_json_once(run.folder / LATENCY_FILE, table.to_json())
+    table = load_latency_table(run)
+    dense = f"{table.dense_ms:.2f} ms on {table.device}"
+    for budget in load_budgets(run):
+        _check("latency", budget, table.cost, space, 1e6 * table.dense_ms, dense)
+    return table.cost
 
 
 def load_latency_table(run: Run) -> LatencyTable:
-    """Reads the table that was measured when the search began."""
+    """Reads the table that was measured when ranks were first looked for."""
     return LatencyTable.from_json(read_json(run.folder / LATENCY_FILE))
 
 
-def load_window(run: Run) -> tuple[int, int]:
-    """Reads what the search may spend (lo, hi), in its own unit."""
-    if run.settings.searches_by_latency:
-        return latency_window(run.settings, load_latency_table(run))
-    return macs_window(run.settings, run.spec)
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The subnet of one budget. Attributes: genes, L of them; macs; ranks, L of them."""
+
+    genes: list[int]
+    macs: int
+    ranks: list[int]
 
 
-def load_uniform_ranks(run: Run, space: RankSpace) -> tuple[int, ...]:
-    """Ranks of the baseline, at most at the MAC window's end, or at the MACs of a subnet found by
-    latency."""
-    most = macs_window(run.settings, run.spec)[1]
-    if run.settings.searches_by_latency:
-        most = read_json(run.folder / "search/best.json")["macs"]
-    return space.uniform_ranks_within(most)
+ALLOCATION_FILE, WINNERS_FILE = "allocate/genes.json", "search/best.json"
+
+
+def load_found(run: Run, file: str) -> list[Found]:
+    """What `allocate` or `search` found for each budget."""
+    found = read_json(run.folder / file)
+    names = [field.name for field in dataclasses.fields(Found)]
+    entries = found if isinstance(found, list) else [found]
+    return [Found(**{name: entry[name] for name in names}) for entry in entries]
+
+
+def load_ranks(run: Run, file: str) -> list[tuple[int, ...]]:
+    """The ranks of what was found for each budget, L a budget."""
+    return [tuple(found.ranks) for found in load_found(run, file)]
+
+
+def winners_file(settings: Settings) -> str:
+    """Where the subnets are: those of the search, or without one those of the allocation."""
+    return WINNERS_FILE if "search" in settings.stages else ALLOCATION_FILE
+
+
+def load_uniform_ranks(run: Run, space: RankSpace) -> list[tuple[int, ...]]:
+    """Ranks of the baseline of each budget, at most at the MAC window's end, or at the MACs of the
+    subnet where the budget is latency."""
+    if run.settings.spends_latency:
+        most = [found.macs for found in load_found(run, winners_file(run.settings))]
+    else:
+        most = [budget.window[1] for budget in load_budgets(run)]
+    return [space.uniform_ranks_within(macs) for macs in most]
+
+
+def finished_models(run: Run) -> Iterator[tuple[str, str, str, Budget | None]]:
+    """(kind, name, folder, budget) of every finished model of the configured stages."""
+    settings, stages = run.settings, run.settings.stages
+    for stage, kind in (("pretrain", "dense"), ("slim", "slim"), ("transfer", "transfer")):
+        if stage in stages:
+            yield kind, kind, kind, None
+    if "extract" in stages:
+        for budget in load_budgets(run):
+            for kind in extracted_kinds(settings):
+                folder = budget.folder(kind)
+                if "finetune" not in stages:
+                    folder = f"extract/{folder}"
+                yield kind, budget.name(kind), folder, budget
+
+
+def extracted_kinds(settings: Settings) -> list[str]:
+    """The models that are cut out for each budget: the subnet and what it has to beat."""
+    kinds = ["subnet"]
+    if {"allocate", "search"} <= set(settings.stages):
+        kinds.append("allocated")
+    if settings.uniform_baseline != "none":
+        kinds.append("uniform")
+    return kinds
 
 
 def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
-    """Checks that FLORA, where it will run, can reach its MAC window from a model of spec `base`.
+    """Checks that FLORA, where it will run, can reach its MAC windows from a model of spec `base`.
 
     Raises:
       InputError: it cannot; names the window and what can be reached.
     """
-    if "search" in settings.stages:
-        space, shares = settings.space.of(base), settings.budget.macs
-        window = macs_window(settings, dense)
-        _check("macs", shares, window, space.macs_cost, space, dense.macs(), "MACs")
-
-
-def check_latency_budget(settings: Settings, table: LatencyTable, space: RankSpace) -> None:
-    """Checks that the search can reach its latency window. Raises as `check_macs_budget`."""
-    shares, window = settings.budget.latency, latency_window(settings, table)
-    dense = f"{table.dense_ms:.2f} ms on {table.device}"
-    _check("latency", shares, window, table.cost, space, 1e6 * table.dense_ms, dense)
+    if settings.finds_ranks:
+        space = settings.space.of(base)
+        for budget in macs_budgets(settings, dense):
+            _check("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
 
 
 def _check(
-    name: str,
-    shares: tuple[float, float],
-    window: tuple[int, int],
-    cost: Cost,
-    space: RankSpace,
-    dense: float,
-    dense_cost: str,
+    name: str, budget: Budget, cost: Cost, space: RankSpace, dense: float, dense_cost: str
 ) -> None:
-    least, most = cost.range_over(space.kept)
-    if window[1] < least or window[0] > most:
+    (least, most), (low, high) = cost.range_over(space.kept), budget.window
+    if high < least or low > most:
         raise InputError(
-            f"budget.{name} {shares} cannot be reached: the space spans "
+            f"budget.{name} {budget.shares} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's {dense_cost}"
         )

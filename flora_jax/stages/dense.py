@@ -14,16 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(run: Run, images: Images) -> None:
-    """Makes the dense model: trains it, or reads the weights that the config names."""
+    """Makes the dense model: reads the weights that the config names, or trains it, or both."""
     settings = run.settings
     if settings.pretrained:
         model = from_pretrained(settings.pretrained, run.spec)
     else:
         model = create(run.spec, settings.seed_of("create"))
+    if settings.trains_dense:
         folder.save_description_once(model, run.folder / "pretrain")
         model = train_stage(run, model, settings.pretrain, "pretrain", images.train)
     folder.save_once(model, run.folder / "dense")
-    log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, images.heldout_set))
+    if images.splits.num_classes:
+        log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, images.heldout_set))
 
 
 def transfer(run: Run, images: Images) -> None:

@@ -1,34 +1,53 @@
-"""The stages of FLORA in order: filter, supernet, search, extract, finetune."""
+"""The stages of FLORA in order: filter, supernet, allocate, search, extract, finetune."""
 
 import logging
 
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from flora_jax.cluster.processes import Stopped, StopRequest, wait_for_all
 from flora_jax.evaluation import evaluate as evaluate_metrics
 from flora_jax.io.files import read_json, write_json_once
 from flora_jax.io.json_lines import read_lines
 from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.supernet import Supernet, extract, extract_ranks, factorize
+from flora_jax.lowrank.supernet import Supernet, extract_ranks
+from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
+from flora_jax.search.allocation import Sensitivity, allocate_by, multiplier_path
 from flora_jax.search.block_scores import score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
 from flora_jax.search.history import Candidate
-from flora_jax.search.latency import LatencyTable, measure, measure_networks
+from flora_jax.search.latency import LatencyTable, measure_networks
+from flora_jax.search.laws import Draw, nested_law, sandwich_law, space_law
+from flora_jax.search.proposals import neighbours
 from flora_jax.stages.budget import (
-    LATENCY_FILE,
-    check_latency_budget,
-    latency_window,
+    ALLOCATION_FILE,
+    WINNERS_FILE,
+    budget_cost,
+    extracted_kinds,
+    load_budgets,
+    load_found,
     load_latency_table,
+    load_ranks,
     load_uniform_ranks,
-    macs_window,
+    macs_budgets,
+    winners_file,
 )
 from flora_jax.stages.images import Images
-from flora_jax.stages.run import Run, load_base, load_regular_space, load_space
+from flora_jax.stages.run import (
+    Run,
+    load_base,
+    load_inherited,
+    load_regular_space,
+    load_shared,
+    load_space,
+)
 from flora_jax.stages.training import train_stage, train_supernet
 from flora_jax.timing import median_ratio
+from flora_jax.train.settings import Recipe
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
@@ -39,7 +58,7 @@ def filter_candidates(run: Run, images: Images) -> None:
     settings, base, part = run.settings.filter, load_base(run), images.filter_part()
     space = run.settings.space.of(base.spec)
     full_rank = space.full_rank_triples
-    inherited = factorize(base, space)
+    inherited = load_inherited(run)
     scores = []
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
         for block, triples in enumerate(space.kept):
@@ -49,40 +68,89 @@ def filter_candidates(run: Run, images: Images) -> None:
                 only_this_block = [full_rank[b : b + 1] for b in range(space.num_blocks)]
                 only_this_block[block] = triples
                 local = Supernet(inherited.network, space.keep(only_this_block))
+                draw_genes = space_law(
+                    local.space, "uniform", run.settings.seed_of(f"{name}/genes")
+                )
                 local = train_supernet(
-                    run, local, settings.train, name, part, law="uniform", teacher=base
+                    run, local, settings.train, name, part, draw_genes=draw_genes, teacher=base
                 )
                 metrics = score_block(local, block, images.heldout_set)
                 write_json_once(scores_file, {name: m.tolist() for name, m in metrics.items()})
             metrics = read_json(scores_file)
             scores.append(np.asarray(metrics[run.settings.metric]))
             progress.update(best_top1=max(metrics["top1"]))
-    budget = macs_window(run.settings, run.spec)[1]
-    kept, price = filter_space(space, scores, budget, settings.drop)
+    budgets = [budget.window[1] for budget in macs_budgets(run.settings, run.spec)]
+    kept, prices = filter_space(space, scores, budgets, settings.drop)
     write_json_once(
         run.folder / "filter/space.json",
-        kept.to_json() | {"price": price, "kept_macs_range": kept.macs_range()},
+        kept.to_json() | {"prices": prices, "kept_macs_range": kept.macs_range()},
     )
 
 
 def train_whole_supernet(run: Run, images: Images) -> None:
     """Trains every subnet of the kept triples at once."""
-    base = load_base(run)
-    supernet, recipe = factorize(base, load_space(run)), run.settings.supernet
+    supernet = Supernet(load_inherited(run).network, load_space(run))
     folder.save_description_once(supernet, run.folder / "supernet")
+    draw_genes = _law(run, images, supernet)
+    recipe, base = run.settings.supernet, load_base(run)
     train_supernet(
-        run, supernet, recipe, "supernet", images.train, law="low_rank_aware", teacher=base
+        run, supernet, recipe, "supernet", images.train, draw_genes=draw_genes, teacher=base
     )
 
 
+def _law(run: Run, images: Images, supernet: Supernet) -> Draw:
+    """Which subnet each step trains."""
+    law, space = run.settings.supernet_law, supernet.space
+    seed = run.settings.seed_of("supernet/genes")
+    if law == "sandwich":
+        return sandwich_law(space, seed)
+    if law == "nested":
+        sensitivity = _sensitivity(run, images, supernet)
+        drops = _load_drops(sensitivity, run.folder / "supernet/drops.json")
+        return nested_law(space, multiplier_path(drops, space.macs_cost), seed)
+    return space_law(space, law, seed)
+
+
+def allocate(run: Run, images: Images) -> None:
+    """Finds the ranks of least measured drop for each budget, without training."""
+    supernet = Supernet(load_shared(run).network, load_space(run))
+    space = supernet.space
+    cost = budget_cost(run, space)
+    sensitivity = _sensitivity(run, images, supernet)
+    drops = _load_drops(sensitivity, run.folder / "allocate/drops.json")
+    most = [budget.window[1] for budget in load_budgets(run)]
+    found = [
+        {
+            "genes": genes.tolist(),
+            "macs": int(space.macs(genes)),
+            "ranks": space.ranks(genes).tolist(),
+        }
+        for genes in allocate_by(sensitivity, drops, cost, most)
+    ]
+    write_json_once(run.folder / ALLOCATION_FILE, found)
+
+
+def _sensitivity(run: Run, images: Images, supernet: Supernet) -> Sensitivity:
+    number, normalization = run.settings.allocation.images, run.settings.data.normalization
+    batches = images.without_augmentation(number, "allocate")
+    return Sensitivity(supernet, (np.asarray(normalization(jnp.asarray(b))) for b in batches))
+
+
+def _load_drops(sensitivity: Sensitivity, file: epath.Path) -> list[np.ndarray]:
+    """What each choice of each layer spoils alone, measured once and kept in a file."""
+    wait_for_all("drops are looked for")
+    if not file.exists():
+        write_json_once(file, [drops.tolist() for drops in sensitivity.drops()])
+    return [np.array(drops) for drops in read_json(file)]
+
+
 def search(run: Run, images: Images) -> None:
-    """Evolves subnets inside the window of the budget, scored on held-out images."""
-    supernet, settings = folder.load_supernet(run.folder / "supernet"), run.settings.search
-    space, table = supernet.space, None
-    cost, window = space.macs_cost, macs_window(run.settings, run.spec)
-    if run.settings.searches_by_latency:
-        table = _latency_table(run, space)
-        cost, window = table.cost, latency_window(run.settings, table)
+    """Evolves subnets inside the window of each budget, scored on held-out images."""
+    supernet, settings = load_shared(run), run.settings.search
+    supernet = Supernet(supernet.network, load_space(run))
+    space = supernet.space
+    cost = budget_cost(run, space)
+    budgets = load_budgets(run)
     history = run.folder / "search/history.jsonl"
     total, start = settings.generations, max(0, len(read_lines(history)) - 1)  # behind the header
 
@@ -100,34 +168,46 @@ def search(run: Run, images: Images) -> None:
             if stop_request.is_set():
                 raise Stopped(f"search is saved at generation {generation + 1} of {total}")
 
-        seed = run.settings.seed_of("search")
-        [best] = evolve(
-            space, score, cost, [window], settings.evolution, seed, history, on_generation
+        winners = evolve(
+            space,
+            score,
+            cost,
+            [budget.window for budget in budgets],
+            settings.evolution,
+            run.settings.seed_of("search"),
+            history,
+            on_generation,
+            first=_first_genes(run, space),
         )
-    found = {
-        "generation": best.generation,
-        "genes": best.genes,
-        "macs": int(space.macs(best.genes)),
-        "score": best.score,
-        "top1": best.top1,
-        "ranks": space.ranks(best.genes).tolist(),
-    }
-    if table is not None:
-        subnet = space.extracted_spec(best.genes)
-        found["latency"] = _check_prediction(table, run.spec, subnet, best.cost)
-    write_json_once(run.folder / "search/best.json", found)
+    found = [
+        {
+            "generation": best.generation,
+            "genes": best.genes,
+            "macs": int(space.macs(best.genes)),
+            "score": best.score,
+            "top1": best.top1,
+            "ranks": space.ranks(best.genes).tolist(),
+        }
+        for best in winners
+    ]
+    if run.settings.spends_latency:
+        table = load_latency_table(run)
+        for entry, best in zip(found, winners, strict=True):
+            subnet = space.extracted_spec(best.genes)
+            entry["latency"] = _check_prediction(table, run.spec, subnet, best.cost)
+    write_json_once(run.folder / WINNERS_FILE, found if len(found) > 1 else found[0])
 
 
-def _latency_table(run: Run, space: RankSpace) -> LatencyTable:
-    """Measures the table once: a search that goes on keeps it."""
-    wait_for_all("latency.json is looked for")
-    if not (run.folder / LATENCY_FILE).exists():
-        batch_size, dtype = run.settings.search.latency_batch, run.settings.finetune.compute_dtype
-        table = measure(space, batch_size, dtype, dense=run.spec)
-        write_json_once(run.folder / LATENCY_FILE, table.to_json())
-    table = load_latency_table(run)
-    check_latency_budget(run.settings, table, space)
-    return table
+def _first_genes(run: Run, space: RankSpace) -> np.ndarray | None:
+    """The allocation of each budget and its neighbours, half of the first population."""
+    if "allocate" not in run.settings.stages:
+        return None
+    rng = np.random.default_rng(run.settings.seed_of("search/first"))
+    count, first = run.settings.search.population // 2, []
+    for found in load_found(run, ALLOCATION_FILE):
+        genes = np.array(found.genes)
+        first += [genes[None], neighbours(space, genes, count - 1, rng)]
+    return np.concatenate(first)
 
 
 def _check_prediction(
@@ -153,36 +233,41 @@ def _check_prediction(
 
 
 def extract_subnets(run: Run, images: Images) -> None:
-    """Cuts out the winner, and the uniform-rank baseline out of the same supernet or its own."""
-    supernet = folder.load_supernet(run.folder / "supernet")
-    best = read_json(run.folder / "search/best.json")
-    folder.save_once(extract(supernet, best["genes"]), run.folder / "extract/subnet")
-    if run.settings.uniform_baseline == "none":
-        return
-    space = load_regular_space(run)
-    if run.settings.uniform_baseline == "alone":
-        supernet = factorize(load_base(run), space)
-    uniform = extract_ranks(supernet, load_uniform_ranks(run, space))
-    folder.save_once(uniform, run.folder / "extract/uniform")
+    """Cuts out the subnet and the baselines of each budget."""
+    supernet, kinds = load_shared(run), extracted_kinds(run.settings)
+    ranks = {"subnet": load_ranks(run, winners_file(run.settings))}
+    if "allocated" in kinds:
+        ranks["allocated"] = load_ranks(run, ALLOCATION_FILE)
+    if "uniform" in kinds:
+        ranks["uniform"] = load_uniform_ranks(run, load_regular_space(run))
+    for kind in kinds:
+        is_alone = kind == "uniform" and run.settings.uniform_baseline == "alone"
+        source = load_inherited(run) if is_alone else supernet
+        for budget, own_ranks in zip(load_budgets(run), ranks[kind], strict=True):
+            model = extract_ranks(source, own_ranks)
+            folder.save_once(model, run.folder / "extract" / budget.folder(kind))
 
 
 def finetune(run: Run, images: Images) -> None:
-    """Fine-tunes the subnet and the uniform-rank baseline, in the same way.
+    """Fine-tunes the subnet of each budget and its baselines, in the same way.
 
-    A baseline of its own is first trained alone by the supernet's recipe.
+    A uniform baseline of its own is first trained alone by the supernet's recipe.
     """
     settings, teacher = run.settings, load_base(run)
-    models = {"subnet": folder.load_model(run.folder / "extract/subnet")}
-    if settings.uniform_baseline != "none":
-        models["uniform"] = folder.load_model(run.folder / "extract/uniform")
 
-    def train(model, recipe, name):
+    def train(model: Network, recipe: Recipe, name: str) -> Network:
+        if not recipe.epochs:
+            return model
         folder.save_description_once(model, run.folder / name)
         return train_stage(run, model, recipe, name, images.train, teacher=teacher)
 
-    if settings.uniform_baseline == "alone":
-        alone = "finetune/uniform_alone"
-        models["uniform"] = train(models["uniform"], settings.supernet, alone)
-    for name, model in models.items():
-        model = train(model, settings.finetune, f"finetune/{name}")
-        folder.save_once(model, run.folder / name)
+    for budget in load_budgets(run):
+        for kind in extracted_kinds(settings):
+            name = budget.folder(kind)
+            if (run.folder / name / folder.SPEC_FILE).exists():
+                continue
+            model = folder.load_model(run.folder / "extract" / name)
+            if kind == "uniform" and settings.uniform_baseline == "alone":
+                model = train(model, settings.supernet, f"finetune/{name}_alone")
+            model = train(model, settings.finetune, f"finetune/{name}")
+            folder.save_once(model, run.folder / name)

@@ -1,13 +1,16 @@
 """The images of a run: what it trains with, searches with and reports on."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import Source
-from flora_jax.data.splits import Splits, hold_out, load_splits
+from flora_jax.data.splits import Splits, hold_out, load_splits, subset
 from flora_jax.evaluation import EvaluationSet
+from flora_jax.lowrank.calibration import BATCH_SIZE
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 
@@ -45,6 +48,16 @@ class Images:
         size = -(-size // jax.device_count()) * jax.device_count()
         transform = data.augmentation.evaluation(self._image_shape)
         return EvaluationSet(eval_batches(source, transform, size), data.normalization)
+
+    def without_augmentation(self, number: int, purpose: str) -> Iterator[np.ndarray]:
+        """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call."""
+        seed = self._settings.seed_of(purpose)
+        order = np.random.default_rng(seed).permutation(len(self.train))[:number]
+        data, source = self._settings.data, subset(self.train, np.sort(order))
+        transform = data.augmentation.evaluation(self._image_shape)
+        size = min(data.eval_batch_size, BATCH_SIZE)
+        for batch in eval_batches(source, transform, size, data.num_threads):
+            yield batch["image"][batch["mask"] > 0]
 
     def filter_part(self) -> Source:
         """The training images that local supernets see."""

@@ -1,6 +1,7 @@
 """Where a run ends: its models on the test split, the table and the pictures."""
 
 import logging
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,7 +18,12 @@ from flora_jax.report import plots, slim_plots, table
 from flora_jax.search.history import read_history
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.masks import read_decision
-from flora_jax.stages.budget import load_latency_table, load_uniform_ranks, load_window
+from flora_jax.stages.budget import (
+    finished_models,
+    load_budgets,
+    load_latency_table,
+    load_uniform_ranks,
+)
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_regular_space
 from flora_jax.stages.slim import DECISION_FILE
@@ -32,19 +38,32 @@ PerImage = dict[str, np.ndarray]
 def evaluate(run: Run, images: Images) -> None:
     """Measures all finished models on the test split, the only look at it."""
     test_set = images.evaluation_set(images.splits.test)
-    specs, found = {}, {}
-    for name, path in _models(run).items():
-        model = folder.load_model(path)
+    entries, specs, found = {}, {}, {}
+    models = list(finished_models(run))
+    for _, name, path, budget in models:
+        model = folder.load_model(run.folder / path)
         specs[name], found[name] = model.spec, evaluate_images(model, test_set)
+        if name == "dense" and not images.splits.num_classes:
+            log.info("the images have no labels: the dense model's predictions stand for them")
+            test_set = test_set.relabelled(found[name]["predicted"])
+            found[name] = evaluate_images(model, test_set)
+        entries[name] = _entry(specs[name], found[name])
+        if budget is not None:
+            entries[name]["budget"] = budget.shares
     save_images_once(run.folder / TEST_IMAGES_FILE, test_set.labels, found)
-    result = {name: _entry(specs[name], found[name]) for name in specs}
     for name, against in compare(found, baseline_pairs(found)).items():
-        result[name]["against"] = against
+        entries[name]["against"] = against
         if "dense" in against:
-            result[name]["agreement"] = _agreement(found[name], found["dense"])
-    if run.settings.searches_by_latency:
+            entries[name]["agreement"] = _agreement(found[name], found["dense"])
+    if run.settings.spends_latency:
         for name, ms in _milliseconds(run, specs).items():
-            result[name]["ms"] = ms
+            entries[name]["ms"] = ms
+    result: dict[str, Any] = {}
+    for kind, name, _, budget in models:
+        if budget is None or budget.is_only:
+            result[kind] = entries[name]
+        else:
+            result.setdefault(kind, []).append(entries[name])
     write_json_once(run.folder / "result.json", result)
 
 
@@ -86,21 +105,6 @@ def _milliseconds(run: Run, specs: dict[str, Spec]) -> dict[str, float]:
     return {name: table.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}
 
 
-def _models(run: Run) -> dict[str, epath.Path]:
-    """The finished models of the configured stages."""
-    stages, names = run.settings.stages, {}
-    for stage, name in (("pretrain", "dense"), ("slim", "slim"), ("transfer", "transfer")):
-        if stage in stages:
-            names[name] = name
-    if "finetune" in stages:
-        names["subnet"] = "subnet"
-        if run.settings.uniform_baseline != "none":
-            names["uniform"] = "uniform"
-    elif "extract" in stages:
-        names["subnet"] = "extract/subnet"
-    return {name: run.folder / path for name, path in names.items()}
-
-
 def report(run: Run, images: Images) -> None:
     """Prints the table and draws the pictures, out of what the stages have saved."""
     result, figures = read_json(run.folder / "result.json"), {}
@@ -140,36 +144,45 @@ def _slim_figure(run: Run, images: Images) -> Figure:
 
 
 def _search_figure(run: Run, result: dict) -> Figure:
-    candidates = read_history(run.folder / "search/history.jsonl")
-    cost, unit = ("ms", 1e6) if run.settings.searches_by_latency else ("macs", 1)
-    subnet = folder.load_spec(run.folder / "extract/subnet")
-    space = load_regular_space(run)
+    history = run.folder / "search/history.jsonl"
+    candidates = read_history(history) if "search" in run.settings.stages else []
+    cost, unit = ("ms", 1e6) if run.settings.spends_latency else ("macs", 1)
+    space, budgets = load_regular_space(run), load_budgets(run)
+    windows = [budget.window for budget in budgets]
     full_ranks = [layer.full_rank for layer in space.spec.layers]
-    low, high = load_window(run)
-    uniform_ratio = None
+    subnets = {
+        budget.name("subnet"): folder.load_spec(run.folder / "extract" / budget.folder("subnet"))
+        for budget in budgets
+    }
+    uniform_ratios = None
     if run.settings.uniform_baseline != "none":
-        uniform_ratio = load_uniform_ranks(run, space)[0] / full_ranks[0]
+        uniform_ratios = [r[0] / full_ranks[0] for r in load_uniform_ranks(run, space)]
     return plots.report_figure(
         candidates={
             cost: [candidate.cost / unit for candidate in candidates],
             "top1": [candidate.top1 for candidate in candidates],
             "generation": [candidate.generation for candidate in candidates],
         },
-        points={name: (row[cost], row["top1"]) for name, row in result.items()},
-        window=(low / unit, high / unit),
-        ranks=subnet.ranks,
+        points={
+            name: (row[cost], row["top1"]) for name, row in table.named_entries(result).items()
+        },
+        windows=[(low / unit, high / unit) for low, high in windows],
+        ranks={name: spec.ranks for name, spec in subnets.items()},
         full_ranks=full_ranks,
         curves=_loss_curves(run.folder),
-        uniform_ratio=uniform_ratio,
-        title=f"{run.folder.name}: {table.human_count(subnet.macs())} of "
-        f"{table.human_count(run.spec.macs())} multiply-adds",
+        uniform_ratios=uniform_ratios,
+        title=f"{run.folder.name}: "
+        + ", ".join(table.human_count(spec.macs()) for spec in subnets.values())
+        + f" of {table.human_count(run.spec.macs())} multiply-adds",
     )
 
 
 def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float]]]:
     """Loss by step of the long stages, averaged over about 1 % of the stage."""
     curves = {}
-    for name in ("pretrain", "slim/retrain", "supernet", "finetune/uniform", "finetune/subnet"):
+    finetuned = sorted(path.parent for path in directory.glob("finetune/*/metrics.jsonl"))
+    names = ["pretrain", "slim/retrain", "supernet"]
+    for name in names + [f"finetune/{path.name}" for path in finetuned]:
         path = directory / name / "metrics.jsonl"
         if path.exists():
             losses = np.array([record["loss"] for record in read_records(path)])

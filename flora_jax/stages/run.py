@@ -7,14 +7,17 @@ Folder of a run:
                     cut/ and retrain/: training of the gates, the model after the cut, retraining;
                     decision.safetensors: the gates and what they leave
   transfer/         a finished model fine-tuned on this dataset
+  calibrate/        what `calibrate` has summed so far, while it goes on
+  inherited/        the supernet before training, its factors weighed by the calibration
   filter/block_00/  local supernets with their scores; filter/space.json: the kept triples
   supernet/         the supernet's training run: open it with `flora_jax.load`
+  allocate/         genes.json: the ranks of least measured drop for each budget, and the drops
   search/           history.jsonl and best.json; latency.json where that is the budget
-  extract/          the subnet, and the baseline at the largest common ratio inside the budget,
-                    with the weights that they inherit
+  extract/          the subnet, and the baselines at the allocated ranks and at the largest common
+                    ratio inside the budget, with the weights that they inherit
   finetune/         their training runs
-  subnet/ uniform/  the finished models
-  result.json, report.png
+  subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
+  result.json, test_images.safetensors, report.png
 """
 
 import dataclasses
@@ -23,12 +26,14 @@ from etils import epath
 
 from flora_jax.io.files import read_json
 from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet, factorize
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.stages.settings import Settings
 from flora_jax.weights import folder
 
 CONFIG_FILE = "config.json"
+INHERITED = "inherited"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +47,18 @@ class Run:
     def open(cls, folder: epath.PathLike) -> "Run":
         """The run that was made in this folder."""
         folder = epath.Path(folder)
-        return cls(Settings.from_config(read_json(folder / CONFIG_FILE)), folder)
+        return cls(saved_settings(folder), folder)
 
     @property
     def spec(self) -> Spec:
         return network_spec(self.settings)
+
+
+def saved_settings(folder: epath.Path) -> Settings:
+    """The settings that the run in this folder was made with."""
+    config = read_json(folder / CONFIG_FILE)
+    # Versions that did not say so factorised by the plain SVD.
+    return Settings.from_config({"calibration": {"images": 0}} | config)
 
 
 def network_spec(settings: Settings) -> Spec:
@@ -78,6 +90,20 @@ def load_space(run: Run) -> RankSpace:
     if "filter" not in run.settings.stages:
         return regular
     return RankSpace.from_json(regular.spec, read_json(run.folder / "filter/space.json"))
+
+
+def load_inherited(run: Run) -> Supernet:
+    """The supernet of every rank triple with the weights that it inherits, before any training."""
+    if "calibrate" in run.settings.stages:
+        return folder.load_supernet(run.folder / INHERITED)
+    return factorize(load_base(run), load_regular_space(run))
+
+
+def load_shared(run: Run) -> Supernet:
+    """The supernet that subnets are cut out of: the trained one where the run trains one."""
+    if "supernet" in run.settings.stages:
+        return folder.load_supernet(run.folder / "supernet")
+    return load_inherited(run)
 
 
 def _base_folder(run: Run) -> epath.Path:

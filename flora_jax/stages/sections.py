@@ -4,11 +4,14 @@ Configs take their defaults here, so that each stands in one place.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, check_at_least, check_between, check_known
+from flora_jax.lowrank.calibration import SHRINKAGE
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.search.evolution import EvolutionSettings
@@ -146,25 +149,87 @@ class SpaceSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The images that weigh the supernet's factors (`flora_jax.calibrate`).
+
+    Attributes:
+      images: of the training split, without augmentation; fewer where there are fewer. 0: the plain
+        SVD, as published.
+      shrinkage: as in `Calibration`.
+    """
+
+    images: int = 1024
+    shrinkage: float = SHRINKAGE
+
+    def __post_init__(self):
+        check_at_least(self, 0, "images")
+        if not 0 < self.shrinkage <= 1:
+            raise InputError(f"shrinkage must lie in (0, 1], got {self.shrinkage}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationSettings:
+    """The images on which `flora_jax.allocate` measures what each rank spoils.
+
+    Attributes:
+      images: of the training split, without augmentation; fewer where there are fewer.
+    """
+
+    images: int = 256
+
+    def __post_init__(self):
+        check_at_least(self, 1, "images")
+
+
+@dataclasses.dataclass(frozen=True)
 class BudgetSettings:
-    """What the subnet may cost, at least and at most, as shares of the dense model's.
+    """What a subnet may cost, at least and at most, as shares of the dense model's.
+
+    Either is one window (low, high), or several, from each of which comes a subnet.
 
     Attributes:
       macs: multiply-adds. The filter's price is in them, whatever the search spends.
       latency: time on this device.
     """
 
-    macs: Window = (0.43, 0.46)
-    latency: Window = (0.55, 0.6)
+    macs: Window | tuple[Window, ...] = (0.43, 0.46)
+    latency: Window | tuple[Window, ...] = (0.55, 0.6)
 
     def __post_init__(self):
         for name in BUDGETS:
-            low, high = getattr(self, name)
-            if not 0 < low < high <= 1:
-                raise InputError(
-                    f"{name} {(low, high)} must be two shares of the dense model's, "
-                    f"0 < low < high <= 1"
-                )
+            _check_windows(name, getattr(self, name))
+
+    def windows(self, name: str) -> tuple[Window, ...]:
+        """The windows of "macs" or "latency", ascending."""
+        (*windows,) = map(tuple, _listed(getattr(self, name)))
+        return tuple(sorted(windows))
+
+
+def _listed(value) -> Sequence:
+    """One window or several, as several."""
+    return value if any(isinstance(part, Sequence) for part in value) else [value]
+
+
+def _check_windows(name: str, value) -> None:
+    for window in _listed(value):
+        if not (isinstance(window, Sequence) and len(window) == 2):
+            raise InputError(
+                f"{name} must be one window (low, high) or several of them, got {value}"
+            )
+        low, high = window
+        if not 0 < low < high <= 1:
+            raise InputError(
+                f"{name} {window} must be two shares of the dense model's, 0 < low < high <= 1"
+            )
+    windows = sorted(map(tuple, _listed(value)))
+    for lower, upper in itertools.pairwise(windows):
+        if lower == upper:
+            raise InputError(f"{name} {lower} is given twice")
+        if upper[0] < lower[1]:
+            raise InputError(
+                f"{name} {lower} and {upper} overlap: windows must be apart, so that every subnet "
+                f"belongs to one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,13 @@ from flora_jax.errors import InputError, check_known, unknown
 from flora_jax.evaluation import METRICS
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import deit
+from flora_jax.search.laws import SUPERNET_LAWS
 from flora_jax.stages.config_tree import from_mapping, to_mapping
 from flora_jax.stages.sections import (
     DEIT_TRAINING,
+    AllocationSettings,
     BudgetSettings,
+    CalibrationSettings,
     DataSettings,
     FilterSettings,
     SearchSettings,
@@ -28,8 +31,10 @@ STAGES = (
     "pretrain",
     "transfer",
     "slim",
+    "calibrate",
     "filter",
     "supernet",
+    "allocate",
     "search",
     "extract",
     "finetune",
@@ -50,6 +55,8 @@ class Settings:
       model: the dense network.
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads; empty: train from
         scratch.
+      train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
+      supernet_law: which subnet a step of the supernet trains (`flora_jax.search.laws`).
       uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
         supernet and fine-tuning together; "none" leaves it out.
@@ -65,10 +72,14 @@ class Settings:
     model: Spec = deit("base")
     data: DataSettings = DataSettings()
     pretrained: str = ""
+    train_pretrained: bool = False
     pretrain: Recipe = Recipe(**DEIT_TRAINING, label_smoothing=0.1, distill=False)
     slim: SlimSettings = SlimSettings()
     space: SpaceSettings = SpaceSettings()
     budget: BudgetSettings = BudgetSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    allocation: AllocationSettings = AllocationSettings()
+    supernet_law: str = "low_rank_aware"
     uniform_baseline: str = "supernet"
     metric: str = "top1"
     filter: FilterSettings = FilterSettings()
@@ -79,13 +90,14 @@ class Settings:
     def __post_init__(self):
         _check_stages(self.stages)
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
+        check_known(self, "supernet_law", SUPERNET_LAWS)
         check_known(self, "metric", METRICS)
         if self.pretrain.distill:
             raise InputError("pretrain.distill must be False: the dense model has no teacher")
         if "transfer" in self.stages and self.finetune.distill:
             raise InputError("finetune.distill must be False: nobody teaches the new classes")
-        share, high = self.slim.budget.macs, self.budget.macs[1]
-        if {"slim", "search"} <= set(self.stages) and 0 < share < high:
+        share, high = self.slim.budget.macs, self.budget.windows("macs")[-1][1]
+        if "slim" in self.stages and self.finds_ranks and 0 < share < high:
             raise InputError(
                 f"slim.budget.macs {share} is below the subnet's, {high}: the slimmed model must "
                 f"leave something to save"
@@ -105,9 +117,19 @@ class Settings:
         return to_mapping(self)
 
     @property
-    def searches_by_latency(self) -> bool:
-        """Whether the search's budget is time on this device, not MACs."""
-        return "search" in self.stages and self.search.budget == "latency"
+    def trains_dense(self) -> bool:
+        """Whether `pretrain` trains, and does not only read weights."""
+        return "pretrain" in self.stages and (self.train_pretrained or not self.pretrained)
+
+    @property
+    def finds_ranks(self) -> bool:
+        """Whether a stage chooses ranks for a budget."""
+        return bool({"allocate", "search"} & set(self.stages))
+
+    @property
+    def spends_latency(self) -> bool:
+        """Whether the budget is time on this device, not MACs."""
+        return self.finds_ranks and self.search.budget == "latency"
 
     def seed_of(self, purpose: str) -> int:
         """A seed of its own for everything random, 31 bits."""

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.batches import Batches, train_batches
@@ -14,6 +13,7 @@ from flora_jax.distill.teacher import Teacher, describe
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.functional import Parameters
 from flora_jax.models.network import Network
+from flora_jax.search.laws import Draw
 from flora_jax.stages.run import Run
 from flora_jax.train.loop import train
 from flora_jax.train.settings import Recipe, TrainSettings
@@ -27,7 +27,7 @@ def train_stage(
     source: Source,
     *,
     teacher: Network | None = None,
-    draw_genes: Callable[[int], np.ndarray] | None = None,
+    draw_genes: Draw | None = None,
     penalty: Callable[[Parameters], jax.Array] | None = None,
 ) -> Network:
     """Trains in the run's folder `name`, or goes on with a training that was interrupted there.
@@ -66,19 +66,14 @@ def train_supernet(
     name: str,
     source: Source,
     *,
-    law: str,
+    draw_genes: Draw,
     teacher: Network,
 ) -> Supernet:
-    """Trains a subnet a step, drawn from the supernet's space by a law; otherwise `train_stage`."""
-    seed, space = run.settings.seed_of(f"{name}/genes"), supernet.space
-
-    def draw_genes(step: int) -> np.ndarray:
-        return space.sample(np.random.default_rng([seed, step]), 1, law)[0]
-
+    """Trains a subnet a step, as `draw_genes` says; otherwise `train_stage`."""
     network = train_stage(
         run, supernet.network, recipe, name, source, teacher=teacher, draw_genes=draw_genes
     )
-    return Supernet(network, space)
+    return Supernet(network, supernet.space)
 
 
 def stored_teacher(

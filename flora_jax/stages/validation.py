@@ -34,13 +34,30 @@ def check(settings: Settings) -> Images:
     data.augmentation.evaluation(spec.image_shape)
     make_mesh(settings.fsdp)
     images = Images(settings)
-    _check_recipes(settings, len(images.train))
-    if images.splits.num_classes != spec.num_classes:
+    if not images.splits.num_classes:
+        _check_needs_no_labels(settings)
+    elif images.splits.num_classes != spec.num_classes:
         raise InputError(
             f"model.num_classes is {spec.num_classes}, but {data.name} has "
             f"{images.splits.num_classes} classes"
         )
+    _check_recipes(settings, len(images.train))
     return images
+
+
+def _check_needs_no_labels(settings: Settings) -> None:
+    stages = set(settings.stages) & {"transfer", "slim", "filter", "search"}
+    if settings.trains_dense:
+        stages.add("pretrain")
+    recipes = {"supernet": settings.supernet, "finetune": settings.finetune}
+    stages |= {name for name, recipe in recipes.items() if not recipe.distill} & set(
+        settings.stages
+    )
+    if stages:
+        raise InputError(
+            f"{settings.data.name} has no labels, but {', '.join(sorted(stages))} need them: give "
+            f"weights with pretrained= and leave these stages out, or use folder:PATH"
+        )
 
 
 def _check_files(settings: Settings) -> None:
@@ -64,7 +81,8 @@ def _check_recipes(settings: Settings, num_images: int) -> None:
         ("supernet", "supernet", settings.supernet, num_images),
         ("finetune", "finetune", settings.finetune, num_images),
     ):
-        if stage in settings.stages:
+        is_used = settings.trains_dense if stage == "pretrain" else recipe.epochs
+        if stage in settings.stages and is_used:
             _check_batch(name, recipe, images)
 
 

@@ -1,0 +1,37 @@
+"""FLORA on a real pretrained network: DINOv2 ViT-S/14, fine-tuned on a folder of clip art.
+
+    pip install -r requirements-benchmarks.txt
+    python benchmarks/dinov2.py --out runs/material/dinov2_vits14
+    python benchmarks/clip_art.py --out runs/material/clip_art
+    python -m flora_jax.main --config=configs/clip_art.py --workdir=runs/clip_art
+
+Two budgets from one run: half an hour on two CPU cores at 70 x 70 pixels.
+"""
+
+import flora_jax as flora
+from configs import common
+
+
+def get_config():
+    config = common.imagenet(
+        flora.ViTSpec(
+            image_size=70, patch_size=14, embed_dim=384, depth=12, num_heads=6, num_classes=12
+        )
+    )
+    config.stages = tuple(stage for stage in config.stages if stage != "filter")
+    config.pretrained = "runs/material/dinov2_vits14"
+    config.train_pretrained = True
+    config.data.update({"name": "folder:runs/material/clip_art", "heldout_fraction": 0.15})
+    config.data.update({"num_threads": 1, "eval_batch_size": 128})
+    config.data.augmentation = {"name": "inception", "scale": (0.5, 1.0)}
+    config.budget.macs = ((0.33, 0.35), (0.53, 0.55))
+    config.metric = "log_likelihood"  # the held-out images are few
+
+    shared = {"batch_size": 32, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
+    shared |= common.NO_MIXING | {"checkpoint_every": 200, "warmup_epochs": 0.5}
+    config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 1.2e-3})
+    config.supernet.update(shared | {"epochs": 15.0, "learning_rate": 1.6e-3})
+    config.finetune.update(shared | {"epochs": 4.0, "learning_rate": 8e-4})
+    config.allocation.images = 128
+    config.search.update({"generations": 8, "population": 24, "mutants": 12, "crossovers": 8})
+    return config

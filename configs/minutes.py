@@ -1,0 +1,28 @@
+"""A smaller model in minutes: out of weights and a few hundred images, without labels or a search.
+
+    python -m flora_jax.main --config=configs/minutes.py --workdir=runs/minutes \
+        --config.pretrained=deit_base_patch16_224.safetensors --config.data.name=images:PATH
+
+PATH is any folder of images like those that the model will see. One epoch of distillation from the
+dense model follows; --config.finetune.epochs=0 leaves it out, more make it better.
+--config.budget.macs="((0.4,0.45),(0.6,0.65))" makes a model for each of several budgets.
+
+On a laptop, in seconds, with a tiny model and the bundled digits:
+
+    python -m flora_jax.main --config=configs/minutes.py:runlocal --workdir=runs/tiny
+"""
+
+import flora_jax as flora
+from configs import common
+
+
+def get_config(argument: str = ""):
+    if argument not in ("", "runlocal"):
+        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
+    config = common.imagenet(flora.deit("base"))
+    config.stages = common.MINUTES_STAGES
+    config.budget.macs = (0.55, 0.6)
+    config.data.update({"name": "images:photographs", "heldout_fraction": 0.02})
+    config.finetune.update({"epochs": 1.0, "batch_size": 32, "learning_rate": 4e-4})
+    config.finetune.update({"warmup_epochs": 0.1, "weight_decay": 0.0})
+    return common.run_local(config) if argument == "runlocal" else config

@@ -1,0 +1,278 @@
+"""What enters each searchable layer on real images: the second moments that weigh its factors.
+
+The plain SVD of a kernel W minimises the error of W itself. With G the mean of x x^T over the
+tokens x that enter the layer, the error of its outputs on real images is that of W in the norm of
+G, and the leading components of an SVD in that norm are the best of their rank (ASVD, arXiv
+2312.05821; SVD-LLM, arXiv 2403.07378). No label and no training is needed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.errors import InputError
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.layers import Linear
+from flora_jax.models.network import Network
+from flora_jax.models.spec import LinearShape, Rank, Spec
+from flora_jax.progress import Progress
+
+SHRINKAGE = 0.05  # docs/decisions.md
+BATCH_SIZE = 64  # images, where the caller gives no batches
+DEVICE_BYTES = 2**30  # of moments that a device computes in one pass over the images
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Second moments of what enters each searchable layer of one model.
+
+    Attributes:
+      spec: of the model.
+      checksum: of the model's weights, as `model_checksum` gives it.
+      num_images: that the moments are means over.
+      moments: float32 [in, in] by the name of the layer: the mean of x x^T over the tokens x of all
+        images. Any mapping will do, such as one that reads a file whenever it is asked.
+      shrinkage: share of the moment that is replaced by the same mean square in every direction, in
+        (0, 1]; 1 gives the plain SVD.
+
+    Raises:
+      InputError: the shrinkage lies outside (0, 1].
+    """
+
+    spec: Spec
+    checksum: str
+    num_images: int
+    moments: Mapping[str, np.ndarray]
+    shrinkage: float = SHRINKAGE
+
+    def __post_init__(self):
+        if not 0 < self.shrinkage <= 1:
+            raise InputError(f"shrinkage must lie in (0, 1], got {self.shrinkage}")
+
+    def shrunk_moment(self, layer: LinearShape) -> np.ndarray:
+        """The moment that weighs the layer's factors, float64 [in, in], positive definite."""
+        moment, size = self.moments[layer.name].astype(np.float64), layer.in_features
+        mean_square = np.trace(moment) / size
+        if mean_square == 0:  # nothing ever enters: every direction counts alike
+            return np.eye(size)
+        return (1 - self.shrinkage) * moment + self.shrinkage * mean_square * np.eye(size)
+
+    def is_full_rank(self, layer: LinearShape) -> bool:
+        """Whether the tokens that entered the layer span all directions, up to rounding."""
+        if self.num_images * layer.tokens < layer.in_features:
+            return False
+        moment = self.moments[layer.name].astype(np.float64)
+        rounding = np.finfo(np.float32).eps * np.diag(moment).max()
+        try:
+            np.linalg.cholesky(moment - rounding * np.eye(len(moment)))
+        except np.linalg.LinAlgError:
+            return False
+        return True
+
+    def check_fits(self, model: Network) -> None:
+        """Raises InputError where this is the calibration of another model."""
+        if model.spec != self.spec:
+            raise InputError("the calibration is of another model: its spec is another one")
+        if model_checksum(model) != self.checksum:
+            raise InputError(
+                "the calibration is of another model: the spec is the same, the weights are not; "
+                "calibrate this one"
+            )
+
+
+def calibrate(model: Network, images: np.ndarray | Iterable[np.ndarray]) -> Calibration:
+    """Second moments of what enters each searchable layer, over all images and devices.
+
+    They are computed in float32 whatever the model's dtype is, summed over the tokens of a batch in
+    float32 and over batches in float64. On the host they take 4 bytes for each of the squared input
+    widths: 0.5 GB for DeiT-B. A device holds at most 1 GiB of them, or those of one layer; a model
+    that has more is run several times over the images.
+
+    Args:
+      model: a dense model, slimmed or not.
+      images: float32 [n, H, W, C], normalised, or batches of such; in several processes, all
+        images in each of them.
+
+    Raises:
+      InputError: the model is low-rank already, there is no image, images have another shape or
+        are not floating point, or what enters a layer is not finite; names the layer.
+    """
+    batches = image_batches(images, model.spec)
+    groups, total = layer_groups(model.spec), num_images(batches)
+    moments: Arrays = {}
+    with Progress("calibrate", total=len(groups) * total, unit="image") as progress:
+        for layers in groups:
+            sums = zero_sums(layers)
+            for batch in running_sums(model, batches, sums):
+                progress.update(len(batch))
+            moments |= means(sums, layers, total)
+    return Calibration(model.spec, model_checksum(model), total, moments)
+
+
+def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list[np.ndarray]:
+    """Lists batches [B, H, W, C] of the images, which are one array or batches already.
+
+    Raises:
+      InputError: there is no image, or one has another shape than the spec's.
+    """
+    if isinstance(images, np.ndarray | jax.Array):
+        starts = range(0, len(images), BATCH_SIZE)
+        batches = [np.asarray(images[start : start + BATCH_SIZE]) for start in starts]
+    else:
+        batches = [np.asarray(batch) for batch in images]
+    for batch in batches:
+        if batch.ndim != 4 or batch.shape[1:] != spec.image_shape:
+            expected = ", ".join(map(str, spec.image_shape))
+            raise InputError(
+                f"calibration images have shape {batch.shape}; expected [B, {expected}] "
+                f"(batch, height, width, channels)"
+            )
+        if not jnp.issubdtype(batch.dtype, jnp.floating):
+            raise InputError(
+                f"calibration images have dtype {batch.dtype}; expected normalised floating point "
+                f"images, float32"
+            )
+    if not num_images(batches):
+        raise InputError("calibration needs at least one image")
+    return batches
+
+
+def num_images(batches: Sequence[np.ndarray]) -> int:
+    return sum(map(len, batches))
+
+
+def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[LinearShape]]:
+    """The searchable layers in order, in groups whose float32 moments fit `device_bytes`.
+
+    A layer that does not fit alone is a group of its own.
+    """
+    groups: list[list[LinearShape]] = []
+    free = 0
+    for layer in spec.layers:
+        needed = 4 * layer.in_features**2
+        if needed > free:
+            groups.append([])
+            free = device_bytes
+        groups[-1].append(layer)
+        free -= needed
+    return groups
+
+
+def zero_sums(layers: Sequence[LinearShape]) -> Arrays:
+    """Where `running_sums` starts: float64 [in, in] by the name of the layer."""
+    return {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
+
+
+def running_sums(
+    model: Network,
+    batches: Sequence[np.ndarray],
+    sums: Arrays,
+    *,
+    normalize: Callable[[jax.Array], jax.Array] = jnp.asarray,
+) -> Iterator[np.ndarray]:
+    """Adds x x^T of what enters the layers to their sums, batch by batch.
+
+    Every process passes the same batches, and all get the same sums.
+
+    Args:
+      sums: of the layers to look at, as `zero_sums` makes them; they are changed in place.
+      normalize: makes float images of the batches, on the device; hashable.
+
+    Yields:
+      Each batch, when it is in the sums.
+
+    Raises:
+      InputError: the model has ranks, or what enters a layer is not finite.
+    """
+    if any(rank is not None for rank in model.spec.ranks):
+        raise InputError("calibration needs a dense model, but this one has low-rank layers")
+    mesh = make_mesh()
+    tapped = create_abstract(model.spec, linear=TappedLinear)
+    structure, _ = functional.split(tapped)
+    parameters = replicate(functional.split(model)[1], mesh)
+    names = tuple(sums)
+    for batch in batches:
+        padded, mask = shared_by(mesh.size, batch)
+        found = batch_sums(
+            structure, mesh, names, normalize, parameters, spread(padded, mesh), spread(mask, mesh)
+        )
+        for name in names:
+            of_batch = np.asarray(found[name])
+            if not np.isfinite(np.trace(of_batch)):
+                raise InputError(
+                    f"what enters {name} is not finite on the calibration images: the weights "
+                    f"before it or the images hold NaN or infinity"
+                )
+            sums[name] += of_batch
+        yield batch
+
+
+def means(sums: Arrays, layers: Sequence[LinearShape], num_images: int) -> Arrays:
+    """Turns sums over all tokens into the moments of a `Calibration`."""
+    return {
+        layer.name: (sums[layer.name] / (layer.tokens * num_images)).astype(np.float32)
+        for layer in layers
+    }
+
+
+def model_checksum(model: Network) -> str:
+    """The sha256 of the model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(functional.split(model)[1].items()):
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+class LayerInput(nnx.Variable):
+    """What entered a layer the last time it was called, [M, in]."""
+
+
+class TappedLinear(Linear):
+    """A dense searchable layer that keeps what enters it."""
+
+    def __init__(self, layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs):
+        super().__init__(layer.in_features, layer.out_features, use_bias=layer.use_bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.input = LayerInput(x)
+        return super().__call__(x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def batch_sums(structure, mesh: Mesh, names, normalize, parameters, images, mask):
+    def on_one_device(parameters, images, mask):
+        parameters = jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
+        network = functional.merge(structure, parameters)
+        network(normalize(images).astype(jnp.float32))
+        inputs = dict(functional.named_variables(network, LayerInput))
+        return {
+            name: jax.lax.psum(_second_moment(inputs[f"{name}.input"], mask), AXES)
+            for name in names
+        }
+
+    in_specs = (WHOLE, SPLIT, SPLIT)
+    return on_each_device(on_one_device, mesh, in_specs, WHOLE)(parameters, images, mask)
+
+
+def _second_moment(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sums x^T x over tokens x [B*N, D], image by image, where mask [B] is 1: float32 [D, D]."""
+    x = (x.reshape(len(mask), -1, x.shape[-1]) * mask[:, None, None]).reshape(x.shape)
+    return jnp.matmul(x.T, x, precision="highest")
+
+
+def shared_by(num_devices: int, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fills a batch up to equal shares; the mask float32 [B] is 0 for what fills it."""
+    filling = -len(batch) % num_devices
+    mask = np.array([1.0] * len(batch) + [0.0] * filling, np.float32)
+    return np.concatenate([batch, np.zeros((filling, *batch.shape[1:]), batch.dtype)]), mask
