@@ -27,10 +27,10 @@ def get_config():
     config.budget.macs = ((0.33, 0.35), (0.53, 0.55))
     config.metric = "log_likelihood"  # the held-out images are few
 
-    shared = {"batch_size": 32, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
+    shared = {"batch_size": 64, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
     shared |= common.NO_MIXING | {"checkpoint_every": 200, "warmup_epochs": 0.5}
-    config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 1.2e-3})
-    config.supernet.update(shared | {"epochs": 15.0, "learning_rate": 1.6e-3})
+    config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 1.0e-3})
+    config.supernet.update(shared | {"epochs": 15.0, "learning_rate": 1.2e-3})
     config.finetune.update(shared | {"epochs": 4.0, "learning_rate": 8e-4})
     config.allocation.images = 128
     config.search.update({"generations": 8, "population": 24, "mutants": 12, "crossovers": 8})

@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 import flora_jax as flora
 from configs import deit_t, digits_swin
 from flora_jax import pipeline
+from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
 from flora_jax.search.history import read_history
 from flora_jax.stages import STAGES
+from flora_jax.stages.flora import train_whole_supernet
 from flora_jax.stages.images import Images
 from flora_jax.stages.predictions import check_predictions
 from flora_jax.stages.run import Run, load_base, load_space
@@ -199,3 +201,31 @@ def test_swin_from_end_to_end(tmp_path):
     assert subnet.spec.family == "swin"
     assert flora.macs(subnet.spec) == result["subnet"]["macs"]
     assert any(rank is not None for rank in subnet.spec.ranks)
+
+
+def test_a_run_of_the_version_before_is_opened_as_what_it_was(finished_run, tmp_path):
+    """It knew no calibration: its factors are those of the plain SVD."""
+    workdir = tmp_path / "old"
+    workdir.mkdir()
+    config = json.loads((finished_run / "config.json").read_text())
+    for added in ("calibration", "allocation", "supernet_law", "train_pretrained"):
+        del config[added]
+    config["stages"] = [name for name in FLORA_STAGES if name not in ("calibrate", "allocate")]
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert Run.open(workdir).settings.calibration.images == 0
+    with pytest.raises(ValueError, match=r"calibration\.images: 0 there, 1024 now"):
+        pipeline.run(tiny_config(), workdir)
+    with pytest.raises(RuntimeError, match="stage 'search' needs 'pretrain'"):
+        pipeline.run(tiny_config(**{"calibration.images": 0}), workdir, "search")
+
+
+@pytest.mark.parametrize("law", ["sandwich", "nested"])
+def test_other_laws_train_a_supernet(finished_run, tmp_path, law):
+    config = tiny_config(supernet_law=law, **{"supernet.epochs": 1.0, "allocation.images": 16})
+    run = Run(Settings.from_config(config), tmp_path)
+    for name in ("dense", "inherited", "filter"):
+        shutil.copytree(finished_run / name, run.folder / name)
+    train_whole_supernet(run, Images(run.settings))
+    losses = [record["loss"] for record in read_records(tmp_path / "supernet/metrics.jsonl")]
+    assert np.isfinite(losses).all()
+    assert (tmp_path / "supernet/drops.json").exists() == (law == "nested")

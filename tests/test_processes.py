@@ -13,6 +13,7 @@ import time
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -79,6 +80,9 @@ def train_and_search(directory: pathlib.Path) -> None:
         directory / f"images_{jax.process_index()}.json",
         {name: values.tolist() for name, values in each.items()},
     )
+    dense, seven = flora.create(SPEC), batch_of(100)["image"][:7]  # no equal shares for 4 devices
+    moments = flora.calibrate(dense, np.asarray(NORMALIZATION(jnp.asarray(seven)))).moments
+    found["moments"] = {name: moment.ravel().tolist() for name, moment in moments.items()}
     write_json(directory / "found.json", found)
 
 
@@ -171,6 +175,12 @@ def test_two_processes_find_the_same_subnet(results):
     histories = [(folder / "history.jsonl").read_text().splitlines() for folder in results]
     for ours, theirs in zip(*histories, strict=True):
         assert json.loads(ours).get("genes") == json.loads(theirs).get("genes")
+
+
+def test_two_processes_sum_the_same_moments(results):
+    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+    for name, moment in alone["moments"].items():
+        np.testing.assert_allclose(together["moments"][name], moment, rtol=1e-5, atol=1e-6)
 
 
 def test_both_processes_know_what_one_finds_in_each_image(results):

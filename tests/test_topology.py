@@ -211,10 +211,11 @@ def test_check_of_a_tiny_run():
     done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:2x2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("supernet on v5e:2x2: 4 devices of 15.75 GiB; jax ")
-    assert cells(done.stdout, "images a step") == ["32", "256"]
-    assert cells(done.stdout, "images a device") == ["8", "64"]
+    assert cells(done.stdout, "images a step") == ["32", "256", "64"]
+    assert cells(done.stdout, "images a device") == ["8", "64", "16"]
     # Three in a loop over two blocks, forward and backward; three in each block to evaluate.
-    assert cells(done.stdout, "Pallas kernels") == ["6", "6"]
+    assert cells(done.stdout, "Pallas kernels") == ["6", "6", "0"]
+    assert cells(done.stdout, "held-out images") == ["96.00 KiB"]  # 128 of 16 x 16 pixels
     parameters = float(cells(done.stdout, "parameters")[0].split()[0])
     count, size = cells(done.stdout, "all-reduce")[0].split(" of ")
     assert count == "1"

@@ -22,6 +22,7 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.models import functional
+from flora_jax.models.network import Network
 from flora_jax.preflight.programs import (
     DoesNotFitError,
     Program,
@@ -131,18 +132,20 @@ def check_topology(settings: Settings, topology: str) -> str:
             return error.needed
         return programs[images].total
 
-    first = needed(images)
-    largest = largest_batch(needed, images, first, chip.hbm, training.recipe.accumulate)
+    needed_first = needed(images)
+    largest = largest_batch(needed, images, needed_first, chip.hbm, training.recipe.accumulate)
     if images not in programs:
-        raise InputError(_too_much(training, images, first, largest, mesh, chip))
+        raise InputError(_too_much(training, images, needed_first, largest, mesh, chip))
     log.info("evaluation and calibration: compiling")
     whole, num_heldout = make_mesh(1, devices), count_heldout(settings)
     evaluation = compile_evaluation(settings, training, whole, num_heldout or 0)
-    others = [("evaluation", training.forward_macs, evaluation)]
+    supernet_params = _count_parameters(training.network)
+    others = [("evaluation", supernet_params, training.forward_macs, evaluation)]
     if "calibrate" in settings.stages and settings.calibration.images:
         calibration = compile_calibration(settings, training.spec, whole)
-        others.append(("calibrate", training.spec.macs(), calibration))
-    for name, _, program in others:
+        spec = training.spec
+        others.append(("calibrate", spec.num_params(), spec.macs(), calibration))
+    for name, _, _, program in others:
         if program.total > chip.hbm:
             raise InputError(
                 f"{name} needs {_size(program.total)} of a device's {_size(chip.hbm)}, "
@@ -153,10 +156,8 @@ def check_topology(settings: Settings, topology: str) -> str:
         f"{training.name} on {topology}: {mesh.size} devices of {_size(chip.hbm)}; "
         f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     )
-    columns = [_column(training.name, training.macs, training, programs[images], mesh, chip)]
-    columns += [
-        _column(name, macs, training, program, whole, chip) for name, macs, program in others
-    ]
+    first = (training.name, supernet_params, training.macs, programs[images])
+    columns = [_column(*each, mesh, chip) for each in (first, *others)]
     fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
     if largest == _MOST_IMAGES:
         fits = f"at least {fits}"
@@ -250,14 +251,17 @@ def _too_much(
     )
 
 
+def _count_parameters(network: Network) -> int:
+    return sum(math.prod(p.shape) for p in functional.split(network)[1].values())
+
+
 def _column(
-    name: str, macs: int, training: Training, program: Program, mesh: Mesh, chip: Chip
+    name: str, parameters: int, macs: int, program: Program, mesh: Mesh, chip: Chip
 ) -> dict[str, str]:
     """The cells of a column by their titles, from top to bottom."""
-    parameters = functional.split(training.network)[1].values()
     cells = {
         "": name,
-        "parameters": human_count(sum(math.prod(p.shape) for p in parameters)),
+        "parameters": human_count(parameters),
         "images a step": str(program.images * mesh.size),
         "images a device": str(program.images),
         "multiply-adds an image": human_count(macs),
