@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.search.allocation import Sensitivity, best_within, multiplier_path
+from flora_jax.search.allocation import best_within, multiplier_path
 from flora_jax.search.knapsack import least_loss
+from flora_jax.search.sensitivity import Sensitivity
 
 
 @pytest.fixture(scope="module")

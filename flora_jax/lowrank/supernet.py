@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -22,6 +23,8 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import LinearShape, Rank
 
 log = logging.getLogger(__name__)
+
+_BYTES_OF_THREADS = 2**33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ def factorize(
         return svd_factors(kernel, layer.singular_values_into, moment)
 
     # A thread a layer: LAPACK's own threads stall one another for minutes on a busy machine.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(_num_threads(layers)) as pool:
         pairs = zip(layers, pool.map(factors, layers, kernels), strict=True)
         for layer, (down, up) in pairs:
             parameters[f"{layer.name}.down"] = jnp.asarray(down)
@@ -109,6 +112,12 @@ def factorize(
     return Supernet(
         functional.with_parameters(_abstract_network(space, implementation), parameters), space
     )
+
+
+def _num_threads(layers: Sequence[LinearShape]) -> int:
+    """As many as there are cores, and as have room for a moment and what becomes of it."""
+    needed = 4 * 8 * max(layer.in_features for layer in layers) ** 2
+    return max(1, min(os.cpu_count() or 1, _BYTES_OF_THREADS // needed))
 
 
 def svd_factors(

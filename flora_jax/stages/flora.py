@@ -15,7 +15,7 @@ from flora_jax.lowrank.supernet import Supernet, extract_ranks
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
-from flora_jax.search.allocation import Sensitivity, allocate_by, multiplier_path
+from flora_jax.search.allocation import allocate_by, full_rank_drops, multiplier_path
 from flora_jax.search.block_scores import score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
@@ -23,6 +23,7 @@ from flora_jax.search.history import Candidate
 from flora_jax.search.latency import LatencyTable, measure_networks
 from flora_jax.search.laws import Draw, nested_law, sandwich_law, space_law
 from flora_jax.search.proposals import neighbours
+from flora_jax.search.sensitivity import Sensitivity
 from flora_jax.stages.budget import (
     ALLOCATION_FILE,
     WINNERS_FILE,
@@ -140,7 +141,7 @@ def _load_drops(sensitivity: Sensitivity, file: epath.Path) -> list[np.ndarray]:
     """What each choice of each layer spoils alone, measured once and kept in a file."""
     wait_for_all("drops are looked for")
     if not file.exists():
-        write_json_once(file, [drops.tolist() for drops in sensitivity.drops()])
+        write_json_once(file, [drops.tolist() for drops in full_rank_drops(sensitivity)])
     return [np.array(drops) for drops in read_json(file)]
 
 
