@@ -1,6 +1,6 @@
 """How far subnets are from full rank, measured on images without labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
