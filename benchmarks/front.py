@@ -1,0 +1,110 @@
+"""One picture of several runs: accuracy against cost of every kind of model, means over the seeds.
+
+    python benchmarks/front.py --runs runs/clip_art/seed_* --others plain=runs/plain/seed_* \
+        --out docs/clip_art.png
+
+The runs must have the same budgets and test images. Error bars are paired 95 % intervals of the
+difference to the dense model, over images, seeds pooled image by image. `--others NAME=RUN...` adds
+the subnets of other runs under a name. It also prints how many fewer multiply-adds the subnet needs
+for the accuracy of the uniform ranks, read off the two fronts.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from seeds import mean_over_seeds
+
+from flora_jax.comparison import kind_of, paired_interval
+from flora_jax.io.files import read_json
+from flora_jax.report.plots import COLORS, padded_layout, save_figure
+from flora_jax.report.table import named_entries
+
+MEASURES = {"is_correct": ("top-1 accuracy (%)", 100), "log_likelihood": ("log-likelihood", 1)}
+KINDS = ("uniform", "allocated", "subnet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", nargs="+", type=pathlib.Path, required=True)
+    parser.add_argument("--others", nargs="*", default=[], metavar="NAME=RUN", action="append")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    arguments = parser.parse_args()
+
+    fronts = {kind: front(arguments.runs, kind) for kind in KINDS}
+    for name, *more in (group for group in arguments.others if group):
+        name, first = name.split("=", 1)
+        fronts[name] = front([pathlib.Path(run) for run in (first, *more)], "subnet")
+    draw(fronts, arguments)
+    for measure in MEASURES:
+        saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
+        print(f"{measure}: the subnet needs {saved} for what uniform ranks reach")
+
+
+def front(runs: list[pathlib.Path], kind: str) -> dict:
+    """Of a kind of model at each budget: MACs as shares, and pooled results; dense comes last."""
+    entries = [named_entries(read_json(run / "result.json")) for run in runs]
+    pooled = mean_over_seeds([run / "test_images.safetensors" for run in runs])
+    names = [name for name in entries[0] if kind_of(name) == kind]
+    shares = [np.mean([e[name]["macs"] / e["dense"]["macs"] for e in entries]) for name in names]
+    return {
+        "macs": np.array([*shares, 1.0]),
+        "results": [pooled[name] for name in (*names, "dense")],
+    }
+
+
+def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
+    figure = Figure(figsize=(12, 4.5), layout=padded_layout())
+    for ax, (measure, (label, scale)) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
+        for i, (kind, found) in enumerate(fronts.items()):
+            *models, dense = found["results"]
+            level = scale * dense[measure].mean()
+            intervals = [paired_interval(m[measure] - dense[measure]) for m in models]
+            middle, low, high = (
+                scale * np.array(column) for column in zip(*intervals, strict=True)
+            )
+            shares = 100 * found["macs"][:-1] + 0.25 * (i - len(fronts) / 2)  # side by side
+            ax.errorbar(
+                shares,
+                level + middle,
+                yerr=(middle - low, high - middle),
+                color=COLORS[i],
+                marker="o",
+                capsize=3,
+                label=kind,
+            )
+        ax.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense (100 % of MACs)")
+        ax.set_xlabel("multiply-adds (% of dense)")
+        ax.set_ylabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, loc="lower right")
+    save_figure(figure, arguments.out)
+    print(f"Picture: {arguments.out}")
+
+
+def fewer_macs(uniform: dict, subnet: dict, measure: str) -> str:
+    """Where the subnet's front reaches what uniform ranks reach, with a bootstrap interval."""
+    size, rng = len(uniform["results"][0][measure]), np.random.default_rng(0)
+
+    def saved(images: np.ndarray) -> np.ndarray:
+        ours, theirs = (
+            [result[measure][images].mean() for result in found["results"]]
+            for found in (subnet, uniform)
+        )
+        order = np.argsort(ours)
+        needed = np.interp(theirs[:-1], np.array(ours)[order], subnet["macs"][order])
+        return 100 * (1 - needed / uniform["macs"][:-1])
+
+    middle = saved(np.arange(size))
+    low, high = np.percentile(
+        [saved(rng.integers(size, size=size)) for _ in range(2000)], (2.5, 97.5), axis=0
+    )
+    return ", ".join(
+        f"{m:.0f} % ({a:.0f}..{b:.0f}) fewer MACs than {100 * share:.0f} %"
+        for m, a, b, share in zip(middle, low, high, uniform["macs"][:-1], strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main()
