@@ -24,6 +24,7 @@ def get_config():
     config.data.update({"name": "folder:runs/material/clip_art", "heldout_fraction": 0.15})
     config.data.update({"num_threads": 1, "eval_batch_size": 128})
     config.data.augmentation = {"name": "inception", "scale": (0.5, 1.0)}
+    config.space.ratios = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
     config.budget.macs = ((0.33, 0.35), (0.53, 0.55))
     config.metric = "log_likelihood"  # the held-out images are few
 

@@ -88,6 +88,15 @@ def test_drops_are_those_of_the_whole_network(supernet, tiny_images, measure):
             np.testing.assert_allclose(sensitivity.loss(genes), expected.mean(), atol=1e-5)
 
 
+def test_another_reference(supernet, tiny_model, tiny_images):
+    """A network to be like, such as the dense one of a supernet that was trained."""
+    sensitivity = Sensitivity(supernet, tiny_images, "squared_error", reference=tiny_model)
+    assert sensitivity.loss(supernet.space.full_rank_genes) < 1e-9
+    other = flora.create(tiny_model.spec, seed=5)
+    far = Sensitivity(supernet, tiny_images, "squared_error", reference=other)
+    assert far.loss(supernet.space.full_rank_genes) > 0.1
+
+
 def test_drops_around_other_genes_reach_as_far_as_they_are_asked(supernet, tiny_images):
     space = supernet.space
     sensitivity = Sensitivity(supernet, [tiny_images, tiny_images])

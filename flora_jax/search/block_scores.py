@@ -15,6 +15,7 @@ from flora_jax.cluster.mesh import SPLIT, WHOLE, on_each_device, replicate
 from flora_jax.evaluation import EvaluationSet, means, sum_metrics
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
+from flora_jax.models.network import Network
 from flora_jax.models.spec import LAYERS_PER_BLOCK
 
 # (logits [B, classes], target, mask [B]) -> sums over the images, float32 [1, M].
@@ -45,9 +46,8 @@ class BlockScorer:
     """The parts of a supernet, each compiled as a function of its own genes and a batch."""
 
     def __init__(self, supernet: Supernet, mesh: Mesh):
-        structure, parameters = functional.split(supernet.network)
-        network = functional.merge(structure, replicate(parameters, mesh))
-        compiled = functools.partial(_compiled, mesh=mesh)
+        network = replicated(supernet.network, mesh)
+        compiled = functools.partial(compiled_method, mesh=mesh)
         self._mesh = mesh
         self._embed = compiled(network, type(network).embed)
         self._classify = compiled(network, type(network).classify)
@@ -106,7 +106,13 @@ def _one_of_each_qkv(triples: np.ndarray) -> np.ndarray:
     return triples[np.unique(triples[:, 0], return_index=True)[1]]
 
 
-def _compiled(module, method: Callable, mesh: Mesh) -> Callable:
+def replicated(network: Network, mesh: Mesh) -> Network:
+    """The same network, whole on every device."""
+    structure, parameters = functional.split(network)
+    return functional.merge(structure, replicate(parameters, mesh))
+
+
+def compiled_method(module, method: Callable, mesh: Mesh) -> Callable:
     """The method as a function of the module's genes (None where it has none) and a batch."""
     structure, parameters = functional.split(module)
     return functools.partial(_run, structure, method, mesh, parameters)

@@ -1,5 +1,6 @@
 """How far subnets are from full rank, measured on images without labels."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from flora_jax.errors import InputError, unknown
 from flora_jax.evaluation import sum_over_devices
 from flora_jax.lowrank.calibration import image_batches, shared_by
 from flora_jax.lowrank.supernet import Supernet
+from flora_jax.models.network import Network
 from flora_jax.models.spec import LAYERS_PER_BLOCK
-from flora_jax.search.block_scores import BlockScorer, Measure
+from flora_jax.search.block_scores import BlockScorer, Measure, compiled_method, replicated
 
 
 def sum_divergence(logits: jax.Array, dense_logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -48,6 +50,8 @@ class Sensitivity:
 
     Args:
       supernet, images, measure: as in `allocate`.
+      reference: the network that subnets should be like; None: the supernet at full rank, which is
+        no longer the dense model once it was trained.
 
     Raises:
       InputError: the images do not fit, or the measure is unknown.
@@ -58,12 +62,19 @@ class Sensitivity:
         supernet: Supernet,
         images: np.ndarray | Iterable[np.ndarray],
         measure: str = "divergence",
+        reference: Network | None = None,
     ):
         if measure not in MEASURES:
             raise InputError(unknown("measure", measure, MEASURES))
         self.space, self._measure = supernet.space, MEASURES[measure]
         self._mesh = mesh = make_mesh()
         self._scorer = BlockScorer(supernet, mesh)
+        if reference is None:
+            full_rank = self.space.full_rank_genes
+            self._reference = functools.partial(self._scorer.logits, genes=full_rank)
+        else:
+            whole = compiled_method(replicated(reference, mesh), type(reference).__call__, mesh)
+            self._reference = functools.partial(whole, None)
         every_image = np.concatenate(image_batches(images, self.space.spec))
         half = len(every_image) // 2
         self._to_try = self._on_devices(every_image[: half or None])
@@ -76,8 +87,7 @@ class Sensitivity:
             on_devices, mask = (
                 spread(array, self._mesh) for array in shared_by(self._mesh.size, batch)
             )
-            full_rank = self._scorer.logits(on_devices, self.space.full_rank_genes)
-            batches.append((on_devices, full_rank, mask))
+            batches.append((on_devices, self._reference(on_devices), mask))
         return _Part(batches, len(images))
 
     def loss(self, genes: np.ndarray | tuple[int, ...]) -> float:

@@ -134,7 +134,8 @@ def allocate(run: Run, images: Images) -> None:
 def _sensitivity(run: Run, images: Images, supernet: Supernet) -> Sensitivity:
     number, normalization = run.settings.allocation.images, run.settings.data.normalization
     batches = images.without_augmentation(number, "allocate")
-    return Sensitivity(supernet, (np.asarray(normalization(jnp.asarray(b))) for b in batches))
+    normalized = (np.asarray(normalization(jnp.asarray(batch))) for batch in batches)
+    return Sensitivity(supernet, normalized, reference=load_base(run))
 
 
 def _load_drops(sensitivity: Sensitivity, file: epath.Path) -> list[np.ndarray]:

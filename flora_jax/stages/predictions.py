@@ -41,12 +41,12 @@ def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
         ("slim/retrain", settings.slim.retrain),
         ("filter/block_*", settings.filter.train),
         ("supernet", settings.supernet),
-        ("finetune/subnet", settings.finetune),
-        ("finetune/uniform", settings.finetune),
-        ("finetune/uniform_alone", settings.supernet),
+        ("finetune/*", settings.finetune),
     ):
         for folder in sorted(run.folder.glob(f"{pattern}/predictions")):
             name = str(folder.parent.relative_to(run.folder))
+            is_alone = name.endswith("_alone")  # trained as the supernet was
+            own = settings.supernet if is_alone else recipe
             source = images.filter_part() if name.startswith("filter/") else images.train
             teacher = load_dense(run) if name.startswith("slim/") else load_base(run)
-            yield name, stored_teacher(run, teacher, recipe, name, source)
+            yield name, stored_teacher(run, teacher, own, name, source)
