@@ -47,7 +47,7 @@ def test_summary_of_several_budgets():
     dense = {"top1": 0.9, "macs": 100, "params": 50}
     budgets = [entry | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
     rows = summary([{"dense": dense, "subnet": budgets}]).splitlines()[3:]
-    assert [row.split("|")[1] for row in rows] == [" subnet 0.40 ", " subnet 0.55 "]
+    assert [row.split("|")[1] for row in rows] == [" subnet 0.4 ", " subnet 0.55 "]
 
 
 def test_comparison_over_seeds(tmp_path):

@@ -69,7 +69,7 @@ def test_models_that_err_on_the_same_images_are_known_to_be_close():
 
 
 def test_pairs_are_of_one_budget():
-    assert budget_name("subnet", (0.5, 0.546)) == "subnet 0.55"
+    assert budget_name("subnet", (0.5, 0.546)) == "subnet 0.546"
     names = ["dense", "slim", "subnet 0.55", "uniform 0.55", "subnet 0.4", "allocated 0.4"]
     assert list(baseline_pairs(names)) == [
         ("slim", "dense"),

@@ -127,26 +127,45 @@ def pretended(monkeypatch):
         found = [reduce, reduce, gather]
         return Program(images, 100 * 2**20, total - 100 * 2**20, 0, total, 61.7, 7, found)
 
-    def compile_evaluation(config, training, mesh):
-        return Program(5, 2**30, 0, 0, 2**30, 3.2, 2, [])
+    def compile_evaluation(config, training, mesh, num_heldout):
+        resident = num_heldout * 2**10
+        return Program(5, 2**30, 0, 0, 2**30 + resident, 3.2, 2, [], resident)
+
+    def compile_calibration(config, spec, mesh):
+        return Program(7, 2**20, 2**30, 0, 2**30 + 2**20, 1.2, 0, [])
 
     chip = topology.CHIPS["v5e"]
     monkeypatch.setattr(topology, "devices_of", lambda _: (chip, jax.devices()[:1]))
     monkeypatch.setattr(topology, "compile_training", compile_training)
     monkeypatch.setattr(topology, "compile_evaluation", compile_evaluation)
+    monkeypatch.setattr(topology, "compile_calibration", compile_calibration)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
     return with_supernet(settings_of(deit_t, "runlocal"), batch_size=4)
 
 
 def test_table_of_a_run_that_fits(pretended):
     table = check_topology(pretended, "v5e:1x1")
-    assert cells(table, "temporaries") == ["4.00 GiB", "0 B"]
-    assert cells(table, "all together") == ["4.10 GiB", "1.00 GiB"]
-    assert cells(table, "of the memory") == ["26 %", "6 %"]
+    assert table.splitlines()[1].split() == ["supernet", "evaluation", "calibrate"]
+    assert cells(table, "temporaries") == ["4.00 GiB", "0 B", "1.00 GiB"]
+    assert cells(table, "held-out images") == ["269.00 KiB"]
+    assert cells(table, "all together") == ["4.10 GiB", "1.00 GiB", "1.00 GiB"]
+    assert cells(table, "of the memory") == ["26 %", "6 %", "6 %"]
     assert cells(table, "all-reduce") == ["2 of 6.00 MiB"]
     assert cells(table, "all-gather in a branch") == ["1 of 1.00 MiB"]
-    assert cells(table, "compiled in") == ["62 s", "3 s"]
+    assert cells(table, "compiled in") == ["62 s", "3 s", "1 s"]
     assert table.endswith("fits: 8 images a device (8 a step), which need 8.10 GiB")
+
+
+def test_held_out_images_that_do_not_fit_beside_the_evaluation(pretended, monkeypatch):
+    monkeypatch.setattr(topology, "count_heldout", lambda _: 2**24)
+    with pytest.raises(ValueError, match=r"evaluation needs 17\.00 GiB of a device's 15\.75 GiB"):
+        check_topology(pretended, "v5e:1x1")
+
+
+def test_held_out_images_that_cannot_be_counted_are_told(pretended):
+    data = dataclasses.replace(pretended.data, name="folder:elsewhere")
+    table = check_topology(dataclasses.replace(pretended, data=data), "v5e:1x1")
+    assert table.endswith("not counted: the held-out images of folder:elsewhere, which is not here")
 
 
 def test_run_that_does_not_fit_says_by_how_much_and_what_to_do(pretended):

@@ -153,5 +153,5 @@ def test_two_examples_with_one_key_are_refused():
 
 
 def test_unknown_dataset_names_the_choices():
-    with pytest.raises(ValueError, match="'cifar10'; choose 'digits' or 'tfds:NAME'"):
+    with pytest.raises(ValueError, match="'cifar10'; choose 'digits', 'tfds:NAME'"):
         splits.load_splits("cifar10")
