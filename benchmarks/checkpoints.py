@@ -21,6 +21,7 @@ from common import describe_machine, write_json
 from etils import epath
 
 import flora_jax as flora
+from flora_jax.search.laws import space_law
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 from flora_jax.stages.settings import Settings
@@ -74,7 +75,7 @@ def make_training(run: Run, steps: int) -> Callable[[int], None]:
             dataclasses.replace(recipe, epochs=epochs, checkpoint_every=checkpoint_every),
             f"training_{next(numbers)}",
             images.train,
-            law="low_rank_aware",
+            draw_genes=space_law(supernet.space, "low_rank_aware", seed=0),
             teacher=dense,
         )
 

@@ -119,7 +119,7 @@ def test_the_whole_method_on_a_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "uniform", "subnet"}
+    assert set(result) == {"dense", "uniform", "allocated", "subnet"}
     assert result["dense"]["top1"] == 1.0
     assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
     assert list((tmp_path / "cache/flora_jax/index").glob("*.json"))

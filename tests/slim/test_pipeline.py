@@ -44,7 +44,7 @@ def both(tmp_path_factory):
 
 def test_flora_goes_on_from_the_slimmed_model(both):
     result = json.loads((both / "result.json").read_text())
-    assert set(result) == {"dense", "slim", "subnet", "uniform"}
+    assert set(result) == {"dense", "slim", "subnet", "allocated", "uniform"}
     macs = {name: row["macs"] for name, row in result.items()}
     assert macs["slim"] <= 0.8 * macs["dense"]
     assert 0.45 * macs["dense"] <= macs["subnet"] <= 0.47 * macs["dense"]
