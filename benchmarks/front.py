@@ -1,10 +1,10 @@
 """One picture of several runs: accuracy against cost of every kind of model, means over the seeds.
 
-    python benchmarks/front.py --runs runs/clip_art/seed_* --others plain=runs/plain/seed_* \
-        --out docs/clip_art.png
+    python benchmarks/front.py --runs runs/clip_art/seed_* --others plain runs/plain/seed_* \
+        --out runs/clip_art.png
 
 The runs must have the same budgets and test images. Error bars are paired 95 % intervals of the
-difference to the dense model, over images, seeds pooled image by image. `--others NAME=RUN...` adds
+difference to the dense model, over images, seeds pooled image by image. `--others NAME RUN...` adds
 the subnets of other runs under a name. It also prints how many fewer multiply-adds the subnet needs
 for the accuracy of the uniform ranks, read off the two fronts.
 """
@@ -28,14 +28,13 @@ KINDS = ("uniform", "allocated", "subnet")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", type=pathlib.Path, required=True)
-    parser.add_argument("--others", nargs="*", default=[], metavar="NAME=RUN", action="append")
+    parser.add_argument("--others", nargs="+", default=[], metavar="NAME RUN", action="append")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
 
     fronts = {kind: front(arguments.runs, kind) for kind in KINDS}
-    for name, *more in (group for group in arguments.others if group):
-        name, first = name.split("=", 1)
-        fronts[name] = front([pathlib.Path(run) for run in (first, *more)], "subnet")
+    for name, *runs in arguments.others:
+        fronts[name] = front([pathlib.Path(run) for run in runs], "subnet")
     draw(fronts, arguments)
     for measure in MEASURES:
         saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)

@@ -110,7 +110,7 @@ def test_bfloat16_models_keep_their_dtype():
     expected = functional.merge(
         structure, {n: p.astype("float32") for n, p in functional.split(half)[1].items()}
     )(images)
-    np.testing.assert_allclose(network(images), expected, atol=0.1)
+    np.testing.assert_allclose(network(images), expected, atol=0.02)
 
 
 def random_layer(seed, rows, columns, rank_of_moment):
@@ -160,7 +160,7 @@ def test_shrunk_to_the_identity_it_is_the_plain_svd(model, calibration):
             np.testing.assert_allclose(
                 ours[down][:rank].T @ ours[up][:rank],
                 plain[down][:rank].T @ plain[up][:rank],
-                atol=2e-4,
+                atol=1e-5,
             )
 
 
@@ -224,16 +224,13 @@ def test_weights_that_are_not_finite_are_told_by_the_layer_behind_them():
 
 
 def test_calibration_of_another_model(model, calibration):
-    other = random_model(model.spec, seed=9) if model.spec.family == "swin" else random_model(VIT)
+    other = random_model(model.spec, seed=9)
     space = flora.RankSpace.regular(other.spec)
-    if other.spec == model.spec and jax.tree.all(
-        jax.tree.map(
-            lambda a, b: bool((a == b).all()), *(functional.split(m)[1] for m in (other, model))
-        )
-    ):
-        other = random_model(model.spec, seed=9)
-    with pytest.raises(ValueError, match="calibration is of another model"):
+    with pytest.raises(ValueError, match="another model: the spec is the same, the weights are"):
         flora.factorize(other, space, calibration=calibration)
+    spec = dataclasses.replace(model.spec, num_classes=5)
+    with pytest.raises(ValueError, match="another model: its spec is another one"):
+        flora.factorize(random_model(spec), flora.RankSpace.regular(spec), calibration=calibration)
 
 
 def test_models_with_ranks_are_refused(model):

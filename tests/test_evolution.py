@@ -1,66 +1,28 @@
-"""The evolutionary search: legal, distinct, better than chance, and resumable bit for bit."""
-
-import hashlib
-import json
-import logging
+"""The evolutionary search: legal, distinct, better than chance, for one window and several."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.lowrank.cost import Cost
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.search.evolution import EvolutionSettings, evolve
+from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.search.history import read_history
-from flora_jax.search.proposals import cross_blocks, mutate, nearest_kept, neighbours
-
-SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
-REGULAR = RankSpace.regular(SPEC)
-SPACE = REGULAR.keep(
-    np.random.default_rng(block).choice(triples, 100, replace=False)
-    for block, triples in enumerate(REGULAR.kept)
+from tests.helpers.searching import (
+    FIRST,
+    HIGHER,
+    LEAST,
+    MOST,
+    OTHER_COST,
+    SMALL,
+    SPACE,
+    TARGET,
+    WINDOW,
+    best_inside,
+    closeness,
+    metrics,
+    search,
+    unhurried,
 )
-LEAST, MOST = SPACE.macs_range()
-WINDOW = (LEAST + 0.4 * (MOST - LEAST), LEAST + 0.5 * (MOST - LEAST))
-HIGHER = (LEAST + 0.55 * (MOST - LEAST), LEAST + 0.6 * (MOST - LEAST))
-SMALL = EvolutionSettings(generations=4, population=8, parents=3, mutants=3, crossovers=3)
-OTHER_COST = Cost("cells", 10, tuple(layer % 1000 for layer in SPACE.macs_cost.layers))
-TARGET = SPACE.sample_within(np.random.default_rng(99), 1, WINDOW)[0]
-FIRST = np.concatenate(
-    [
-        SPACE.sample_within(np.random.default_rng(1), 3, HIGHER),
-        REGULAR.sample_within(np.random.default_rng(1), 2, HIGHER),  # not kept
-        SPACE.sample_within(np.random.default_rng(1), 9, WINDOW),
-        SPACE.sample_within(np.random.default_rng(1), 2, (MOST, MOST)),
-    ]
-)
-
-# Whole searches and synced files take long on a machine that does other things too.
-unhurried = settings(deadline=None)
-
-
-def closeness(genes):
-    """A made-up score: how near the ranks are to hidden ones."""
-    return 1 - np.abs(SPACE.ranks(genes) - SPACE.ranks(TARGET)).mean(axis=-1) / 48
-
-
-def metrics(genes):
-    """Score and top1, which disagree about what is best."""
-    return closeness(genes), 1 - closeness(genes)
-
-
-def search(path, score=metrics, **change):
-    """Evolves a small population; `change` are other arguments than usual."""
-    usual = {"space": SPACE, "cost": SPACE.macs_cost, "windows": [WINDOW], "settings": SMALL}
-    return evolve(score=score, history_path=path, **(usual | {"seed": 7} | change))
-
-
-def best_inside(candidates, window):
-    """The winner of a window, told independently of the search."""
-    inside = [candidate for candidate in candidates if window[0] <= candidate.cost <= window[1]]
-    return max(inside, key=lambda candidate: (candidate.score, -candidate.cost))
 
 
 def test_finds_better_than_random_draws(tmp_path):
@@ -168,156 +130,6 @@ def test_among_equals_the_cheaper_wins(tmp_path):
     assert best.cost == min(candidate.cost for candidate in read_history(path))
 
 
-@given(st.integers(0, 2**32))
-def test_crossover_takes_whole_blocks(seed):
-    rng = np.random.default_rng(seed)
-    mothers, fathers = SPACE.sample(rng, 16), SPACE.sample(rng, 16)
-    children = cross_blocks(rng, mothers, fathers)
-    blocks = [genes.reshape(16, SPACE.num_blocks, 3) for genes in (children, mothers, fathers)]
-    from_mother, from_father = ((blocks[0] == parent).all(axis=-1) for parent in blocks[1:])
-    assert (from_mother | from_father).all()
-    assert SPACE.contains(children).all()
-    assert 0 < from_mother.mean() < 1
-
-
-def test_mutants_redraw_blocks_at_the_given_rate():
-    rng = np.random.default_rng(0)
-    parents = SPACE.sample(rng, 5000)
-    mutants = mutate(rng, SPACE, parents, 0.2)
-    assert SPACE.contains(mutants).all()
-    changed = (mutants != parents).reshape(5000, SPACE.num_blocks, 3).any(axis=-1).mean()
-    assert changed == pytest.approx(0.2 * 0.99, abs=0.01)  # one draw in a hundred is the old one
-    np.testing.assert_array_equal(mutate(rng, SPACE, parents, 0.0), parents)
-
-
-def test_the_nearest_kept_triples():
-    space = REGULAR.keep([[(0, 0, 1), (3, 3, 1)], [(1, 0, 0), (0, 0, 1)], [(2, 2, 2)], [(6, 6, 6)]])
-    found = nearest_kept(space, [2, 2, 1, 0, 0, 0, 6, 6, 6, 6, 6, 6])
-    # In block 1 both are one step away, and qkv's costs less than fc2's.
-    assert found.tolist() == [3, 3, 1, 1, 0, 0, 2, 2, 2, 6, 6, 6]
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(nearest_kept(space, found), found)
-
-
-@unhurried
-@given(st.integers(0, 2**32), st.integers(1, 40))
-def test_neighbours_are_kept_and_near(seed, count):
-    rng = np.random.default_rng(seed)
-    genes = REGULAR.sample(rng, 1)[0]
-    start = nearest_kept(SPACE, genes)
-    found = neighbours(SPACE, genes, count, rng)
-    assert found.shape == (count, SPACE.num_layers)
-    assert found.dtype == np.int32
-    assert len(np.unique(found, axis=0)) == count
-    assert SPACE.contains(found).all()
-    changed = (found != start).reshape(count, -1, 3).any(axis=-1).sum(axis=1)
-    assert np.isin(changed, [1, 2]).all()
-    assert np.abs(SPACE.macs(found) - SPACE.macs(start)).mean() < 0.02 * (MOST - LEAST)
-
-
-def test_a_point_has_no_neighbours():
-    point = SPACE.keep(triples[:1] for triples in SPACE.kept)
-    assert neighbours(point, TARGET, 5, np.random.default_rng(0)).shape == (0, 12)
-
-
-@pytest.fixture(scope="module")
-def whole_history(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "history.jsonl"
-    search(path)
-    return path.read_bytes()
-
-
-@pytest.fixture(scope="module", params=[{}, {"windows": [WINDOW, HIGHER], "first": FIRST}])
-def finished(tmp_path_factory, request):
-    """A finished search: what is unusual in it, its history, its winners."""
-    path = tmp_path_factory.mktemp("finished") / "history.jsonl"
-    winners = search(path, **request.param)
-    return request.param, path.read_bytes(), winners
-
-
-@pytest.mark.parametrize("generations_left", range(5))
-@pytest.mark.parametrize("tail", [b"", b"half", b'{"generation": 9, "genes": []}\n', b"\xff\0\n"])
-def test_resumes_at_every_generation(tmp_path, finished, generations_left, tail, caplog):
-    change, content, winners = finished
-    lines = content.splitlines(keepends=True)
-    path = tmp_path / "history.jsonl"
-    if tail == b"half":
-        tail = b"".join(lines[1 + generations_left :])[:40]
-    path.write_bytes(b"".join(lines[: 1 + generations_left]) + tail)
-    calls = []
-
-    def score(genes):
-        calls.append(len(genes))
-        return metrics(genes)
-
-    with caplog.at_level(logging.WARNING):
-        assert search(path, score, **change) == winners
-    assert path.read_bytes() == content
-    assert len(calls) == SMALL.generations - generations_left
-    assert bool(caplog.records) == (tail != b"")
-
-
-@unhurried
-@given(st.data())
-def test_resumes_after_a_cut_anywhere(tmp_path_factory, finished, data):
-    change, content, winners = finished
-    path = tmp_path_factory.mktemp("cut") / "history.jsonl"
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    assert search(path, **change) == winners
-    assert path.read_bytes() == content
-
-
-def test_one_window_is_searched_as_ever(whole_history):
-    """Histories of versions that knew one window only must go on; this was recorded with one."""
-    header, generations = whole_history.split(b"\n", 1)
-    assert list(json.loads(header)["search"]) == [
-        *("seed", "unit", "window", "settings", "space", "costs")
-    ]
-    assert json.loads(header)["search"]["window"] == list(WINDOW)
-    assert hashlib.sha256(generations).hexdigest() == (
-        "0ef79e76afe3c7ccbd3cce3af562098fdb9587f1ef3bb4724b1c07cad108d5ff"
-    )
-
-
-def test_reading_leaves_out_an_unfinished_line(tmp_path, whole_history):
-    path = tmp_path / "history.jsonl"
-    path.write_bytes(whole_history[:-1])
-    assert [candidate.generation for candidate in read_history(path)] == [0] * 8 + [1] * 8 + [2] * 8
-    assert path.read_bytes() == whole_history[:-1]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"seed": 8}, "seed 7 instead of 8"),
-        ({"windows": [(LEAST, MOST)]}, "window .* instead of"),
-        ({"windows": [WINDOW, HIGHER]}, r"window .* instead of \[\["),
-        ({"first": FIRST}, "first None instead of"),
-        ({"cost": OTHER_COST}, "costs .* instead of .*, unit MACs instead of cells"),
-        (
-            {"settings": EvolutionSettings()},
-            r"settings\.crossovers 3 instead of 25, settings\.generations",
-        ),
-        ({"space": REGULAR}, "space .* instead of"),
-    ],
-)
-def test_refuses_the_history_of_another_search(tmp_path, whole_history, change, message):
-    path = tmp_path / "history.jsonl"
-    path.write_bytes(whole_history)
-    with pytest.raises(ValueError, match=f"belongs to another search .*{message}"):
-        search(path, **change)
-    assert path.read_bytes() == whole_history
-
-
-@pytest.mark.parametrize("content", [b"notes\n", b'{"a": 1}\n', b"[]\n"])
-def test_refuses_other_files(tmp_path, content):
-    path = tmp_path / "history.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="not the history of a search"):
-        search(path)
-    assert path.read_bytes() == content
-
-
 def test_stops_when_the_space_is_exhausted(tmp_path):
     space = SPACE.keep([SPACE.kept[0][:5], SPACE.kept[1][:4], SPACE.kept[2][:1], SPACE.kept[3][:1]])
     settings = EvolutionSettings(generations=9, population=8, parents=3, mutants=3, crossovers=3)
@@ -375,9 +187,3 @@ def test_bad_scores(tmp_path, scores):
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         EvolutionSettings(**change)
-
-
-def test_history_is_json_lines(whole_history):
-    header, *lines = map(json.loads, whole_history.splitlines())
-    assert header["search"]["seed"] == 7
-    assert [set(line) for line in lines] == [{"generation", "genes", "cost", "score", "top1"}] * 4

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flora_jax.report import plots
+from flora_jax.report.trade_off import front, plot_trade_off
 
 CANDIDATES = {
     "macs": [4.0e6, 4.5e6, 4.2e6, 5.0e6, 4.5e6],
@@ -47,7 +48,7 @@ def legend_texts(ax):
 
 def test_trade_off_draws_candidates_front_points_and_window():
     ax = Figure().subplots()
-    plots.plot_trade_off(ax, CANDIDATES, POINTS, [WINDOW])
+    plot_trade_off(ax, CANDIDATES, POINTS, [WINDOW])
     cloud, stars = ax.collections
     macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
     np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
@@ -76,7 +77,7 @@ def test_trade_off_draws_candidates_front_points_and_window():
 def test_trade_off_of_large_models_is_in_giga():
     ax = Figure().subplots()
     candidates = {"macs": [8e9], "top1": [0.8], "generation": [0]}
-    plots.plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, [(7e9, 9e9)])
+    plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, [(7e9, 9e9)])
     assert ax.get_xlabel() == "MACs (G)"
     assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
 
@@ -227,7 +228,7 @@ def test_pyplot_stays_out():
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
 def test_front(points):
     macs, top1 = np.array(points).reshape(-1, 2).T
-    found = plots.front(macs, top1)
+    found = front(macs, top1)
 
     def beaten(i):
         as_good = (macs <= macs[i]) & (top1 >= top1[i])

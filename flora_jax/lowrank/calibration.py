@@ -8,7 +8,6 @@ G, and the leading components of an SVD in that norm are the best of their rank 
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -21,7 +20,7 @@ from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device
 from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.layers import Linear
+from flora_jax.models.layers import Linear, check_images
 from flora_jax.models.network import Network
 from flora_jax.models.spec import LinearShape, Rank, Spec
 from flora_jax.progress import Progress
@@ -38,7 +37,7 @@ class Calibration:
 
     Attributes:
       spec: of the model.
-      checksum: of the model's weights, as `model_checksum` gives it.
+      checksum: of the model's weights (`flora_jax.models.functional`).
       num_images: that the moments are means over.
       moments: float32 [in, in] by the name of the layer: the mean of x x^T over the tokens x of all
         images. Any mapping will do, such as one that reads a file whenever it is asked.
@@ -59,19 +58,22 @@ class Calibration:
         if not 0 < self.shrinkage <= 1:
             raise InputError(f"shrinkage must lie in (0, 1], got {self.shrinkage}")
 
-    def shrunk_moment(self, layer: LinearShape) -> np.ndarray:
-        """The moment that weighs the layer's factors, float64 [in, in], positive definite."""
-        moment, size = self.moments[layer.name].astype(np.float64), layer.in_features
+    def moment_of(self, layer: LinearShape) -> np.ndarray:
+        """The layer's moment, float64 [in, in]."""
+        return self.moments[layer.name].astype(np.float64)
+
+    def shrunk(self, moment: np.ndarray) -> np.ndarray:
+        """The moment that weighs a layer's factors, float64 [in, in], positive definite."""
+        size = len(moment)
         mean_square = np.trace(moment) / size
         if mean_square == 0:  # nothing ever enters: every direction counts alike
             return np.eye(size)
         return (1 - self.shrinkage) * moment + self.shrinkage * mean_square * np.eye(size)
 
-    def is_full_rank(self, layer: LinearShape) -> bool:
+    def is_full_rank(self, layer: LinearShape, moment: np.ndarray) -> bool:
         """Whether the tokens that entered the layer span all directions, up to rounding."""
         if self.num_images * layer.tokens < layer.in_features:
             return False
-        moment = self.moments[layer.name].astype(np.float64)
         rounding = np.finfo(np.float32).eps * np.diag(moment).max()
         try:
             np.linalg.cholesky(moment - rounding * np.eye(len(moment)))
@@ -83,7 +85,7 @@ class Calibration:
         """Raises InputError where this is the calibration of another model."""
         if model.spec != self.spec:
             raise InputError("the calibration is of another model: its spec is another one")
-        if model_checksum(model) != self.checksum:
+        if functional.checksum(functional.split(model)[1]) != self.checksum:
             raise InputError(
                 "the calibration is of another model: the spec is the same, the weights are not; "
                 "calibrate this one"
@@ -116,14 +118,15 @@ def calibrate(model: Network, images: np.ndarray | Iterable[np.ndarray]) -> Cali
             for batch in running_sums(model, batches, sums):
                 progress.update(len(batch))
             moments |= means(sums, layers, total)
-    return Calibration(model.spec, model_checksum(model), total, moments)
+    return Calibration(model.spec, functional.checksum(functional.split(model)[1]), total, moments)
 
 
 def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list[np.ndarray]:
     """Lists batches [B, H, W, C] of the images, which are one array or batches already.
 
     Raises:
-      InputError: there is no image, or one has another shape than the spec's.
+      InputError: there is no image, or one has another shape than the spec's or is not floating
+        point.
     """
     if isinstance(images, np.ndarray | jax.Array):
         starts = range(0, len(images), BATCH_SIZE)
@@ -131,17 +134,7 @@ def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list
     else:
         batches = [np.asarray(batch) for batch in images]
     for batch in batches:
-        if batch.ndim != 4 or batch.shape[1:] != spec.image_shape:
-            expected = ", ".join(map(str, spec.image_shape))
-            raise InputError(
-                f"calibration images have shape {batch.shape}; expected [B, {expected}] "
-                f"(batch, height, width, channels)"
-            )
-        if not jnp.issubdtype(batch.dtype, jnp.floating):
-            raise InputError(
-                f"calibration images have dtype {batch.dtype}; expected normalised floating point "
-                f"images, float32"
-            )
+        check_images(batch, spec.image_shape)
     if not num_images(batches):
         raise InputError("calibration needs at least one image")
     return batches
@@ -223,15 +216,6 @@ def means(sums: Arrays, layers: Sequence[LinearShape], num_images: int) -> Array
         layer.name: (sums[layer.name] / (layer.tokens * num_images)).astype(np.float32)
         for layer in layers
     }
-
-
-def model_checksum(model: Network) -> str:
-    """The sha256 of the model's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(functional.split(model)[1].items()):
-        digest.update(f"{name} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
 
 
 class LayerInput(nnx.Variable):

@@ -90,9 +90,15 @@ def factorize(
     layers = space.spec.layers
     kernels = [np.asarray(parameters.pop(f"{layer.name}.kernel")) for layer in layers]
 
+    short_of_rank = []
+
     def factors(layer: LinearShape, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        moment = None if calibration is None else calibration.shrunk_moment(layer)
-        return svd_factors(kernel, layer.singular_values_into, moment)
+        if calibration is None:
+            return svd_factors(kernel, layer.singular_values_into)
+        moment = calibration.moment_of(layer)
+        if not calibration.is_full_rank(layer, moment):
+            short_of_rank.append(layer.name)
+        return svd_factors(kernel, layer.singular_values_into, calibration.shrunk(moment))
 
     # A thread a layer: LAPACK's own threads stall one another for minutes on a busy machine.
     with threadpool_limits(1), ThreadPoolExecutor(_num_threads(layers)) as pool:
@@ -100,15 +106,12 @@ def factorize(
         for layer, (down, up) in pairs:
             parameters[f"{layer.name}.down"] = jnp.asarray(down)
             parameters[f"{layer.name}.up"] = jnp.asarray(up)
-        if calibration is not None:
-            is_full = pool.map(calibration.is_full_rank, layers)
-            filled = [la.name for la, full in zip(layers, is_full, strict=True) if not full]
-            if filled:
-                log.info(
-                    "%d images leave the second moments of %s short of full rank; shrinkage of %g "
-                    "fills them",
-                    *(calibration.num_images, few(filled), calibration.shrinkage),
-                )
+    if calibration is not None and short_of_rank:
+        log.info(
+            "%d images leave the second moments of %s short of full rank; shrinkage of %g fills "
+            "them",
+            *(calibration.num_images, few(short_of_rank), calibration.shrinkage),
+        )
     return Supernet(
         functional.with_parameters(_abstract_network(space, implementation), parameters), space
     )

@@ -8,6 +8,7 @@ together and are never trained. They are the ranks that a supernet takes (`flora
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -80,6 +81,15 @@ def named_variables(model: nnx.Module, kind: type[nnx.Variable]) -> Iterator[tup
     """The names and values of the model's variables of one kind, in order."""
     for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
         yield _name(path), variable.get_value()
+
+
+def checksum(parameters: Parameters, start: bytes = b"") -> str:
+    """The sha256 of names, dtypes, shapes and values, behind the bytes that it starts with."""
+    digest = hashlib.sha256(start)
+    for name, value in sorted(parameters.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def with_parameters(model: _Model, parameters: Mapping[str, jax.Array | np.ndarray]) -> _Model:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -107,7 +108,7 @@ def _layer_norm_backward(epsilon, saved, grad):
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
+def check_images(images: jax.Array | np.ndarray, image_shape: tuple[int, int, int]) -> None:
     if images.ndim != 4 or images.shape[1:] != image_shape:
         raise InputError(
             f"images have shape {tuple(images.shape)}; expected [B, {image_shape[0]}, "

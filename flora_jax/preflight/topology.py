@@ -4,7 +4,6 @@ libtpu, on any machine, compiles a config's heaviest training step, its evaluati
 of its calibration for a topology by name.
 """
 
-import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -21,8 +20,6 @@ from jax.sharding import Mesh
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingPackageError
-from flora_jax.models import functional
-from flora_jax.models.network import Network
 from flora_jax.preflight.programs import (
     DoesNotFitError,
     Program,
@@ -32,13 +29,13 @@ from flora_jax.preflight.programs import (
     compile_training,
     heaviest_training,
 )
+from flora_jax.preflight.table import GIB, column, count_parameters, lines_of, size_text
 from flora_jax.report.table import human_count
 from flora_jax.stages.images import Images
 from flora_jax.stages.settings import Settings
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 _IMAGENET = 1_281_167  # training images, which need not be here to be counted
 _MOST_IMAGES = 4096  # a device; a network that takes more is not short of memory
 
@@ -139,7 +136,7 @@ def check_topology(settings: Settings, topology: str) -> str:
     log.info("evaluation and calibration: compiling")
     whole, num_heldout = make_mesh(1, devices), count_heldout(settings)
     evaluation = compile_evaluation(settings, training, whole, num_heldout or 0)
-    supernet_params = _count_parameters(training.network)
+    supernet_params = count_parameters(training.network)
     others = [("evaluation", supernet_params, training.forward_macs, evaluation)]
     if "calibrate" in settings.stages and settings.calibration.images:
         calibration = compile_calibration(settings, training.spec, whole)
@@ -148,22 +145,22 @@ def check_topology(settings: Settings, topology: str) -> str:
     for name, _, _, program in others:
         if program.total > chip.hbm:
             raise InputError(
-                f"{name} needs {_size(program.total)} of a device's {_size(chip.hbm)}, "
-                f"{_size(program.resident)} of them for held-out images: choose a smaller "
+                f"{name} needs {size_text(program.total)} of a device's {size_text(chip.hbm)}, "
+                f"{size_text(program.resident)} of them for held-out images: choose a smaller "
                 f"eval_batch_size or heldout_fraction, or more devices"
             )
     title = (
-        f"{training.name} on {topology}: {mesh.size} devices of {_size(chip.hbm)}; "
+        f"{training.name} on {topology}: {mesh.size} devices of {size_text(chip.hbm)}; "
         f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     )
     first = (training.name, supernet_params, training.macs, programs[images])
-    columns = [_column(*each, mesh, chip) for each in (first, *others)]
+    columns = [column(*each, mesh, chip.hbm) for each in (first, *others)]
     fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
     if largest == _MOST_IMAGES:
         fits = f"at least {fits}"
     elif largest in programs:
-        fits += f", which need {_size(programs[largest].total)}"
-    lines = [title, *_table(columns), f"largest batch of those tried that fits: {fits}"]
+        fits += f", which need {size_text(programs[largest].total)}"
+    lines = [title, *lines_of(columns), f"largest batch of those tried that fits: {fits}"]
     if num_heldout is None:
         lines.append(f"not counted: the held-out images of {settings.data.name}, which is not here")
     return "\n".join(lines)
@@ -245,57 +242,8 @@ def _too_much(
     ways.append(f"--config.fsdp={2 * fsdp}")
     fits = f"{largest} images fit" if largest else "no batch that was tried fits"
     return (
-        f"{name} at {images} images a device needs at least {_size(needed)}, "
-        f"{_size(needed - chip.hbm)} more than the {_size(chip.hbm)} of its memory; {fits}. "
+        f"{name} at {images} images a device needs at least {size_text(needed)}, "
+        f"{size_text(needed - chip.hbm)} more than the {size_text(chip.hbm)} of its memory; "
+        f"{fits}. "
         f"Choose a smaller batch_size, more devices, {', '.join(ways)}"
     )
-
-
-def _count_parameters(network: Network) -> int:
-    return sum(math.prod(p.shape) for p in functional.split(network)[1].values())
-
-
-def _column(
-    name: str, parameters: int, macs: int, program: Program, mesh: Mesh, chip: Chip
-) -> dict[str, str]:
-    """The cells of a column by their titles, from top to bottom."""
-    cells = {
-        "": name,
-        "parameters": human_count(parameters),
-        "images a step": str(program.images * mesh.size),
-        "images a device": str(program.images),
-        "multiply-adds an image": human_count(macs),
-        "multiply-adds a device": human_count(macs * program.images),
-        "arguments": _size(program.arguments),
-        "temporaries": _size(program.temporaries),
-        "program": _size(program.code),
-        **({"held-out images": _size(program.resident)} if program.resident else {}),
-        "all together": _size(program.total),
-        "of the memory": f"{100 * program.total / chip.hbm:.0f} %",
-        "Pallas kernels": str(program.kernels),
-    }
-    by_kind = collections.defaultdict(list)
-    for collective in program.collectives:
-        kind = collective.kind + (" in a branch" if collective.in_branch else "")
-        by_kind[kind].append(collective.num_bytes)
-    for kind, sizes in by_kind.items():
-        cells[kind] = f"{len(sizes)} of {_size(sum(sizes))}"
-    return cells | {"compiled in": f"{program.seconds:.0f} s"}
-
-
-def _table(columns: list[dict[str, str]]) -> list[str]:
-    """The rows of all columns; those of one alone are empty in the others."""
-    titles = sorted({t: None for c in columns for t in c}, key=lambda t: t == "compiled in")
-    rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))).rstrip()
-        for row in rows
-    ]
-
-
-def _size(num_bytes: float) -> str:
-    for divisor, unit in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= divisor:
-            return f"{num_bytes / divisor:.2f} {unit}"
-    return f"{num_bytes:.0f} B"

@@ -45,7 +45,7 @@ def allocate(
       InputError: a budget is below the least MACs of the space, or the images do not fit.
     """
     budgets, cost = np.atleast_1d(np.asarray(macs)), supernet.space.macs_cost
-    check_reachable(supernet.space, cost, budgets)
+    _check_reachable(supernet.space, cost, budgets)
     sensitivity = Sensitivity(supernet, images, measure)
     drops = full_rank_drops(sensitivity)
     genes = allocate_by(sensitivity, drops, cost, budgets.tolist())
@@ -128,7 +128,7 @@ def best_within(
       InputError: a budget is below what the space can reach.
     """
     budgets = np.asarray(budgets)
-    check_reachable(space, cost, budgets)
+    _check_reachable(space, cost, budgets)
     of_triples = [
         np.sum([drop[genes] for drop, genes in zip(layers, triples.T, strict=True)], axis=0)
         for layers, triples in zip(by_block(drops), space.kept, strict=True)
@@ -158,7 +158,7 @@ def multiplier_path(drops: list[np.ndarray], cost: Cost) -> np.ndarray:
     return np.array(path, np.int32)
 
 
-def check_reachable(space: RankSpace, cost: Cost, budgets: np.ndarray) -> None:
+def _check_reachable(space: RankSpace, cost: Cost, budgets: np.ndarray) -> None:
     least, most = cost.range_over(space.kept)
     if not budgets.min() >= least:
         raise InputError(

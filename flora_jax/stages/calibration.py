@@ -16,12 +16,12 @@ from flora_jax.lowrank.calibration import (
     Calibration,
     layer_groups,
     means,
-    model_checksum,
     num_images,
     running_sums,
     zero_sums,
 )
 from flora_jax.lowrank.supernet import factorize
+from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import LinearShape
 from flora_jax.progress import Progress
@@ -61,7 +61,13 @@ def _calibrate(run: Run, images: Images, base: Network) -> Calibration:
                 sums = _sum_up(run, base, batches, layers, file, progress, stop_request)
                 _write_once(file, means(sums, layers, total))
     moments = _Moments(places)
-    return Calibration(base.spec, model_checksum(base), total, moments, settings.shrinkage)
+    return Calibration(
+        base.spec,
+        functional.checksum(functional.split(base)[1]),
+        total,
+        moments,
+        settings.shrinkage,
+    )
 
 
 def _sum_up(

@@ -1,0 +1,55 @@
+"""A small space, its windows, made-up scores, and a search in it that takes milliseconds."""
+
+import numpy as np
+from hypothesis import settings
+
+from flora_jax.lowrank.cost import Cost
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.search.evolution import EvolutionSettings, evolve
+
+SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
+REGULAR = RankSpace.regular(SPEC)
+SPACE = REGULAR.keep(
+    np.random.default_rng(block).choice(triples, 100, replace=False)
+    for block, triples in enumerate(REGULAR.kept)
+)
+LEAST, MOST = SPACE.macs_range()
+WINDOW = (LEAST + 0.4 * (MOST - LEAST), LEAST + 0.5 * (MOST - LEAST))
+HIGHER = (LEAST + 0.55 * (MOST - LEAST), LEAST + 0.6 * (MOST - LEAST))
+SMALL = EvolutionSettings(generations=4, population=8, parents=3, mutants=3, crossovers=3)
+OTHER_COST = Cost("cells", 10, tuple(layer % 1000 for layer in SPACE.macs_cost.layers))
+TARGET = SPACE.sample_within(np.random.default_rng(99), 1, WINDOW)[0]
+FIRST = np.concatenate(
+    [
+        SPACE.sample_within(np.random.default_rng(1), 3, HIGHER),
+        REGULAR.sample_within(np.random.default_rng(1), 2, HIGHER),  # not kept
+        SPACE.sample_within(np.random.default_rng(1), 9, WINDOW),
+        SPACE.sample_within(np.random.default_rng(1), 2, (MOST, MOST)),
+    ]
+)
+
+# Whole searches and synced files take long on a machine that does other things too.
+unhurried = settings(deadline=None)
+
+
+def closeness(genes):
+    """A made-up score: how near the ranks are to hidden ones."""
+    return 1 - np.abs(SPACE.ranks(genes) - SPACE.ranks(TARGET)).mean(axis=-1) / 48
+
+
+def metrics(genes):
+    """Score and top1, which disagree about what is best."""
+    return closeness(genes), 1 - closeness(genes)
+
+
+def search(path, score=metrics, **change):
+    """Evolves a small population; `change` are other arguments than usual."""
+    usual = {"space": SPACE, "cost": SPACE.macs_cost, "windows": [WINDOW], "settings": SMALL}
+    return evolve(score=score, history_path=path, **(usual | {"seed": 7} | change))
+
+
+def best_inside(candidates, window):
+    """The winner of a window, told independently of the search."""
+    inside = [candidate for candidate in candidates if window[0] <= candidate.cost <= window[1]]
+    return max(inside, key=lambda candidate: (candidate.score, -candidate.cost))
