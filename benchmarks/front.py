@@ -5,8 +5,8 @@
 
 The runs must have the same budgets and test images. Error bars are paired 95 % intervals of the
 difference to the dense model, over images, seeds pooled image by image. `--others NAME RUN...` adds
-the subnets of other runs under a name. It also prints how many fewer multiply-adds the subnet needs
-for the accuracy of the uniform ranks, read off the two fronts.
+the subnets of other runs under a name. With several budgets it also prints how many
+fewer multiply-adds the subnet needs for what uniform ranks reach, read off the two fronts.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def main() -> None:
     for name, *runs in arguments.others:
         fronts[name] = front([pathlib.Path(run) for run in runs], "subnet")
     draw(fronts, arguments)
-    for measure in MEASURES:
+    is_front = len(fronts["subnet"]["macs"]) > 2  # one budget and dense say nothing of between
+    for measure in MEASURES if is_front else ():
         saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
         print(f"{measure}: the subnet needs {saved} for what uniform ranks reach")
 
@@ -77,7 +78,8 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
         ax.set_xlabel("multiply-adds (% of dense)")
         ax.set_ylabel(label)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     save_figure(figure, arguments.out)
     print(f"Picture: {arguments.out}")
 
