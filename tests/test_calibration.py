@@ -35,7 +35,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=["deit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "slimmed"))],
+)
 def model(request):
     return MODELS[request.param]()
 
