@@ -8,6 +8,8 @@ from flax import nnx
 from flora_jax.models.block import RunBlocks, run_blocks
 from flora_jax.models.spec import Spec
 
+CLASSIFIERS = ("head", "head_dist")  # the modules that logits come from
+
 
 class Network(nnx.Module):
     """images float32 [B, H, W, C], normalised -> logits [B, num_classes].

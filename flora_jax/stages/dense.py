@@ -2,11 +2,15 @@
 
 import logging
 
+import jax.numpy as jnp
+
 from flora_jax.evaluation import top1
 from flora_jax.models.factory import create
+from flora_jax.models.network import Network
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 from flora_jax.stages.training import train_stage
+from flora_jax.train.probe import fit_classifier, has_no_classifier
 from flora_jax.weights import folder
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -17,7 +21,7 @@ def pretrain(run: Run, images: Images) -> None:
     """Makes the dense model: reads the weights that the config names, or trains it, or both."""
     settings = run.settings
     if settings.pretrained:
-        model = from_pretrained(settings.pretrained, run.spec)
+        model = _with_classifier(run, images, from_pretrained(settings.pretrained, run.spec))
     else:
         model = create(run.spec, settings.seed_of("create"))
     if settings.trains_dense:
@@ -34,7 +38,19 @@ def transfer(run: Run, images: Images) -> None:
     The shape is that of the model in the folder `pretrained`; of the config's `model` section only
     num_classes counts.
     """
-    model = from_pretrained(run.settings.pretrained, run.spec)
+    model = _with_classifier(run, images, from_pretrained(run.settings.pretrained, run.spec))
     folder.save_description_once(model, run.folder / "transfer/training")
     model = train_stage(run, model, run.settings.finetune, "transfer/training", images.train)
     folder.save_once(model, run.folder / "transfer")
+
+
+def _with_classifier(run: Run, images: Images, model: Network) -> Network:
+    """Fits a classifier that has no weights yet to some training images."""
+    number, normalization = run.settings.probe_images, run.settings.data.normalization
+    if not number or not images.splits.num_classes or not has_no_classifier(model):
+        return model
+    batches = images.labelled(number, "probe")
+    model = fit_classifier(model, ((normalization(jnp.asarray(i)), y) for i, y in batches))
+    share = 100 * top1(model, images.heldout_set)
+    log.info("new classifier, a linear probe: %.2f %% top-1 held-out", share)
+    return model

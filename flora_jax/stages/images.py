@@ -51,13 +51,18 @@ class Images:
 
     def without_augmentation(self, number: int, purpose: str) -> Iterator[np.ndarray]:
         """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call."""
+        return (images for images, _ in self.labelled(number, purpose))
+
+    def labelled(self, number: int, purpose: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The batches of `without_augmentation`, each with its labels int32 [B]."""
         seed = self._settings.seed_of(purpose)
         order = np.random.default_rng(seed).permutation(len(self.train))[:number]
         data, source = self._settings.data, subset(self.train, np.sort(order))
         transform = data.augmentation.evaluation(self._image_shape)
         size = min(data.eval_batch_size, BATCH_SIZE)
         for batch in eval_batches(source, transform, size, data.num_threads):
-            yield batch["image"][batch["mask"] > 0]
+            is_image = batch["mask"] > 0
+            yield batch["image"][is_image], batch["label"][is_image]
 
     def filter_part(self) -> Source:
         """The training images that local supernets see."""

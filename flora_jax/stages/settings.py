@@ -56,6 +56,8 @@ class Settings:
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads; empty: train from
         scratch.
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
+      probe_images: training images that the classifier of new classes is fitted to, a linear probe
+        of the pretrained features, before any training; 0: it starts with zeros.
       supernet_law: which subnet a step of the supernet trains (`flora_jax.search.laws`).
       uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
@@ -73,6 +75,7 @@ class Settings:
     data: DataSettings = DataSettings()
     pretrained: str = ""
     train_pretrained: bool = False
+    probe_images: int = 10_000
     pretrain: Recipe = Recipe(**DEIT_TRAINING, label_smoothing=0.1, distill=False)
     slim: SlimSettings = SlimSettings()
     space: SpaceSettings = SpaceSettings()

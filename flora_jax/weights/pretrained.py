@@ -15,7 +15,7 @@ from etils import epath
 from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.models import functional
 from flora_jax.models.factory import create, create_abstract
-from flora_jax.models.network import Network
+from flora_jax.models.network import CLASSIFIERS, Network
 from flora_jax.models.spec import Spec
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.layouts import Layout, detect, is_buffer
@@ -26,7 +26,6 @@ from flora_jax.weights.state_dict import read_state_dict
 log = logging.getLogger(__name__)
 
 HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-_CLASSIFIERS = ("head", "head_dist")
 # Fields of a spec that decide which weights there are, and so can be read off a file's names.
 _OPTIONS = {
     "class_token": (True, False),
@@ -77,7 +76,7 @@ def from_state_dict(
     """A model with these weights, under the names of timm, Hugging Face, a release, or our own.
 
     Position embeddings and relative position tables of another size are interpolated. A classifier
-    of another number of classes gives way to a freshly initialised one, with a warning. Factor
+    of another number of classes gives way to one of zeros, with a warning. Factor
     pairs of a compressed model are taken at the ranks they have.
 
     Args:
@@ -130,7 +129,7 @@ def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if resampled:
         log.info("interpolated to the spec's size: %s", few(resampled))
-    _drop_classifier_of_other_classes(parameters, spec)
+    _replace_classifier_of_other_classes(parameters, spec)
     parameters |= _fresh(spec, own.keys() - parameters.keys())
     return functional.with_parameters(model, parameters)
 
@@ -216,17 +215,18 @@ def _resampled(name: str, array: np.ndarray, shape: tuple[int, ...], spec: Spec)
     return array
 
 
-def _drop_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
-    for name in _CLASSIFIERS:
+def _replace_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
+    """Starts other classes as equally likely, so that the first steps do not spoil the features."""
+    for name in CLASSIFIERS:
         kernel = parameters.get(f"{name}.kernel")
         if kernel is not None and kernel.shape[-1] != spec.num_classes:
             warnings.warn(
                 f"{name} has {kernel.shape[-1]} classes in the weights and {spec.num_classes} in "
-                f"the spec: a freshly initialised one takes its place",
+                f"the spec: a new one of zeros takes its place",
                 stacklevel=4,
             )
-            del parameters[f"{name}.kernel"]
-            parameters.pop(f"{name}.bias", None)
+            parameters[f"{name}.kernel"] = jnp.zeros((len(kernel), spec.num_classes), kernel.dtype)
+            parameters[f"{name}.bias"] = jnp.zeros(spec.num_classes, kernel.dtype)
 
 
 def _fresh(spec: Spec, names: Iterable[str]) -> dict[str, jax.Array]:
