@@ -30,10 +30,10 @@ def get_config():
 
     shared = {"batch_size": 64, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
     shared |= common.NO_MIXING | {"checkpoint_every": 200, "warmup_epochs": 0.5}
-    config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 1.0e-3})
-    config.supernet.update(shared | {"epochs": 8.0, "learning_rate": 1.2e-3})
+    config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 3e-4})
+    config.supernet.update(shared | {"epochs": 8.0, "learning_rate": 3e-4})
     config.supernet_law = "sandwich"  # few steps with favour for low ranks spoil the high ones
-    config.finetune.update(shared | {"epochs": 2.0, "learning_rate": 8e-4})
+    config.finetune.update(shared | {"epochs": 2.0, "learning_rate": 2e-4})
     config.allocation.images = 128
     config.search.update({"generations": 5, "population": 24, "mutants": 10, "crossovers": 6})
     return config
