@@ -8,19 +8,27 @@ WORKDIR ?= runs/digits
 SEED ?= 0
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup demo lint check test faults
+.PHONY: setup constraints demo docs lint check test faults
 
 setup: .venv/installed
 
-.venv/installed: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+.venv/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt \
-		--requirement requirements.txt --requirement requirements-dev.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# The newest versions inside the ranges of requirements.txt and pyproject.toml; run the tests after.
+constraints: setup
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+		--no-annotate --no-emit-index-url --custom-compile-command "make constraints" \
+		--output-file constraints.txt
 
 demo: setup
 	$(BIN)/python -m flora_jax.main --config=configs/digits.py --workdir=$(WORKDIR) --config.seed=$(SEED)
+
+# The site, in site/; a broken link or an unknown name is an error.
+docs: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs site
 
 # Style, types, and which rooms may know which.
 lint: setup
@@ -29,7 +37,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-check: lint
+check: lint docs
 	$(PYTEST) -m "not slow and not processes and not faults"
 
 test: lint

@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.intervals < 2:
         parser.error(f"--intervals must be at least 2, got {arguments.intervals}")
 
-    config = importlib.import_module(f"configs.{arguments.config}").get_config()
+    config = importlib.import_module(f"flora_jax.configs.{arguments.config}").get_config()
     settings = Settings.from_config(config)
     every = arguments.every or settings.supernet.checkpoint_every
     steps = arguments.intervals * every

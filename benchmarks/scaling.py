@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --model deit_b --chips v5e:2x2 v5e:4x4 v5e:8x8 v5e:16x16
 
-No TPU is needed, but libtpu (requirements-tpu-check.txt). Every program is compiled for its
+No TPU is needed, but libtpu (the extra tpu). Every program is compiled for its
 topology, which gives its memory and what it communicates; `--skip_compiling` leaves that out, and
 takes the parameters' size for the all-reduce. Times are computed from the chip's data sheet: no
 clock ran. The last table is the cost of a whole FLORA run by the config.
@@ -65,7 +65,7 @@ def main() -> None:
             parser.error(f"--batch {arguments.batch} cannot be shared by {topology}")
 
     use_compiler_only()
-    config = importlib.import_module(f"configs.{arguments.model}").get_config()
+    config = importlib.import_module(f"flora_jax.configs.{arguments.model}").get_config()
     config.supernet.compute_dtype = "bfloat16"
     settings = Settings.from_config(config)
     training = heaviest_training(settings, "tiled")

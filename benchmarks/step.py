@@ -34,8 +34,8 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
 from flora_jax.report.table import human_count
 from flora_jax.timing import median_ratio, time_in_turn
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import initial_state, make_step
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state, make_step
 
 UNTIMED = 1  # steps before each that is timed
 

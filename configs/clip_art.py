@@ -1,6 +1,6 @@
-"""FLORA on a real pretrained network: DINOv2 ViT-S/14, fine-tuned on a folder of clip art.
+"""FLORA on a pretrained DINOv2 ViT-S/14, fine-tuned on clip art; two budgets.
 
-    pip install -r requirements-benchmarks.txt
+    pip install '.[benchmarks]'
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14
     python benchmarks/clip_art.py --out runs/material/clip_art
     python -m flora_jax.main --config=configs/clip_art.py --workdir=runs/clip_art
@@ -9,7 +9,7 @@ Two budgets from one run: half an hour on two CPU cores at 70 x 70 pixels.
 """
 
 import flora_jax as flora
-from configs import common
+from flora_jax.configs import common
 
 
 def get_config():

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flora_jax.models.spec import Spec
-from flora_jax.stages.settings import FLORA_STAGES, Settings
+from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.settings import Settings
 
 SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
 FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *FLORA_STAGES[1:])
@@ -19,8 +20,14 @@ NO_MIXING = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}  # for few epochs of sma
 
 def imagenet(spec: Spec) -> ConfigDict:
     """FLORA on a published network, ImageNet, global batch 1024; recipe and budget of DeiT-B."""
-    config = ConfigDict(Settings(model=spec).to_config())
-    config.slim.tokens = placeholder(bool)  # None: where the network's tokens can leave
+    return as_config(Settings(model=spec))
+
+
+def as_config(settings: Settings) -> ConfigDict:
+    """The settings as a config, any field of which the command line can set."""
+    config = ConfigDict(settings.to_config())
+    if config.slim.tokens is None:  # where the network's tokens can leave
+        config.slim.tokens = placeholder(bool)
     return config
 
 

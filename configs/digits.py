@@ -1,10 +1,10 @@
-"""FLORA on the handwritten digits bundled with scikit-learn: the whole method in minutes on a CPU.
+"""FLORA on scikit-learn's handwritten digits: the whole method in minutes.
 
 python -m flora_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
 import flora_jax as flora
-from configs import common
+from flora_jax.configs import common
 
 
 def get_config():

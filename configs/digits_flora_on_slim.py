@@ -1,9 +1,9 @@
-"""FLORA on top of ViT-Slim on the handwritten digits bundled with scikit-learn.
+"""FLORA on top of ViT-Slim on the digits.
 
 python -m flora_jax.main --config=configs/digits_flora_on_slim.py --workdir=runs/digits_both
 """
 
-from configs import common, digits_slim
+from flora_jax.configs import common, digits_slim
 
 
 def get_config():

@@ -1,9 +1,9 @@
-"""ViT-Slim on the handwritten digits bundled with scikit-learn: minutes on a CPU.
+"""ViT-Slim on the digits: minutes on a CPU.
 
 python -m flora_jax.main --config=configs/digits_slim.py --workdir=runs/digits_slim
 """
 
-from configs import common, digits
+from flora_jax.configs import common, digits
 
 
 def get_config():

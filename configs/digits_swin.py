@@ -1,10 +1,10 @@
-"""FLORA on a small Swin and the handwritten digits bundled with scikit-learn.
+"""FLORA on a small Swin and the digits.
 
 python -m flora_jax.main --config=configs/digits_swin.py --workdir=runs/digits_swin
 """
 
 import flora_jax as flora
-from configs import common, digits
+from flora_jax.configs import common, digits
 
 
 def get_config():

@@ -1,4 +1,6 @@
-"""FLORA on a slimmed DeiT-B, ImageNet: the paper reports a further 21 to 26 % fewer multiply-adds.
+"""FLORA on a slimmed DeiT-B, ImageNet.
+
+The paper reports a further 21 to 26 % fewer multiply-adds.
 
     python -m flora_jax.main --config=configs/flora_on_slim_deit_b.py --workdir=runs/both \
         --config.pretrained=deit_base_patch16_224.safetensors
@@ -9,7 +11,7 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
 """
 
 import flora_jax as flora
-from configs import common
+from flora_jax.configs import common
 
 
 def get_config(argument: str = ""):

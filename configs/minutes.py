@@ -1,4 +1,4 @@
-"""A smaller model in minutes: out of weights and a few hundred images, without labels or a search.
+"""A smaller model in minutes, out of weights and a few unlabelled images.
 
     python -m flora_jax.main --config=configs/minutes.py --workdir=runs/minutes \
         --config.pretrained=deit_base_patch16_224.safetensors --config.data.name=images:PATH
@@ -13,7 +13,7 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
 """
 
 import flora_jax as flora
-from configs import common
+from flora_jax.configs import common
 
 
 def get_config(argument: str = ""):

@@ -11,7 +11,7 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
 """
 
 import flora_jax as flora
-from configs import common
+from flora_jax.configs import common
 
 
 def get_config(argument: str = ""):

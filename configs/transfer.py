@@ -1,4 +1,4 @@
-"""A finished model, slimmed or low-rank or both, on another dataset with other classes.
+"""A finished model, slimmed or low-rank or both, on other classes.
 
     python -m flora_jax.main --config=configs/transfer.py --workdir=runs/transfer \
         --config.pretrained=runs/deit_b/subnet --config.data.name=tfds:oxford_flowers102 \
@@ -12,7 +12,7 @@ On a laptop, in seconds, from a model of configs/digits_slim.py that was trained
 """
 
 import flora_jax as flora
-from configs import common, digits
+from flora_jax.configs import common, digits
 
 
 def get_config(argument: str = ""):

@@ -1,6 +1,7 @@
 """Accuracy and likelihood over a set of images that stays on the device."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError
+from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -188,3 +190,32 @@ def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, 
         "log_likelihood": log_likelihood,
         "predicted": predicted,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Looks at a model while it trains: an evaluator of `train`.
+
+    It yields "heldout_top1" and "heldout_log_likelihood", the deciding one first; of a supernet
+    these of its full rank, and with "_middle" and "_smallest" behind them of two subnets.
+
+    Attributes:
+      images: that the model is not trained on.
+      space: of the supernet whose network is trained; None for a plain model.
+      decides: one of METRICS, by which the best parameters are chosen.
+    """
+
+    images: EvaluationSet
+    space: RankSpace | None = None
+    decides: str = "log_likelihood"
+
+    def __call__(self, network: Network) -> Iterator[tuple[str, float]]:
+        if self.space is None:
+            subnets, found = [""], evaluate(network, self.images)
+        else:
+            space, subnets = self.space, ["", "_middle", "_smallest"]
+            genes = np.stack([space.full_rank_genes, space.middle_genes, space.cheapest_genes])
+            found = evaluate(Supernet(network, space), self.images, genes)
+        for metric in sorted(METRICS, key=lambda metric: metric != self.decides):
+            for subnet, value in zip(subnets, found[metric].tolist(), strict=True):
+                yield f"heldout_{metric}{subnet}", value

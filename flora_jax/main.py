@@ -1,10 +1,10 @@
-"""Command line: python -m flora_jax.main --config=configs/digits.py --workdir=DIR"""
+"""Command line: flora_jax --config=digits --workdir=DIR, or python -m flora_jax.main ..."""
 
+import argparse
 import ast
 import contextlib
 import logging
 import os
-import pathlib
 import platform
 import signal
 import sys
@@ -16,22 +16,24 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from flora_jax import pipeline
+from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
 from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.preflight.topology import check_topology, use_compiler_only
 from flora_jax.stages.predictions import check_predictions
-from flora_jax.stages.run import Run
+from flora_jax.stages.run import Run, has_run
 from flora_jax.stages.settings import Settings
 
-_DEFAULT_CONFIG = pathlib.Path(__file__).parents[1] / "configs/digits.py"
+_DEFAULT_CONFIG = "digits"
 # A default file would be read here at once, and the overrides meant for another file applied to it.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run; any field can be set: --config.section.key=value"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: results and checkpoints.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage only.")
+_REDO = flags.DEFINE_bool("redo", False, "Do the one stage again.")
+_PROFILE = flags.DEFINE_integer("profile", None, "Write a JAX profile of this training step.")
 _CHECK_PREDICTIONS = flags.DEFINE_bool(
     "check_predictions", False, "Compare stored predictions with a fresh pass of their teacher."
 )
@@ -68,10 +70,12 @@ def main(arguments: list[str]) -> None:
             settings = Settings.from_config(_CONFIG.value)
             check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
         else:
-            pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value)
+            if _PROFILE.value:
+                _CONFIG.value.profile_step = _PROFILE.value
+            pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
     except processes.Stopped as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
-        sys.exit(processes.STOPPED)
+        sys.exit(stopped.exit_status)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         processes.exit_at_once(128 + signal.SIGINT)
@@ -85,17 +89,44 @@ def main(arguments: list[str]) -> None:
         processes.exit_at_once(1)
 
 
+def run() -> None:
+    """Parses the flags and runs what they say."""
+    flags.register_multi_flags_validator(
+        ["workdir", "check_topology"],
+        lambda values: values["workdir"] or values["check_topology"],
+        "--workdir must be given, the folder of the run.",
+    )
+    app.run(main, flags_parser=_parse_flags)
+
+
 def _parse_flags(arguments: list[str]) -> list[str]:
     """Parses the flags; a config field that does not exist is the user's error: no traceback."""
-    if not any(argument.split("=")[0] in ("--config", "-config") for argument in arguments):
-        arguments = [arguments[0], f"--config={_DEFAULT_CONFIG}", *arguments[1:]]
+    if help.is_asked_for(arguments):
+        print(help.text())
+        sys.exit()
     try:
-        return app.parse_flags_with_usage(arguments)
+        return app.parse_flags_with_usage(_with_config_file(arguments))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # that of a KeyError is a literal
             text = str(ast.literal_eval(text))
         sys.exit(f"error: {' '.join(text.split())}")
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """The arguments with the file of the config in the place of its name, or of a run's own."""
+    program, *others = arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-config")
+    parser.add_argument("--workdir", "-workdir")
+    known, others = parser.parse_known_args(others)
+    if known.workdir is not None:
+        others = [f"--workdir={known.workdir}", *others]
+    if known.config is None and has_run(known.workdir):
+        file = configs.file_of_run(known.workdir)
+    else:
+        file = configs.file_of(known.config or _DEFAULT_CONFIG)
+    return [program, f"--config={file}", *others]
 
 
 def _configure_jax() -> None:
@@ -124,9 +155,4 @@ def _show_log() -> None:
 
 
 if __name__ == "__main__":
-    flags.register_multi_flags_validator(
-        ["workdir", "check_topology"],
-        lambda values: values["workdir"] or values["check_topology"],
-        "--workdir must be given, the folder of the run.",
-    )
-    app.run(main, flags_parser=_parse_flags)
+    run()

@@ -3,30 +3,48 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first, is_first, wait_for_all
-from flora_jax.errors import InputError, RunError, listed_differences, unknown
+from flora_jax.errors import InputError, RunError, listed, unknown
 from flora_jax.io.files import is_url, locked, read_json, write_json, write_json_once
-from flora_jax.stages import STAGE_FUNCTIONS
+from flora_jax.stages.budget import check_with_results
+from flora_jax.stages.changes import (
+    changes_between,
+    has_results,
+    put_aside,
+    stages_from,
+    stages_to_redo,
+    tidy_once,
+)
+from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
-from flora_jax.stages.run import CONFIG_FILE, Run, saved_settings
+from flora_jax.stages.run import CONFIG_FILE, Run, has_run, saved_settings
 from flora_jax.stages.settings import Settings
 from flora_jax.stages.validation import check
 
 log = logging.getLogger(__name__)
 
+DONE_FILE = "stages.json"
 
-def run(config: Mapping, workdir: epath.PathLike, stage: str | None = None) -> None:
+
+def run(
+    config: Mapping, workdir: epath.PathLike, stage: str | None = None, redo: bool = False
+) -> None:
     """Runs all stages of the config, or one of them, in `workdir`.
+
+    Stages that are done there are skipped. Where the config differs from the one that they were
+    done with, those whose results it changes are done anew; what they had made goes to
+    `workdir`/earlier.
 
     Args:
       config: as `Settings.from_config` reads it.
+      redo: do the one stage again.
 
     Raises:
-      InputError: the config does not make sense, or `workdir` was made by another config.
+      InputError: the config does not make sense, or nothing that is in `workdir` would serve it.
       MissingFileError: a file that the config names is not there.
       RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
         one that is not done yet.
@@ -34,29 +52,79 @@ def run(config: Mapping, workdir: epath.PathLike, stage: str | None = None) -> N
     settings = Settings.from_config(config)
     if stage is not None and stage not in settings.stages:
         raise InputError(unknown("stage", stage, settings.stages))
-    this_run, images = Run(settings, epath.Path(workdir)), check(settings)
+    if redo and stage is None:
+        raise InputError("redo needs the stage to do again: --stage=NAME --redo")
+    this_run = Run(settings, epath.Path(workdir))
+    images = check(settings, _done(this_run))
     with _held(this_run.folder):
-        _claim_once(this_run)
-        _run_stages(this_run, images, stage)
+        to_redo = _stages_to_redo(this_run)
+        if stage is not None:
+            _check_earlier_are_done(this_run, stage, to_redo)
+            if redo:
+                to_redo = stages_from(stage, settings.stages)
+        check_with_results(this_run, to_redo)
+        wait_for_all("the folder is looked at")
+        _claim_once(this_run, to_redo)
+        _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
-def _run_stages(this_run: Run, images: Images, stage: str | None) -> None:
-    stages, done_file = this_run.settings.stages, this_run.folder / "stages.json"
-    done = read_json(done_file) if done_file.exists() else {}
+def _stages_to_redo(this_run: Run) -> list[str]:
+    """The stages whose results in the folder are another config's; says what differs."""
+    if not has_run(this_run.folder):
+        return []
+    saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
+    to_redo = [
+        stage for stage in stages_to_redo(saved, current) if has_results(this_run.folder, [stage])
+    ]
+    if not to_redo:
+        return []
+    changes = listed(changes_between(saved, current))
+    if to_redo[0] == this_run.settings.stages[0]:
+        raise InputError(
+            f"{this_run.folder} was made by another config; choose another --workdir or undo:"
+            f"{changes}"
+        )
+    log.info("%s are done anew, because the config has changed:%s", ", ".join(to_redo), changes)
+    return to_redo
+
+
+@by_the_first
+def _claim_once(this_run: Run, to_redo: list[str]) -> None:
+    """Makes the folder this config's own, and puts aside what it does not vouch for."""
+    if to_redo:
+        done = {name: of for name, of in _done(this_run).items() if name not in to_redo}
+        write_json(this_run.folder / DONE_FILE, done)
+        put_aside(this_run.folder, to_redo)
+    write_json(this_run.folder / CONFIG_FILE, this_run.settings.to_config())
+
+
+def _done(this_run: Run) -> dict[str, dict]:
+    """The stages that are done, with the seconds that each took."""
+    path = this_run.folder / DONE_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def _check_earlier_are_done(this_run: Run, stage: str, to_redo: list[str]) -> None:
+    stages, done = this_run.settings.stages, _done(this_run)
+    for earlier in stages[: stages.index(stage)]:
+        if earlier not in done or earlier in to_redo:
+            raise RunError(f"stage {stage!r} needs {earlier!r}, which is not done yet")
+
+
+def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
+    done = _done(this_run)
     wait_for_all("stages.json is read")
     for name in stages:
-        if stage is not None and name != stage:
-            if stages.index(name) < stages.index(stage) and name not in done:
-                raise RunError(f"stage {stage!r} needs {name!r}, which is not done yet")
-            continue
         if name in done and name != "report":
             log.info("%s: done in %.0f s, skipped", name, done[name]["seconds"])
-            continue
-        log.info("%s: starts", name)
-        started = time.monotonic()
-        STAGE_FUNCTIONS[name](this_run, images)
-        done[name] = {"seconds": round(time.monotonic() - started, 3)}
-        write_json_once(done_file, done)
+        else:
+            log.info("%s: starts", name)
+            started = time.monotonic()
+            STAGE_FUNCTIONS[name](this_run, images)
+            done[name] = {"seconds": round(time.monotonic() - started, 3)}
+            write_json_once(this_run.folder / DONE_FILE, done)
+        if not this_run.settings.keep_checkpoints:
+            tidy_once(this_run.folder, name)
 
 
 def _held(folder: epath.Path) -> contextlib.AbstractContextManager:
@@ -64,19 +132,3 @@ def _held(folder: epath.Path) -> contextlib.AbstractContextManager:
     if is_url(folder) or not is_first():
         return contextlib.nullcontext()
     return locked(folder / "run.lock")
-
-
-@by_the_first
-def _claim_once(this_run: Run) -> None:
-    """Makes the folder this config's own, but for the list of stages, which may change."""
-    path, current = this_run.folder / CONFIG_FILE, this_run.settings.to_config()
-    if not path.exists():
-        write_json(path, current)
-        return
-    saved = saved_settings(this_run.folder).to_config()
-    differing = listed_differences(saved | {"stages": current["stages"]}, current)
-    if differing:
-        raise InputError(
-            f"{this_run.folder} was made by another config; choose another --workdir or undo:"
-            f"{differing}"
-        )

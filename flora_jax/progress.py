@@ -125,7 +125,8 @@ class Progress:
         counted = f"{self.done}/{self.total} {self.unit}s"
         shown = [self.name, counted, *parts, *self._shown_values()]
         if self._is_shown:
-            print("  ".join(part for part in shown if part), file=sys.stderr, flush=True)
+            line = "  ".join(part for part in shown if part)
+            print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _format_duration(seconds: float) -> str:

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import flora_jax as flora
-from configs import minutes
 from flora_jax import pipeline
 from flora_jax.cluster.processes import Stopped
+from flora_jax.configs import minutes
 from flora_jax.stages import calibration
 from flora_jax.stages.calibration import calibrate_factors
 from flora_jax.stages.images import Images

@@ -19,7 +19,7 @@ from flora_jax.errors import (
     few,
     unknown,
 )
-from flora_jax.train.loop import NonFiniteLossError
+from flora_jax.training.loop import NonFiniteLossError
 
 
 @pytest.fixture

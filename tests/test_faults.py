@@ -15,8 +15,7 @@ import time
 
 import pytest
 
-from flora_jax.cluster import processes
-from tests.helpers.commands import ROOT, TINY_CONFIG, flora_command, run_flora
+from tests.helpers.commands import ROOT, STOPPED, TINY_CONFIG, flora_command, run_flora
 from tests.helpers.faults import OFTEN, assert_same_run, end_of, send_when
 from tests.helpers.files import flip_a_bit, largest_file
 
@@ -109,29 +108,30 @@ def test_damage(damage, killed, finished_run, tmp_path):
     finish_and_compare(tmp_path / "run", finished_run)
 
 
-def test_all_damages_at_once_and_sigterm(killed, finished_run, tmp_path):
+def test_all_damages_at_once_and_ctrl_c(killed, finished_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)
     damaged = newest_step(workdir).name
     for damage in DAMAGES:
         damage(workdir)
-    status, errors = send_when(has_generations(workdir, 1), signal.SIGTERM, workdir)
+    status, errors = send_when(has_generations(workdir, 1), signal.SIGINT, workdir)
     assert f"step {damaged}" in errors
     assert "damaged" in errors
-    assert status == processes.STOPPED, errors
+    assert status == 128 + signal.SIGINT, errors
     assert "stopped: search is saved at generation" in errors
     with (workdir / "search/history.jsonl").open("a") as history:
         history.write('{"generation": 1, "genes": [[0, ')
     finish_and_compare(workdir, finished_run)
 
 
-def test_sigterm_saves_the_step(killed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_told_to_end_saves_the_step(number, killed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)
     step = int(newest_step(workdir).name)
     newer = has_saved(workdir, "supernet", step + 20)
-    status, errors = send_when(newer, signal.SIGTERM, workdir)
-    assert status == processes.STOPPED, errors
+    status, errors = send_when(newer, number, workdir)
+    assert status == 128 + number, errors
     saved = int(newest_step(workdir).name)
     assert saved > step
     assert f"stopped: supernet is saved at step {saved} of" in errors
@@ -213,12 +213,12 @@ def test_one_of_two_processes_is_killed_and_later_told_to_end(finished_run, tmp_
     workdir = tmp_path / "run"
     saved = has_saved(workdir, "supernet", 40)
     status, errors, seconds = signal_the_second_when(saved, "KILL", workdir)
-    assert status not in (0, processes.STOPPED), errors
+    assert status not in (0, STOPPED), errors
     assert seconds < 60
     # JAX tells all processes of the signal after a second or two, while they search.
     trained = has_done(workdir, "supernet")
     status, errors, _ = signal_the_second_when(trained, "TERM", workdir)
-    assert status == processes.STOPPED, errors
+    assert status == STOPPED, errors
     assert "stopped: search is saved at generation" in errors
     with run_in_two(workdir) as both:
         _, errors = both.communicate(timeout=600)

@@ -7,9 +7,9 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
-from flora_jax.train.optimizer import learning_rate_schedule
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import task_loss
+from flora_jax.training.optimizer import learning_rate_schedule
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import task_loss
 
 CONFIGS = range(8)
 SWIN_SPEC = flora.SwinSpec(

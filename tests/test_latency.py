@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from configs import deit_t
 from flora_jax import pipeline, timing
+from flora_jax.configs import deit_t
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.search import latency
 from flora_jax.search.history import read_history
@@ -19,8 +19,9 @@ from flora_jax.search.latency import LatencyTable, measure, measure_networks
 from flora_jax.stages.budget import load_budgets, load_latency_table
 from flora_jax.stages.flora import search
 from flora_jax.stages.images import Images
+from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run, load_space
-from flora_jax.stages.settings import FLORA_STAGES, Settings
+from flora_jax.stages.settings import Settings
 
 BATCH = 3
 SWIN = SwinSpec(

@@ -12,9 +12,9 @@ import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.train.mixing import mix
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import initial_state, make_step, task_loss
+from flora_jax.training.mixing import mix
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state, make_step, task_loss
 
 SIZE, BATCH = 16, 4
 # Image i is filled with the value i, so that a pixel tells where it comes from.

@@ -107,7 +107,7 @@ def test_models_of_several_budgets_are_joined_by_kind():
         full_ranks=[32] * 3,
         uniform_ratios=[0.2, 0.4],
     )
-    trade_off, _, *ranks = figure.axes
+    trade_off, _, _, *ranks = figure.axes
     (joined,) = trade_off.lines
     np.testing.assert_allclose(joined.get_xydata(), [[3, 90], [5, 95]])
     assert len(trade_off.patches) == 2
@@ -158,15 +158,24 @@ def test_curves_share_an_axis_of_stage_shares():
         "filter": ([], []),
         "finetune": ([20, 40], [0.1, 0.05]),
     }
-    plots.plot_curves(ax, curves, accuracies={"pretrain": ([1000], [0.9])})
+    plots.plot_curves(ax, curves)
     pretrain, finetune = ax.lines
     np.testing.assert_allclose(pretrain.get_xydata(), [[0, 2], [50, 0.5], [100, 0.01]])
     np.testing.assert_allclose(finetune.get_xydata(), [[50, 0.1], [100, 0.05]])
     assert ax.get_yscale() == "log"
     assert legend_texts(ax) == ["pretrain (1,000 steps)", "finetune (40 steps)"]
-    (accuracy,) = ax.figure.axes[1].lines
-    np.testing.assert_allclose(accuracy.get_xydata(), [[100, 90]])
-    assert to_rgba(accuracy.get_color()) == to_rgba(pretrain.get_color())
+
+
+def test_accuracies_have_the_colour_of_their_stage_and_a_style_a_subnet():
+    ax = Figure().subplots()
+    supernet = {"": ([5, 10], [0.8, 0.9]), "smallest": ([5, 10], [0.2, 0.3])}
+    plots.plot_accuracies(ax, {"pretrain": {}, "supernet": supernet})
+    full, smallest = ax.lines
+    np.testing.assert_allclose(full.get_xydata(), [[50, 80], [100, 90]])
+    np.testing.assert_allclose(smallest.get_xydata(), [[50, 20], [100, 30]])
+    assert to_rgba(full.get_color()) == to_rgba(smallest.get_color()) == to_rgba(plots.COLORS[1])
+    assert (full.get_linestyle(), smallest.get_linestyle()) == ("-", "--")
+    assert legend_texts(ax) == ["supernet", "supernet smallest"]
 
 
 @pytest.mark.parametrize("losses", [[2.0, 1.0], [2.0, 0.0]])
@@ -180,13 +189,13 @@ def test_loss_axis_is_linear_where_a_logarithm_would_not_help(losses):
 def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
     figure = example_figure()
     titles = {ax.get_title(loc="left") for ax in figure.axes}
-    assert {"Accuracy against cost", "Training", "Ranks of the subnet"} <= titles
+    assert {"Accuracy against cost", "Loss while training", "Ranks of the subnet"} <= titles
     path = tmp_path / "report.png"
     path.write_bytes(b"an older picture")
     plots.save_figure(figure, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.size == (12 * 150, 8 * 150)
+        assert image.size == (15 * 150, 8 * 150)
         pixels = np.asarray(image.convert("RGB"))
     assert {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)} >= {
         tuple(round(255 * c) for c in to_rgba(color)[:3]) for color in plots.COLORS[:3]
@@ -201,7 +210,7 @@ def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
         {"candidates": {"macs": [], "top1": [], "generation": []}, "points": {}},
         {"points": {"dense": POINTS["dense"], "subnet": POINTS["subnet"]}, "uniform_ratios": None},
         {"curves": {}},
-        {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": ([1], [0.5])}},
+        {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": {"": ([1], [0.5])}}},
     ],
     ids=["one candidate", "no candidate", "no uniform point", "no curves", "empty curve"],
 )

@@ -24,7 +24,7 @@ from flora_jax.evaluation import evaluate_images
 from flora_jax.io.files import locked, write_json
 from flora_jax.search.evolution import EvolutionSettings, evolve
 from flora_jax.weights.folder import save_description_once
-from tests.helpers.commands import ROOT, free_port
+from tests.helpers.commands import ROOT, STOPPED, free_port
 from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
@@ -102,7 +102,7 @@ def train_until_told_to_end(directory: pathlib.Path) -> None:
         run(directory, ENDLESS, local_batches)
     except processes.Stopped as stopped:
         print(stopped, flush=True)
-        sys.exit(processes.STOPPED)
+        sys.exit(stopped.exit_status)
 
 
 def fail_alone(directory: pathlib.Path) -> None:
@@ -236,7 +236,7 @@ def test_told_to_end_all_save_the_same_step_and_go_on_from_there(num_processes, 
     wait_until(lambda: lines_of(tmp_path) > 10, members)
     members[-1].send_signal(signal.SIGTERM)
     stopped = finish(members)
-    assert [done.returncode for done in stopped] == [processes.STOPPED] * num_processes
+    assert [done.returncode for done in stopped] == [STOPPED] * num_processes
     (message,) = {done.stdout.strip().splitlines()[-1] for done in stopped}
     (step,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert message == f"test is saved at step {step} of 100000"

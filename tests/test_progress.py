@@ -17,6 +17,12 @@ class Clock:
         return self.now
 
 
+def shown_lines(capsys) -> list[str]:
+    """What was printed, without the time of day that every line begins with."""
+    lines = capsys.readouterr().err.splitlines()
+    return [re.fullmatch(r"\d\d:\d\d:\d\d (.*)", line).group(1) for line in lines]
+
+
 def test_lines_of_a_resumed_run(capsys):
     clock = Clock()
     with Progress("supernet", total=1200, start=300, clock=clock) as progress:
@@ -25,7 +31,7 @@ def test_lines_of_a_resumed_run(capsys):
             progress.update(count, loss=0.531234, epoch=3)
         clock.now += 79
         progress.update(699)
-    lines = capsys.readouterr().err.splitlines()
+    lines = shown_lines(capsys)
     assert lines == [
         "supernet  442/1200 steps  36 %  14.2 steps/s  0:53 left  loss 0.5312  epoch 3",
         # 15 s: too early for a line
@@ -41,7 +47,7 @@ def test_the_interval_is_configurable(capsys):
         for _ in range(10):
             clock.now += 40
             progress.update()
-    lines = capsys.readouterr().err.splitlines()
+    lines = shown_lines(capsys)
     counts = [re.search(r"(\d+)/10 blocks", line).group(1) for line in lines]
     assert counts == ["1", "4", "7", "10", "10"]
     assert "40.0 s/block" in lines[0]
@@ -68,14 +74,14 @@ def test_summary_of_work_left_early(capsys):
         for _ in range(4):
             clock.now += 2
             progress.update()
-    lines = capsys.readouterr().err.splitlines()
+    lines = shown_lines(capsys)
     assert lines[-1] == "search  4/9 steps  stopped after 0:08  2.0 s/step"
 
 
 def test_nothing_left_to_do(capsys):
     with Progress("search", total=20, start=20, clock=Clock()):
         pass
-    assert capsys.readouterr().err == "search  20/20 steps  done in 0:00\n"
+    assert shown_lines(capsys) == ["search  20/20 steps  done in 0:00"]
 
 
 def test_work_that_goes_on_counts_from_where_it_was(capsys):
@@ -85,7 +91,7 @@ def test_work_that_goes_on_counts_from_where_it_was(capsys):
             progress.update(0, best=0.5)
             clock.now += 1
             progress.update()
-    lines = capsys.readouterr().err.splitlines()
+    lines = shown_lines(capsys)
     assert lines[0].startswith("search  3/5 generations  60 %  1.0 generations/s  0:02 left")
     assert lines[-1] == "search  5/5 generations  done in 0:03  1.0 generations/s  best 0.5"
 
@@ -104,7 +110,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     *bars, summary = re.split(r"[\r\n]+", terminal.getvalue().strip())
     assert bars[0].startswith("supernet:  40%")
     assert any(bar.startswith("supernet:  90%") and "loss 0.25" in bar for bar in bars)
-    assert summary.startswith("supernet  10/10 steps  done in 0:00")
+    assert "supernet  10/10 steps  done in 0:00" in summary
 
 
 def test_values_must_be_on_the_host():

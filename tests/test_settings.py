@@ -5,15 +5,16 @@ import json
 
 import pytest
 
-from flora_jax.stages.settings import FLORA_STAGES, STAGES, Settings
-from tests.helpers.commands import ROOT
+from flora_jax import configs
+from flora_jax.stages.names import FLORA_STAGES, STAGES
+from flora_jax.stages.settings import Settings
 
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
 
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", configs.names())
 def test_every_config_is_settings_and_back(name):
-    settings = Settings.from_config(importlib.import_module(f"configs.{name}").get_config())
+    settings = Settings.from_config(
+        importlib.import_module(f"flora_jax.configs.{name}").get_config()
+    )
     stored = json.loads(json.dumps(settings.to_config()))
     assert Settings.from_config(stored) == settings
     assert Settings.from_config(settings.to_config()).to_config() == settings.to_config()

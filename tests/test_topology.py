@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
+from flora_jax.configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
 from flora_jax.models import functional
 from flora_jax.preflight import hlo, topology
 from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
@@ -76,7 +76,7 @@ def test_unknown_topology_names_what_is_accepted(name):
 
 def test_missing_compiler_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install -r requirements-tpu-check\.txt"):
+    with pytest.raises(ImportError, match=r"pip install 'jax\[tpu\]'"):
         check_topology(settings_of(deit_t), "v5e:4x4")
 
 

@@ -6,21 +6,31 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
-from typing import ParamSpec
+from types import FrameType
+from typing import Any, ParamSpec
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from flora_jax.errors import InputError, RunError
 
 P = ParamSpec("P")
-STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved and ended because it was told to
 _HEARTBEAT_SECONDS = 30  # after which a process that is gone ends the others
 
 
 class Stopped(Exception):  # not an error
-    """The run was told to end, and has saved where it is."""
+    """The run was told to end, and has saved where it is.
+
+    Args:
+      signal_number: what told it: SIGTERM, or SIGINT, which Ctrl-C sends.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
 
 
 def connect(
@@ -78,27 +88,67 @@ def exit_at_once(status: int) -> None:
 
 
 class StopRequest:
-    """Whether this run has been told to end: SIGTERM, or notice that its machines are taken away.
+    """Whether this run has been told to end: SIGTERM, Ctrl-C, or notice that machines will go.
 
-    While it is open, SIGTERM does not end the process. All processes get the same answer.
+    While it is open, neither ends the process; a second Ctrl-C does. All processes get the same
+    answer.
     """
 
     _calls = itertools.count()  # of the protocol by which processes agree on a step
 
     def __enter__(self) -> "StopRequest":
-        self._received = threading.Event()
-        self._previous = None
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and jax.process_count() == 1:  # otherwise JAX listens
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+            if jax.process_count() == 1:  # otherwise JAX listens
+                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_terminate)
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def is_set(self) -> bool:
         """Whether the run was told to end; all processes must ask equally often."""
         if jax.process_count() == 1:
-            return self._received.is_set()
+            return self._received is not None
         return multihost_utils.reached_preemption_sync_point(next(self._calls))
+
+    def stopped(self, message: str) -> Stopped:
+        """The exception to raise once all is saved; `message` says where the run is."""
+        return Stopped(message, self._received or signal.SIGTERM)
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            signal.default_int_handler(number, frame)
+        self._received = number
+        print("saving; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other processes
+
+
+class Timer:
+    """Says every so many seconds that it is time; all processes get the first one's answer.
+
+    Args:
+      seconds: 0 for never.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._seconds, self._clock = seconds, clock
+        self._next = clock() + seconds
+
+    def is_due(self) -> bool:
+        """Whether the time has come since it last had; all processes must ask equally often."""
+        if not self._seconds:
+            return False
+        due = self._clock() >= self._next
+        if jax.process_count() > 1:
+            due = bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
+        if due:
+            self._next = self._clock() + self._seconds
+        return due

@@ -26,7 +26,7 @@ from etils import epath
 
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.data.batches import Batch, Batches
-from flora_jax.errors import InputError, MissingFileError, listed_differences
+from flora_jax.errors import InputError, MissingFileError, differences, listed
 from flora_jax.io.files import read_json, replacing, sha256, write_json_once
 
 FORMAT = 1
@@ -269,7 +269,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
 
 def _check_meta(folder: epath.Path, expected: dict) -> None:
     there = read_json(folder / META_FILE)
-    differing = listed_differences({name: there.get(name) for name in expected}, expected)
+    differing = listed(differences({name: there.get(name) for name in expected}, expected))
     if differing:
         raise InputError(
             f"{folder} holds other predictions; choose another folder or undo:{differing}"

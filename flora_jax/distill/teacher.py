@@ -22,7 +22,7 @@ from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.progress import Progress
-from flora_jax.train.step import teacher_targets
+from flora_jax.training.step import teacher_targets
 
 TOP = 100
 

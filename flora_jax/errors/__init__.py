@@ -1,7 +1,7 @@
 """What the user is told: kinds of errors that a user can mend, and hints for their messages."""
 
 from flora_jax.errors.checks import check_at_least, check_between, check_known
-from flora_jax.errors.hints import did_you_mean, differences, few, listed_differences, unknown
+from flora_jax.errors.hints import did_you_mean, differences, few, listed, unknown
 from flora_jax.errors.kinds import (
     InputError,
     MissingFileError,
@@ -24,6 +24,6 @@ __all__ = [
     "did_you_mean",
     "differences",
     "few",
-    "listed_differences",
+    "listed",
     "unknown",
 ]

@@ -37,9 +37,6 @@ def differences(there, here, name: str = "") -> Iterator[tuple[str, object, obje
         yield name, there, here
 
 
-def listed_differences(there, here) -> str:
+def listed(changes: Iterable[tuple[str, object, object]]) -> str:
     """One line for each of the `differences`, indented; empty where there is none."""
-    lines = (
-        f"\n  {name}: {old!r} there, {new!r} now" for name, old, new in differences(there, here)
-    )
-    return "".join(lines)
+    return "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, old, new in changes)

@@ -21,6 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from flora_jax.cluster.processes import wait_for_all
 from flora_jax.errors import InputError, MissingFileError, StorageError
 from flora_jax.io.files import absolute
 from flora_jax.io.manifest import verify, write_manifest
@@ -28,6 +29,7 @@ from flora_jax.io.manifest import verify, write_manifest
 log = logging.getLogger(__name__)
 
 MANIFESTS, DAMAGED = "manifests", "damaged"
+Parameters = dict[str, np.ndarray]
 _NONE = -1
 
 
@@ -142,7 +144,39 @@ class Checkpoints:
         folder.rename(moved)
 
 
-def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
+def save_parameters(parameters: Parameters, folder: epath.PathLike) -> None:
+    """Writes parameters alone as one Orbax checkpoint, with its checksums beside it.
+
+    All processes call it together. `read_saved_parameters` reads it. Raises StorageError.
+    """
+    folder = absolute(folder)
+    try:
+        if jax.process_index() == 0 and folder.exists():
+            folder.rmtree()  # of a process that was killed
+        ocp.save(folder, parameters)
+        if jax.process_index() == 0:
+            write_manifest(folder, _manifest(folder))
+        wait_for_all(f"{folder} is saved")
+    except Exception as error:  # a full disk is a ValueError in Orbax
+        raise StorageError(f"saving {folder} failed: {error}") from error
+
+
+def has_saved_parameters(folder: epath.PathLike) -> bool:
+    """Whether `save_parameters` has completed this folder."""
+    return _manifest(absolute(folder)).exists()
+
+
+def read_saved_parameters(folder: epath.PathLike) -> Parameters:
+    """What `save_parameters` wrote, on the host. Raises InputError where it is damaged."""
+    folder = absolute(folder)
+    try:
+        verify(folder, _manifest(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is damaged: {error}") from error
+    return ocp.load(folder, _on_the_host(ocp.metadata(folder).metadata))
+
+
+def read_parameters(directory: epath.PathLike) -> Parameters:
     """The parameters of the newest checkpoint (their moving average if kept), on the host.
 
     A damaged checkpoint is left where it is, and an older one read, with a warning.
@@ -163,12 +197,16 @@ def read_parameters(directory: epath.PathLike) -> dict[str, np.ndarray]:
     saved = ocp.metadata(path).metadata
     wanted = "parameters" if saved["average"] is None else "average"
     target = {
-        name: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+        name: _on_the_host(tree)
         if name == wanted
         else jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
         for name, tree in saved.items()
     }
     return ocp.load(path, target)[wanted]
+
+
+def _on_the_host(tree):
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
 
 
 def _off_the_device(state):

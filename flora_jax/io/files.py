@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -105,6 +106,18 @@ def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
 def absolute(path: epath.PathLike) -> epath.Path:
     """The absolute path; a URL stays, before which epath would put the working directory."""
     return epath.Path(path) if is_url(path) else epath.Path(path).resolve()
+
+
+def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    """Paths in a folder such as "finetune/*/metrics.jsonl", sorted; at gs:// epath's glob fails."""
+    paths = [folder]
+    for part in pattern.split("/"):
+        if "*" in part:
+            inside = (child for path in paths if path.is_dir() for child in path.iterdir())
+            paths = sorted(child for child in inside if fnmatch.fnmatch(child.name, part))
+        else:
+            paths = [path / part for path in paths if (path / part).exists()]
+    return paths
 
 
 def read_json(path: epath.PathLike):

@@ -159,6 +159,13 @@ class RankSpace:
         pairs = enumerate(self.kept)
         return np.concatenate([triples[self.block_macs(b).argmin()] for b, triples in pairs])
 
+    @property
+    def middle_genes(self) -> np.ndarray:
+        """int32 [L]: the kept triple of the median MACs in every block."""
+        orders = (np.argsort(self.block_macs(b), kind="stable") for b in range(self.num_blocks))
+        pairs = zip(self.kept, orders, strict=True)
+        return np.concatenate([triples[order[len(order) // 2]] for triples, order in pairs])
+
     @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:
         """The stored weights of each layer at each of its choices, int64."""

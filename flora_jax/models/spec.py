@@ -227,3 +227,13 @@ def nearest(value: int, is_legal: Callable[[int], bool]) -> int:
     """The positive integer closest to `value` that is legal, which one must be."""
     outward = (value + sign * distance for distance in itertools.count() for sign in (-1, 1))
     return next(number for number in outward if number > 0 and is_legal(number))
+
+
+def macs(spec: Spec) -> int:
+    """Multiply-adds for one image of a model of this spec."""
+    return spec.macs()
+
+
+def num_params(spec: Spec) -> int:
+    """Every parameter of a model of this spec."""
+    return spec.num_params()

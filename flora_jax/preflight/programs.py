@@ -28,8 +28,8 @@ from flora_jax.preflight import hlo
 from flora_jax.slim.gates import SparsityPenalty, abstract_gated
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
-from flora_jax.train.settings import Recipe
-from flora_jax.train.step import initial_state, make_step
+from flora_jax.training.settings import Recipe
+from flora_jax.training.step import initial_state, make_step
 
 _Shape = jax.ShapeDtypeStruct
 
@@ -124,7 +124,7 @@ def heaviest_training(settings: Settings, implementation: str) -> Training:
 
 
 def compile_training(settings: Settings, training: Training, mesh: Mesh, images: int) -> Program:
-    """The training step at `images` a device, exactly as `flora_jax.train.loop.train` runs it.
+    """The training step at `images` a device, exactly as `flora_jax.training.loop.train` runs it.
 
     Raises:
       InputError: the recipe makes no sense.

@@ -93,7 +93,7 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise MissingPackageError(
-            "the TPU compiler libtpu is not installed: pip install -r requirements-tpu-check.txt"
+            "the TPU compiler libtpu is not installed: pip install 'jax[tpu]'"
         )
     chip = CHIPS[generation]
     try:

@@ -20,7 +20,9 @@ from flora_jax.io.files import replacing
 from flora_jax.report.trade_off import plot_trade_off
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
+LINE_STYLES = ("-", "--", ":")
 MAX_BLOCK_TICKS = 26
+MAX_MARKERS = 20  # of a curve, beyond which they hide it
 _LOG_LOSS_RANGE = 20  # largest / smallest loss from which a linear axis hides the end of training
 
 
@@ -88,32 +90,26 @@ def plot_ranks(
     )
 
 
-def plot_curves(
-    ax: Axes,
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
-    accuracies: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
-) -> None:
+Curve = tuple[Sequence[int], Sequence[float]]  # steps [T], values [T]
+
+
+def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
     """Training loss of every stage, over the share of the stage that is done.
 
     Stages differ in length by orders of magnitude; the legend gives the steps of each.
 
     Args:
       curves: {stage: (steps [T], loss [T])}, in the order in which they ran.
-      accuracies: {stage: (steps [E], top1 [E] in 0..1)}, dashed, on an axis of their own.
     """
     curves = {stage: curve for stage, curve in curves.items() if len(curve[0])}
     if not curves:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "no training curves", ha="center", va="center", color="0.4")
         return
-    right = ax.twinx() if accuracies else None
     for i, (stage, (steps, losses)) in enumerate(curves.items()):
         color, last_step = COLORS[i % len(COLORS)], max(1, steps[-1])
         label = f"{stage} ({last_step:,} steps)"
         ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
-        if right is not None and accuracies and stage in accuracies:
-            at, top1 = map(np.asarray, accuracies[stage])
-            right.plot(100 * at / last_step, 100 * top1, color=color, linestyle="--")
     every_loss = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
     if every_loss.min() > 0 and every_loss.max() / every_loss.min() > _LOG_LOSS_RANGE:
         ax.set_yscale("log")
@@ -122,9 +118,39 @@ def plot_curves(
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("share of the stage (%)")
     ax.set_ylabel("training loss")
-    if right is not None:
-        right.set_ylabel("top-1 accuracy (%), dashed")
-    # Below the axes: no corner is free of both falling losses and rising accuracies.
+    _legend_below(ax)
+
+
+def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> None:
+    """Held-out accuracy while each stage trains, over the share of the stage that is done.
+
+    Args:
+      accuracies: {stage: {subnet: (steps [E], top1 [E] in 0..1)}}; a stage has the colour that
+        `plot_curves` gives it where it gets the same stages, and each of its subnets a line style.
+    """
+    if not any(accuracies.values()):
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no evaluations while training", ha="center", va="center", color="0.4")
+        return
+    for i, (stage, subnets) in enumerate(accuracies.items()):
+        last_step = max((steps[-1] for steps, _ in subnets.values()), default=1)
+        for style, (subnet, (steps, top1)) in zip(LINE_STYLES, subnets.items(), strict=False):
+            ax.plot(
+                100 * np.asarray(steps) / last_step,
+                100 * np.asarray(top1),
+                color=COLORS[i % len(COLORS)],
+                linestyle=style,
+                lw=1,
+                marker="." if len(steps) < MAX_MARKERS else None,
+                label=f"{stage} {subnet}".strip(),
+            )
+    ax.set_xlabel("share of the stage (%)")
+    ax.set_ylabel("held-out top-1 accuracy (%)")
+    _legend_below(ax)
+
+
+def _legend_below(ax: Axes) -> None:
+    """No corner is free of both falling and rising curves."""
     ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
     )
@@ -136,26 +162,28 @@ def report_figure(
     windows: Sequence[tuple[float, float]],
     ranks: Mapping[str, Sequence[int | None]],
     full_ranks: Sequence[int],
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    curves: Mapping[str, Curve],
     *,
-    accuracies: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
+    accuracies: Mapping[str, Mapping[str, Curve]] | None = None,
     uniform_ratios: Sequence[float] | None = None,
     title: str = "",
 ) -> Figure:
-    """All plots as one picture; arguments as in plot_trade_off, plot_ranks, plot_curves.
+    """All plots as one picture; arguments as in the functions that draw them.
 
     Args:
       ranks: of the subnet of each budget, by its name: a plot each.
       uniform_ratios: of each budget.
     """
     heights = (3, *[2] * len(ranks))
-    figure = Figure(figsize=(12, 1.6 * sum(heights)), layout=padded_layout())
-    grid = figure.add_gridspec(len(heights), 2, width_ratios=(3, 2), height_ratios=heights)
-    trade_off, training = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    figure = Figure(figsize=(15, 1.6 * sum(heights)), layout=padded_layout())
+    grid = figure.add_gridspec(len(heights), 3, width_ratios=(3, 2, 2), height_ratios=heights)
+    trade_off, training, quality = (figure.add_subplot(grid[0, i]) for i in range(3))
     plot_trade_off(trade_off, candidates, points, windows)
     trade_off.set_title("Accuracy against cost", loc="left")
-    plot_curves(training, curves, accuracies)
-    training.set_title("Training", loc="left")
+    plot_curves(training, curves)
+    training.set_title("Loss while training", loc="left")
+    plot_accuracies(quality, accuracies or {})
+    quality.set_title("Quality while training", loc="left")
     for i, (name, own_ranks) in enumerate(ranks.items()):
         ax = figure.add_subplot(grid[1 + i, :])
         ratio = None if uniform_ratios is None else uniform_ratios[i]

@@ -22,6 +22,14 @@ from flora_jax.models.spec import LAYERS_PER_BLOCK
 Measure = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def local_supernet(supernet: Supernet, block: int) -> Supernet:
+    """The supernet whose other blocks stay at full rank."""
+    space = supernet.space
+    kept = list(space.full_rank_triples[:, None])
+    kept[block] = space.kept[block]
+    return Supernet(supernet.network, space.keep(kept))
+
+
 def score_block(
     supernet: Supernet, block: int, evaluation_set: EvaluationSet
 ) -> dict[str, np.ndarray]:

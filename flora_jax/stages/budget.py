@@ -1,7 +1,7 @@
 """What a run's subnets may cost, in multiply-adds or in nanoseconds of this device."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from flora_jax.cluster.processes import wait_for_all
 from flora_jax.comparison import budget_name
@@ -11,7 +11,7 @@ from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.search.latency import LatencyTable, measure
-from flora_jax.stages.run import Run
+from flora_jax.stages.run import Run, load_space
 from flora_jax.stages.sections import Window
 from flora_jax.stages.settings import Settings
 
@@ -160,12 +160,49 @@ def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
             _check("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
 
 
+def check_with_results(run: Run, to_redo: Collection[str]) -> None:
+    """Checks the MAC windows with what the run has found already: slimmed model, kept triples.
+
+    Args:
+      to_redo: stages whose results do not count.
+
+    Raises:
+      InputError: as `check_macs_budget`.
+    """
+    stages = run.settings.stages
+    found = {"slim": run.folder / "slim/spec.json", "filter": run.folder / "filter/space.json"}
+    deciding = [stage for stage in found if stage in stages]
+    is_known = deciding and all(found[s].exists() and s not in to_redo for s in deciding)
+    if not is_known or not run.settings.finds_ranks or run.settings.spends_latency:
+        return
+    space = load_space(run)
+    for budget in macs_budgets(run.settings, run.spec):
+        try:
+            _check("macs", budget, space.macs_cost, space, run.spec.macs(), "MACs")
+        except InputError as error:
+            if "filter" in deciding:
+                raise InputError(f"{error}; --stage=filter --redo keeps others") from error
+            raise
+
+
 def _check(
     name: str, budget: Budget, cost: Cost, space: RankSpace, dense: float, dense_cost: str
 ) -> None:
     (least, most), (low, high) = cost.range_over(space.kept), budget.window
     if high < least or low > most:
-        raise InputError(
+        message = (
             f"budget.{name} {budget.shares} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's {dense_cost}"
         )
+        if name == "macs" and high < least:
+            message += _ratio_to_add(space, high)
+        raise InputError(message)
+
+
+def _ratio_to_add(space: RankSpace, macs: int) -> str:
+    """Which ratio of full rank brings a budget below the space into reach, for its message."""
+    for denominator in (8, 12, 16, 24, 32, 48, 64):
+        smaller = RankSpace.regular(space.spec, (1 / denominator, 1.0))
+        if smaller.macs_range()[0] <= macs:
+            return f"; with a ratio of 1/{denominator} in space.ratios it would be"
+    return "; no rank of this network is low enough"

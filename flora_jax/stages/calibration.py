@@ -1,15 +1,13 @@
 """The calibrate stage: what enters each layer, and the supernet whose factors it weighs."""
 
-import time
 from collections.abc import Iterator, Mapping
 
-import jax
 import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors
 from safetensors import safe_open
 
-from flora_jax.cluster.processes import Stopped, StopRequest, by_the_first, wait_for_all
+from flora_jax.cluster.processes import StopRequest, Timer, by_the_first, wait_for_all
 from flora_jax.io.files import on_disk, replacing
 from flora_jax.lowrank.calibration import (
     Arrays,
@@ -83,18 +81,17 @@ def _sum_up(
     partial = file.with_suffix(".partial")
     start, sums = _read_partial(partial) or (0, zero_sums(layers))
     progress.update(num_images(batches[:start]))
-    saved, normalization = time.monotonic(), run.settings.data.normalization
+    timer, normalization = Timer(_SECONDS_BETWEEN_SAVES), run.settings.data.normalization
     summed = running_sums(base, batches[start:], sums, normalize=normalization)
     for count, batch in enumerate(summed, start=start + 1):
         progress.update(len(batch))
-        is_told = stop_request.is_set()
-        # Several processes would have to agree on the time; together they are quick.
-        is_due = jax.process_count() == 1 and time.monotonic() > saved + _SECONDS_BETWEEN_SAVES
+        is_told, is_due = stop_request.is_set(), timer.is_due()
         if is_told or is_due:
             _write_once(partial, sums | {_COUNT: np.array(count)})
-            saved = time.monotonic()
         if is_told:
-            raise Stopped(f"calibrate is saved at image {progress.done} of {progress.total}")
+            raise stop_request.stopped(
+                f"calibrate is saved at image {progress.done} of {progress.total}"
+            )
     return sums
 
 

@@ -10,7 +10,7 @@ from flora_jax.models.network import Network
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 from flora_jax.stages.training import train_stage
-from flora_jax.train.probe import fit_classifier, has_no_classifier
+from flora_jax.training.probe import fit_classifier, has_no_classifier
 from flora_jax.weights import folder
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -26,7 +26,14 @@ def pretrain(run: Run, images: Images) -> None:
         model = create(run.spec, settings.seed_of("create"))
     if settings.trains_dense:
         folder.save_description_once(model, run.folder / "pretrain")
-        model = train_stage(run, model, settings.pretrain, "pretrain", images.train)
+        model = train_stage(
+            run,
+            model,
+            settings.pretrain,
+            "pretrain",
+            images.train,
+            evaluators=images.evaluators(),
+        )
     folder.save_once(model, run.folder / "dense")
     if images.splits.num_classes:
         log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, images.heldout_set))
@@ -40,7 +47,14 @@ def transfer(run: Run, images: Images) -> None:
     """
     model = _with_classifier(run, images, from_pretrained(run.settings.pretrained, run.spec))
     folder.save_description_once(model, run.folder / "transfer/training")
-    model = train_stage(run, model, run.settings.finetune, "transfer/training", images.train)
+    model = train_stage(
+        run,
+        model,
+        run.settings.finetune,
+        "transfer/training",
+        images.train,
+        evaluators=images.evaluators(),
+    )
     folder.save_once(model, run.folder / "transfer")
 
 

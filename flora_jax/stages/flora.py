@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flora_jax.cluster.processes import Stopped, StopRequest, wait_for_all
+from flora_jax.cluster.processes import StopRequest, wait_for_all
 from flora_jax.evaluation import evaluate as evaluate_metrics
 from flora_jax.io.files import read_json, write_json_once
 from flora_jax.io.json_lines import read_lines
@@ -16,7 +16,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
 from flora_jax.search.allocation import allocate_by, full_rank_drops, multiplier_path
-from flora_jax.search.block_scores import score_block
+from flora_jax.search.block_scores import local_supernet, score_block
 from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
 from flora_jax.search.history import Candidate
@@ -48,7 +48,7 @@ from flora_jax.stages.run import (
 )
 from flora_jax.stages.training import train_stage, train_supernet
 from flora_jax.timing import median_ratio
-from flora_jax.train.settings import Recipe
+from flora_jax.training.settings import Recipe
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
@@ -58,17 +58,14 @@ def filter_candidates(run: Run, images: Images) -> None:
     """A local supernet per block scores its triples; the priced best are kept."""
     settings, base, part = run.settings.filter, load_base(run), images.filter_part()
     space = run.settings.space.of(base.spec)
-    full_rank = space.full_rank_triples
-    inherited = load_inherited(run)
+    inherited = Supernet(load_inherited(run).network, space)
     scores = []
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
-        for block, triples in enumerate(space.kept):
+        for block in range(space.num_blocks):
             name = f"filter/block_{block:02d}"
             scores_file = run.folder / name / "scores.json"
             if not scores_file.exists():
-                only_this_block = [full_rank[b : b + 1] for b in range(space.num_blocks)]
-                only_this_block[block] = triples
-                local = Supernet(inherited.network, space.keep(only_this_block))
+                local = local_supernet(inherited, block)
                 draw_genes = space_law(
                     local.space, "uniform", run.settings.seed_of(f"{name}/genes")
                 )
@@ -94,9 +91,17 @@ def train_whole_supernet(run: Run, images: Images) -> None:
     folder.save_description_once(supernet, run.folder / "supernet")
     draw_genes = _law(run, images, supernet)
     recipe, base = run.settings.supernet, load_base(run)
-    train_supernet(
-        run, supernet, recipe, "supernet", images.train, draw_genes=draw_genes, teacher=base
+    supernet = train_supernet(
+        run,
+        supernet,
+        recipe,
+        "supernet",
+        images.train,
+        draw_genes=draw_genes,
+        teacher=base,
+        evaluators=images.evaluators(supernet.space),
     )
+    folder.save_trained_once(supernet, run.folder / "supernet")
 
 
 def _law(run: Run, images: Images, supernet: Supernet) -> Draw:
@@ -160,6 +165,8 @@ def search(run: Run, images: Images) -> None:
         metrics = evaluate_metrics(supernet, images.heldout_set, genes)
         return metrics[run.settings.metric], metrics["top1"]
 
+    if start:
+        log.info("search: goes on at generation %d of %d", start, total)
     with (
         StopRequest() as stop_request,
         Progress("search", total=total, start=start, unit="generation") as progress,
@@ -168,7 +175,9 @@ def search(run: Run, images: Images) -> None:
         def on_generation(generation: int, members: list[Candidate]) -> None:
             progress.update(best_top1=max(member.top1 for member in members))
             if stop_request.is_set():
-                raise Stopped(f"search is saved at generation {generation + 1} of {total}")
+                raise stop_request.stopped(
+                    f"search is saved at generation {generation + 1} of {total}"
+                )
 
         winners = evolve(
             space,
@@ -261,7 +270,10 @@ def finetune(run: Run, images: Images) -> None:
         if not recipe.epochs:
             return model
         folder.save_description_once(model, run.folder / name)
-        return train_stage(run, model, recipe, name, images.train, teacher=teacher)
+        evaluators = images.evaluators()
+        return train_stage(
+            run, model, recipe, name, images.train, teacher=teacher, evaluators=evaluators
+        )
 
     for budget in load_budgets(run):
         for kind in extracted_kinds(settings):

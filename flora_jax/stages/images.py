@@ -9,10 +9,12 @@ import numpy as np
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import Source
 from flora_jax.data.splits import Splits, hold_out, load_splits, subset
-from flora_jax.evaluation import EvaluationSet
+from flora_jax.evaluation import EvaluationSet, HeldOut
 from flora_jax.lowrank.calibration import BATCH_SIZE
+from flora_jax.lowrank.space import RankSpace
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
+from flora_jax.training.loop import Evaluator
 
 
 class Images:
@@ -48,6 +50,15 @@ class Images:
         size = -(-size // jax.device_count()) * jax.device_count()
         transform = data.augmentation.evaluation(self._image_shape)
         return EvaluationSet(eval_batches(source, transform, size), data.normalization)
+
+    def evaluators(self, space: RankSpace | None = None) -> list[Evaluator]:
+        """What looks at a model while it trains, at a supernet of this space or a plain one.
+
+        Nothing where the images have no labels.
+        """
+        if not self.splits.num_classes:
+            return []
+        return [HeldOut(self.heldout_set, space, self._settings.metric)]
 
     def without_augmentation(self, number: int, purpose: str) -> Iterator[np.ndarray]:
         """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call."""

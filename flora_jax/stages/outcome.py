@@ -11,7 +11,7 @@ from safetensors import numpy as safetensors
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.comparison import baseline_pairs, compare
 from flora_jax.evaluation import evaluate_images
-from flora_jax.io.files import read_json, replacing, write_json_once
+from flora_jax.io.files import matching, read_json, replacing, write_json_once
 from flora_jax.io.json_lines import read_records
 from flora_jax.models.spec import Spec
 from flora_jax.report import plots, slim_plots, table
@@ -28,10 +28,12 @@ from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_regular_space
 from flora_jax.stages.slim import DECISION_FILE
 from flora_jax.timing import median_ratio
+from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
 TEST_IMAGES_FILE = "test_images.safetensors"
+TOP1 = "heldout_top1"  # in the metrics of a training
 PerImage = dict[str, np.ndarray]
 
 
@@ -154,6 +156,7 @@ def _search_figure(run: Run, result: dict) -> Figure:
         budget.name("subnet"): folder.load_spec(run.folder / "extract" / budget.folder("subnet"))
         for budget in budgets
     }
+    metrics = _metrics(run.folder)
     uniform_ratios = None
     if run.settings.uniform_baseline != "none":
         uniform_ratios = [r[0] / full_ranks[0] for r in load_uniform_ranks(run, space)]
@@ -169,7 +172,8 @@ def _search_figure(run: Run, result: dict) -> Figure:
         windows=[(low / unit, high / unit) for low, high in windows],
         ranks={name: spec.ranks for name, spec in subnets.items()},
         full_ranks=full_ranks,
-        curves=_loss_curves(run.folder),
+        curves=_loss_curves(metrics),
+        accuracies=_accuracies(metrics),
         uniform_ratios=uniform_ratios,
         title=f"{run.folder.name}: "
         + ", ".join(table.human_count(spec.macs()) for spec in subnets.values())
@@ -177,16 +181,33 @@ def _search_figure(run: Run, result: dict) -> Figure:
     )
 
 
-def _loss_curves(directory: epath.Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Loss by step of the long stages, averaged over about 1 % of the stage."""
-    curves = {}
-    finetuned = sorted(path.parent for path in directory.glob("finetune/*/metrics.jsonl"))
-    names = ["pretrain", "slim/retrain", "supernet"]
-    for name in names + [f"finetune/{path.name}" for path in finetuned]:
-        path = directory / name / "metrics.jsonl"
-        if path.exists():
-            losses = np.array([record["loss"] for record in read_records(path)])
-            parts = np.array_split(losses, min(100, len(losses)))
-            steps = np.cumsum([len(part) for part in parts])
-            curves[name] = (steps.tolist(), [float(part.mean()) for part in parts])
+def _metrics(directory: epath.Path) -> dict[str, list[dict]]:
+    """The records of the long trainings, a step each, in the order of the stages."""
+    patterns = ("pretrain", "slim/retrain", "supernet", "finetune/*")
+    files = (f for p in patterns for f in matching(directory, f"{p}/{METRICS_FILE}"))
+    found = {str(file.parent.relative_to(directory)): read_records(file) for file in files}
+    return {name: records for name, records in found.items() if records}
+
+
+def _loss_curves(metrics: dict[str, list[dict]]) -> dict[str, plots.Curve]:
+    """Loss by step, averaged over about 1 % of the stage."""
+    curves: dict[str, plots.Curve] = {}
+    for name, records in metrics.items():
+        losses = np.array([record["loss"] for record in records])
+        parts = np.array_split(losses, min(100, len(losses)))
+        steps = np.cumsum([len(part) for part in parts])
+        curves[name] = (steps.tolist(), [float(part.mean()) for part in parts])
     return curves
+
+
+def _accuracies(metrics: dict[str, list[dict]]) -> dict[str, dict[str, plots.Curve]]:
+    """Held-out top-1 by step, of a plain model under "" and of a supernet by subnet."""
+    found: dict[str, dict[str, plots.Curve]] = {}
+    for stage, records in metrics.items():
+        found[stage] = {}
+        evaluated = [record for record in records if TOP1 in record]
+        steps = [record["step"] + 1 for record in evaluated]
+        for key in (key for key in (evaluated or [{}])[0] if key.startswith(TOP1)):
+            subnet = key.removeprefix(TOP1).removeprefix("_")
+            found[stage][subnet] = (steps, [record[key] for record in evaluated])
+    return found

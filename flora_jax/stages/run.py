@@ -54,6 +54,11 @@ class Run:
         return network_spec(self.settings)
 
 
+def has_run(folder: epath.PathLike | None) -> bool:
+    """Whether a run was started in this folder."""
+    return folder is not None and (epath.Path(folder) / CONFIG_FILE).exists()
+
+
 def saved_settings(folder: epath.Path) -> Settings:
     """The settings that the run in this folder was made with."""
     config = read_json(folder / CONFIG_FILE)

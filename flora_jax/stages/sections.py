@@ -16,7 +16,7 @@ from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.search.evolution import EvolutionSettings
 from flora_jax.slim.gates import ATTENTION_GATES, SparsityPenalty
-from flora_jax.train.settings import Recipe
+from flora_jax.training.settings import Recipe
 
 BUDGETS = ("macs", "latency")
 Window = tuple[float, float]
@@ -232,6 +232,9 @@ def _check_windows(name: str, value) -> None:
             )
 
 
+FILTER_TRAINING = Recipe(epochs=20.0, warmup_epochs=3.0, learning_rate=7.5e-6, evaluate_epochs=0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class FilterSettings:
     """Candidate filtering: the share of triples to drop, and the training of local supernets.
@@ -242,7 +245,7 @@ class FilterSettings:
 
     drop: float = 0.7
     train_fraction: float = 0.1
-    train: Recipe = Recipe(epochs=20.0, warmup_epochs=3.0, learning_rate=7.5e-6)
+    train: Recipe = FILTER_TRAINING
 
     def __post_init__(self):
         if not 0 <= self.drop < 1:

@@ -7,12 +7,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from flora_jax.errors import InputError, check_known, unknown
+from flora_jax.errors import InputError, check_at_least, check_known, unknown
 from flora_jax.evaluation import METRICS
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import deit
 from flora_jax.search.laws import SUPERNET_LAWS
 from flora_jax.stages.config_tree import from_mapping, to_mapping
+from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.stages.sections import (
     DEIT_TRAINING,
     AllocationSettings,
@@ -24,24 +25,8 @@ from flora_jax.stages.sections import (
     SlimSettings,
     SpaceSettings,
 )
-from flora_jax.train.settings import Recipe
+from flora_jax.training.settings import Recipe
 
-# A config's stages come in this order.
-STAGES = (
-    "pretrain",
-    "transfer",
-    "slim",
-    "calibrate",
-    "filter",
-    "supernet",
-    "allocate",
-    "search",
-    "extract",
-    "finetune",
-    "evaluate",
-    "report",
-)
-FLORA_STAGES = tuple(name for name in STAGES if name not in ("transfer", "slim"))
 UNIFORM_BASELINES = ("supernet", "alone", "none")
 
 
@@ -51,6 +36,8 @@ class Settings:
 
     Attributes:
       seed: of everything random.
+      keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
+      profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       model: the dense network.
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads; empty: train from
@@ -70,6 +57,8 @@ class Settings:
 
     seed: int = 0
     stages: tuple[str, ...] = FLORA_STAGES
+    keep_checkpoints: bool = False
+    profile_step: int = 0
     fsdp: int = 1
     model: Spec = deit("base")
     data: DataSettings = DataSettings()
@@ -92,6 +81,7 @@ class Settings:
 
     def __post_init__(self):
         _check_stages(self.stages)
+        check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
         check_known(self, "supernet_law", SUPERNET_LAWS)
         check_known(self, "metric", METRICS)

@@ -39,7 +39,15 @@ def slim_down(run: Run, images: Images) -> None:
     folder.save_once(small, run.folder / "slim/cut")
     folder.save_description_once(small, run.folder / "slim/retrain")
     retrain = settings.retrain
-    small = train_stage(run, small, retrain, "slim/retrain", images.train, teacher=dense)
+    small = train_stage(
+        run,
+        small,
+        retrain,
+        "slim/retrain",
+        images.train,
+        teacher=dense,
+        evaluators=images.evaluators(),
+    )
     folder.save_once(small, run.folder / "slim")
 
 
@@ -55,6 +63,7 @@ def train_gates(run: Run, images: Images, dense: Network) -> slim.Gated:
         images.train,
         teacher=dense,
         penalty=settings.penalty,
+        evaluators=images.evaluators(),
     )
     return dataclasses.replace(gated, network=network)
 

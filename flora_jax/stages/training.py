@@ -1,7 +1,7 @@
 """A training of a run: batches, teacher and folder that belong to its name."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -15,8 +15,10 @@ from flora_jax.models.functional import Parameters
 from flora_jax.models.network import Network
 from flora_jax.search.laws import Draw
 from flora_jax.stages.run import Run
-from flora_jax.train.loop import train
-from flora_jax.train.settings import Recipe, TrainSettings
+from flora_jax.training.loop import Evaluator, train
+from flora_jax.training.settings import Recipe, TrainSettings
+
+PREDICTIONS = "predictions"  # stored ones, in the folder of a training
 
 
 def train_stage(
@@ -29,6 +31,7 @@ def train_stage(
     teacher: Network | None = None,
     draw_genes: Draw | None = None,
     penalty: Callable[[Parameters], jax.Array] | None = None,
+    evaluators: Sequence[Evaluator] = (),
 ) -> Network:
     """Trains in the run's folder `name`, or goes on with a training that was interrupted there.
 
@@ -36,7 +39,7 @@ def train_stage(
       model: where the training starts.
       source: the training images.
       teacher: what it learns from where the recipe distils.
-      draw_genes, penalty: as in `flora_jax.train.loop.train`.
+      draw_genes, penalty, evaluators: as in `flora_jax.training.loop.train`.
     """
     batches = _batches(run, recipe, name, source)
     if not recipe.distill:
@@ -56,6 +59,9 @@ def train_stage(
         teacher=teacher,
         penalty=penalty,
         mesh=make_mesh(run.settings.fsdp),
+        evaluators=evaluators,
+        evaluate_every=recipe.evaluate_every(len(source)),
+        profile_step=run.settings.profile_step,
     )
 
 
@@ -68,10 +74,18 @@ def train_supernet(
     *,
     draw_genes: Draw,
     teacher: Network,
+    evaluators: Sequence[Evaluator] = (),
 ) -> Supernet:
     """Trains a subnet a step, as `draw_genes` says; otherwise `train_stage`."""
     network = train_stage(
-        run, supernet.network, recipe, name, source, teacher=teacher, draw_genes=draw_genes
+        run,
+        supernet.network,
+        recipe,
+        name,
+        source,
+        teacher=teacher,
+        draw_genes=draw_genes,
+        evaluators=evaluators,
     )
     return Supernet(network, supernet.space)
 
@@ -96,7 +110,7 @@ def stored_teacher(
             "repeats": recipe.repeats,
         },
     )
-    folder = run.folder / name / "predictions"
+    folder = run.folder / name / PREDICTIONS
     return StoredTeacher(folder, teacher, description, _batches(run, recipe, name, source))
 
 

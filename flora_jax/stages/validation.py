@@ -3,28 +3,40 @@
 What concerns one setting alone, the settings check themselves.
 """
 
+import warnings
+from collections.abc import Container
+
 import jax
 from etils import epath
 
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
+from flora_jax.models.spec import Spec
+from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
 from flora_jax.stages.budget import check_macs_budget
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
-from flora_jax.train.settings import Recipe
+from flora_jax.timing import median_ratio
+from flora_jax.training.settings import Recipe
 from flora_jax.weights.folder import SPEC_FILE
+from flora_jax.weights.pretrained import from_pretrained
+
+_LATENCY_SLACK = 1.25  # how far three rounds may be off
 
 
-def check(settings: Settings) -> Images:
+def check(settings: Settings, done: Container[str] = ()) -> Images:
     """Checks that a run can be finished, and opens its images.
+
+    Args:
+      done: stages whose results are there, so that what they read may be gone.
 
     Raises:
       InputError, MissingFileError: it could not be; says why.
     """
-    _check_files(settings)
+    _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
     if "slim" in settings.stages:
         abstract_gated(spec, settings.slim.attention, settings.slim.tokens)
@@ -42,6 +54,8 @@ def check(settings: Settings) -> Images:
             f"{images.splits.num_classes} classes"
         )
     _check_recipes(settings, len(images.train))
+    if settings.spends_latency and "slim" not in settings.stages and "search" not in done:
+        _check_latency(settings, spec)
     return images
 
 
@@ -60,14 +74,37 @@ def _check_needs_no_labels(settings: Settings) -> None:
         )
 
 
-def _check_files(settings: Settings) -> None:
+def _check_weights(settings: Settings, done: Container[str]) -> None:
+    """Reads the weights once, before anything else, where a stage is going to."""
     path = settings.pretrained
+    reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
+    if not reads or reads[0] in done:
+        return
     if "transfer" in settings.stages and not (epath.Path(path or "none") / SPEC_FILE).exists():
         raise MissingFileError(
             f"transfer needs the folder of a finished model: pretrained={path!r}"
         )
     if path and not epath.Path(path).exists():
         raise MissingFileError(f"pretrained: no file or folder {path}")
+    if path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the stage itself warns
+            from_pretrained(path, network_spec(settings))
+
+
+def _check_latency(settings: Settings, spec: Spec) -> None:
+    """A quick look at whether the cheapest subnet is quick enough; the table decides later."""
+    space = settings.space.of(spec)
+    specs = {"dense": spec, "cheapest": space.extracted_spec(space.cheapest_genes)}
+    batch_size, dtype = settings.search.latency_batch, settings.finetune.compute_dtype
+    ms = measure_networks(specs, batch_size, dtype, rounds=3)
+    least = median_ratio(ms["cheapest"], ms["dense"])
+    for window in settings.budget.windows("latency"):
+        if window[1] < least / _LATENCY_SLACK:
+            raise InputError(
+                f"budget.latency {window} cannot be reached on this device: at {batch_size} images "
+                f"the cheapest subnet takes about {least:.2f} of the dense model's time"
+            )
 
 
 def _check_recipes(settings: Settings, num_images: int) -> None:

@@ -1,7 +1,8 @@
 """Models as folders: `spec.json` beside the weights.
 
 A finished model's weights are `model.safetensors` with a checksum: it opens anywhere, without
-Orbax or pickle. The folder of a training run keeps Orbax `checkpoints/` instead.
+Orbax or pickle. The folder of a training keeps Orbax `checkpoints/` instead, and that of a trained
+supernet an Orbax checkpoint of its `parameters/` alone.
 """
 
 import numpy as np
@@ -10,7 +11,12 @@ from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError, MissingFileError
-from flora_jax.io.checkpoint import read_parameters
+from flora_jax.io.checkpoint import (
+    has_saved_parameters,
+    read_parameters,
+    read_saved_parameters,
+    save_parameters,
+)
 from flora_jax.io.files import on_disk, read_json, replacing, sha256, write_json, write_json_once
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
@@ -21,7 +27,8 @@ from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_from_json, spec_to_json
 
 FORMAT = 1
-SPEC_FILE, WEIGHTS_FILE, CHECKPOINTS = "spec.json", "model.safetensors", "checkpoints"
+SPEC_FILE, WEIGHTS_FILE = "spec.json", "model.safetensors"
+PARAMETERS, CHECKPOINTS = "parameters", "checkpoints"
 
 
 def describe(model: Network | Supernet) -> dict:
@@ -54,6 +61,14 @@ def save(model: Network | Supernet, path: epath.PathLike) -> None:
 save_once = by_the_first(save)
 
 
+def save_trained_once(model: Network | Supernet, path: epath.PathLike) -> None:
+    """Leaves the parameters of a training that is done in its folder, as one Orbax checkpoint."""
+    network = model.network if isinstance(model, Supernet) else model
+    parameters = {n: np.asarray(p) for n, p in functional.split(network)[1].items()}
+    if not has_saved_parameters(epath.Path(path) / PARAMETERS):
+        save_parameters(parameters, epath.Path(path) / PARAMETERS)
+
+
 def load(path: epath.PathLike) -> Network | Supernet:
     """Opens a saved model, or the newest checkpoint of a training run (a supernet, mostly).
 
@@ -66,6 +81,8 @@ def load(path: epath.PathLike) -> Network | Supernet:
     spec = spec_from_json(description["spec"])
     if (path / WEIGHTS_FILE).exists():
         parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
+    elif has_saved_parameters(path / PARAMETERS):
+        parameters = read_saved_parameters(path / PARAMETERS)
     else:
         parameters = read_parameters(path / CHECKPOINTS)
     if description["space"] is None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from flora_jax.io.checkpoint import Checkpoints
-from flora_jax.train.step import TrainState
+from flora_jax.training.step import TrainState
 from tests.helpers.checkpoints import program, restored_step, state_at
 from tests.helpers.commands import ROOT
 

@@ -9,8 +9,8 @@ from flora_jax.cluster import mesh
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import initial_state
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.checkpoints import assert_same
 

@@ -12,7 +12,7 @@ import pytest
 
 from flora_jax.cluster import mesh, processes
 from flora_jax.io.checkpoint import Checkpoints, read_parameters
-from flora_jax.train.step import TrainState
+from flora_jax.training.step import TrainState
 from tests.helpers.checkpoints import assert_same, names, program
 from tests.helpers.commands import ROOT, free_port
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.io.checkpoint import Checkpoints
-from flora_jax.train.step import TrainState
+from flora_jax.training.step import TrainState
 
 
 def state_at(step: int, size: int = 100) -> TrainState:

@@ -2,24 +2,29 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 ROOT = pathlib.Path(__file__).parents[2]
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved because it was told to
 TINY_CONFIG = "configs/deit_t.py:runlocal"
 
 
-def flora_command(workdir: pathlib.Path, *arguments: str) -> dict:
-    """Arguments for subprocess: the command line on the tiny config, as a user starts it."""
-    command = [sys.executable, "-m", "flora_jax.main", f"--config={TINY_CONFIG}"]
-    return {"args": [*command, f"--workdir={workdir}", *arguments], "cwd": ROOT}
+def flora_command(workdir: pathlib.Path, *arguments: str, config: str | None = TINY_CONFIG) -> dict:
+    """Arguments for subprocess: the command line on a config, as a user starts it."""
+    command = [sys.executable, "-m", "flora_jax.main", f"--workdir={workdir}"]
+    own = [] if config is None else [f"--config={config}"]
+    return {"args": [*command, *own, *arguments], "cwd": ROOT}
 
 
-def run_flora(workdir: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+def run_flora(
+    workdir: pathlib.Path, *arguments: str, config: str | None = TINY_CONFIG
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        **flora_command(workdir, *arguments),
+        **flora_command(workdir, *arguments, config=config),
         capture_output=True,
         text=True,
         timeout=600,

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 import flora_jax as flora
 from flora_jax.models import functional
 from tests.helpers.commands import flora_command
+from tests.helpers.training import metrics_of
 
 OFTEN = tuple(
     f"--config.{stage}.checkpoint_every=20"
@@ -51,8 +52,7 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
     for file in ("filter/space.json", "search/history.jsonl", "result.json"):
         assert (workdir / file).read_bytes() == (other / file).read_bytes(), file
     for stage in ("pretrain", "supernet", "finetune/subnet"):
-        metrics = f"{stage}/metrics.jsonl"
-        assert (workdir / metrics).read_text() == (other / metrics).read_text()
+        assert metrics_of(workdir / stage) == metrics_of(other / stage)
     pairs = [
         tuple(load_file(run / name / "model.safetensors") for run in (workdir, other))
         for name in ("dense", "subnet", "uniform")

@@ -10,9 +10,9 @@ import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh, replicate, shard_batch
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.train.loop import train
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import initial_state, make_step
+from flora_jax.training.loop import train
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state, make_step
 
 SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 SPACE = flora.RankSpace.regular(SPEC, ratios=(1 / 2, 1))
@@ -48,7 +48,7 @@ def a_network(implementation="sliced", seed=0):
     return flora.factorize(flora.create(SPEC, seed), SPACE, implementation=implementation).network
 
 
-def run(directory, settings=SETTINGS, stream=batches, network=None, mesh=None):
+def run(directory, settings=SETTINGS, stream=batches, network=None, mesh=None, **others):
     return train(
         network or a_network(),
         stream,
@@ -58,6 +58,7 @@ def run(directory, settings=SETTINGS, stream=batches, network=None, mesh=None):
         normalization=NORMALIZATION,
         draw_genes=genes_of,
         mesh=mesh,
+        **others,
     )
 
 
@@ -82,8 +83,10 @@ def parameters_of(model):
 
 
 def metrics_of(directory):
+    """The records of a training, without the one value that is timing."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
 
 
 class Interruption(Exception):

@@ -9,8 +9,14 @@ import pytest
 from ml_collections import ConfigDict
 
 import flora_jax as flora
-from configs import digits_slim, flora_on_slim_deit_b, transfer, vit_slim_deit_b, vit_slim_deit_s
 from flora_jax import pipeline
+from flora_jax.configs import (
+    digits_slim,
+    flora_on_slim_deit_b,
+    transfer,
+    vit_slim_deit_b,
+    vit_slim_deit_s,
+)
 from flora_jax.models import functional
 from flora_jax.slim.masks import read_decision
 from flora_jax.stages import validation
@@ -119,7 +125,7 @@ def test_bad_config_fails_before_any_work(changes, message, tmp_path):
 
 
 def test_token_gates_of_a_swin_are_refused(tmp_path):
-    from configs import digits_swin
+    from flora_jax.configs import digits_swin
 
     config = digits_swin.get_config()
     config.stages = digits_slim.get_config().stages

@@ -9,7 +9,8 @@ import pytest
 import flora_jax as flora
 from flora_jax.io.checkpoint import read_parameters
 from flora_jax.models import functional
-from flora_jax.train.loop import NonFiniteLossError
+from flora_jax.training.loop import NonFiniteLossError
+from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.training import (
     SETTINGS,
@@ -58,7 +59,7 @@ def test_interrupted_run_goes_on_exactly(uninterrupted, tmp_path, stop):
     assert starts == [0, stop // 3 * 3]
     directory, parameters = uninterrupted
     assert_same(parameters_of(result), parameters)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (directory / "metrics.jsonl").read_bytes()
+    assert metrics_of(tmp_path) == metrics_of(directory)
 
 
 def test_repeated_lines_are_dropped_from_the_log(uninterrupted, tmp_path):
@@ -92,8 +93,10 @@ def test_the_loop_adds_nothing_to_its_steps(uninterrupted, by_hand):
     """Metrics and the result are those of the bare steps; the caller's model is left alone."""
     directory, parameters = uninterrupted
     assert_same(by_hand[-1][0].average, parameters)
+    rates = np.asarray(learning_rate_schedule(SETTINGS)(np.arange(len(by_hand)))).tolist()
     for i, (line, (_, metrics)) in enumerate(zip(metrics_of(directory), by_hand, strict=True)):
-        assert line == {"step": i, "loss": metrics[0], "gradient_norm": metrics[1]}
+        expected = {"step": i, "loss": metrics[0], "gradient_norm": metrics[1]}
+        assert line == expected | {"learning_rate": pytest.approx(rates[i], rel=1e-5)}
 
 
 def test_batches_are_closed(tmp_path):

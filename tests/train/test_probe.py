@@ -9,7 +9,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import flora_jax as flora
 from flora_jax.models import functional
-from flora_jax.train import probe
+from flora_jax.training import probe
 
 SPEC = flora.ViTSpec(
     image_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3, mlp_ratio=2

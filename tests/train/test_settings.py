@@ -10,7 +10,7 @@ import pytest
 
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
-from flora_jax.train.optimizer import make_optimizer
+from flora_jax.training.optimizer import make_optimizer
 from tests.helpers.training import SETTINGS, a_network
 
 

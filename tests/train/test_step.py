@@ -11,7 +11,7 @@ import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.train.step import make_step
+from flora_jax.training.step import make_step
 from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,

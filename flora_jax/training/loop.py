@@ -1,7 +1,8 @@
 """The training loop of every stage: dense, local supernets, supernet, fine-tuning."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import make_mesh, replicate, shard_batch, shard_parameters
-from flora_jax.cluster.processes import Stopped, StopRequest, is_first
+from flora_jax.cluster.processes import StopRequest, Timer
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, UserError
 from flora_jax.io.checkpoint import Checkpoints
-from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
-from flora_jax.train.settings import TrainSettings
-from flora_jax.train.step import TrainState, initial_state, make_step
+from flora_jax.training.metrics import METRICS_FILE, BestParameters, MetricsFile, profiled
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import TrainState, initial_state, make_step
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
     """The loss or the gradient became NaN or infinite."""
+
+
+Evaluator = Callable[[Network], Iterable[tuple[str, float]]]
 
 
 def train(
@@ -38,6 +44,9 @@ def train(
     teacher: Network | None = None,
     penalty: Callable[[functional.Parameters], jax.Array] | None = None,
     mesh: Mesh | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    evaluate_every: int = 0,
+    profile_step: int = 0,
 ) -> Network:
     """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
 
@@ -48,19 +57,25 @@ def train(
       model: where training starts when there is no checkpoint yet.
       batches: step -> this process' batches from that step on: image uint8 [B_local, H, W, C],
         label int32 [B_local].
-      directory: receives checkpoints/ and metrics.jsonl (step, loss, gradient norm).
+      directory: receives checkpoints/ and metrics.jsonl, a line a step: loss, gradient norm and
+        learning rate; now and then images a second and what the evaluators find.
       name: what the progress display calls the stage.
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
       teacher: its soft predictions on the same images are the targets; None: the labels are.
       penalty: of the parameters, added to the loss.
       mesh: the devices to train on; by default all, every one with whole parameters.
+      evaluators: each gets the model as it is, and yields (name, value) pairs; all processes call
+        them together. The greatest first value of the first one marks the best parameters.
+      evaluate_every: steps between two evaluations, and after the last step; 0 for none.
+      profile_step: a profile of this step is written to `directory`/profile; 0 for none.
 
     Returns:
-      A model with the final parameters (their moving average where the settings ask for one).
+      A model with the final parameters (their moving average where the settings ask for one), or
+      with the best ones where `settings.result` is "best".
 
     Raises:
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
-      Stopped: the process was told to end (SIGTERM); the step it was at is saved.
+      Stopped: the process was told to end (SIGTERM, Ctrl-C); the step it was at is saved.
     """
     # What runs.
     directory = epath.Path(directory)
@@ -70,6 +85,7 @@ def train(
     step_function = make_step(structure, settings, normalization, mesh, teacher_structure, penalty)
     teacher_parameters = replicate(teacher_parameters, mesh)
     state = shard_parameters(initial_state(structure, parameters, settings), mesh)
+    evaluate_every = evaluate_every if evaluators else 0
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.
@@ -83,9 +99,15 @@ def train(
                 f"{directory} holds a checkpoint of step {start}, but training ends at step "
                 f"{settings.steps}; choose another folder or at least {start} steps"
             )
+        best = None
+        if evaluate_every and settings.keep_best:
+            best = BestParameters(directory / "best", state.final_parameters, mesh)
+            stack.enter_context(best)
         if start == settings.steps:
-            return _result(structure, state, mesh)
-        log = stack.enter_context(_metrics_log(directory / "metrics.jsonl", start))
+            return _result(structure, state, mesh, best if settings.result == "best" else None)
+        if start:
+            log.info("%s: goes on at step %d of %d", name, start, settings.steps)
+        metrics_file = stack.enter_context(MetricsFile(directory / METRICS_FILE, start, settings))
         progress = stack.enter_context(
             Progress(name, total=settings.steps, start=start, unit="step")
         )
@@ -93,35 +115,50 @@ def train(
         if hasattr(stream, "close"):
             stack.callback(stream.close)
         stop_request = stack.enter_context(StopRequest())
+        timer = Timer(60 * settings.checkpoint_minutes)
 
         # The loop. Metrics are read back in bulk, so that the device never waits for the host.
         unread: list[jax.Array] = []
         for step in range(start, settings.steps):
             genes = None if draw_genes is None else draw_genes(step)
             batch = shard_batch(next(stream), mesh)
-            state, metrics = step_function(state, batch, genes, teacher_parameters)
+            if profile_step and step == profile_step:
+                run = profiled(step_function, directory / "profile")
+            else:
+                run = step_function
+            state, metrics = run(state, batch, genes, teacher_parameters)
             unread.append(metrics)
             done = step + 1
+            is_last = done == settings.steps
             stops = stop_request.is_set()
-            saves = stops or done % settings.checkpoint_every == 0 or done == settings.steps
-            if saves or done % settings.log_every == 0:
+            logs = done % settings.log_every == 0
+            is_due = done % settings.checkpoint_every == 0 or (logs and timer.is_due())
+            evaluates = evaluate_every and (is_last or done % evaluate_every == 0)
+            saves = stops or is_due or is_last
+            if saves or logs or evaluates:
                 values = np.stack(jax.device_get(unread))
-                first = done - len(unread)
-                _check_finite(values, first, draw_genes, checkpoints)
-                if log is not None:
-                    log.append(_records(first, values), durable=saves)
-                progress.update(len(unread), loss=float(values[:, 0].mean()))
+                _check_finite(values, done - len(unread), draw_genes, checkpoints)
+                metrics_file.read(values)
+                found: dict[str, float] = {}
+                if evaluates:
+                    network = _result(structure, state, mesh)
+                    found = dict(pair for evaluate in evaluators for pair in evaluate(network))
+                    if best is not None:
+                        best.keep_better(done, state.final_parameters, next(iter(found.values())))
+                progress.update(len(unread), **metrics_file.write(found, durable=saves))
                 unread.clear()
             if saves:
                 checkpoints.save(done, state)
             if stops:
-                raise Stopped(f"{name} is saved at step {done} of {settings.steps}")
-        return _result(structure, state, mesh)
+                raise stop_request.stopped(f"{name} is saved at step {done} of {settings.steps}")
+        return _result(structure, state, mesh, best if settings.result == "best" else None)
 
 
-def _result(structure, state: TrainState, mesh: Mesh) -> Network:
+def _result(
+    structure, state: TrainState, mesh: Mesh, best: BestParameters | None = None
+) -> Network:
     """Puts the trained model on this process' own device, as one that was loaded."""
-    parameters = replicate(state.parameters if state.average is None else state.average, mesh)
+    parameters = replicate(state.final_parameters if best is None else best.read(), mesh)
     return functional.merge(
         structure, jax.tree.map(lambda p: jnp.asarray(np.asarray(p)), parameters)
     )
@@ -139,17 +176,3 @@ def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Check
         f"The last good checkpoint is {checkpoints.latest_path() or 'none yet'}; "
         f"a lower learning rate, longer warm-up or a smaller clip_norm usually helps."
     )
-
-
-def _metrics_log(
-    path: epath.Path, start: int
-) -> contextlib.AbstractContextManager[JsonLines | None]:
-    """The first process' file of a line a step, without those that a resumed run repeats."""
-    return JsonLines(path, read_lines(path)[:start]) if is_first() else contextlib.nullcontext()
-
-
-def _records(first: int, values: np.ndarray) -> list[dict]:
-    return [
-        {"step": step, "loss": loss, "gradient_norm": norm}
-        for step, (loss, norm) in enumerate(values.tolist(), start=first)
-    ]

@@ -14,10 +14,10 @@ from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.loop import Loop
-from flora_jax.train.mixing import mix
-from flora_jax.train.optimizer import make_optimizer
-from flora_jax.train.parallel import data_parallel
-from flora_jax.train.settings import TrainSettings
+from flora_jax.training.mixing import mix
+from flora_jax.training.optimizer import make_optimizer
+from flora_jax.training.parallel import data_parallel
+from flora_jax.training.settings import TrainSettings
 
 
 class TrainState(NamedTuple):
@@ -27,6 +27,11 @@ class TrainState(NamedTuple):
     parameters: Parameters
     optimizer: Any
     average: Parameters | None  # exponential moving average of the parameters
+
+    @property
+    def final_parameters(self) -> Parameters:
+        """What training hands on: the average where there is one."""
+        return self.parameters if self.average is None else self.average
 
 
 def initial_state(

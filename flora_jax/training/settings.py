@@ -5,6 +5,7 @@ import dataclasses
 from flora_jax.errors import InputError, check_at_least, check_known
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+RESULTS = ("last", "best")
 _RATES = ("learning_rate", "warmup_learning_rate", "min_learning_rate")
 
 
@@ -26,7 +27,11 @@ class Hyperparameters:
       rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
         again: less memory for a third more multiply-adds.
       log_every, checkpoint_every: steps. The two newest checkpoints stay.
+      checkpoint_minutes: a checkpoint comes after so much time, too, when metrics are logged; 0 for
+        by step alone.
       keep_every: checkpoints at multiples of this step stay too; 0 for none.
+      keep_best: whether the parameters that evaluate best are kept, too, in the folder best/.
+      result: which parameters go on, the "last" or the "best".
 
     Raises:
       InputError: a value is out of range; names it.
@@ -47,14 +52,21 @@ class Hyperparameters:
     rematerialize: bool = False
     log_every: int = 20
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 5.0
     keep_every: int = 0
+    keep_best: bool = False
+    result: str = "last"
 
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "accumulate", "log_every", "checkpoint_every")
         check_at_least(self, 0, *_RATES, "weight_decay", "mixup", "cutmix", "keep_every")
+        check_at_least(self, 0, "checkpoint_minutes")
         if not self.clip_norm > 0:
             raise InputError(f"clip_norm must be above 0, got {self.clip_norm}")
         check_known(self, "compute_dtype", COMPUTE_DTYPES)
+        check_known(self, "result", RESULTS)
+        if self.result == "best" and not self.keep_best:
+            raise InputError("result 'best' needs keep_best=True")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
@@ -103,6 +115,7 @@ class Recipe(Hyperparameters):
       distill: soft targets from the model before; False: the labels.
       stored_predictions: the teacher runs once, before training, and its top 100 classes of every
         augmented image are kept on disk (ImageNet: 0.5 GB an epoch); False: it runs in every step.
+      evaluate_epochs: epochs between two evaluations on the held-out images; 0 for none.
     """
 
     epochs: float = 150.0
@@ -112,16 +125,25 @@ class Recipe(Hyperparameters):
     repeats: int = 1
     distill: bool = True
     stored_predictions: bool = False
+    evaluate_epochs: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, 0, "epochs", "warmup_epochs")
+        check_at_least(self, 0, "epochs", "warmup_epochs", "evaluate_epochs")
+        if self.keep_best and not self.evaluate_epochs:
+            raise InputError("keep_best needs evaluations: evaluate_epochs must be above 0")
         check_at_least(self, 1, "repeats")
         if self.distill and self.stored_predictions and (self.mixup or self.cutmix):
             raise InputError(
                 "stored predictions are of single images and cannot teach mixed ones; set mixup "
                 "and cutmix to 0, or stored_predictions to False"
             )
+
+    def evaluate_every(self, num_images: int) -> int:
+        """Steps between two evaluations, for this many training images; 0 for none."""
+        if not self.evaluate_epochs:
+            return 0
+        return max(1, round(self.evaluate_epochs * num_images / self.batch_size))
 
     def settings(self, num_images: int, seed: int = 0, **changes) -> TrainSettings:
         """The steps and learning rates for this many training images.

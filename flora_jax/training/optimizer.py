@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.models.functional import Parameters
-from flora_jax.train.settings import TrainSettings
+from flora_jax.training.settings import TrainSettings
 
 
 def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:

@@ -1,0 +1,19 @@
+"""The console command `flora_jax`, and `python -m flora_jax`; help comes at once."""
+
+import sys
+
+from flora_jax import help
+
+
+def run() -> None:
+    """Runs the command line."""
+    if help.is_asked_for(sys.argv[1:]):
+        print(help.text())
+        return
+    from flora_jax import main  # takes seconds: JAX
+
+    main.run()
+
+
+if __name__ == "__main__":
+    run()

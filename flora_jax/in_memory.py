@@ -1,0 +1,219 @@
+"""FLORA step by step on images in memory: what a notebook calls.
+
+    supernet = flora.factorize(model, space, calibration=flora.calibrate(model, train.normalized))
+    supernet = flora.train(supernet, train, recipe, directory="runs/nb/supernet", teacher=model)
+    best = flora.evolve(supernet, heldout, macs=(low, high), directory="runs/nb/search")
+    subnet = flora.extract(supernet, best.genes)
+
+Each step resumes from its directory, as the stages of a run do.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from flora_jax.data.augment import Augmentation
+from flora_jax.data.batches import Batches, eval_batches, train_batches
+from flora_jax.data.normalize import Normalization
+from flora_jax.data.sources import ArraySource
+from flora_jax.errors import InputError, unknown
+from flora_jax.evaluation import METRICS, EvaluationSet, HeldOut, evaluate
+from flora_jax.lowrank.space import RankSpace
+from flora_jax.lowrank.supernet import Supernet
+from flora_jax.models.network import Network
+from flora_jax.search import evolution, filter
+from flora_jax.search.block_scores import local_supernet, score_block
+from flora_jax.search.evolution import EvolutionSettings, Window
+from flora_jax.search.history import Candidate
+from flora_jax.search.laws import space_law
+from flora_jax.stages.sections import FILTER_TRAINING
+from flora_jax.training.loop import train as train_network
+from flora_jax.training.settings import Recipe
+
+Model = TypeVar("Model", Network, Supernet)
+_EVALUATION_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images in memory, of the size that the model takes.
+
+    Attributes:
+      images: uint8 [n, H, W, C].
+      labels: int [n], classes from 0.
+      normalization: what the model wants of pixels; ImageNet's by default.
+      augmentation: of training, as in `train_transform`; by default none.
+
+    Raises:
+      InputError: images of another dtype or shape, or not one label an image.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    normalization: Normalization = Normalization()
+    augmentation: Augmentation = Augmentation("shift", {"pixels": 0})
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise InputError(
+                f"images must be uint8 [n, H, W, C], got {self.images.dtype} of shape "
+                f"{self.images.shape}"
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise InputError(f"{len(self.images)} images have labels of shape {self.labels.shape}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def normalized(self) -> np.ndarray:
+        """What a model takes, float32 [n, H, W, C]."""
+        return np.asarray(self.normalization(jnp.asarray(self.images)))
+
+    @functools.cached_property
+    def on_devices(self) -> EvaluationSet:
+        """To evaluate on; the images stay on the devices."""
+        size = min(_EVALUATION_BATCH, len(self))
+        size = -(-size // jax.device_count()) * jax.device_count()
+        transform = self.augmentation.evaluation(self.images.shape[1:])
+        return EvaluationSet(eval_batches(self._source, transform, size), self.normalization)
+
+    def batches(self, recipe: Recipe, seed: int = 0) -> Callable[[int], Batches]:
+        """Makes a function: step -> shuffled, augmented batches from there on."""
+        transform = self.augmentation.train(self.images.shape[1:])
+
+        def from_step(start: int) -> Batches:
+            processes = jax.process_index(), jax.process_count()
+            size, repeats = recipe.batch_size, recipe.repeats
+            return train_batches(
+                self._source, transform, size, seed, start, *processes, repeats=repeats
+            )
+
+        return from_step
+
+    @property
+    def _source(self) -> ArraySource:
+        labels = self.labels.astype(np.int32)
+        return ArraySource("memory", self.images, labels, num_classes=int(labels.max()) + 1)
+
+
+def train(
+    model: Model,
+    images: ImageSet,
+    recipe: Recipe = Recipe(),
+    *,
+    directory: epath.PathLike,
+    teacher: Network | None = None,
+    heldout: ImageSet | None = None,
+    law: str = "low_rank_aware",
+    seed: int = 0,
+) -> Model:
+    """Trains a network, or a supernet by a subnet a step, or goes on where `directory` says.
+
+    Args:
+      recipe: by default that of FLORA's supernet, which takes 150 epochs.
+      directory: receives checkpoints/ and metrics.jsonl.
+      teacher: its predictions are the targets; None: the labels are.
+      heldout: looked at once every `recipe.evaluate_epochs`; its metrics go to metrics.jsonl.
+      law: of `RankSpace.sample`, by which the subnets of a supernet are drawn.
+
+    Raises:
+      InputError: more images in a batch than there are.
+      NonFiniteLossError, Stopped: as `flora_jax.training.loop.train`.
+    """
+    space = model.space if isinstance(model, Supernet) else None
+    trained = train_network(
+        model.network if isinstance(model, Supernet) else model,
+        images.batches(recipe, seed),
+        recipe.settings(len(images), seed),
+        directory=directory,
+        name=epath.Path(directory).name,
+        normalization=images.normalization,
+        draw_genes=None if space is None else space_law(space, law, seed),
+        teacher=teacher,
+        evaluators=[HeldOut(heldout.on_devices, space)] if heldout is not None else (),
+        evaluate_every=recipe.evaluate_every(len(images)),
+    )
+    return cast(Model, trained if space is None else Supernet(trained, space))
+
+
+def filter_space(
+    supernet: Supernet,
+    images: ImageSet,
+    heldout: ImageSet,
+    macs: int | Sequence[int],
+    recipe: Recipe = FILTER_TRAINING,
+    *,
+    directory: epath.PathLike,
+    teacher: Network | None = None,
+    drop: float = 0.7,
+    seed: int = 0,
+) -> RankSpace:
+    """Keeps the best rank triples of each block, as FLORA's candidate filtering does.
+
+    Args:
+      images: that the local supernet of each block is trained on, a tenth of all in the paper.
+      heldout: that its triples are scored on.
+      macs: budgets of the whole network, one or several; they set the price of a MAC.
+      recipe: of the local supernets.
+      directory: receives a training of each block.
+      drop: share of each block's triples to drop.
+    """
+    scores = []
+    for block in range(supernet.space.num_blocks):
+        local = train(
+            local_supernet(supernet, block),
+            images,
+            recipe,
+            directory=epath.Path(directory) / f"block_{block:02d}",
+            teacher=teacher,
+            law="uniform",
+            seed=seed,
+        )
+        scores.append(score_block(local, block, heldout.on_devices)["log_likelihood"])
+    kept, _ = filter.filter_space(supernet.space, scores, np.atleast_1d(macs).tolist(), drop)
+    return kept
+
+
+def evolve(
+    supernet: Supernet,
+    heldout: ImageSet,
+    macs: Window,
+    settings: EvolutionSettings = EvolutionSettings(),
+    *,
+    directory: epath.PathLike,
+    metric: str = "log_likelihood",
+    first: np.ndarray | None = None,
+    seed: int = 0,
+) -> Candidate:
+    """Finds the subnet inside a window of MACs that does best on held-out images.
+
+    Args:
+      macs: (least, most) of the whole network.
+      settings: sizes of the search; the defaults are FLORA's.
+      directory: receives history.jsonl, from which an interrupted search goes on.
+      metric: "top1" or "log_likelihood".
+      first: genes int32 [F, L] to begin with, such as those of `allocate`.
+
+    Returns:
+      The best candidate; its `genes` are what `extract` takes.
+    """
+    if metric not in METRICS:
+        raise InputError(unknown("metric", metric, METRICS))
+
+    def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = evaluate(supernet, heldout.on_devices, genes)
+        return found[metric], found["top1"]
+
+    history = epath.Path(directory) / "history.jsonl"
+    space = supernet.space
+    [best] = evolution.evolve(
+        space, score, space.macs_cost, [macs], settings, seed, history, first=first
+    )
+    return best

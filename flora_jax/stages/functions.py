@@ -1,0 +1,37 @@
+"""What each stage does; every one reads and writes the folder of its run (`stages/run.py`)."""
+
+from collections.abc import Callable
+
+from flora_jax.stages.calibration import calibrate_factors
+from flora_jax.stages.dense import pretrain, transfer
+from flora_jax.stages.flora import (
+    allocate,
+    extract_subnets,
+    filter_candidates,
+    finetune,
+    search,
+    train_whole_supernet,
+)
+from flora_jax.stages.images import Images
+from flora_jax.stages.names import STAGES
+from flora_jax.stages.outcome import evaluate, report
+from flora_jax.stages.run import Run
+from flora_jax.stages.slim import slim_down
+
+_FUNCTIONS = (
+    pretrain,
+    transfer,
+    slim_down,
+    calibrate_factors,
+    filter_candidates,
+    train_whole_supernet,
+    allocate,
+    search,
+    extract_subnets,
+    finetune,
+    evaluate,
+    report,
+)
+STAGE_FUNCTIONS: dict[str, Callable[[Run, Images], None]] = dict(
+    zip(STAGES, _FUNCTIONS, strict=True)
+)

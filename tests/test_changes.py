@@ -1,0 +1,141 @@
+"""A run that is changed: what is done anew, what stays, what is said."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import flora_jax as flora
+from flora_jax.configs import digits
+from flora_jax.models import functional
+from flora_jax.stages.changes import stages_to_redo
+from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.settings import Settings
+from tests.helpers.commands import run_flora
+
+
+def config_with(**changes) -> dict:
+    config = digits.get_config()
+    config.update_from_flattened_dict(changes)
+    return Settings.from_config(config).to_config()
+
+
+def without(*stages: str) -> tuple[str, ...]:
+    return tuple(stage for stage in FLORA_STAGES if stage not in stages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"data.num_threads": 3, "fsdp": 2, "supernet.checkpoint_every": 7}, None),
+        ({"finetune.accumulate": 2, "keep_checkpoints": True}, None),
+        ({"finetune.epochs": 1.0}, "finetune"),
+        ({"uniform_baseline": "none"}, "extract"),
+        ({"search.mutants": 3}, "search"),
+        ({"budget.macs": (0.5, 0.55)}, "allocate"),
+        ({"search.latency_batch": 3}, "allocate"),
+        ({"supernet.learning_rate": 1.0}, "supernet"),
+        ({"supernet_law": "sandwich", "finetune.epochs": 1.0}, "supernet"),
+        ({"metric": "top1"}, "filter"),
+        ({"space.ratios": (0.5, 1.0)}, "calibrate"),
+        ({"pretrain.epochs": 1.0}, "pretrain"),
+        ({"seed": 1}, "pretrain"),
+        ({"data.heldout_fraction": 0.1}, "pretrain"),
+        ({"stages": without("finetune")}, "evaluate"),
+        ({"stages": without("filter")}, "supernet"),
+        ({"stages": FLORA_STAGES[:5]}, "evaluate and after"),
+    ],
+)
+def test_a_change_touches_the_stages_that_read_it(changes, first):
+    before, after = config_with(), config_with(**changes)
+    stages = list(after["stages"])
+    expected = stages[stages.index(first) :] if first in stages else []
+    assert stages_to_redo(before, after) == expected
+
+
+def test_a_stage_that_is_put_in_is_followed_by_others_anew():
+    before = config_with(stages=without("filter"))
+    assert stages_to_redo(before, config_with())[0] == "supernet"
+    begun = config_with(stages=("pretrain", "calibrate"))
+    assert stages_to_redo(begun, config_with())[0] == "supernet"  # none of which is there yet
+
+
+@pytest.fixture(scope="module")
+def changed_run(finished_run, tmp_path_factory):
+    """A finished run, started again with another number of threads and another search budget."""
+    workdir = tmp_path_factory.mktemp("changed") / "run"
+    shutil.copytree(finished_run, workdir)
+    changes = ["--config.budget.macs=(0.6,0.7)", "--config.data.num_threads=2"]
+    return workdir, run_flora(workdir, *changes)
+
+
+@pytest.mark.slow
+def test_another_budget_reuses_the_supernet(finished_run, changed_run):
+    workdir, done = changed_run
+    assert done.returncode == 0, done.stderr
+    assert "allocate, search, extract, finetune, evaluate, report are done anew" in done.stderr
+    assert "budget.macs: (0.4, 0.6) there, (0.6, 0.7) now" in done.stderr
+    assert "supernet: done in" in done.stderr
+    assert "search: starts" in done.stderr
+    result = json.loads((workdir / "result.json").read_text())
+    assert 0.6 < result["subnet"]["macs"] / result["dense"]["macs"] <= 0.7
+    same, other = (
+        functional.split(flora.load(path / "supernet").network)[1]
+        for path in (finished_run, workdir)
+    )
+    for name, value in same.items():
+        np.testing.assert_array_equal(value, other[name])
+    aside = workdir / "earlier/1"
+    assert (aside / "result.json").read_bytes() == (finished_run / "result.json").read_bytes()
+    assert flora.load(aside / "subnet").spec == flora.load(finished_run / "subnet").spec
+
+
+@pytest.mark.slow
+def test_workdir_alone_goes_on_with_the_run_that_is_there(changed_run):
+    workdir, _ = changed_run
+    before = (workdir / "result.json").stat().st_mtime_ns
+    done = run_flora(workdir, config=None)
+    assert done.returncode == 0, done.stderr
+    assert "done anew" not in done.stderr
+    assert (workdir / "result.json").stat().st_mtime_ns == before
+    assert json.loads((workdir / "config.json").read_text())["budget"]["macs"] == [0.6, 0.7]
+
+
+@pytest.mark.slow
+def test_a_stage_is_done_again_on_request(finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    done = run_flora(workdir, "--stage=search", "--redo")
+    assert done.returncode == 0, done.stderr
+    best = (workdir / "search/best.json").read_bytes()
+    assert best == (finished_run / "search/best.json").read_bytes()
+    assert (workdir / "earlier/1/subnet/spec.json").exists()
+    assert not (workdir / "subnet").exists()
+    assert "supernet" in json.loads((workdir / "stages.json").read_text())
+
+
+def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    for arguments, message in (
+        (["--config.seed=3"], "made by another config; choose another --workdir or undo:"),
+        (["--config.budget.macs=(0.001,0.002)"], "cannot be reached"),
+        (["--redo"], "redo needs the stage to do again: --stage=NAME --redo"),
+        (["--config.finetune.epochs=2.0", "--stage=evaluate"], "needs 'finetune'"),
+    ):
+        refused = run_flora(workdir, *arguments)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+    assert not (workdir / "earlier").exists()
+    assert (workdir / "subnet/spec.json").exists()
+
+
+def test_a_finished_run_holds_little_beside_its_models(finished_run):
+    def size(*names: str) -> int:
+        files = (f for name in names for f in (finished_run / name).rglob("*") if f.is_file())
+        return sum(file.stat().st_size for file in files)
+
+    models = size("dense", "subnet", "allocated", "uniform", "supernet/parameters")
+    assert size("") - (finished_run / "report.png").stat().st_size <= 3 * models
+    assert not list(finished_run.rglob("checkpoints"))
