@@ -115,6 +115,7 @@ def test_a_stage_is_done_again_on_request(finished_run, tmp_path):
     assert "supernet" in json.loads((workdir / "stages.json").read_text())
 
 
+@pytest.mark.slow
 def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished_run, workdir)
@@ -131,6 +132,7 @@ def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
     assert (workdir / "subnet/spec.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_holds_little_beside_its_models(finished_run):
     def size(*names: str) -> int:
         files = (f for name in names for f in (finished_run / name).rglob("*") if f.is_file())

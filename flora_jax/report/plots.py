@@ -145,6 +145,10 @@ def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> 
                 label=f"{stage} {subnet}".strip(),
             )
     ax.set_xlabel("share of the stage (%)")
+    every_value = np.concatenate([top1 for s in accuracies.values() for _, top1 in s.values()])
+    low, high = 100 * np.quantile(every_value, (0.1, 1))  # a beginning would hide the end
+    if low < high:
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     ax.set_ylabel("held-out top-1 accuracy (%)")
     _legend_below(ax)
 
