@@ -69,22 +69,18 @@ def run(
 
 
 def _stages_to_redo(this_run: Run) -> list[str]:
-    """The stages whose results in the folder are another config's; says what differs."""
+    """The stages whose results in the folder are another config's."""
     if not has_run(this_run.folder):
         return []
     saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
     to_redo = [
         stage for stage in stages_to_redo(saved, current) if has_results(this_run.folder, [stage])
     ]
-    if not to_redo:
-        return []
-    changes = listed(changes_between(saved, current))
-    if to_redo[0] == this_run.settings.stages[0]:
+    if to_redo and to_redo[0] == this_run.settings.stages[0]:
         raise InputError(
             f"{this_run.folder} was made by another config; choose another --workdir or undo:"
-            f"{changes}"
+            f"{listed(changes_between(saved, current))}"
         )
-    log.info("%s are done anew, because the config has changed:%s", ", ".join(to_redo), changes)
     return to_redo
 
 
@@ -92,6 +88,10 @@ def _stages_to_redo(this_run: Run) -> list[str]:
 def _claim_once(this_run: Run, to_redo: list[str]) -> None:
     """Makes the folder this config's own, and puts aside what it does not vouch for."""
     if to_redo:
+        saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
+        changes = listed(changes_between(saved, current))
+        why = f", because the config has changed:{changes}" if changes else ""
+        log.info("%s are done anew%s", ", ".join(to_redo), why)
         done = {name: of for name, of in _done(this_run).items() if name not in to_redo}
         write_json(this_run.folder / DONE_FILE, done)
         put_aside(this_run.folder, to_redo)

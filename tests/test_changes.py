@@ -121,7 +121,7 @@ def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
     shutil.copytree(finished_run, workdir)
     for arguments, message in (
         (["--config.seed=3"], "made by another config; choose another --workdir or undo:"),
-        (["--config.budget.macs=(0.001,0.002)"], "cannot be reached"),
+        (["--config.budget.macs=(0.001,0.002)"], "cannot be reached: the space spans"),
         (["--redo"], "redo needs the stage to do again: --stage=NAME --redo"),
         (["--config.finetune.epochs=2.0", "--stage=evaluate"], "needs 'finetune'"),
     ):

@@ -26,7 +26,10 @@ BAD_CONFIGS = {
     "heads": ({"model.num_heads": 5}, "embed_dim 24 is not a multiple of num_heads 5.*25"),
     "family": ({"model.family": "swim"}, "unknown model family 'swim'; known: vit, swin"),
     "patch": ({"model.patch_size": 5}, "image_size 16 is not a multiple of patch_size 5.*15"),
-    "window": ({"budget.macs": (0.01, 0.02)}, r"cannot be reached: the space spans 0\.\d+\.\.1"),
+    "window": (
+        {"budget.macs": (0.01, 0.02)},
+        r"cannot be reached: the space spans 0\.\d+\.\.1.*; no rank of this",
+    ),
     "budget": ({"search.budget": "latancy"}, "search.budget 'latancy'.*did you mean 'latency'"),
     "latency window": ({"budget.latency": (0.6, 1.5)}, r"budget\.latency \(0\.6, 1\.5\) must be"),
     "latency batch": ({"search.latency_batch": 0}, "latency_batch must be at least 1, got 0"),

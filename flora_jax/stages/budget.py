@@ -155,9 +155,7 @@ def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
       InputError: it cannot; names the window and what can be reached.
     """
     if settings.finds_ranks:
-        space = settings.space.of(base)
-        for budget in macs_budgets(settings, dense):
-            _check("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
+        _check_macs(settings, dense, settings.space.of(base), is_filtered=False)
 
 
 def check_with_results(run: Run, to_redo: Collection[str]) -> None:
@@ -175,14 +173,21 @@ def check_with_results(run: Run, to_redo: Collection[str]) -> None:
     is_known = deciding and all(found[s].exists() and s not in to_redo for s in deciding)
     if not is_known or not run.settings.finds_ranks or run.settings.spends_latency:
         return
-    space = load_space(run)
-    for budget in macs_budgets(run.settings, run.spec):
+    is_filtered = "filter" in deciding
+    _check_macs(run.settings, run.spec, load_space(run), is_filtered)
+
+
+def _check_macs(settings: Settings, dense: Spec, space: RankSpace, is_filtered: bool) -> None:
+    for budget in macs_budgets(settings, dense):
         try:
-            _check("macs", budget, space.macs_cost, space, run.spec.macs(), "MACs")
+            _check("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
         except InputError as error:
-            if "filter" in deciding:
-                raise InputError(f"{error}; --stage=filter --redo keeps others") from error
-            raise
+            hint = ""
+            if is_filtered:
+                hint = "; --stage=filter --redo keeps other triples for it"
+            elif budget.window[1] < space.macs_range()[0]:
+                hint = _ratio_to_add(space, budget.window[1])
+            raise InputError(f"{error}{hint}") from error
 
 
 def _check(
@@ -190,13 +195,10 @@ def _check(
 ) -> None:
     (least, most), (low, high) = cost.range_over(space.kept), budget.window
     if high < least or low > most:
-        message = (
+        raise InputError(
             f"budget.{name} {budget.shares} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's {dense_cost}"
         )
-        if name == "macs" and high < least:
-            message += _ratio_to_add(space, high)
-        raise InputError(message)
 
 
 def _ratio_to_add(space: RankSpace, macs: int) -> str:
