@@ -2,16 +2,19 @@
 
     python benchmarks/fold.py runs/seeds_slim/seed_0 runs/seeds_slim/seed_1
 
-Each argument is the folder of a finished run with a slim stage. Held-out top-1, before retraining.
+Each argument is the folder of a finished run with a slim stage, made with
+--config.keep_checkpoints=True. Held-out top-1, before retraining.
 """
 
 import argparse
 import pathlib
+import sys
 
 import flora_jax as flora
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.stages.slim import choose_masks, train_gates
+from flora_jax.weights.folder import CHECKPOINTS
 
 
 def main() -> None:
@@ -22,6 +25,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for folder in arguments.runs:
         run = Run.open(folder)
+        if not (folder / "slim/gates" / CHECKPOINTS).exists():
+            sys.exit(f"{folder} kept no gates: run it with --config.keep_checkpoints=True")
         images, dense = Images(run.settings), load_dense(run)
         gated = train_gates(run, images, dense)  # done already: read from its last checkpoint
         masks = choose_masks(run.settings.slim, dense.spec, gated)

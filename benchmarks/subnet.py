@@ -118,7 +118,7 @@ def full_size(model: str) -> dict[str, Spec]:
 
 def _low_rank(spec: Spec, ranks) -> Spec:
     pairs = zip(spec.layers, ranks, strict=True)
-    return spec.with_ranks(tuple(None if la.is_cheaper_dense(r) else int(r) for la, r in pairs))
+    return spec.with_ranks(tuple(la.extracted_rank(int(r)) for la, r in pairs))
 
 
 def _slimmed(spec: Spec, macs: int) -> Spec:

@@ -58,23 +58,14 @@ def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_filtering_in_memory_keeps_a_part_of_every_block(tmp_path):
-    spec = flora.ViTSpec(
-        image_size=8,
-        patch_size=4,
-        embed_dim=16,
-        depth=1,
-        num_heads=2,
-        num_classes=10,
-        in_channels=1,
-    )
-    model, images = flora.create(spec), image_set(0, 200)
-    supernet = flora.factorize(model, flora.RankSpace.regular(spec, ratios=(1 / 8, 1 / 2, 1)))
+    model, images = flora.create(DIGITS), image_set(0, 200)
+    supernet = flora.factorize(model, flora.RankSpace.regular(DIGITS, ratios=(1 / 8, 1 / 2, 1)))
     recipe = flora.Recipe(epochs=1, batch_size=50, warmup_epochs=0, evaluate_epochs=0)
-    half = flora.macs(spec) // 2
+    half = flora.macs(DIGITS) // 2
     kept = flora.filter_space(
         supernet, images, image_set(200, 300), half, recipe, directory=tmp_path, teacher=model
     )
-    assert [len(triples) for triples in kept.kept] == [27 - int(0.7 * 27)]
+    assert [len(triples) for triples in kept.kept] == [27 - int(0.7 * 27)] * DIGITS.depth
 
 
 def test_a_whole_run_is_a_function(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from flora_jax.errors import InputError, unknown
 from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.window import WindowSampler
-from flora_jax.models.spec import LAYERS_PER_BLOCK, LinearShape, Spec, by_block
+from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 
 LAWS = ("uniform", "low_rank_aware")
 
@@ -112,8 +112,7 @@ class RankSpace:
         if not ratios or ratios[-1] != 1:
             raise InputError(f"ratios {ratios} must contain 1: full rank is always a choice")
         choices = tuple(
-            tuple(sorted({_rank_at(ratio, layer, tile) for ratio in ratios}))
-            for layer in spec.layers
+            tuple(sorted({layer.rank_at(ratio, tile) for ratio in ratios})) for layer in spec.layers
         )
         return cls(spec, choices, _every_triple(choices))
 
@@ -156,21 +155,24 @@ class RankSpace:
     @property
     def cheapest_genes(self) -> np.ndarray:
         """int32 [L]: the kept triple of the least MACs in every block."""
-        pairs = enumerate(self.kept)
-        return np.concatenate([triples[self.block_macs(b).argmin()] for b, triples in pairs])
+        return self._genes_at(0)
 
     @property
     def middle_genes(self) -> np.ndarray:
         """int32 [L]: the kept triple of the median MACs in every block."""
+        return self._genes_at(1 / 2)
+
+    def _genes_at(self, share: float) -> np.ndarray:
+        """The kept triple of each block at this share of their order by MACs, int32 [L]."""
         orders = (np.argsort(self.block_macs(b), kind="stable") for b in range(self.num_blocks))
         pairs = zip(self.kept, orders, strict=True)
-        return np.concatenate([triples[order[len(order) // 2]] for triples, order in pairs])
+        return np.concatenate([triples[order[int(share * len(order))]] for triples, order in pairs])
 
     @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:
         """The stored weights of each layer at each of its choices, int64."""
         return tuple(
-            np.array([_extracted_weights(layer, rank) for rank in ranks], np.int64)
+            np.array([layer.num_weights(layer.extracted_rank(rank)) for rank in ranks], np.int64)
             for layer, ranks in zip(self.spec.layers, self.choices, strict=True)
         )
 
@@ -203,9 +205,7 @@ class RankSpace:
     def extracted_spec(self, genes) -> Spec:
         """genes [L] -> the spec of the extracted network."""
         pairs = zip(self.spec.layers, self.ranks(genes).tolist(), strict=True)
-        return self.spec.with_ranks(
-            tuple(None if layer.is_cheaper_dense(rank) else rank for layer, rank in pairs)
-        )
+        return self.spec.with_ranks(tuple(layer.extracted_rank(rank) for layer, rank in pairs))
 
     def macs(self, genes) -> np.ndarray:
         """genes [..., L] -> MACs of the extracted network for one image, int64 [...]."""
@@ -277,11 +277,11 @@ class RankSpace:
         largest = max(layer.full_rank for layer in layers)
 
         def ranks(k):
-            return tuple(_rank_at(k / largest, layer) for layer in layers)
+            return tuple(layer.rank_at(k / largest) for layer in layers)
 
         def macs(k):
             pairs = zip(layers, ranks(k), strict=True)
-            return self.fixed_macs + sum(la.tokens * _extracted_weights(la, r) for la, r in pairs)
+            return self.fixed_macs + sum(la.macs(la.extracted_rank(r)) for la, r in pairs)
 
         best = bisect.bisect_right(range(1, largest + 1), hi, key=macs)
         if best == 0:
@@ -294,14 +294,3 @@ def _every_triple(choices) -> tuple[np.ndarray, ...]:
     return tuple(
         np.array(list(np.ndindex(*map(len, of_block))), np.int32) for of_block in by_block(choices)
     )
-
-
-def _rank_at(ratio: float, layer: LinearShape, tile: int = 1) -> int:
-    rank = round(ratio * layer.full_rank)
-    if rank == layer.full_rank:
-        return rank
-    return min(max(1, round(rank / tile)) * tile, layer.full_rank)
-
-
-def _extracted_weights(layer: LinearShape, rank: int) -> int:
-    return layer.num_weights(None if layer.is_cheaper_dense(rank) else rank)

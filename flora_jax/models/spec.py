@@ -44,6 +44,17 @@ class LinearShape:
         """Whether the factor pair of this rank would cost at least the one dense matrix."""
         return rank * (self.in_features + self.out_features) >= self.in_features * self.out_features
 
+    def extracted_rank(self, rank: int) -> Rank:
+        """What extraction makes of a rank: None where one dense matrix is cheaper."""
+        return None if self.is_cheaper_dense(rank) else rank
+
+    def rank_at(self, ratio: float, tile: int = 1) -> int:
+        """The rank at a share of full rank; short of full rank a multiple of the tile."""
+        rank = round(ratio * self.full_rank)
+        if rank == self.full_rank:
+            return rank
+        return min(max(1, round(rank / tile)) * tile, self.full_rank)
+
     def num_weights(self, rank: Rank) -> int:
         """Weights without the bias, as stored: factors for an integer rank."""
         if rank is None:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from flora_jax.io.files import replacing
-from flora_jax.report.trade_off import plot_trade_off
+from flora_jax.report.trade_off import legend_below, plot_trade_off
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
 LINE_STYLES = ("-", "--", ":")
@@ -118,7 +118,7 @@ def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("share of the stage (%)")
     ax.set_ylabel("training loss")
-    _legend_below(ax)
+    legend_below(ax)
 
 
 def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> None:
@@ -150,14 +150,7 @@ def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> 
     if low < high:
         ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     ax.set_ylabel("held-out top-1 accuracy (%)")
-    _legend_below(ax)
-
-
-def _legend_below(ax: Axes) -> None:
-    """No corner is free of both falling and rising curves."""
-    ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
-    )
+    legend_below(ax)
 
 
 def report_figure(

@@ -62,7 +62,11 @@ def plot_trade_off(
     _label_points(ax, list(points), point_cost / unit, point_top1, list(colors.values()))
     ax.set_xlabel(label)
     ax.set_ylabel("top-1 accuracy (%)")
-    # Below the axes: inside it would hide models.
+    legend_below(ax)
+
+
+def legend_below(ax: Axes) -> None:
+    """A legend below the axes: inside, it would hide models, or curves in any corner."""
     ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
     )

@@ -10,6 +10,7 @@ import flora_jax as flora
 from flora_jax.cluster.processes import Timer
 from flora_jax.io.json_lines import read_records
 from flora_jax.training.settings import TrainSettings
+from tests.helpers.checkpoints import assert_same
 from tests.helpers.training import (
     NORMALIZATION,
     SETTINGS,
@@ -32,11 +33,6 @@ class Scores:
         self.seen.append(parameters_of(network))
         yield "score", self.values[len(self.seen) - 1]
         yield "other", 0.5
-
-
-def assert_same(ours, theirs):
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from flora_jax.models import functional
 from flora_jax.training.loop import NonFiniteLossError
 from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.weights.folder import save_description_once
+from tests.helpers.checkpoints import assert_same
 from tests.helpers.training import (
     SETTINGS,
     SPACE,
@@ -26,13 +27,6 @@ from tests.helpers.training import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-def assert_same(ours, theirs):
-    """Bit for bit."""
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name])
 
 
 @pytest.fixture(scope="module")
