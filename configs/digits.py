@@ -35,7 +35,6 @@ def get_config():
         "warmup_learning_rate": 8e-5,
         "min_learning_rate": 8e-5,
         "checkpoint_every": 500,
-        "evaluate_epochs": 5.0,  # an epoch takes a second, and so do ten looks
     }
     config.pretrain.update(shared | common.NO_MIXING)
     config.pretrain.update({"epochs": 60.0, "learning_rate": 1.6e-2, "warmup_epochs": 5.0})

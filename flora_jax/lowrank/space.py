@@ -155,18 +155,16 @@ class RankSpace:
     @property
     def cheapest_genes(self) -> np.ndarray:
         """int32 [L]: the kept triple of the least MACs in every block."""
-        return self._genes_at(0)
+        return np.concatenate(
+            [triples[self.block_macs(b).argmin()] for b, triples in enumerate(self.kept)]
+        )
 
     @property
     def middle_genes(self) -> np.ndarray:
-        """int32 [L]: the kept triple of the median MACs in every block."""
-        return self._genes_at(1 / 2)
-
-    def _genes_at(self, share: float) -> np.ndarray:
-        """The kept triple of each block at this share of their order by MACs, int32 [L]."""
-        orders = (np.argsort(self.block_macs(b), kind="stable") for b in range(self.num_blocks))
-        pairs = zip(self.kept, orders, strict=True)
-        return np.concatenate([triples[order[int(share * len(order))]] for triples, order in pairs])
+        """int32 [L]: in every block the kept triple nearest to the middle choice of each layer."""
+        middle = self.full_rank_triples // 2
+        distances = (abs(triples - m).sum(-1) for triples, m in zip(self.kept, middle, strict=True))
+        return np.concatenate([t[d.argmin()] for t, d in zip(self.kept, distances, strict=True)])
 
     @functools.cached_property
     def _weights(self) -> tuple[np.ndarray, ...]:

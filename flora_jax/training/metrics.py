@@ -35,7 +35,7 @@ class MetricsFile:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._settings, self._clock, self._next = settings, clock, start
-        self._rates = learning_rate_schedule(settings)
+        self._rates = np.asarray(learning_rate_schedule(settings)(np.arange(settings.steps)))
         self._file = JsonLines(path, read_lines(path)[:start]) if is_first() else None
         self._records: list[dict] = []
 
@@ -49,11 +49,9 @@ class MetricsFile:
 
     def read(self, values: np.ndarray) -> None:
         """Takes loss and gradient norm of the next steps, float32 [steps, 2], as they are read."""
-        steps = np.arange(self._next, self._next + len(values))
-        rates = np.asarray(self._rates(steps))
-        for step, (loss, norm), rate in zip(
-            steps.tolist(), values.tolist(), rates.tolist(), strict=True
-        ):
+        steps = range(self._next, self._next + len(values))
+        rates = self._rates[steps.start : steps.stop].tolist()
+        for step, (loss, norm), rate in zip(steps, values.tolist(), rates, strict=True):
             record = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate}
             self._records.append(record)
         seconds = max(self._clock() - self._since, 1e-9)
