@@ -52,6 +52,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.budget.macs = (0.4, 0.6)
     config.filter.train_fraction = 0.5
     config.metric = "log_likelihood"
+    config.refuse_near_chance = False  # seconds of training teach little
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
     short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}

@@ -52,6 +52,8 @@ BAD_CONFIGS = {
     "negative mixing": ({"pretrain.cutmix": -1.0}, "pretrain.cutmix must be at least 0"),
     "repeats": ({"finetune.repeats": 0}, "finetune.repeats must be at least 1, got 0"),
     "fsdp": ({"fsdp": 3}, r"fsdp 3 does not divide the 1 devices; choose one of \[1\]"),
+    "mean": ({"data.mean": (123.7, 116.3, 103.5)}, r"data.*mean must.*\[0, 1\].*0\.4851, 0\.4561"),
+    "std": ({"data.std": (0.0, 0.2, 0.2)}, r"std must lie in \(0, 1\]"),
     "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
 }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flora_jax.evaluation import top1
 from flora_jax.models.factory import create
 from flora_jax.models.network import Network
+from flora_jax.stages.doubts import check_not_chance
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 from flora_jax.stages.training import train_stage
@@ -36,7 +37,9 @@ def pretrain(run: Run, images: Images) -> None:
         )
     folder.save_once(model, run.folder / "dense")
     if images.splits.num_classes:
-        log.info("dense model: %.2f %% top-1 held-out", 100 * top1(model, images.heldout_set))
+        share = float(top1(model, images.heldout_set))
+        log.info("dense model: %.2f %% top-1 held-out", 100 * share)
+        check_not_chance(settings, share, images.heldout_set.num_images)
 
 
 def transfer(run: Run, images: Images) -> None:

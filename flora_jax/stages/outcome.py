@@ -10,7 +10,7 @@ from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.comparison import baseline_pairs, compare
-from flora_jax.evaluation import evaluate_images
+from flora_jax.evaluation import evaluate_images, top1
 from flora_jax.io.files import matching, read_json, replacing, write_json_once
 from flora_jax.io.json_lines import read_records
 from flora_jax.models.spec import Spec
@@ -24,6 +24,7 @@ from flora_jax.stages.budget import (
     load_latency_table,
     load_uniform_ranks,
 )
+from flora_jax.stages.doubts import doubt_heldout
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_regular_space
 from flora_jax.stages.slim import DECISION_FILE
@@ -50,6 +51,10 @@ def evaluate(run: Run, images: Images) -> None:
             test_set = test_set.relabelled(found[name]["predicted"])
             found[name] = evaluate_images(model, test_set)
         entries[name] = _entry(specs[name], found[name])
+        if name == "dense" and run.settings.pretrained and images.splits.num_classes:
+            heldout = images.heldout_set
+            share = float(top1(model, heldout))
+            doubt_heldout(share, heldout.num_images, entries[name]["top1"], test_set.num_images)
         if budget is not None:
             entries[name]["budget"] = budget.shares
     save_images_once(run.folder / TEST_IMAGES_FILE, test_set.labels, found)

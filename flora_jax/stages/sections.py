@@ -64,6 +64,7 @@ class DataSettings:
         check_between(self, 0, 1, "heldout_fraction")
         check_at_least(self, 1, "eval_batch_size")
         check_at_least(self, 0, "num_threads", "num_workers")
+        Normalization(self.mean, self.std)  # checks them
 
     @property
     def normalization(self) -> Normalization:

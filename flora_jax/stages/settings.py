@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +45,7 @@ class Settings:
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
       probe_images: training images that the classifier of new classes is fitted to, a linear probe
         of the pretrained features, before any training; 0: it starts with zeros.
+      refuse_near_chance: whether a run ends before it compresses a dense model that only guesses.
       supernet_law: which subnet a step of the supernet trains (`flora_jax.search.laws`).
       uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
@@ -65,6 +66,7 @@ class Settings:
     pretrained: str = ""
     train_pretrained: bool = False
     probe_images: int = 10_000
+    refuse_near_chance: bool = True
     pretrain: Recipe = Recipe(**DEIT_TRAINING, label_smoothing=0.1, distill=False)
     slim: SlimSettings = SlimSettings()
     space: SpaceSettings = SpaceSettings()
@@ -123,6 +125,22 @@ class Settings:
     def spends_latency(self) -> bool:
         """Whether the budget is time on this device, not MACs."""
         return self.finds_ranks and self.search.budget == "latency"
+
+    def trainings(self, num_images: int) -> Iterator[tuple[str, Recipe, int]]:
+        """Name, recipe and images of each training of a run with so many training images."""
+        part = round(num_images * self.filter.train_fraction)
+        for stage, name, recipe, images in (
+            ("pretrain", "pretrain", self.pretrain, num_images),
+            ("transfer", "finetune", self.finetune, num_images),
+            ("slim", "slim.gates", self.slim.gates, num_images),
+            ("slim", "slim.retrain", self.slim.retrain, num_images),
+            ("filter", "filter.train", self.filter.train, part),
+            ("supernet", "supernet", self.supernet, num_images),
+            ("finetune", "finetune", self.finetune, num_images),
+        ):
+            is_used = self.trains_dense if stage == "pretrain" else recipe.epochs
+            if stage in self.stages and is_used:
+                yield name, recipe, images
 
     def seed_of(self, purpose: str) -> int:
         """A seed of its own for everything random, 31 bits."""

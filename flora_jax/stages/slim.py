@@ -9,6 +9,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.slim.masks import write_decision_once
 from flora_jax.stages.budget import check_macs_budget
+from flora_jax.stages.doubts import doubt_gates
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.stages.sections import SlimSettings
@@ -65,7 +66,9 @@ def train_gates(run: Run, images: Images, dense: Network) -> slim.Gated:
         penalty=settings.penalty,
         evaluators=images.evaluators(),
     )
-    return dataclasses.replace(gated, network=network)
+    gated = dataclasses.replace(gated, network=network)
+    doubt_gates(gated.gates())
+    return gated
 
 
 def choose_masks(settings: SlimSettings, dense: Spec, gated: slim.Gated) -> slim.Masks:

@@ -6,16 +6,20 @@ from collections.abc import Callable, Sequence
 import jax
 
 from flora_jax.cluster.mesh import make_mesh
+from flora_jax.cluster.processes import is_first
 from flora_jax.data.batches import Batches, train_batches
 from flora_jax.data.sources import Source
 from flora_jax.distill.stored_teacher import StoredTeacher
 from flora_jax.distill.teacher import Teacher, describe
+from flora_jax.io.json_lines import read_records
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.functional import Parameters
 from flora_jax.models.network import Network
 from flora_jax.search.laws import Draw
+from flora_jax.stages.doubts import doubt_loss
 from flora_jax.stages.run import Run
 from flora_jax.training.loop import Evaluator, train
+from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.training.settings import Recipe, TrainSettings
 
 PREDICTIONS = "predictions"  # stored ones, in the folder of a training
@@ -48,7 +52,7 @@ def train_stage(
         stored = stored_teacher(run, teacher, recipe, name, source)
         stored.write()
         teacher, batches = None, stored.taught_batches
-    return train(
+    model = train(
         model,
         batches,
         train_settings(recipe, len(source), run.settings.seed),
@@ -63,6 +67,10 @@ def train_stage(
         evaluate_every=recipe.evaluate_every(len(source)),
         profile_step=run.settings.profile_step,
     )
+    if not recipe.distill and is_first():
+        records = read_records(run.folder / name / METRICS_FILE)
+        doubt_loss(name, [record["loss"] for record in records])
+    return model
 
 
 def train_supernet(

@@ -16,6 +16,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
 from flora_jax.stages.budget import check_macs_budget
+from flora_jax.stages.doubts import say_doubts
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
@@ -53,9 +54,12 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
             f"model.num_classes is {spec.num_classes}, but {data.name} has "
             f"{images.splits.num_classes} classes"
         )
-    _check_recipes(settings, len(images.train))
+    for name, recipe, num_images in settings.trainings(len(images.train)):
+        _check_batch(name, recipe, num_images)
     if settings.spends_latency and "slim" not in settings.stages and "search" not in done:
         _check_latency(settings, spec)
+    if not all(stage in done for stage in settings.stages):
+        say_doubts(settings, images)
     return images
 
 
@@ -105,22 +109,6 @@ def _check_latency(settings: Settings, spec: Spec) -> None:
                 f"budget.latency {window} cannot be reached on this device: at {batch_size} images "
                 f"the cheapest subnet takes about {least:.2f} of the dense model's time"
             )
-
-
-def _check_recipes(settings: Settings, num_images: int) -> None:
-    part = round(num_images * settings.filter.train_fraction)
-    for stage, name, recipe, images in (
-        ("pretrain", "pretrain", settings.pretrain, num_images),
-        ("transfer", "finetune", settings.finetune, num_images),
-        ("slim", "slim.gates", settings.slim.gates, num_images),
-        ("slim", "slim.retrain", settings.slim.retrain, num_images),
-        ("filter", "filter.train", settings.filter.train, part),
-        ("supernet", "supernet", settings.supernet, num_images),
-        ("finetune", "finetune", settings.finetune, num_images),
-    ):
-        is_used = settings.trains_dense if stage == "pretrain" else recipe.epochs
-        if stage in settings.stages and is_used:
-            _check_batch(name, recipe, images)
 
 
 def _check_batch(name: str, recipe: Recipe, num_images: int) -> None:

@@ -1,6 +1,7 @@
 """What a training stage does: its recipe in epochs, and its settings in steps."""
 
 import dataclasses
+import warnings
 
 from flora_jax.errors import InputError, check_at_least, check_known
 
@@ -152,6 +153,12 @@ class Recipe(Hyperparameters):
           changes: further fields of the settings.
         """
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Hyperparameters)}
+        if self.epochs and self.warmup_epochs > self.epochs:
+            warnings.warn(
+                f"warmup_epochs {self.warmup_epochs} is more than epochs {self.epochs}: the "
+                f"learning rate reaches {self.epochs / self.warmup_epochs:.2f} of learning_rate",
+                stacklevel=2,
+            )
         scale = self.batch_size / 512
         scaled = {rate: shared[rate] * scale for rate in _RATES}
         steps_per_epoch = num_images / self.batch_size
