@@ -115,7 +115,7 @@ def test_blocks_of_different_shapes():
         ({"embed_dim": 50, "num_heads": 3}, "embed_dim 50 .* num_heads 3.* nearest .* 51"),
         ({"embed_dim": 2, "num_heads": 8}, "embed_dim 2 .* nearest .* 8"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"num_classes": -1}, "num_classes must be at least 1, got -1"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
         ({"depth": 2, "blocks": (BlockSpec(1, 4, 8),)}, "depth is 2 but 1 blocks"),
         (
             {"depth": 1, "embed_dim": 6, "blocks": (BlockSpec(1, 4, 8, (None, 7, None)),)},

@@ -226,7 +226,8 @@ class TappedLinear(Linear):
     """A dense searchable layer that keeps what enters it."""
 
     def __init__(self, layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs):
-        super().__init__(layer.in_features, layer.out_features, use_bias=layer.use_bias, rngs=rngs)
+        sizes = (layer.in_features, layer.out_features)
+        super().__init__(*sizes, bias_features=layer.bias_features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         self.input = LayerInput(x)

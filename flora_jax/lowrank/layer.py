@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flora_jax.lowrank.products import masked_product, sliced_product
 from flora_jax.lowrank.tiled import tiled_product
 from flora_jax.models.functional import Slot
-from flora_jax.models.layers import add_bias
+from flora_jax.models.layers import add_bias, zero_bias
 from flora_jax.models.spec import LinearShape
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -47,7 +46,7 @@ class RankedLinear(nnx.Module):
         init = nnx.initializers.xavier_uniform()
         self.down = nnx.Param(init(rngs.params(), (ranks[-1], layer.in_features)))
         self.up = nnx.Param(init(rngs.params(), (ranks[-1], layer.out_features)))
-        self.bias = nnx.Param(jnp.zeros(layer.out_features)) if layer.use_bias else None
+        self.bias = zero_bias(layer.bias_features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         multiply = IMPLEMENTATIONS[self.implementation]

@@ -7,19 +7,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.models.layers import LayerNorm, Linear, MakeLinear
-from flora_jax.models.spec import BlockInput, BlockLayers, Ranks
-
-
-class Mlp(nnx.Module):
-    """x [B*N, D] -> fc2(GELU(fc1(x))) [B*N, D]."""
-
-    def __init__(self, layers: BlockLayers, ranks: Ranks, linear: MakeLinear, *, rngs: nnx.Rngs):
-        self.fc1 = linear(layers.fc1, ranks[1], rngs=rngs)
-        self.fc2 = linear(layers.fc2, ranks[2], rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+from flora_jax.models.layers import LayerNorm, Linear
+from flora_jax.models.spec import BlockInput
 
 
 class Block(nnx.Module):
@@ -31,20 +20,16 @@ class Block(nnx.Module):
     def __init__(
         self,
         into: BlockInput,
-        layers: BlockLayers,
-        ranks: Ranks,
         attention: nnx.Module,
+        mlp: nnx.Module,
         epsilon: float,
-        downsample: nnx.Module | None,
-        linear: MakeLinear,
-        *,
-        rngs: nnx.Rngs,
+        downsample: nnx.Module | None = None,
     ):
         self.downsample = downsample
         self.norm1 = LayerNorm(into.width, epsilon)
         self.attn = attention
         self.norm2 = LayerNorm(into.width, epsilon)
-        self.mlp = Mlp(layers, ranks, linear, rngs=rngs)
+        self.mlp = mlp
 
     def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
         """What the attention and the MLP work on; a subclass may change it."""
@@ -76,7 +61,7 @@ def run_blocks(blocks: Iterable[Block], x: jax.Array) -> jax.Array:
 class PatchEmbed(nnx.Module):
     """images [B, H, W, C] -> patches projected to [B*N, D], normalised by `norm` if given.
 
-    `kept` lists the patches to project, in rows; None for all.
+    `kept` lists the patches to project, in rows; None for all. `bias` is that of the projection.
     """
 
     def __init__(
@@ -86,11 +71,13 @@ class PatchEmbed(nnx.Module):
         width: int,
         norm: LayerNorm | None = None,
         kept: tuple[int, ...] | None = None,
+        bias: bool = True,
         *,
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.kept = patch_size, kept
-        self.proj = Linear(patch_size * patch_size * in_channels, width, rngs=rngs)
+        pixels, bias_features = patch_size * patch_size * in_channels, width * bias
+        self.proj = Linear(pixels, width, bias_features=bias_features, rngs=rngs)
         self.norm = norm
 
     def __call__(self, images: jax.Array) -> jax.Array:

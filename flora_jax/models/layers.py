@@ -21,10 +21,15 @@ class Linear(nnx.Module):
     """x [M, in] -> x @ kernel + bias [M, out]."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias_features: int | None = None,
+        rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(_initializer(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.bias = zero_bias(out_features if bias_features is None else bias_features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return add_bias(x @ self.kernel, self.bias)
@@ -39,12 +44,12 @@ class LowRankLinear(nnx.Module):
         out_features: int,
         rank: int,
         *,
-        use_bias: bool = True,
+        bias_features: int,
         rngs: nnx.Rngs,
     ):
         self.down = nnx.Param(_initializer(rngs.params(), (rank, in_features)))
         self.up = nnx.Param(_initializer(rngs.params(), (rank, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.bias = zero_bias(bias_features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return add_bias(x @ self.down.T @ self.up, self.bias)
@@ -53,8 +58,22 @@ class LowRankLinear(nnx.Module):
 LAYER_OUTPUT = "layer_output"  # what a loop over blocks keeps for its backward pass
 
 
+def zero_bias(features: int) -> nnx.Param | None:
+    return nnx.Param(jnp.zeros(features)) if features else None
+
+
+def whole_bias(bias: jax.Array, features: int) -> jax.Array:
+    """A layer's bias [features] out of the one that is stored, which may lack that of the key."""
+    if len(bias) == features:
+        return bias
+    query, value = jnp.split(bias, 2)
+    return jnp.concatenate([query, jnp.zeros_like(query), value])
+
+
 def add_bias(product: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return checkpoint_name(product if bias is None else product + bias[None], LAYER_OUTPUT)
+    if bias is not None:
+        product = product + whole_bias(bias[...], product.shape[-1])[None]
+    return checkpoint_name(product, LAYER_OUTPUT)
 
 
 class MakeLinear(Protocol):
@@ -67,8 +86,8 @@ def make_linear(layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> nnx.Module
     """One dense matrix, or a pair of factors where there is a rank."""
     sizes = (layer.in_features, layer.out_features)
     if rank is None:
-        return Linear(*sizes, use_bias=layer.use_bias, rngs=rngs)
-    return LowRankLinear(*sizes, rank, use_bias=layer.use_bias, rngs=rngs)
+        return Linear(*sizes, bias_features=layer.bias_features, rngs=rngs)
+    return LowRankLinear(*sizes, rank, bias_features=layer.bias_features, rngs=rngs)
 
 
 class LayerNorm(nnx.Module):

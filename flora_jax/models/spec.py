@@ -12,6 +12,14 @@ from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from flora_jax.errors import InputError, check_at_least
 
+_Field = TypeVar("_Field")
+
+
+def later(default: _Field) -> _Field:
+    """A field of a spec that others do not have: where it is at its default, it goes unsaid."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 Rank = int | None  # None: one dense matrix; an integer: a pair of factors of that rank
 
 
@@ -26,6 +34,8 @@ class LinearShape:
     Attributes:
       name: of the module, such as "blocks.0.attn.qkv".
       tokens: of an image, that pass through it.
+      use_bias: False: it adds none.
+      key_bias: False: of the (query, key, value) that it makes, the key has no bias.
       singular_values_into: the factor of a pair, "down" or "up", that inherits them from an SVD.
     """
 
@@ -34,11 +44,18 @@ class LinearShape:
     out_features: int
     tokens: int
     use_bias: bool = True
+    key_bias: bool = True
     singular_values_into: Literal["down", "up"] = "down"
 
     @property
     def full_rank(self) -> int:
         return min(self.in_features, self.out_features)
+
+    @property
+    def bias_features(self) -> int:
+        """The size of its bias as stored; 0 for none."""
+        features = self.out_features if self.key_bias else 2 * self.out_features // 3
+        return features * self.use_bias
 
     def is_cheaper_dense(self, rank: int) -> bool:
         """Whether the factor pair of this rank would cost at least the one dense matrix."""
@@ -78,9 +95,12 @@ class BlockSpec:
     """One transformer block.
 
     Attributes:
+      mlp_dim: hidden units of its MLP; a gated one computes each out of two products.
       ranks: of its (qkv, fc1, fc2).
       tokens: numbers of the tokens that it works on, ascending, counted in the uncut image; None
         for all of them.
+      rotary_pairs: where positions turn queries and keys: for each head, numbers of the pairs
+        (i, i + d/2) of dimensions that it has, counted in the uncut head; None for all in order.
     """
 
     num_heads: int
@@ -88,6 +108,7 @@ class BlockSpec:
     mlp_dim: int
     ranks: Ranks = (None, None, None)
     tokens: tuple[int, ...] | None = None
+    rotary_pairs: tuple[tuple[int, ...], ...] | None = later(None)
 
     def __post_init__(self):
         check_at_least(self, 1, "num_heads", "head_dim", "mlp_dim")
@@ -119,6 +140,9 @@ class Spec(abc.ABC):
     in_channels: int
     num_classes: int
     qkv_bias: bool
+    k_bias: bool = True  # these three are fields of some families only
+    gated_mlp: bool = False
+    rope_theta: float | None = None
     blocks: tuple[BlockSpec, ...]
 
     @property
@@ -155,11 +179,12 @@ class Spec(abc.ABC):
         found = []
         for i, (block, into) in enumerate(zip(self.blocks, self.block_inputs, strict=True)):
             width, hidden, tokens = into.width, block.mlp_dim, into.tokens
-            qkv = 3 * block.attention_dim
+            qkv, fc1 = 3 * block.attention_dim, hidden * (1 + self.gated_mlp)
+            bias = (self.qkv_bias, self.k_bias)
             found.append(
                 BlockLayers(
-                    qkv=LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, self.qkv_bias),
-                    fc1=LinearShape(f"blocks.{i}.mlp.fc1", width, hidden, tokens),
+                    qkv=LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, *bias),
+                    fc1=LinearShape(f"blocks.{i}.mlp.fc1", width, fc1, tokens),
                     fc2=LinearShape(
                         f"blocks.{i}.mlp.fc2", hidden, width, tokens, singular_values_into="up"
                     ),
@@ -204,7 +229,7 @@ class Spec(abc.ABC):
             total += 4 * into.width  # the two norms
             total += (block.attention_dim + 1) * into.width  # output projection
         for layer, rank in zip(self.layers, self.ranks, strict=True):
-            total += layer.num_weights(rank) + layer.out_features * layer.use_bias
+            total += layer.num_weights(rank) + layer.bias_features
         return total
 
     def _check_ranks(self) -> None:

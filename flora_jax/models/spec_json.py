@@ -12,7 +12,18 @@ _SPECS: dict[str, type[Spec]] = {"vit": ViTSpec, "swin": SwinSpec}
 
 def spec_to_json(spec: Spec) -> dict:
     """Writes a spec as plain values, which `spec_from_json` reads."""
-    return {"family": spec.family, **dataclasses.asdict(spec)}
+    return {"family": spec.family, **_fields(spec)}
+
+
+def _fields(spec: Spec | BlockSpec) -> dict:
+    """The fields of a spec; what only some networks have, where this one does."""
+    fields = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if "later" in field.metadata and value == field.default:
+            continue
+        fields[field.name] = tuple(map(_fields, value)) if field.name == "blocks" else value
+    return fields
 
 
 def spec_from_json(value: dict) -> Spec:
@@ -30,10 +41,11 @@ def spec_from_json(value: dict) -> Spec:
 
 
 def _block_from_json(value: dict) -> BlockSpec:
-    tokens = value.get("tokens")
+    tokens, pairs = value.get("tokens"), value.get("rotary_pairs")
     tuples = {
         "ranks": tuple(value.get("ranks", ())),
         "tokens": None if tokens is None else tuple(tokens),
+        "rotary_pairs": None if pairs is None else tuple(map(tuple, pairs)),
     }
     return _from_fields(BlockSpec, {**value, **tuples})
 

@@ -12,7 +12,8 @@ from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
-from flora_jax.models.network import Network
+from flora_jax.models.mlp import Mlp
+from flora_jax.models.network import Network, make_classifier
 from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin_spec import Stage, SwinSpec
 
@@ -105,7 +106,7 @@ class PatchMerging(nnx.Module):
     def __init__(self, stage: Stage, epsilon: float, *, rngs: nnx.Rngs):
         self.grid_size = stage.grid_size
         self.norm = LayerNorm(4 * stage.width, epsilon)
-        self.reduction = Linear(4 * stage.width, 2 * stage.width, use_bias=False, rngs=rngs)
+        self.reduction = Linear(4 * stage.width, 2 * stage.width, bias_features=0, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         half, channels = self.grid_size // 2, x.shape[-1]
@@ -134,7 +135,7 @@ class Swin(Network):
         )
         self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
         self.norm = LayerNorm(spec.num_features, epsilon)
-        self.head = Linear(spec.num_features, spec.num_classes, rngs=rngs)
+        self.head = make_classifier(spec.num_features, spec.num_classes, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
         check_images(images, self.spec.image_shape)
@@ -145,8 +146,11 @@ class Swin(Network):
         return x
 
     def classify(self, x: jax.Array) -> jax.Array:
-        tokens = self.spec.stages[-1].tokens
-        return self.head(self.norm(x).reshape(-1, tokens, x.shape[-1]).mean(1))
+        pooled = self.normalised(x).mean(1)
+        return pooled if self.head is None else self.head(pooled)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        return self.norm(x).reshape(-1, self.spec.stages[-1].tokens, x.shape[-1])
 
 
 def _blocks(
@@ -163,7 +167,9 @@ def _blocks(
             merging = None
             if i == 0 and before is not None:
                 merging = PatchMerging(before, epsilon, rngs=rngs)
-            yield make_block(
-                into, layers, block.ranks, attention, epsilon, merging, linear, rngs=rngs
+            mlp = Mlp(
+                linear(layers.fc1, block.ranks[1], rngs=rngs),
+                linear(layers.fc2, block.ranks[2], rngs=rngs),
             )
+            yield make_block(into, attention, mlp, epsilon, merging)
         before = stage

@@ -43,6 +43,7 @@ class SwinSpec(Spec):
     Attributes:
       image_size, patch_size: side lengths in pixels. window_size: side length in patches.
       depths, num_heads: one a stage.
+      num_classes: 0: no classifier; the network then gives its pooled feature.
 
     Raises:
       InputError: windows do not tile a stage's feature map, a stage's width is not a multiple of
@@ -60,7 +61,7 @@ class SwinSpec(Spec):
     window_size: int = 7
     num_classes: int = 1000
     in_channels: int = 3
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
     qkv_bias: bool = True
     patch_norm: bool = True
     absolute_pos_embed: bool = False
@@ -74,8 +75,9 @@ class SwinSpec(Spec):
             self,
             1,
             *("image_size", "patch_size", "embed_dim", "depths", "num_heads"),
-            *("window_size", "num_classes", "in_channels", "mlp_ratio"),
+            *("window_size", "in_channels", "mlp_ratio"),
         )
+        check_at_least(self, 0, "num_classes")
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise InputError(
                 f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage"
@@ -132,7 +134,7 @@ class SwinSpec(Spec):
                     f"{stage.num_heads}; the nearest that divides it: {legal}"
                 )
             head_dim = stage.width // stage.num_heads
-            block = BlockSpec(stage.num_heads, head_dim, self.mlp_ratio * stage.width)
+            block = BlockSpec(stage.num_heads, head_dim, round(self.mlp_ratio * stage.width))
             blocks += [block] * stage.depth
         return tuple(blocks)
 

@@ -1,4 +1,4 @@
-"""DeiT (Touvron et al. 2021) as NNX modules built from a ViTSpec."""
+"""DeiT (Touvron et al. 2021) and the plain ViTs like it, as NNX modules built from a ViTSpec."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +11,11 @@ from flax import nnx
 from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
-from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
-from flora_jax.models.network import Network
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images, whole_bias
+from flora_jax.models.mlp import Mlp
+from flora_jax.models.network import Network, make_classifier
+from flora_jax.models.pooling import AttentionPool
+from flora_jax.models.positions import Rotary
 from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.vit_spec import ViTSpec
 
@@ -23,6 +26,8 @@ class Attention(nnx.Module):
     Tokens that left before (`num_left`) would all be the same here: their input is zero, so their
     key and value are qkv's bias. One constant of that key and value stands for them, with
     log(num_left) added to its logit, which is exact.
+
+    Positions that are `rotary` turn queries and keys.
     """
 
     def __init__(
@@ -30,17 +35,20 @@ class Attention(nnx.Module):
         qkv: LinearShape,
         num_left: int,
         block: BlockSpec,
+        rotary: Rotary | None,
         linear: MakeLinear,
         *,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
-        self.num_tokens, self.num_left = qkv.tokens, num_left
+        self.num_tokens, self.num_left, self.rotary = qkv.tokens, num_left, rotary
         self.qkv: Any = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         query, key, value = split_heads(self.qkv(x), self.num_tokens, self.num_heads)
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
         bias = np.zeros((1, 1, 1, self.num_tokens + bool(self.num_left)), np.float32)
         if self.num_left:
             key, value = self._with_constant(key, 1), self._with_constant(value, 2)
@@ -51,7 +59,8 @@ class Attention(nnx.Module):
         """Appends qkv's bias of a part (1 key, 2 value) to tokens [B, H, N, d]: [B, H, N+1, d]."""
         constant = jnp.zeros_like(tokens[:, :, :1])
         if self.qkv.bias is not None:
-            constant += self.qkv.bias[...].reshape(3, 1, self.num_heads, 1, self.head_dim)[part]
+            bias = whole_bias(self.qkv.bias[...], 3 * self.num_heads * self.head_dim)
+            constant += bias.reshape(3, 1, self.num_heads, 1, self.head_dim)[part]
         return jnp.concatenate([tokens, constant], axis=2)
 
 
@@ -78,39 +87,69 @@ class ViT(Network):
         if len(embedded) < spec.num_tokens:
             kept = tuple(t - spec.num_prefix_tokens for t in embedded[spec.num_prefix_tokens :])
         self.patch_embed = PatchEmbed(
-            spec.patch_size, spec.in_channels, width, kept=kept, rngs=rngs
+            spec.patch_size, spec.in_channels, width, kept=kept, bias=spec.patch_bias, rngs=rngs
         )
         init = nnx.initializers.normal(width**-0.5)
-        self.cls_token = Undecayed(init(rngs.params(), (1, width))) if spec.class_token else None
-        self.dist_token = Undecayed(init(rngs.params(), (1, width))) if spec.distilled else None
-        self.pos_embed = Undecayed(init(rngs.params(), (len(embedded), width)))
+
+        def embedding(number: int) -> Undecayed | None:
+            return Undecayed(init(rngs.params(), (number, width))) if number else None
+
+        self.cls_token = embedding(int(spec.class_token))
+        self.dist_token = embedding(int(spec.distilled))
+        self.reg_token = embedding(spec.num_registers)
+        self.pos_embed = embedding(spec.num_positions)
+        self.norm_pre = LayerNorm(width, spec.layer_norm_eps) if spec.pre_norm else None
         self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
         self.norm = LayerNorm(width, spec.layer_norm_eps)
-        self.head = Linear(width, spec.num_classes, rngs=rngs)
-        self.head_dist = Linear(width, spec.num_classes, rngs=rngs) if spec.distilled else None
+        self.attn_pool = AttentionPool(spec, rngs=rngs) if spec.pool == "attention" else None
+        classifier = (spec.pooled_dim, spec.num_classes)
+        self.head = make_classifier(*classifier, rngs=rngs)
+        self.head_dist = make_classifier(*classifier, rngs=rngs) if spec.distilled else None
 
     def embed(self, images: jax.Array) -> jax.Array:
         check_images(images, self.spec.image_shape)
         patches = self.patch_embed(images).reshape(images.shape[0], -1, self.spec.embed_dim)
+        if self.pos_embed is not None and self.spec.positions == "patches":
+            patches = patches + self.pos_embed[None]
         prefix = [
             jnp.broadcast_to(token[...], (images.shape[0], *token.shape)).astype(patches.dtype)
-            for token in (self.cls_token, self.dist_token)
+            for token in (self.cls_token, self.dist_token, self.reg_token)
             if token is not None
         ]
-        tokens = jnp.concatenate([*prefix, patches], axis=1) + self.pos_embed[None]
-        return tokens.reshape(-1, tokens.shape[-1])
+        tokens = jnp.concatenate([*prefix, patches], axis=1)
+        if self.pos_embed is not None and self.spec.positions == "all":
+            tokens = tokens + self.pos_embed[None]
+        x = tokens.reshape(-1, tokens.shape[-1])
+        return x if self.norm_pre is None else self.norm_pre(x)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        return self._by_image(x if self.spec.normalises_pooled else self.norm(x))
 
     def classify(self, x: jax.Array) -> jax.Array:
-        spec, num_tokens = self.spec, len(self.spec.block_tokens[-1])
-        # Not x[::num_tokens]: libtpu crashes on the gradient of a strided slice.
-        tokens = x.reshape(-1, num_tokens, spec.embed_dim)
-        if spec.pool == "mean":
-            patches = tokens[:, spec.num_prefix_tokens :]
-            return self.head(self.norm(patches.mean(1)))
-        logits = self.head(self.norm(tokens[:, 0]))
-        if self.head_dist is not None:
-            return (logits + self.head_dist(self.norm(tokens[:, 1]))) / 2
-        return logits
+        spec, prefix = self.spec, self.spec.num_prefix_tokens
+        if spec.pool == "token":
+            # Not x[::num_tokens]: libtpu crashes on the gradient of a strided slice.
+            tokens = self._by_image(x)
+            logits = _classified(self.head, self.norm(tokens[:, 0]))
+            if not spec.distilled:
+                return logits
+            return (logits + _classified(self.head_dist, self.norm(tokens[:, 1]))) / 2
+        tokens = self.normalised(x)
+        if self.attn_pool is not None:
+            return _classified(self.head, self.attn_pool(tokens))
+        mean = tokens[:, prefix:].mean(1)
+        if spec.normalises_pooled:
+            mean = self.norm(mean)
+        if spec.pool == "token_and_mean":
+            mean = jnp.concatenate([tokens[:, 0], mean], axis=-1)
+        return _classified(self.head, mean)
+
+    def _by_image(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, len(self.spec.block_tokens[-1]), x.shape[-1])
+
+
+def _classified(head: Linear | None, pooled: jax.Array) -> jax.Array:
+    return pooled if head is None else head(pooled)
 
 
 def _blocks(
@@ -121,13 +160,30 @@ def _blocks(
         spec.blocks, spec.block_layers, spec.block_inputs, spec.block_tokens, strict=True
     ):
         num_left = spec.num_tokens - len(tokens)
-        attention = Attention(layers.qkv, num_left, block, linear, rngs=rngs)
+        rotary = _rotary(spec, block, tokens)
+        attention = Attention(layers.qkv, num_left, block, rotary, linear, rngs=rngs)
+        mlp = Mlp(
+            linear(layers.fc1, block.ranks[1], rngs=rngs),
+            linear(layers.fc2, block.ranks[2], rngs=rngs),
+            spec.activation,
+            spec.gated_mlp,
+        )
         selection = None
         if tokens != before:
             positions = np.searchsorted(before, tokens).tolist()
             selection = TokenSelection(len(before), tuple(positions))
-        epsilon = spec.layer_norm_eps
-        yield make_block(
-            into, layers, block.ranks, attention, epsilon, selection, linear, rngs=rngs
-        )
+        yield make_block(into, attention, mlp, spec.layer_norm_eps, selection)
         before = tokens
+
+
+def _rotary(spec: ViTSpec, block: BlockSpec, tokens: tuple[int, ...]) -> Rotary | None:
+    if spec.rope_theta is None:
+        return None
+    return Rotary(
+        theta=spec.rope_theta,
+        grid_size=spec.image_size // spec.patch_size,
+        head_dim=spec.embed_dim // spec.num_heads,
+        num_prefix_tokens=spec.num_prefix_tokens,
+        tokens=None if len(tokens) == spec.num_tokens else tokens,
+        pairs=block.rotary_pairs,
+    )

@@ -11,8 +11,8 @@ from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import BlockSpec
-from flora_jax.slim.gates import GATE_NAMES, Gated
-from flora_jax.slim.masks import Masks, cut_spec
+from flora_jax.slim.gates import GATE_NAMES, Gated, per_dimension
+from flora_jax.slim.masks import Masks, cut_spec, dimension_order
 
 
 def extract(gated: Gated, masks: Masks, fold: bool = True, tile: int = 1) -> Network:
@@ -40,26 +40,29 @@ def extract(gated: Gated, masks: Masks, fold: bool = True, tile: int = 1) -> Net
             _fold(parameters, name, block, attn_gate, mlp_gate, kept_tokens)
         _cut_attention(parameters, f"{name}.attn", block, cut, masks.attn[b])
         _cut_mlp(parameters, f"{name}.mlp", cut.mlp_dim, masks.mlp[b])
-    if masks.patch:
-        parameters["pos_embed"] = parameters["pos_embed"][masks.patch[0]]
+    if masks.patch and "pos_embed" in parameters:
+        positions = parameters["pos_embed"]
+        parameters["pos_embed"] = positions[masks.patch[0][-len(positions) :]]
     return functional.with_parameters(create_abstract(spec), parameters)
 
 
 def _fold(parameters, name: str, block: BlockSpec, attn_gate, mlp_gate, token_gate) -> None:
+    attn_gate = per_dimension(attn_gate, block.head_dim)
     per_column = np.broadcast_to(attn_gate, (3, block.num_heads, block.head_dim)).ravel()
-    factors = {"attn.qkv.kernel": per_column, "attn.qkv.bias": per_column}
+    factors = {"attn.qkv.kernel": per_column}
+    if f"{name}.attn.qkv.bias" in parameters:  # that of the key may be missing
+        factors["attn.qkv.bias"] = per_column[: len(parameters[f"{name}.attn.qkv.bias"])]
     factors["mlp.fc2.kernel"] = mlp_gate[:, None]
     for norm in ("norm1", "norm2"):
         factors |= {f"{norm}.scale": token_gate, f"{norm}.bias": token_gate}
     for part, factor in factors.items():
-        if f"{name}.{part}" in parameters:
-            parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"] * factor
+        parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"] * factor
 
 
 def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask) -> None:
     """Kept dimensions move to the front of their head; a narrower head is filled up with zeros."""
     heads = np.flatnonzero(mask.any(1))
-    order = np.argsort(~mask[heads], axis=1, kind="stable")[:, : cut.head_dim]
+    order = dimension_order(mask[heads], cut.head_dim, in_pairs=cut.rotary_pairs is not None)
     is_kept = np.take_along_axis(mask[heads], order, axis=1)  # [heads, d], False where filled up
 
     def columns(array):
@@ -72,7 +75,8 @@ def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask
     for part in ("kernel", "bias"):
         array = parameters.get(f"{name}.qkv.{part}")
         if array is not None:
-            qkv = (columns(array.reshape(*array.shape[:-1], 3, -1)) * scales).astype(array.dtype)
+            each = array.reshape(*array.shape[:-1], -1, block.attention_dim)  # 2 without the key's
+            qkv = (columns(each) * scales[: each.shape[-2]]).astype(array.dtype)
             parameters[f"{name}.qkv.{part}"] = qkv.reshape(*array.shape[:-1], -1)
     proj = columns(parameters[f"{name}.proj.kernel"].T)
     parameters[f"{name}.proj.kernel"] = proj.reshape(len(proj), -1).T
@@ -84,7 +88,9 @@ def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask
 def _cut_mlp(parameters, name: str, mlp_dim: int, mask) -> None:
     """Kept units move to the front; rounding up fills with units that were to go, at weight 0."""
     order = np.argsort(~mask, kind="stable")[:mlp_dim]
-    parameters[f"{name}.fc1.kernel"] = parameters[f"{name}.fc1.kernel"][:, order]
-    parameters[f"{name}.fc1.bias"] = parameters[f"{name}.fc1.bias"][order]
+    uncut = parameters[f"{name}.fc1.kernel"].shape[1]
+    columns = np.concatenate([order + start for start in range(0, uncut, len(mask))])  # gate, value
+    parameters[f"{name}.fc1.kernel"] = parameters[f"{name}.fc1.kernel"][:, columns]
+    parameters[f"{name}.fc1.bias"] = parameters[f"{name}.fc1.bias"][columns]
     fc2 = parameters[f"{name}.fc2.kernel"][order]
     parameters[f"{name}.fc2.kernel"] = np.where(mask[order, None], fc2, 0)

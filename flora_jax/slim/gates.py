@@ -26,6 +26,16 @@ class Gate(Undecayed):
     """Values that multiply activations, and decide what can be cut."""
 
 
+def per_dimension(gate, head_dim: int):
+    """A gate on attention [H or 1, d] out of one that may be of pairs (i, i + d/2) [H or 1, d/2].
+
+    Rotary positions mix the two dimensions of a pair, so they share a gate and leave together.
+    """
+    if gate.shape[1] in (1, head_dim):
+        return gate
+    return (jnp if isinstance(gate, jax.Array) else np).concatenate([gate, gate], axis=1)
+
+
 class GatedQkv(Linear):
     """qkv whose output is multiplied per head and dimension, alike for q, k and v."""
 
@@ -33,15 +43,14 @@ class GatedQkv(Linear):
         self, layer: LinearShape, block: BlockSpec, gate_shape: tuple[int, int], *, rngs: nnx.Rngs
     ):
         sizes = (layer.in_features, layer.out_features)
-        super().__init__(*sizes, use_bias=layer.use_bias, rngs=rngs)
-        self.num_heads = block.num_heads
+        super().__init__(*sizes, bias_features=layer.bias_features, rngs=rngs)
+        self.num_heads, self.head_dim = block.num_heads, block.head_dim
         self.gate = Gate(jnp.ones(gate_shape))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         qkv = super().__call__(x)
-        return (qkv.reshape(len(x), 3, self.num_heads, -1) * self.gate[None, None]).reshape(
-            qkv.shape
-        )
+        gate = per_dimension(self.gate[...], self.head_dim)[None, None]
+        return (qkv.reshape(len(x), 3, self.num_heads, -1) * gate).reshape(qkv.shape)
 
 
 class GatedFc2(Linear):
@@ -58,8 +67,8 @@ class GatedFc2(Linear):
 class TokenGatedBlock(Block):
     """A block whose two normalised inputs are multiplied per token; the residual stream is not."""
 
-    def __init__(self, into: BlockInput, *arguments, rngs: nnx.Rngs):
-        super().__init__(into, *arguments, rngs=rngs)
+    def __init__(self, into: BlockInput, *arguments):
+        super().__init__(into, *arguments)
         self.token_gate = Gate(jnp.full(into.tokens, _TOKEN_GATE_START))
 
     def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
@@ -85,8 +94,8 @@ class Gated:
         return self.network(images)
 
     def gates(self) -> dict[str, list[np.ndarray]]:
-        """An array a block of each kind, as it multiplies: attn [H, d], [H, 1] or [1, d]; mlp
-        [hidden]; patch [N], or none without token gates."""
+        """An array a block of each kind, as it multiplies: attn [H, d], [H, 1] or [1, d], with
+        rotary positions d/2 pairs; mlp [hidden]; patch [N], or none without token gates."""
         values = {name: np.asarray(gate) for name, gate in self._named_gates()}
 
         def of_blocks(kind: str) -> list[np.ndarray]:
@@ -143,10 +152,11 @@ def abstract_gated(spec: Spec, attention: str = "dim", tokens: bool | None = Non
 
     gated_layers: dict[str, MakeLinear] = {}
     for block, layers in zip(spec.blocks, spec.block_layers, strict=True):
+        width = block.head_dim if spec.rope_theta is None else block.head_dim // 2
         gate_shape = {
-            "dim": (block.num_heads, block.head_dim),
+            "dim": (block.num_heads, width),
             "head": (block.num_heads, 1),
-            "uniform": (1, block.head_dim),
+            "uniform": (1, width),
         }[attention]
 
         def qkv(layer, rank, *, rngs, block=block, gate_shape=gate_shape):

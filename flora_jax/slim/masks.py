@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError
 from flora_jax.io.files import replacing
 from flora_jax.models.spec import BlockSpec, Spec
-from flora_jax.slim.gates import GATE_NAMES, Gated
+from flora_jax.slim.gates import GATE_NAMES, Gated, per_dimension
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,13 @@ class Masks:
             actual = [mask.shape for mask in getattr(self, kind)]
             if actual != shapes:
                 raise InputError(f"{kind} masks have shapes {actual}, the spec's are {shapes}")
+        for b, mask in enumerate(self.attn if spec.rope_theta is not None else ()):
+            first, second = np.split(mask, 2, axis=1)
+            if (first != second).any():
+                raise InputError(
+                    f"the attention mask of block {b} parts dimensions i and i + d/2, which rotary "
+                    f"positions mix: both stay or both go"
+                )
 
     def check_gated(self, gated: Gated) -> None:
         """Raises InputError unless these are masks of this model's spec and kinds of gates."""
@@ -62,7 +70,8 @@ def cut_spec(spec: Spec, masks: Masks, tile: int = 1) -> Spec:
     A block's heads are as wide as its widest; a head that loses all its dimensions leaves.
 
     Args:
-      tile: head and MLP widths are rounded up to a multiple of it, where the uncut width allows.
+      tile: head and MLP widths are rounded up to a multiple of it, where the uncut width allows;
+        with rotary positions a head's width is even.
 
     Raises:
       InputError: masks of another spec, or tile below 1.
@@ -76,15 +85,43 @@ def cut_spec(spec: Spec, masks: Masks, tile: int = 1) -> Spec:
         tokens = tuple(np.flatnonzero(masks.patch[b]).tolist()) if masks.patch else None
         if tokens is not None and len(tokens) == len(masks.patch[b]):
             tokens = None
-        blocks.append(
-            BlockSpec(
-                num_heads=int((widths > 0).sum()),
-                head_dim=_round_up(int(widths.max()), tile, block.head_dim),
-                mlp_dim=_round_up(int(masks.mlp[b].sum()), tile, block.mlp_dim),
-                tokens=tokens,
-            )
+        is_rotary = spec.rope_theta is not None
+        head_tile = math.lcm(tile, 2) if is_rotary else tile
+        cut = BlockSpec(
+            num_heads=int((widths > 0).sum()),
+            head_dim=_round_up(int(widths.max()), head_tile, block.head_dim),
+            mlp_dim=_round_up(int(masks.mlp[b].sum()), tile, block.mlp_dim),
+            tokens=tokens,
         )
+        if is_rotary:
+            cut = dataclasses.replace(cut, rotary_pairs=_rotary_pairs(block, cut, masks.attn[b]))
+        blocks.append(cut)
     return dataclasses.replace(spec, blocks=tuple(blocks))
+
+
+def dimension_order(mask: np.ndarray, head_dim: int, in_pairs: bool) -> np.ndarray:
+    """Which dimensions a cut head has, int [H, head_dim], for the mask [H, d] of the heads kept.
+
+    Those that stay come first; a narrower head is filled up with some that were to go. `in_pairs`
+    keeps (i, i + d/2) that far apart.
+    """
+    if not in_pairs:
+        return np.argsort(~mask, axis=1, kind="stable")[:, :head_dim]
+    half = mask.shape[1] // 2
+    pairs = np.argsort(~mask[:, :half], axis=1, kind="stable")[:, : head_dim // 2]
+    return np.concatenate([pairs, pairs + half], axis=1)
+
+
+def _rotary_pairs(block: BlockSpec, cut: BlockSpec, mask: np.ndarray):
+    """`rotary_pairs` of the cut block; None where its heads are whole and in order."""
+    heads = np.flatnonzero(mask.any(1))
+    order = dimension_order(mask[heads], cut.head_dim, in_pairs=True)[:, : cut.head_dim // 2]
+    every = np.arange(block.head_dim // 2)
+    if block.rotary_pairs is not None:
+        order = np.take_along_axis(np.array(block.rotary_pairs)[heads], order, axis=1)
+    elif order.shape[1] == len(every) and (order == every).all():
+        return None
+    return tuple(map(tuple, order.tolist()))
 
 
 def _round_up(width: int, tile: int, most: int) -> int:
@@ -124,7 +161,10 @@ def _masks_at(gates: dict[str, list[np.ndarray]], spec: Spec, budgets: dict[str,
     }
     return Masks(
         attn=tuple(
-            np.broadcast_to(_keep(gate, thresholds["attn"]), (block.num_heads, block.head_dim))
+            np.broadcast_to(
+                per_dimension(_keep(gate, thresholds["attn"]), block.head_dim),
+                (block.num_heads, block.head_dim),
+            )
             for gate, block in zip(gates["attn"], spec.blocks, strict=True)
         ),
         mlp=tuple(_keep(gate, thresholds["mlp"]) for gate in gates["mlp"]),
@@ -195,7 +235,7 @@ def apply_masks(gated: Gated, masks: Masks) -> Gated:
     gates = {}
     for b, uncut in enumerate(gated.gates()["attn"]):
         attn = masks.attn[b][: uncut.shape[0], : uncut.shape[1]]
-        if (attn != masks.attn[b]).any():
+        if (per_dimension(attn, gated.spec.blocks[b].head_dim) != masks.attn[b]).any():
             raise InputError(
                 f"the attention mask of block {b} is not one of attention={gated.attention!r}"
             )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flora_jax.data.augment import Augmentation
 from flora_jax.errors import InputError, did_you_mean
 from flora_jax.models.spec import Spec
-from flora_jax.models.spec_json import spec_from_json, spec_to_json
+from flora_jax.models.spec_json import spec_from_json
 
 T = TypeVar("T")
 
@@ -65,9 +65,9 @@ def _write(value):
     if isinstance(value, Augmentation):
         return {"name": value.name, **value.changes}
     if isinstance(value, Spec):  # a dense network of equal blocks
-        fields = spec_to_json(value)
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         del fields["blocks"]
-        return fields
+        return {"family": value.family, **fields}
     return to_mapping(value) if dataclasses.is_dataclass(value) else value
 
 

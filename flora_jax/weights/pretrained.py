@@ -1,5 +1,6 @@
 """Pretrained weights in: any known layout of names, fitted to a spec."""
 
+import collections
 import dataclasses
 import itertools
 import logging
@@ -17,6 +18,7 @@ from flora_jax.models import functional
 from flora_jax.models.factory import create, create_abstract
 from flora_jax.models.network import CLASSIFIERS, Network
 from flora_jax.models.spec import Spec
+from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.layouts import Layout, detect, is_buffer
 from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
@@ -112,6 +114,7 @@ def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
         raise InputError(
             f"these are weights of a {layout.title}, but the spec is a {type(spec).__name__}"
         )
+    _drop_classifier_where_none_is_wanted(layout, spec, arrays)
     spec = _with_stored_ranks(layout, spec, arrays)
     table = layout.table(spec, arrays)
     _check_names(layout, spec, table, arrays, strict)
@@ -119,10 +122,15 @@ def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
     model = create_abstract(spec)
     own = functional.split(model)[1]
     parameters, resampled = {}, []
+    rows_left = collections.Counter(source for row in table for source in row.sources)
     for row in table:
         if not all(source in arrays for source in row.sources):
             continue
-        array = row.read([arrays.pop(source) for source in row.sources])
+        array = row.read([arrays[source] for source in row.sources])
+        rows_left.subtract(row.sources)
+        for source in row.sources:
+            if not rows_left[source]:
+                del arrays[source]
         if array.shape != own[row.target].shape:
             array, stored = _resampled(row.target, array, own[row.target].shape, spec), array
             resampled += [] if array is stored else [row.target]
@@ -132,6 +140,17 @@ def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
     _replace_classifier_of_other_classes(parameters, spec)
     parameters |= _fresh(spec, own.keys() - parameters.keys())
     return functional.with_parameters(model, parameters)
+
+
+def _drop_classifier_where_none_is_wanted(
+    layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]
+) -> None:
+    if spec.num_classes:
+        return
+    for row in layout.table(dataclasses.replace(spec, num_classes=1), arrays):
+        if row.target.partition(".")[0] in CLASSIFIERS:
+            for source in row.sources:
+                arrays.pop(source, None)
 
 
 def _with_stored_ranks(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> Spec:
@@ -210,7 +229,8 @@ def _resampled(name: str, array: np.ndarray, shape: tuple[int, ...], spec: Spec)
     if name.endswith("relative_position_bias_table"):
         return resample_relative_position_table(array, (math.isqrt(shape[0]) + 1) // 2)
     if name in ("pos_embed", "absolute_pos_embed"):
-        num_prefix_tokens = spec.num_prefix_tokens if name == "pos_embed" else 0
+        has_prefix = isinstance(spec, ViTSpec) and spec.positions == "all"
+        num_prefix_tokens = spec.num_prefix_tokens if has_prefix else 0
         return resample_pos_embed(array, num_prefix_tokens, spec.image_size // spec.patch_size)
     return array
 

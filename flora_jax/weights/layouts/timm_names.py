@@ -1,0 +1,102 @@
+"""The names of timm, of the releases it follows, and of the published subnets."""
+
+import re
+from collections.abc import Callable, Collection
+
+from flora_jax.models.spec import Spec
+from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.layouts.tables import (
+    BIAS_TABLE,
+    blocks,
+    downsampling,
+    linear,
+    norm,
+    present_in,
+)
+from flora_jax.weights.rows import WITHOUT_FIRST_AXIS, Row, Table, patch_kernel
+
+# A searchable layer of a published subnet: a pair of factors, or `fc` where it stayed dense.
+_OF_A_SUBNET = re.compile(r"\.(VT|(qkv|fc1|fc2)\.fc)\.weight$")
+
+# A block's modules: our name -> theirs.
+_VIT = {name: name for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+_SWIN = _VIT | {BIAS_TABLE: BIAS_TABLE}
+# LayerScale in its ViTs, and in its EVA, which is what runs DINOv3 there.
+_VIT_SCALES = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}
+_EVA_SCALES = {"attn.proj": "gamma_1", "mlp.fc2": "gamma_2"}
+
+# Each table lists what any spec of the family may have; the rows that this spec lacks drop out.
+# The `keys` of a file choose between spellings; without them it is the current one.
+
+
+def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
+    """timm's ViT, DeiT and EVA, and the DeiT release."""
+    is_eva, is_subnet = spec.rope_theta is not None, _is_subnet(spec, keys)
+    names = dict(_VIT)
+    is_split = any(key.endswith(".mlp.fc1_g.weight") for key in keys) if keys else is_eva
+    if spec.gated_mlp and is_split and not is_subnet:
+        names["mlp.fc1"] = "mlp.fc1_g mlp.fc1_x"
+    biases = () if spec.k_bias or is_subnet else ("attn.q_bias", "attn.v_bias")
+    return present_in(
+        spec,
+        Row("cls_token", ("cls_token",), WITHOUT_FIRST_AXIS),
+        Row("dist_token", ("dist_token",), WITHOUT_FIRST_AXIS),
+        Row("reg_token", ("reg_token",), WITHOUT_FIRST_AXIS),
+        Row("pos_embed", ("pos_embed",), WITHOUT_FIRST_AXIS),
+        *linear("patch_embed.proj", "patch_embed.proj", kernel=patch_kernel(spec)),
+        *norm("norm_pre", "norm_pre"),
+        *norm("norm", "fc_norm" if spec.normalises_pooled else "norm"),
+        Row("attn_pool.latent", ("attn_pool.latent",), WITHOUT_FIRST_AXIS),
+        *linear("attn_pool.q", "attn_pool.q"),
+        *linear("attn_pool.kv", "attn_pool.kv"),
+        *linear("attn_pool.proj", "attn_pool.proj"),
+        *norm("attn_pool.norm", "attn_pool.norm"),
+        *linear("attn_pool.mlp.fc1", "attn_pool.mlp.fc1"),
+        *linear("attn_pool.mlp.fc2", "attn_pool.mlp.fc2"),
+        *linear("head", "head"),
+        *linear("head_dist", "head_dist"),
+        *blocks(
+            spec,
+            "blocks.{block}",
+            names,
+            is_subnet=is_subnet,
+            biases=biases,
+            scales=_scales(spec, keys),
+        ),
+    )
+
+
+def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
+    """timm's Swin from 0.9 on, and Microsoft's release, where a stage ends with downsampling."""
+    ends_with_it = any(key.startswith("layers.0.downsample.") for key in keys)
+    return present_in(
+        spec,
+        Row("absolute_pos_embed", ("absolute_pos_embed",), WITHOUT_FIRST_AXIS),
+        *linear("patch_embed.proj", "patch_embed.proj", kernel=patch_kernel(spec)),
+        *norm("patch_embed.norm", "patch_embed.norm"),
+        *norm("norm", "norm"),
+        *linear("head", "head" if "head.weight" in keys else "head.fc"),
+        *downsampling(spec, f"layers.{{{'before' if ends_with_it else 'stage'}}}.downsample"),
+        *blocks(spec, "layers.{stage}.blocks.{i}", _SWIN, is_subnet=_is_subnet(spec, keys)),
+    )
+
+
+def timm(spec: Spec) -> Table:
+    """timm's current names; a compressed layer has those of the published subnets."""
+    tables: dict[str, Callable[..., Table]] = {"vit": timm_vit, "swin": timm_swin}
+    return tables[spec.family](spec)
+
+
+def _scales(spec: ViTSpec, keys: Collection[str]) -> dict[str, str] | None:
+    """The names of LayerScale where the file has it; to write one, where the spec says so."""
+    if not keys:
+        return (_EVA_SCALES if spec.rope_theta else _VIT_SCALES) if spec.layer_scale else None
+    for scales in (_VIT_SCALES, _EVA_SCALES):
+        if f"blocks.0.{scales['attn.proj']}" in keys:
+            return scales
+    return None
+
+
+def _is_subnet(spec: Spec, keys: Collection[str]) -> bool:
+    return any(rank is not None for rank in spec.ranks) or any(map(_OF_A_SUBNET.search, keys))
