@@ -1,27 +1,29 @@
 """The ViTs of today, all of one spec: outputs of timm and transformers, and what is made of them."""
 
+import dataclasses
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flora_jax as flora
+from flora_jax import slim
 from flora_jax.models import functional
+from flora_jax.weights.export import export_timm
+from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
+from tests.helpers.slimming import gated_model, random_masks
 
 NAMES = list(modern.SPECS)
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 
-@jax.jit(static_argnums=0)
-def outputs(structure, parameters, images):
-    """(what the model gives, its features)"""
-    network = functional.merge(structure, parameters)
-    return network(images), network.features(images)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_are_those_of_the_library(name):
     golden, model = modern.golden(name), modern.model(name)
-    given, tokens = outputs(*functional.split(model), modern.images(name))
+    given, tokens = model(modern.images(name)), model.features(modern.images(name))
     if "output" in golden:
         assert np.std(golden["output"]) > 0.01
         np.testing.assert_allclose(given, golden["output"], **TOLERANCE)
@@ -33,3 +35,140 @@ def test_outputs_are_those_of_the_library(name):
             expected = model.norm(expected.reshape(-1, 48)).reshape(expected.shape)
         np.testing.assert_allclose(tokens, expected, **TOLERANCE)
         assert {"output", "pooled"} & golden.keys() or np.allclose(given, tokens[:, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_supernet_and_the_subnets_cut_out_of_it(name):
+    """Full rank is the dense model; what is extracted is the supernet at its genes."""
+    model, images = modern.model(name), modern.images(name)[:2]
+    space = flora.RankSpace.regular(model.spec, ratios=(1 / 3, 1))
+    supernet = flora.factorize(model, space, implementation="masked")
+    structure, parameters = functional.split(supernet.network)
+
+    def at(genes):
+        return functional.merge(structure, parameters, jnp.asarray(genes))(images)
+
+    np.testing.assert_allclose(at(space.full_rank_genes), model(images), **TOLERANCE)
+    for genes in space.sample(np.random.default_rng(1), 4, "uniform"):
+        subnet = flora.extract(supernet, genes)
+        np.testing.assert_allclose(subnet(images), at(genes), **TOLERANCE)
+        assert abs(subnet(images) - model(images)).max() > 1e-2
+        assert flora.macs(subnet.spec) == space.macs(genes)
+        assert flora.num_params(subnet.spec) == space.params(genes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slimmed_is_masked(name):
+    spec = modern.SPECS[name]
+    gated = gated_model(spec)
+    assert gated.has_token_gates == (name not in modern.TOKENS_STAY)
+    masks = random_masks(spec, np.random.default_rng(3), tokens=False)
+    if gated.has_token_gates:
+        of_tokens = random_masks(spec, np.random.default_rng(4))
+        masks = dataclasses.replace(masks, patch=of_tokens.patch)
+    masked = slim.apply_masks(gated, masks)
+    small = slim.extract(gated, masks, fold=False, tile=3)
+    images = modern.images(name)[:2]
+    np.testing.assert_allclose(small(images), masked.network(images), **TOLERANCE)
+    assert functional_size(small) == flora.num_params(small.spec)
+
+
+def functional_size(model) -> int:
+    return sum(math.prod(p.shape) for p in functional.split(model)[1].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_costs(name, count_macs):
+    """Products counted in the program; a norm is one multiply-add a value, other things none."""
+    model = modern.model(name)
+    spec = model.spec
+    structure, parameters = functional.split(model)
+    image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
+    program = jax.make_jaxpr(lambda p, x: functional.merge(structure, p)(x))(parameters, image)
+    tokens = spec.num_tokens
+    normalised = 2 * spec.depth * tokens + spec.pre_norm * tokens
+    normalised += 1 if spec.pool == "token" else tokens + (spec.pool == "attention")
+    assert flora.macs(spec) == count_macs(program) + normalised * spec.embed_dim
+
+    stored = {
+        n: a.size
+        for n, a in modern.arrays(name).items()
+        if "mask_token" not in n and "pooler" not in n
+    }
+    folded = [n for n in stored if "lambda1" in n or "gamma" in n]
+    # DINOv2 stores the class token's position, which reading adds to the token.
+    positions = spec.embed_dim if name == "hf_dinov2_registers" else 0
+    expected = sum(stored.values()) - sum(stored[n] for n in folded) - positions
+    assert flora.num_params(spec) == expected == functional_size(model)
+    assert bool(folded) == spec.layer_scale
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_export_and_back(name, tmp_path):
+    model, path = modern.model(name), tmp_path / "timm.safetensors"
+    export_timm(model, path)
+    again = flora.from_pretrained(path, model.spec)
+    for parameter, value in functional.split(model)[1].items():
+        np.testing.assert_array_equal(functional.split(again)[1][parameter], value)
+    if name.startswith("timm"):
+        theirs = modern.arrays(name)
+        written = read_state_dict(path)
+        assert {n: a.shape for n, a in written.items()} == {n: a.shape for n, a in theirs.items()}
+
+
+def test_a_subnet_of_a_scaled_network_is_exported_and_read(tmp_path):
+    model = modern.model("timm_dinov3_swiglu")
+    space = flora.RankSpace.regular(model.spec, ratios=(1 / 3, 1))
+    subnet = flora.extract(flora.factorize(model, space), np.arange(space.num_layers) % 2)
+    export_timm(subnet, tmp_path / "x.safetensors")
+    again = flora.from_pretrained(tmp_path / "x.safetensors", model.spec)
+    assert again.spec == subnet.spec
+    for parameter, value in functional.split(subnet)[1].items():
+        np.testing.assert_array_equal(functional.split(again)[1][parameter], value)
+
+
+def test_rotary_dimensions_leave_in_pairs():
+    spec = modern.SPECS["timm_dinov3"]
+    gated = slim.add_gates(modern.model("timm_dinov3"))
+    masks = slim.threshold(gated)
+    attn = [mask.copy() for mask in masks.attn]
+    attn[1][0, 3] = False
+    halved = dataclasses.replace(masks, attn=tuple(attn))
+    with pytest.raises(ValueError, match="mask of block 1 parts dimensions i and i"):
+        slim.extract(gated, halved)
+    attn[1][0, 11] = False
+    attn[2][1:, 7] = attn[2][1:, 15] = False
+    attn[2][0] = False
+    cut = slim.cut_spec(spec, dataclasses.replace(masks, attn=tuple(attn)))
+    assert cut.blocks[0] == spec.blocks[0]
+    assert cut.blocks[1].rotary_pairs[:2] == ((0, 1, 2, 4, 5, 6, 7, 3), (*range(8),))
+    assert cut.blocks[2].rotary_pairs == ((*range(7),),) * 2
+    assert (cut.blocks[2].num_heads, cut.blocks[2].head_dim) == (2, 14)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("timm_siglip", {}, "the pool attends to every patch"),
+        ("hf_dinov2_classifier", {}, "the mean over all patches"),
+        ("hf_dinov3", {"k_bias": True}, "rotary positions turn the keys' bias.*k_bias=False"),
+    ],
+)
+def test_why_tokens_stay(name, changes, reason):
+    spec = dataclasses.replace(modern.SPECS[name], **changes)
+    with pytest.raises(ValueError, match=reason):
+        slim.abstract_gated(spec, tokens=True)
+    fewer = dataclasses.replace(spec.blocks[0], tokens=tuple(range(spec.num_tokens - 1)))
+    with pytest.raises(ValueError, match=reason):
+        dataclasses.replace(spec, blocks=(fewer,) * spec.depth)
+
+
+def test_registers_stay():
+    spec = modern.SPECS["timm_dinov2_registers"]
+    gated = gated_model(spec)
+    masks = slim.threshold(gated, attn=0.5, mlp=0.5, patch=0.1)
+    kept = np.array(masks.patch)
+    assert kept[:, :5].all()
+    assert not kept[:, 5:].all()
+    small = slim.extract(gated, masks)
+    assert small.pos_embed.shape == (kept[0].sum() - 5, 48)

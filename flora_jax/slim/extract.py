@@ -38,7 +38,8 @@ def extract(gated: Gated, masks: Masks, fold: bool = True, tile: int = 1) -> Net
         if fold:
             kept_tokens = token_gate[masks.patch[b]].mean() if masks.patch else 1.0
             _fold(parameters, name, block, attn_gate, mlp_gate, kept_tokens)
-        _cut_attention(parameters, f"{name}.attn", block, cut, masks.attn[b])
+        is_rotary = spec.rope_theta is not None
+        _cut_attention(parameters, f"{name}.attn", block, cut, masks.attn[b], is_rotary)
         _cut_mlp(parameters, f"{name}.mlp", cut.mlp_dim, masks.mlp[b])
     if masks.patch and "pos_embed" in parameters:
         positions = parameters["pos_embed"]
@@ -59,10 +60,12 @@ def _fold(parameters, name: str, block: BlockSpec, attn_gate, mlp_gate, token_ga
         parameters[f"{name}.{part}"] = parameters[f"{name}.{part}"] * factor
 
 
-def _cut_attention(parameters, name: str, block: BlockSpec, cut: BlockSpec, mask) -> None:
+def _cut_attention(
+    parameters, name: str, block: BlockSpec, cut: BlockSpec, mask, is_rotary: bool
+) -> None:
     """Kept dimensions move to the front of their head; a narrower head is filled up with zeros."""
     heads = np.flatnonzero(mask.any(1))
-    order = dimension_order(mask[heads], cut.head_dim, in_pairs=cut.rotary_pairs is not None)
+    order = dimension_order(mask[heads], cut.head_dim, is_rotary)
     is_kept = np.take_along_axis(mask[heads], order, axis=1)  # [heads, d], False where filled up
 
     def columns(array):

@@ -73,13 +73,18 @@ def random_masks(spec, rng, tokens=True):
         mask[(*rng.integers(0, shape),)] = True
         return mask
 
+    def attention(block):
+        if spec.rope_theta is None:
+            return kept((block.num_heads, block.head_dim))
+        return np.tile(kept((block.num_heads, block.head_dim // 2)), 2)
+
     patch = ()
     if tokens:
         leaves_at = rng.integers(0, len(spec.blocks) + 1, spec.num_tokens)
         leaves_at[: spec.num_prefix_tokens + 1] = len(spec.blocks)
         patch = tuple(leaves_at > b for b in range(len(spec.blocks)))
     return slim.Masks(
-        attn=tuple(kept((block.num_heads, block.head_dim)) for block in spec.blocks),
+        attn=tuple(attention(block) for block in spec.blocks),
         mlp=tuple(kept((block.mlp_dim,)) for block in spec.blocks),
         patch=patch,
         thresholds={},
