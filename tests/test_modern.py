@@ -1,12 +1,14 @@
 """The ViTs of today, all of one spec: outputs of timm and transformers, and what is made of them."""
 
 import dataclasses
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax import slim
@@ -114,6 +116,21 @@ def test_export_and_back(name, tmp_path):
         theirs = modern.arrays(name)
         written = read_state_dict(path)
         assert {n: a.shape for n, a in written.items()} == {n: a.shape for n, a in theirs.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_needs_no_spec(name, tmp_path):
+    config = modern.config(name)
+    if "model" in config:  # timm: what its save_for_hf writes
+        config = {"architecture": f"{config['model']}.tag", "model_args": config["arguments"]}
+    else:
+        config = config["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(modern.arrays(name), tmp_path / "model.safetensors")
+    assert flora.read_spec(tmp_path) == modern.SPECS[name]
+    model = flora.from_pretrained(tmp_path)
+    for parameter, value in functional.split(modern.model(name))[1].items():
+        np.testing.assert_array_equal(functional.split(model)[1][parameter], value)
 
 
 def test_a_subnet_of_a_scaled_network_is_exported_and_read(tmp_path):

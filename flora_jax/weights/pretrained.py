@@ -19,6 +19,7 @@ from flora_jax.models.factory import create, create_abstract
 from flora_jax.models.network import CLASSIFIERS, Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.layouts import Layout, detect, is_buffer
 from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
@@ -47,7 +48,8 @@ def from_pretrained(
     Args:
       path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of PyTorch (needs torch); a
         folder written by `flora_jax.save`; or a Hugging Face folder.
-      spec: the model to make; only a folder of our own needs none. How the weights are fitted to
+      spec: the model to make; a folder that says what it holds, in our spec.json or in the
+        config.json of Hugging Face or timm, needs none. How the weights are fitted to
         it, and what strict means, says `from_state_dict`.
 
     Raises:
@@ -63,6 +65,8 @@ def from_pretrained(
         if not files:
             expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
             raise MissingFileError(f"{path} has no weights; looked for {expected}")
+        if spec is None and (path / CONFIG_FILE).exists():
+            spec = read_spec(path)
         path = files[0]
     if spec is None:
         raise InputError(

@@ -51,7 +51,9 @@ SPECS = {
     "hf_dinov2": _DINOV2,
     "hf_dinov2_classifier": _like(_DINOV2, pool="token_and_mean", num_classes=10),
     "hf_dinov2_registers": _DINOV2_REGISTERS,
-    "hf_dinov3": _like(_DINOV3, pool="token", qkv_bias=True, k_bias=False, num_classes=0),
+    "hf_dinov3": _like(
+        _DINOV3, pool="token", fc_norm=True, qkv_bias=True, k_bias=False, num_classes=0
+    ),
     "hf_siglip": _like(_SIGLIP, activation="gelu_tanh"),
     "hf_vit_no_head": _like(_TINY, num_classes=0, layer_norm_eps=1e-12),
 }

@@ -1,0 +1,193 @@
+"""The config.json of timm: the network that its architecture's name and arguments make."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flora_jax.errors import InputError
+from flora_jax.models.spec import Spec
+from flora_jax.models.swin_spec import SwinSpec, swin
+from flora_jax.models.vit_spec import ViTSpec
+
+_SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP ratio
+    "tiny": (192, 12, 3, 4),
+    "xsmall": (256, 10, 4, 4),
+    "small": (384, 12, 6, 4),
+    "small_plus": (384, 12, 6, 4),
+    "medium": (512, 12, 8, 4),
+    "betwixt": (640, 12, 10, 4),
+    "base": (768, 12, 12, 4),
+    "large": (1024, 24, 16, 4),
+    "so400m": (1152, 27, 16, 3.7362),
+    "huge": (1280, 32, 16, 4),
+    "huge_plus": (1280, 32, 20, 4),
+    "giant": (1408, 40, 16, 48 / 11),
+    "giantopt": (1536, 40, 16, 4),
+    "gigantic": (1664, 48, 16, 64 / 13),
+    "7b": (4096, 40, 32, 2),
+}
+_PLAIN = re.compile(r"(vit|deit3?)_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)")
+_SWIN = re.compile(r"swin_([a-z]+)_patch(\d+)_window(\d+)_(\d+)")
+_POOLS = {"token": "token", "avg": "mean", "map": "attention"}
+# Arguments of training, or of other sizes at run time, which change no network.
+_WITHOUT_EFFECT = re.compile(
+    r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
+    r"|rope_(shift|jitter|rescale)_coords|fused_attn|pretrained.*|checkpoint_path"
+)
+
+
+def spec_of_config(config: Mapping[str, Any]) -> Spec:
+    """The spec of the network that a config.json of timm describes.
+
+    `architecture` says most of it; `model_args`, then `num_classes`, `global_pool` and
+    `pretrained_cfg.input_size` beside it say what is different.
+
+    Raises:
+      InputError: an architecture or an argument that this library does not know.
+    """
+    name = str(config.get("architecture", "")).partition(".")[0]
+    arguments = dict(config.get("model_args") or {})
+    pretrained = config.get("pretrained_cfg") or {}
+    for key in ("num_classes", "global_pool"):
+        if key in config:
+            arguments.setdefault(key, config[key])
+    if "num_classes" in pretrained:
+        arguments.setdefault("num_classes", pretrained["num_classes"])
+    if "input_size" in pretrained:
+        arguments.setdefault("img_size", pretrained["input_size"][-1])
+    arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
+    if match := _SWIN.fullmatch(name):
+        return _swin(match, arguments)
+    match = _PLAIN.fullmatch(name)
+    if match is None or match[2] not in _SIZES:
+        raise InputError(
+            f"unknown architecture {name!r}; known of timm: vit_*, deit_*, deit3_* and swin_* with "
+            f"plain blocks, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
+            f"vit_base_patch16_dinov3, vit_base_patch16_siglip_224, vit_base_patch16_clip_224"
+        )
+    family, size, distilled, patch_size, variant = match.groups()
+    defaults = _defaults(family, size, variant) | {"patch_size": int(patch_size)}
+    if distilled:
+        defaults["distilled"] = True
+    return _vit(defaults | _renamed(arguments, name))
+
+
+def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
+    """What the name says, as timm's arguments."""
+    width, depth, num_heads, mlp_ratio = _SIZES[size]
+    found: dict[str, Any] = {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+        "img_size": _image_size(variant),
+    }
+    if family == "deit3":
+        return found | {"no_embed_class": True, "init_values": 1e-6}
+    if match := re.fullmatch(r"(reg\d+_)?dinov2", variant):
+        found |= {"init_values": 1e-5, "img_size": 518}
+        if match[1]:
+            found |= {"reg_tokens": int(match[1][3:-1]), "no_embed_class": True}
+        if size == "giant":
+            found |= {"embed_dim": 1536, "num_heads": 24, "swiglu_mlp": True}
+            found["mlp_ratio"] = 4096 / 1536
+        return found
+    if match := re.fullmatch(r"dinov3(_qkvb)?", variant):
+        return found | {
+            "img_size": 256,
+            "qkv_bias": match[1] is not None,
+            "k_bias": match[1] is None,
+            "init_values": 1e-5,
+            "rope": True,
+            "use_abs_pos_emb": False,
+            "reg_tokens": 4,
+            "fc_norm": False,
+            "global_pool": "avg",
+            "layer_norm_eps": 1e-5,
+            "swiglu_mlp": size in ("small_plus", "huge_plus", "7b"),
+        }
+    if match := re.fullmatch(r"clip(_quickgelu)?_\d+", variant):
+        act = "quick_gelu" if match[1] else "gelu"
+        return found | {"pre_norm": True, "layer_norm_eps": 1e-5, "act_layer": act}
+    if match := re.fullmatch(r"siglip(_gap)?_\d+", variant):
+        found |= {"class_token": False, "global_pool": "avg" if match[1] else "map"}
+        return found | ({"fc_norm": False} if match[1] else {})
+    if re.fullmatch(r"\d+", variant):
+        return found
+    raise InputError(f"unknown kind of {family}: {variant!r} in its architecture's name")
+
+
+def _renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """What DINOv3's class calls otherwise, under the names of timm's plain ViT."""
+    others = {"num_reg_tokens": "reg_tokens", "use_fc_norm": "fc_norm", "in_chans": "in_channels"}
+    found = {others.get(key, key): value for key, value in arguments.items()}
+    known = {
+        *("img_size", "patch_size", "in_channels", "num_classes", "global_pool", "embed_dim"),
+        *("depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values", "class_token"),
+        *("no_embed_class", "reg_tokens", "pre_norm", "fc_norm", "act_layer", "swiglu_mlp"),
+        "use_abs_pos_emb",
+    }
+    if odd := sorted(found.keys() - known):
+        raise InputError(f"model_args of {name} have {', '.join(odd)}, which is not known here")
+    return found
+
+
+def _vit(arguments: dict[str, Any]) -> ViTSpec:
+    """A spec out of timm's arguments."""
+    is_rotary = arguments.get("rope", False)
+    pool = arguments.get("global_pool", "token")
+    if pool not in _POOLS:
+        raise InputError(f"global_pool {pool!r} is unknown; choose one of {', '.join(_POOLS)}")
+    fc_norm = arguments.get("fc_norm")
+    if pool != "avg" and fc_norm != "avg":
+        raise InputError(f"fc_norm is true, but global_pool is {pool!r}: only 'avg' has it here")
+    positions = "patches" if arguments.get("no_embed_class", False) else "all"
+    image_size = arguments["img_size"]
+    is_gated = arguments.get("swiglu_mlp", False)
+    pre_norm = arguments.get("pre_norm", False)
+    return ViTSpec(
+        image_size=image_size[-1] if isinstance(image_size, list | tuple) else image_size,
+        patch_size=arguments["patch_size"],
+        embed_dim=arguments["embed_dim"],
+        depth=arguments["depth"],
+        num_heads=arguments["num_heads"],
+        mlp_ratio=arguments["mlp_ratio"],
+        num_classes=arguments.get("num_classes", 1000),
+        in_channels=arguments.get("in_channels", 3),
+        qkv_bias=arguments.get("qkv_bias", True),
+        k_bias=arguments.get("k_bias", True),
+        distilled=arguments.get("distilled", False),
+        class_token=arguments.get("class_token", True),
+        pool=_POOLS[pool],
+        fc_norm=pool != "avg" or fc_norm in (None, True),
+        num_registers=arguments.get("reg_tokens", 0),
+        positions=positions if arguments.get("use_abs_pos_emb", True) else "none",
+        rope_theta=100.0 if is_rotary else None,
+        pre_norm=pre_norm,
+        patch_bias=not pre_norm,
+        activation="silu" if is_gated else arguments.get("act_layer", "gelu"),
+        gated_mlp=is_gated,
+        layer_norm_eps=arguments.get("layer_norm_eps", 1e-6),
+        layer_scale=arguments.get("init_values") is not None,
+    )
+
+
+def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
+    size, patch_size, window_size, image_size = match.groups()
+    fields: dict[str, Any] = {
+        "img_size": int(image_size),
+        "window_size": int(window_size),
+        "patch_size": int(patch_size),
+    } | arguments
+    fields.pop("global_pool", None)
+    names = {"img_size": "image_size", "in_chans": "in_channels", "ape": "absolute_pos_embed"}
+    fields = {names.get(key, key): value for key, value in fields.items()}
+    if size == "large":
+        large = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+        return SwinSpec(**large | fields)
+    return swin(size, **fields)
+
+
+def _image_size(variant: str) -> int:
+    sizes = re.findall(r"\d+", variant)
+    return int(sizes[-1]) if sizes else 224
