@@ -1,4 +1,4 @@
-"""The ViTs of today, all of one spec: outputs of timm and transformers, and what is made of them."""
+"""The ViTs of today, all of one spec: outputs of their libraries, and what is made of them."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from flora_jax.models import functional
 from flora_jax.weights.export import export_timm
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
-from tests.helpers.slimming import gated_model, random_masks
+from tests.helpers.slimming import gated_model, logits, random_masks
 
 NAMES = list(modern.SPECS)
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -71,7 +71,7 @@ def test_slimmed_is_masked(name):
     masked = slim.apply_masks(gated, masks)
     small = slim.extract(gated, masks, fold=False, tile=3)
     images = modern.images(name)[:2]
-    np.testing.assert_allclose(small(images), masked.network(images), **TOLERANCE)
+    np.testing.assert_allclose(logits(small, images), logits(masked, images), **TOLERANCE)
     assert functional_size(small) == flora.num_params(small.spec)
 
 

@@ -2,11 +2,10 @@
 
 import collections
 import dataclasses
-import itertools
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.folder import SPEC_FILE, load_model
-from flora_jax.weights.layouts import Layout, detect, is_buffer
+from flora_jax.weights.layouts import Layout, detect
+from flora_jax.weights.misfits import fields_to_set, misfits, sizes_in
 from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
 from flora_jax.weights.rows import Table
 from flora_jax.weights.state_dict import read_state_dict
@@ -29,15 +29,6 @@ from flora_jax.weights.state_dict import read_state_dict
 log = logging.getLogger(__name__)
 
 HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# Fields of a spec that decide which weights there are, and so can be read off a file's names.
-_OPTIONS = {
-    "class_token": (True, False),
-    "pool": ("token", "mean"),
-    "distilled": (True, False),
-    "qkv_bias": (True, False),
-    "patch_norm": (True, False),
-    "absolute_pos_embed": (True, False),
-}
 
 
 def from_pretrained(
@@ -122,7 +113,17 @@ def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
     spec = _with_stored_ranks(layout, spec, arrays)
     table = layout.table(spec, arrays)
     _check_names(layout, spec, table, arrays, strict)
+    sizes = sizes_in(layout, spec, arrays)
+    try:
+        return _read(spec, table, arrays)
+    except InputError as error:
+        if not sizes:
+            raise
+        fields = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+        raise InputError(f"{error}; set {fields} in the spec") from error
 
+
+def _read(spec: Spec, table: Table, arrays: dict[str, np.ndarray]) -> Network:
     model = create_abstract(spec)
     own = functional.split(model)[1]
     parameters, resampled = {}, []
@@ -181,9 +182,9 @@ def _described(rank: int | None) -> str:
 
 
 def _check_names(
-    layout: Layout, spec: Spec, table: Table, keys: Collection[str], strict: bool
+    layout: Layout, spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool
 ) -> None:
-    missing, unexpected = _misfits(table, keys)
+    missing, unexpected = misfits(table, arrays)
     if not missing and not unexpected:
         return
     found = f"missing {few(missing)}; unexpected {few(unexpected)}"
@@ -194,36 +195,9 @@ def _check_names(
             stacklevel=4,
         )
         return
-    raise InputError(f"the weights do not fit the spec: {found}{_hint(layout, spec, keys)}")
-
-
-def _misfits(table: Table, keys: Collection[str]) -> tuple[set[str], set[str]]:
-    """Names that the table wants and the file lacks, and the reverse."""
-    wanted = {source for row in table for source in row.sources}
-    found = {key for key in keys if not is_buffer(key)}
-    return wanted - found, found - wanted
-
-
-def _hint(layout: Layout, spec: Spec, keys: Collection[str]) -> str:
-    """The options of the spec under which most names fit, where they are not its own."""
-    options = {name: values for name, values in _OPTIONS.items() if hasattr(spec, name)}
-    best: dict[str, object] = {}
-    fewest = sum(map(len, _misfits(layout.table(spec, keys), keys)))
-    for values in itertools.product(*options.values()):
-        changes = {
-            name: value
-            for name, value in zip(options, values, strict=True)
-            if value != getattr(spec, name)
-        }
-        try:
-            table = layout.table(dataclasses.replace(spec, **changes), keys)
-        except ValueError:  # options that contradict each other
-            continue
-        misfits = sum(map(len, _misfits(table, keys)))
-        if (misfits, len(changes)) < (fewest, len(best)):
-            best, fewest = changes, misfits
-    fields = ", ".join(f"{name}={value!r}" for name, value in best.items())
-    return f"; set {fields} in the spec" if best else ""
+    raise InputError(
+        f"the weights do not fit the spec: {found}{fields_to_set(layout, spec, arrays)}"
+    )
 
 
 def _resampled(name: str, array: np.ndarray, shape: tuple[int, ...], spec: Spec) -> np.ndarray:

@@ -139,7 +139,7 @@ def _vit(arguments: dict[str, Any]) -> ViTSpec:
     if pool not in _POOLS:
         raise InputError(f"global_pool {pool!r} is unknown; choose one of {', '.join(_POOLS)}")
     fc_norm = arguments.get("fc_norm")
-    if pool != "avg" and fc_norm != "avg":
+    if fc_norm and pool != "avg":
         raise InputError(f"fc_norm is true, but global_pool is {pool!r}: only 'avg' has it here")
     positions = "patches" if arguments.get("no_embed_class", False) else "all"
     image_size = arguments["img_size"]
@@ -183,7 +183,11 @@ def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
     names = {"img_size": "image_size", "in_chans": "in_channels", "ape": "absolute_pos_embed"}
     fields = {names.get(key, key): value for key, value in fields.items()}
     if size == "large":
-        large = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+        large: dict[str, Any] = {
+            "embed_dim": 192,
+            "depths": (2, 2, 18, 2),
+            "num_heads": (6, 12, 24, 48),
+        }
         return SwinSpec(**large | fields)
     return swin(size, **fields)
 

@@ -105,3 +105,28 @@ def test_other_ranks_than_the_specs(vit, subnets):
         from_state_dict(arrays, wrong)
     with pytest.raises(ValueError, match=r"qkv is one dense matrix in the file .* rank 2 in the"):
         from_state_dict(written(vit, layouts.timm), spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"depth": 3}, "set depth=2 in the spec"),
+        ({"embed_dim": 16}, "set embed_dim=8 in the spec"),
+        ({"patch_size": 2, "embed_dim": 4}, "set embed_dim=8, patch_size=4 in the spec"),
+        ({"in_channels": 3}, "set in_channels=2 in the spec"),
+        ({"depth": 1, "distilled": True}, "set distilled=False, depth=2 in the spec"),
+        ({"num_registers": 4}, "set num_registers=0 in the spec"),
+        ({"positions": "patches"}, "set positions='all' in the spec"),
+        ({"gated_mlp": True, "mlp_ratio": 2, "k_bias": False}, "set k_bias=True in the spec"),
+    ],
+)
+def test_the_error_names_the_size_that_fits(vit, changes, hint):
+    spec = dataclasses.replace(VIT, blocks=(), **changes)
+    with pytest.raises(ValueError, match=f"{hint}$"):
+        from_state_dict(written(vit, layouts.timm), spec)
+
+
+def test_the_error_names_the_heads_of_a_swin(swin):
+    spec = dataclasses.replace(SWIN, num_heads=(3, 4), blocks=())
+    with pytest.raises(ValueError, match=r"set num_heads=\(2, 3\) in the spec$"):
+        from_state_dict(written(swin, layouts.timm), spec)
