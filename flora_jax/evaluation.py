@@ -128,6 +128,7 @@ def evaluate(
       {"top1": float64 [P], "log_likelihood": float64 [P]}, P = 1 for a plain model.
 
     Raises:
+      InputError: the network has no classifier.
       ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
     population: Sequence[np.ndarray | None] = [None]
@@ -136,6 +137,7 @@ def evaluate(
         model = model.network
     elif genes is not None:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
+    model.spec.check_classifies("top1")
     structure, parameters = functional.split(model)
     mesh = evaluation_set.mesh
     parameters = replicate(parameters, mesh)

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
+from flora_jax.models.loop import Loop
 from flora_jax.weights.export import export_timm
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
@@ -178,6 +179,44 @@ def test_why_tokens_stay(name, changes, reason):
     fewer = dataclasses.replace(spec.blocks[0], tokens=tuple(range(spec.num_tokens - 1)))
     with pytest.raises(ValueError, match=reason):
         dataclasses.replace(spec, blocks=(fewer,) * spec.depth)
+
+
+@pytest.mark.parametrize("name", ["hf_dinov3", "timm_dinov3_swiglu"])
+def test_flora_on_a_slimmed_network(name, tmp_path):
+    """Calibration, sliced layers, the loop over blocks, saving: on heads that lost pairs."""
+    gated, images = gated_model(modern.SPECS[name]), modern.images(name)
+    patch = 0.6 if gated.has_token_gates else 1
+    small = slim.extract(gated, slim.threshold(gated, attn=0.6, mlp=0.6, patch=patch))
+    assert all(block.rotary_pairs for block in small.spec.blocks)
+    dense = logits(small, images)
+    space = flora.RankSpace.regular(small.spec, ratios=(1 / 3, 1))
+    supernet = flora.factorize(
+        small, space, calibration=flora.calibrate(small, images), implementation="sliced"
+    )
+    genes = np.arange(space.num_layers) % 2
+    np.testing.assert_allclose(supernet(images, space.full_rank_genes), dense, **TOLERANCE)
+    subnet = flora.extract(supernet, genes)
+    expected = supernet(images, genes)
+    assert abs(expected - dense).max() > 1e-2
+    flora.save(subnet, tmp_path)
+    again = flora.load(tmp_path)
+    assert again.spec == subnet.spec
+    np.testing.assert_allclose(again(images, Loop()), expected, **TOLERANCE)
+
+
+def test_a_network_without_a_classifier():
+    """It is allocated by the error of its features; what needs classes says so."""
+    model, images = modern.model("timm_dinov2"), modern.images("timm_dinov2")
+    space = flora.RankSpace.regular(model.spec, ratios=(1 / 3, 1))
+    supernet = flora.factorize(model, space, implementation="masked")
+    with pytest.raises(ValueError, match="measure 'divergence' needs a classifier"):
+        flora.allocate(supernet, images, macs=space.macs_range()[1], measure="divergence")
+    genes = flora.allocate(supernet, images, macs=space.macs_range()[1])
+    np.testing.assert_array_equal(genes, space.full_rank_genes)
+    batches = [{"image": np.zeros((3, 42, 42, 3), np.uint8), "label": np.zeros(3, np.int32)}]
+    evaluation_set = flora.EvaluationSet(batches, flora.Normalization())
+    with pytest.raises(ValueError, match=r"top1 needs a classifier, .* num_classes is 0"):
+        flora.top1(model, evaluation_set)
 
 
 def test_registers_stay():

@@ -5,6 +5,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
+from flora_jax.weights.config import spec_of_config
 from flora_jax.weights.export import export_timm
 from flora_jax.weights.pretrained import from_pretrained, from_state_dict
 
@@ -202,6 +203,43 @@ def test_exported_subnet_in_pytorch(micro_model, micro_space, micro_genes, tmp_p
     plain.load_state_dict(load_file(tmp_path / "subnet.safetensors"), strict=True)
     batch = images(subnet.spec, 3)
     np.testing.assert_allclose(subnet(batch), torch_logits(plain, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3",
+        "vit_base_patch16_siglip_224",
+        "deit3_small_patch16_224",
+        "vit_base_patch16_clip_quickgelu_224",
+    ],
+)
+def test_full_size_models_of_timm(tmp_path, name):
+    """In from timm's names and config; out to a file that timm takes, LayerScale being ones."""
+    timm = pytest.importorskip("timm", reason="compares with the models of timm")
+    reference = timm.create_model(name, img_size=224)
+    randomise(reference)
+    config = {
+        "architecture": name,
+        "num_classes": reference.num_classes,
+        "global_pool": reference.global_pool,
+        "pretrained_cfg": reference.pretrained_cfg,
+        "model_args": {"img_size": 224},
+    }
+    spec = spec_of_config(config)
+    batch = images(spec, 1)
+    expected = torch_logits(reference, batch)
+    arrays = {n: t.numpy() for n, t in reference.state_dict().items()}
+    model = from_state_dict(arrays, spec)
+    np.testing.assert_allclose(model(batch), expected, **TOLERANCE)
+    scales = sum(a.size for n, a in arrays.items() if "gamma" in n)
+    assert flora.num_params(spec) == sum(p.numel() for p in reference.parameters()) - scales
+
+    export_timm(model, tmp_path / "exported.safetensors")
+    again = timm.create_model(name, img_size=224)
+    again.load_state_dict(load_file(tmp_path / "exported.safetensors"), strict=True)
+    np.testing.assert_allclose(torch_logits(again, batch), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(

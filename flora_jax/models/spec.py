@@ -211,8 +211,18 @@ class Spec(abc.ABC):
         )
         return dataclasses.replace(self, blocks=blocks)
 
+    def check_classifies(self, what: str) -> None:
+        """Raises InputError where the network has no classifier; `what` needs one."""
+        if not self.num_classes:
+            raise InputError(
+                f"{what} needs a classifier, but this network gives features: num_classes is 0"
+            )
+
     def macs(self) -> int:
-        """Multiply-adds for one image."""
+        """Multiply-adds for one image: of every product, and one for each value of a norm.
+
+        Biases, activations, gates, softmax and the turning by rotary positions count nothing.
+        """
         total = self._macs_around_blocks()
         for block, into in zip(self.blocks, self.block_inputs, strict=True):
             total += 2 * into.tokens * into.width  # the two norms

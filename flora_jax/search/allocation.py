@@ -27,7 +27,7 @@ def allocate(
     images: np.ndarray | Iterable[np.ndarray],
     *,
     macs: int | Sequence[int],
-    measure: str = "divergence",
+    measure: str | None = None,
 ) -> np.ndarray:
     """Genes for budgets of multiply-adds, without training or labels.
 
@@ -36,7 +36,7 @@ def allocate(
       images: float32 [n, H, W, C], normalised, or batches of such; some hundreds.
       macs: the most that the subnet may cost; or K such budgets.
       measure: "divergence" of the predictions from the full-rank network's, or "squared_error" of
-        its outputs, where these are features.
+        its outputs, where these are features; None: what suits the network.
 
     Returns:
       int32 [L], or [K, L] for K budgets, of the kept triples.

@@ -39,9 +39,11 @@ def score_block(
       {"top1": float64 [K], "log_likelihood": float64 [K]}
 
     Raises:
+      InputError: the network has no classifier.
       ValueError: the network has no such block.
     """
     space = supernet.space
+    space.spec.check_classifies("scoring rank triples")
     if not 0 <= block < space.num_blocks:
         raise ValueError(f"block {block} lies outside 0..{space.num_blocks - 1}")
     scorer = BlockScorer(supernet, evaluation_set.mesh)

@@ -61,9 +61,14 @@ class Sensitivity:
         self,
         supernet: Supernet,
         images: np.ndarray | Iterable[np.ndarray],
-        measure: str = "divergence",
+        measure: str | None = None,
         reference: Network | None = None,
     ):
+        spec = supernet.space.spec
+        if measure is None:
+            measure = "divergence" if spec.num_classes else "squared_error"
+        if measure == "divergence":
+            spec.check_classifies("measure 'divergence'")
         if measure not in MEASURES:
             raise InputError(unknown("measure", measure, MEASURES))
         self.space, self._measure = supernet.space, MEASURES[measure]

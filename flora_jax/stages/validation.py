@@ -39,6 +39,7 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     """
     _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
+    spec.check_classifies("a run")
     if "slim" in settings.stages:
         abstract_gated(spec, settings.slim.attention, settings.slim.tokens)
     else:  # a slimmed model's shape is not known yet

@@ -74,11 +74,13 @@ def train(
       with the best ones where `settings.result` is "best".
 
     Raises:
+      InputError: the network has no classifier, or the folder holds a longer training.
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
       Stopped: the process was told to end (SIGTERM, Ctrl-C); the step it was at is saved.
     """
     # What runs.
     directory = epath.Path(directory)
+    model.spec.check_classifies(f"training {name}")
     structure, parameters = functional.split(model)
     teacher_structure, teacher_parameters = functional.split(teacher) if teacher else (None, None)
     mesh = mesh or make_mesh()
