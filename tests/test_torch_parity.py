@@ -112,6 +112,40 @@ def test_hugging_face_vit(transformers, tmp_path, size, qkv_bias, distilled):
     assert_parity(model_class(config), spec, tmp_path, count=3 if size == "micro" else 1)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "options"),
+    [
+        ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}),
+        ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {}),
+        ("DINOv3ViTModel", "DINOv3ViTConfig", {"use_gated_mlp": True, "hidden_act": "silu"}),
+        ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
+    ],
+)
+def test_hugging_face_of_today(transformers, tmp_path, model, config, options):
+    """The spec comes from config.json, the weights from the file and from memory."""
+    made = getattr(transformers, config)(**VIT_SIZES["micro"] | options)
+    reference = getattr(transformers, model)(made)
+    randomise(reference)
+    reference.save_pretrained(tmp_path)
+    network = from_pretrained(tmp_path)
+    batch = images(network.spec, 3)
+    with torch.no_grad():
+        output = reference.eval()(torch.tensor(batch.transpose(0, 3, 1, 2)))
+    if "Classification" in model:
+        given, expected = network(batch), output.logits
+    elif "CLIP" in model:
+        projection = reference.visual_projection.weight.detach().numpy()
+        given, expected = network(batch) @ projection.T, output.image_embeds
+    else:
+        given, expected = network.features(batch), output.last_hidden_state
+    np.testing.assert_allclose(given, expected.numpy(), **TOLERANCE)
+
+    arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    again = functional.split(from_state_dict(arrays, network.spec))[1]
+    for name, parameter in functional.split(network)[1].items():
+        np.testing.assert_array_equal(parameter, again[name])
+
+
 @pytest.mark.parametrize("size", SWIN_SIZES)
 def test_hugging_face_swin(transformers, tmp_path, size):
     config = transformers.SwinConfig(**SWIN_SIZES[size], num_labels=10)

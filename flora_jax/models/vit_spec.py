@@ -109,7 +109,9 @@ class ViTSpec(Spec):
             if block.tokens is None and len(before) < self.num_tokens:
                 raise InputError(f"block {i} cannot work on all tokens: some left before it")
             if list(tokens[: self.num_prefix_tokens]) != list(range(self.num_prefix_tokens)):
-                raise InputError(f"block {i} must keep the tokens before those of the patches")
+                raise InputError(
+                    f"block {i} must keep the tokens that are classified and registers"
+                )
             if self.why_tokens_stay and len(tokens) < self.num_tokens:
                 raise InputError(f"no token can leave: {self.why_tokens_stay}")
             before = tokens
