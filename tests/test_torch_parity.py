@@ -117,7 +117,11 @@ def test_hugging_face_vit(transformers, tmp_path, size, qkv_bias, distilled):
     [
         ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}),
         ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {}),
-        ("DINOv3ViTModel", "DINOv3ViTConfig", {"use_gated_mlp": True, "hidden_act": "silu"}),
+        (
+            "DINOv3ViTModel",
+            "DINOv3ViTConfig",
+            {"use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 4},
+        ),
         ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
     ],
 )
