@@ -213,7 +213,8 @@ def test_a_network_without_a_classifier():
         flora.allocate(supernet, images, macs=space.macs_range()[1], measure="divergence")
     genes = flora.allocate(supernet, images, macs=space.macs_range()[1])
     np.testing.assert_array_equal(genes, space.full_rank_genes)
-    batches = [{"image": np.zeros((3, 42, 42, 3), np.uint8), "label": np.zeros(3, np.int32)}]
+    batch = {"image": np.zeros((3, 42, 42, 3), np.uint8), "label": np.zeros(3, np.int32)}
+    batches = [batch | {"mask": np.ones(3, np.float32)}]
     evaluation_set = flora.EvaluationSet(batches, flora.Normalization())
     with pytest.raises(ValueError, match=r"top1 needs a classifier, .* num_classes is 0"):
         flora.top1(model, evaluation_set)
