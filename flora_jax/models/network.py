@@ -26,8 +26,20 @@ class Network(nnx.Module):
         """Turns images [B, H, W, C] into tokens [B*N, D], positions added."""
 
     @abc.abstractmethod
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """Turns tokens [B*N, D] of the last block into [B, N, D], after the last norm."""
+
+    @abc.abstractmethod
     def classify(self, x: jax.Array) -> jax.Array:
         """Turns tokens [B*N, D] of the last block into logits [B, num_classes]."""
+
+    def features(self, images: jax.Array, run: RunBlocks = run_blocks) -> jax.Array:
+        """Tokens [B, N, D] of images [B, H, W, C], after the last norm, prefix tokens first.
+
+        A network that normalises only what it has pooled gives them as they are pooled. One whose
+        tokens leave on the way (ViT-Slim) gives those that stay to the end.
+        """
+        return self.normalised(run(self.blocks, self.embed(images)))
 
     def __call__(self, images: jax.Array, run: RunBlocks = run_blocks) -> jax.Array:
         return self.classify(run(self.blocks, self.embed(images)))

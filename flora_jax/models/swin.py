@@ -144,9 +144,11 @@ class Swin(Network):
             x = (x.reshape(-1, *position.shape) + position[None]).reshape(x.shape)
         return x
 
+    def normalised(self, x: jax.Array) -> jax.Array:
+        return self.norm(x).reshape(-1, self.spec.stages[-1].tokens, x.shape[-1])
+
     def classify(self, x: jax.Array) -> jax.Array:
-        tokens = self.spec.stages[-1].tokens
-        return self.head(self.norm(x).reshape(-1, tokens, x.shape[-1]).mean(1))
+        return self.head(self.normalised(x).mean(1))
 
 
 def _blocks(

@@ -100,6 +100,10 @@ class ViT(Network):
         tokens = jnp.concatenate([*prefix, patches], axis=1) + self.pos_embed[None]
         return tokens.reshape(-1, tokens.shape[-1])
 
+    def normalised(self, x: jax.Array) -> jax.Array:
+        tokens = x if self.spec.pool == "mean" else self.norm(x)
+        return tokens.reshape(-1, len(self.spec.block_tokens[-1]), x.shape[-1])
+
     def classify(self, x: jax.Array) -> jax.Array:
         spec, num_tokens = self.spec, len(self.spec.block_tokens[-1])
         # Not x[::num_tokens]: libtpu crashes on the gradient of a strided slice.
