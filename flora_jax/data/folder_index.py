@@ -119,9 +119,10 @@ def _check_not_empty(folder: epath.Path, found: dict[str, Listing], classes: lis
 
 def _by_kind(left_out: collections.Counter[str]) -> dict[str, int]:
     """The commonest kinds first; "other" stands for those that are rare."""
-    common = dict(left_out.most_common(_MOST_KINDS))
-    other = left_out.total() - sum(common.values())
-    return {kind: n for kind, n in common.items() if n} | ({"other": other} if other else {})
+    kinds = sorted(kind for kind, count in left_out.items() if count)
+    common = sorted(kinds, key=lambda kind: -left_out[kind])[:_MOST_KINDS]
+    other = left_out.total() - sum(left_out[kind] for kind in common)
+    return {kind: left_out[kind] for kind in common} | ({"other": other} if other else {})
 
 
 def class_of(inside: str) -> str:

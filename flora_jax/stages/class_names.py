@@ -1,11 +1,13 @@
-"""The names of the classes, in the run and beside its models: which logit is which."""
+"""The names of the classes, in a run and beside its models: they say which logit is which."""
 
+import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
+from flora_jax.errors import differences, listed
 from flora_jax.io.files import read_json, write_json
 from flora_jax.stages.changes import outputs
 from flora_jax.weights.folder import SPEC_FILE
@@ -16,28 +18,24 @@ log = logging.getLogger(__name__)
 
 
 @by_the_first
-def name_run_once(folder: epath.Path, names: Iterable[str]) -> None:
-    """Writes the names in the order of their labels; warns where the run began with others."""
-    names, path = list(names), folder / CLASSES_FILE
-    if path.exists() and (before := read_json(path)) != names:
-        changed = [f"{i}: {old!r}, now {new!r}" for i, (old, new) in _changes(before, names)]
+def name_run_once(folder: epath.Path, names: Sequence[str]) -> None:
+    """Writes the names in the order of their labels, and warns where a run began with others."""
+    path = folder / CLASSES_FILE
+    if not names:
+        return
+    if path.exists() and (before := read_json(path)) != list(names):
+        there, here = ({str(i): name for i, name in enumerate(own)} for own in (before, names))
         log.warning(
-            "the classes of this dataset have changed since the run began, so that its models may "
-            "mean others: %s%s",
-            *(", ".join(changed[:5]), ", ..." if len(changed) > 5 else ""),
+            "the classes of the images have changed since this run began:%s",
+            listed(itertools.islice(differences(there, here), 5)),
         )
-    write_json(path, names)
-
-
-def _changes(before: list[str], now: list[str]):
-    return [
-        (i, pair) for i, pair in enumerate(zip(before, now, strict=False)) if len(set(pair)) > 1
-    ]
+    else:
+        write_json(path, list(names))
 
 
 @by_the_first
-def name_models_once(folder: epath.Path, stage: str, names: Iterable[str]) -> None:
+def name_models_once(folder: epath.Path, stage: str, names: Sequence[str]) -> None:
     """Writes the names beside each model that this stage has left in the folder of a run."""
-    for path in outputs(folder, [stage]):
+    for path in outputs(folder, [stage]) if names else ():
         if (path / SPEC_FILE).exists():
             write_json(path / CLASSES_FILE, list(names))
