@@ -20,6 +20,7 @@ from etils import epath
 
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.batches import Batches, eval_batches, train_batches
+from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import ArraySource
 from flora_jax.errors import InputError, unknown
@@ -51,7 +52,8 @@ class ImageSet:
       augmentation: of training, as in `train_transform`; by default none.
 
     Raises:
-      InputError: images of another dtype or shape, or not one label an image.
+      InputError: images of another dtype or shape, not one label an image, or labels that are
+        negative or not integers.
     """
 
     images: np.ndarray
@@ -67,6 +69,7 @@ class ImageSet:
             )
         if self.labels.shape != self.images.shape[:1]:
             raise InputError(f"{len(self.images)} images have labels of shape {self.labels.shape}")
+        check_labels(self.labels, np.iinfo(np.int32).max, "the images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,10 +127,13 @@ def train(
       law: of `RankSpace.sample`, by which the subnets of a supernet are drawn.
 
     Raises:
-      InputError: more images in a batch than there are.
+      InputError: more images in a batch than there are, labels that are no class of the model, or
+        all of one class and no teacher.
       NonFiniteLossError, Stopped: as `flora_jax.training.loop.train`.
     """
     space = model.space if isinstance(model, Supernet) else None
+    if teacher is None:
+        _check_classes(images.labels, (model if space is None else space).spec.num_classes)
     trained = train_network(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),
@@ -141,6 +147,12 @@ def train(
         evaluate_every=recipe.evaluate_every(len(images)),
     )
     return cast(Model, trained if space is None else Supernet(trained, space))
+
+
+def _check_classes(labels: np.ndarray, num_classes: int) -> None:
+    check_labels(labels, num_classes, "the images")
+    if len(labels) and (labels == labels[0]).all():
+        raise InputError(f"all images are of the class {labels[0]}, of which nothing can be learnt")
 
 
 def filter_space(

@@ -19,6 +19,7 @@ from flora_jax.stages.changes import (
     stages_to_redo,
     tidy_once,
 )
+from flora_jax.stages.class_names import name_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import CONFIG_FILE, Run, has_run, saved_settings
@@ -65,6 +66,7 @@ def run(
         check_with_results(this_run, to_redo)
         wait_for_all("the folder is looked at")
         _claim_once(this_run, to_redo)
+        name_run_once(this_run.folder, images.splits.class_names)
         _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
@@ -121,6 +123,7 @@ def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
             log.info("%s: starts", name)
             started = time.monotonic()
             STAGE_FUNCTIONS[name](this_run, images)
+            name_models_once(this_run.folder, name, images.splits.class_names)
             done[name] = {"seconds": round(time.monotonic() - started, 3)}
             write_json_once(this_run.folder / DONE_FILE, done)
         if not this_run.settings.keep_checkpoints:

@@ -78,6 +78,13 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
+def true_in_all(flags: np.ndarray) -> np.ndarray:
+    """Where the flags bool [n] of every process are true; all get the same, and must all ask."""
+    if jax.process_count() == 1:
+        return flags
+    return np.logical_and.reduce(multihost_utils.process_allgather(flags))
+
+
 def exit_at_once(status: int) -> None:
     """Exits without waiting for other processes, which Python's own exit would do."""
     if jax.distributed.is_initialized():

@@ -71,6 +71,15 @@ def evaluate(run: Run, images: Images) -> None:
             result[kind] = entries[name]
         else:
             result.setdefault(kind, []).append(entries[name])
+    result[table.DATA] = {
+        "classes": list(images.splits.train.class_names),
+        "left_out": {
+            "train": images.splits.train.left_out,
+            "test": images.splits.test.left_out,
+        },
+        "test_images": test_set.num_images,
+        "skipped_test_images": len(images.splits.test) - test_set.num_images,
+    }
     write_json_once(run.folder / "result.json", result)
 
 
@@ -132,6 +141,8 @@ def report(run: Run, images: Images) -> None:
 @by_the_first
 def _show_once(directory: epath.Path, result: dict, figures: dict[str, Figure]) -> None:
     print(f"\n{table.comparison_table(result)}\n")
+    if skipped := result.get(table.DATA, {}).get("skipped_test_images"):
+        print(f"{skipped} test images could not be decoded and count for no model.\n")
     for name, figure in figures.items():
         plots.save_figure(figure, directory / name)
         print(f"Picture: {directory / name}")

@@ -18,6 +18,7 @@ Folder of a run:
   finetune/         their training runs
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
   result.json, test_images.safetensors, report.png
+  classes.json      the names of the classes by label, here and beside each finished model
 """
 
 import dataclasses

@@ -70,6 +70,20 @@ def test_a_skipped_image_is_replaced_out_of_its_own_split_and_class(pets):
     assert loaded.heldout.skipped == {"train/cat/4.png"}
 
 
+def test_a_single_class_is_refused(pets):
+    with pytest.raises(ValueError, match=r"a single class, 'dog', .* at least 2 are needed"):
+        splits.load_splits(f"folder:{pets}", 0.5, classes=(1,))
+    for split in ("train", "val"):
+        (pets / split).rename(pets / "old")
+        (pets / split).mkdir()
+        (pets / "old").rename(pets / split / "pictures")
+    with pytest.raises(ValueError, match=r"too deep: pictures holds cat, dog$"):
+        splits.load_splits(f"folder:{pets}", 0.5)
+    (pets / "val/pictures").rename(pets / "val/images")
+    with pytest.raises(ValueError, match=r"same class folders.* too deep: pictures holds cat, dog"):
+        splits.load_splits(f"folder:{pets}", 0.5)
+
+
 def test_names_that_load_splits_does_not_know(pets):
     with pytest.raises(ValueError, match=r"'folder:PATH'.*did you mean 'folder:data/pets'"):
         splits.load_splits("data/pets")
@@ -119,7 +133,7 @@ def test_the_whole_method_on_a_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "uniform", "allocated", "subnet"}
+    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
     assert result["dense"]["top1"] == 1.0
     assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
     assert list((tmp_path / "cache/flora_jax/index").glob("*.json"))
