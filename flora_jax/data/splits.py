@@ -6,9 +6,9 @@ is taken out of the training images; `test` is reported once.
 """
 
 import dataclasses
-import functools
 import hashlib
 import posixpath
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from flora_jax.data.labels import check_labels
 from flora_jax.errors import InputError, few
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
+_TEST_SPLITS = {"tfds": "validation", "folder": "val"}
 TEST_SEED = 0  # not the user's seed: the reported images never change
 
 
@@ -139,6 +140,7 @@ def load_splits(
     on_bad_image: str = "raise",
     least_side: int | None = None,
     max_megapixels: float = sources.MAX_MEGAPIXELS,
+    heldout_split: str | None = None,
 ) -> Splits:
     """The splits of a dataset.
 
@@ -157,6 +159,8 @@ def load_splits(
       least_side: pixels that the short side of a training or held-out image needs; a larger JPEG
         of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
       max_megapixels: as in `decode_rgb`.
+      heldout_split: the split that is searched with, in place of a share of the training images: of
+        TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
 
     Raises:
       InputError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
@@ -168,23 +172,23 @@ def load_splits(
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
     rest: sources.Source
     test: sources.Source
-    if name == "digits":
+    own: Sequence[sources.Source] = ()
+    kind, _, place = name.partition(":")
+    if kind in _TEST_SPLITS:
+        wanted = [("train", least_side), (test_split or _TEST_SPLITS[kind], None)]
+        wanted += [(heldout_split, least_side)] if heldout_split else []
+        if kind == "tfds":
+            rest, test, *own = (
+                sources.tfds(place, split, data_dir, side, max_megapixels) for split, side in wanted
+            )
+        else:
+            rest, test, *own = _folder_splits(place, wanted, max_megapixels)
+    elif heldout_split:
+        raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
+    elif name == "digits":
         rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
-    elif name.startswith("tfds:"):
-        tfds = functools.partial(
-            sources.tfds,
-            name.removeprefix("tfds:"),
-            data_dir=data_dir,
-            max_megapixels=max_megapixels,
-        )
-        rest = tfds(split="train", least_side=least_side)
-        test = tfds(split=test_split or "validation")
-    elif name.startswith("folder:"):
-        rest, test = _folder_splits(
-            name.removeprefix("folder:"), test_split or "val", least_side, max_megapixels
-        )
-    elif name.startswith("images:"):
-        every_image = unlabelled_folder(name.removeprefix("images:"), least_side, max_megapixels)
+    elif kind == "images":
+        every_image = unlabelled_folder(place, least_side, max_megapixels)
         rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
     else:
         kind = "folder" if "/" in name else "tfds"
@@ -195,31 +199,37 @@ def load_splits(
     if rest.num_classes:
         check_labels(rest.labels, rest.num_classes, f"the training split of {name}")
         check_labels(test.labels, rest.num_classes, f"the test split of {name}")
+        for source in own:
+            check_labels(source.labels, rest.num_classes, f"the held-out split of {name}")
     if classes:
-        rest, test = _of_classes(rest, classes), _of_classes(test, classes)
+        rest, test, *own = (_of_classes(source, classes) for source in (rest, test, *own))
     if rest.num_classes == 1:
         raise InputError(
             f"{name} has a single class, {rest.class_names[0]!r}, of which nothing can be learnt: "
             f"at least 2 are needed, or 'images:PATH' without any{_too_deep(rest)}"
         )
-    train, heldout = hold_out(rest, heldout_fraction, seed)
+    train, heldout = (rest, *own) if own else hold_out(rest, heldout_fraction, seed)
     if on_bad_image == "skip":
         return Splits(*map(sources.SkippingSource, (train, heldout, test)))
     return Splits(train, heldout, test)
 
 
 def _folder_splits(
-    root: str, test_split: str, least_side: int | None, max_megapixels: float
-) -> tuple[ImageFolderSource, ImageFolderSource]:
-    train = image_folder(root, "train", least_side=least_side, max_megapixels=max_megapixels)
-    test = image_folder(root, test_split, max_megapixels=max_megapixels)
-    if set(train.classes) != set(test.classes):
-        raise InputError(
-            f"train and {test_split} in {root} must have the same class folders; "
-            f"only in train: {_missing(train.classes, test.classes)}; "
-            f"only in {test_split}: {_missing(test.classes, train.classes)}{_too_deep(train)}"
-        )
-    return train, test.numbered_as(train.classes)
+    root: str, wanted: Sequence[tuple[str, int | None]], max_megapixels: float
+) -> list[ImageFolderSource]:
+    """Splits (name, least side) of a folder, all with the labels of the first."""
+    train, *others = (
+        image_folder(root, split, least_side=side, max_megapixels=max_megapixels)
+        for split, side in wanted
+    )
+    for other in others:
+        if set(train.classes) != set(other.classes):
+            raise InputError(
+                f"train and {other.split} in {root} must have the same class folders; "
+                f"only in train: {_missing(train.classes, other.classes)}; "
+                f"only in {other.split}: {_missing(other.classes, train.classes)}{_too_deep(train)}"
+            )
+    return [train, *(other.numbered_as(train.classes) for other in others)]
 
 
 def _too_deep(train: sources.Source) -> str:

@@ -33,6 +33,7 @@ class Images:
             seed=settings.seed,
             data_dir=data.data_dir or None,
             test_split=data.test_split or None,
+            heldout_split=data.heldout_split or None,
             on_bad_image=data.on_bad_image,
             classes=data.classes,
             least_side=data.augmentation.train(self._image_shape).least_side,

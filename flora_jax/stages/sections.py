@@ -41,8 +41,8 @@ class DataSettings:
     """Which images a run uses, and how they are prepared.
 
     Attributes:
-      name, data_dir, test_split, on_bad_image, heldout_fraction: as in `load_splits`; an empty
-        data_dir or test_split stands for the default.
+      name, data_dir, test_split, heldout_split, on_bad_image, heldout_fraction: as in
+        `load_splits`; an empty data_dir or split stands for the default.
       max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
         a bad image.
       classes: some of the dataset's, numbered anew; empty: all.
@@ -54,6 +54,7 @@ class DataSettings:
     name: str = "tfds:imagenet2012"
     data_dir: str = ""
     test_split: str = ""
+    heldout_split: str = ""
     on_bad_image: str = "raise"
     max_megapixels: float = MAX_MEGAPIXELS
     classes: tuple[int, ...] = ()

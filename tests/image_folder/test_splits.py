@@ -45,6 +45,22 @@ def test_another_test_split(pets):
         splits.load_splits(f"folder:{pets}", 0.5)
 
 
+def test_held_out_images_of_ones_own(pets, tmp_path):
+    own = tmp_path / "unseen"
+    save(own / "cat/a.png")
+    save(own / "dog/b.png")
+    for split in (str(own), "val"):
+        loaded = splits.load_splits(f"folder:{pets}", heldout_split=split)
+        assert keys(loaded.heldout) == keys(image_folder(pets, split))
+        assert keys(loaded.train) == keys(image_folder(pets, "train")), "none is held out"
+    assert loaded.heldout.labels.tolist() == loaded.test.labels.tolist()
+    save(own / "emu/c.png")
+    with pytest.raises(ValueError, match=r"only in .*unseen: 'emu'"):
+        splits.load_splits(f"folder:{pets}", heldout_split=str(own))
+    with pytest.raises(ValueError, match=r"heldout_split needs a dataset with splits.*not digits"):
+        splits.load_splits("digits", heldout_split="val")
+
+
 def test_both_splits_need_the_same_classes(pets):
     (pets / "val/dog").rename(pets / "val/doge")
     save(pets / "train/emu/0.png")
