@@ -69,7 +69,8 @@ _TIMM_VIT = _TIMM | {
 }
 _TIMM_SWIN = _TIMM | {"model_args.depths": "depths", "model_args.window_size": "window_size"}
 
-_FAMILIES = {"vit": "vit", "deit": "vit", "swin": "swin"}  # by model_type
+_MODEL_TYPES = {"vit": ("vit", "deit"), "swin": ("swin",)}
+_ARCHITECTURES = {"vit": ("vit_", "deit_", "deit3_"), "swin": ("swin_",)}
 # An architecture of timm whose heads and eps are those of `deit` or `swin` of that size.
 _PLAIN = re.compile(r"(vit|deit|swin)_(tiny|small|base)(_distilled)?_patch\d+(_window\d+)?_\d+$")
 _INTERPOLATED = ("image_size", "window_size")
@@ -103,14 +104,15 @@ def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
     else:
         return
     facts, contradictions = _facts(spec), []
-    for said_as, fact, value in claims:
+    for said_as, fact, said in claims:
+        value = _normalised(fact, said)
         if fact not in facts or value == facts[fact]:
             continue
         if fact in _INTERPOLATED and isinstance(value, int):
-            log.info("%s: %s is %s, and %s in the spec", file, said_as, value, facts[fact])
+            log.info("%s: %s is %s, and %s in the spec", file, said_as, said, facts[fact])
         else:
             ours = "" if fact == said_as else f"{fact} "
-            contradictions.append(f"{said_as} is {value!r}, and {ours}{facts[fact]!r} in the spec")
+            contradictions.append(f"{said_as} is {said!r}, and {ours}{facts[fact]!r} in the spec")
     if not contradictions:
         return
     message = f"{file} contradicts the spec: {'; '.join(contradictions)}"
@@ -144,10 +146,11 @@ def _claims_of_config(config, family: str) -> Iterator[Claim]:
     """What transformers' or timm's config.json says of a network of this family."""
     if not isinstance(config, Mapping):
         return
-    if isinstance(architecture := config.get("architecture"), str):
+    architecture = str(config.get("architecture"))
+    if architecture.startswith(_ARCHITECTURES[family]):
         names = _TIMM_SWIN if family == "swin" else _TIMM_VIT
         yield from _claims_of_architecture(architecture, config.get("model_args") or {}, family)
-    elif _FAMILIES.get(str(config.get("model_type"))) == family:
+    elif config.get("model_type") in _MODEL_TYPES[family]:
         names = _HUGGING_FACE_SWIN if family == "swin" else _HUGGING_FACE_VIT
     else:
         return
@@ -156,12 +159,12 @@ def _claims_of_config(config, family: str) -> Iterator[Claim]:
         for key in said_as.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None:
-            yield Claim(said_as, fact, _normalised(fact, value))
+            yield Claim(said_as, fact, value)
 
 
 def _claims_of_architecture(architecture: str, arguments, family: str) -> Iterator[Claim]:
     plain = _PLAIN.match(architecture)
-    if plain is None or (plain[1] == "swin") != (family == "swin"):
+    if plain is None:
         return
     known = swin(plain[2]) if family == "swin" else deit(plain[2])
     for fact in sorted({"num_heads", "layer_norm_eps"} - set(arguments)):
