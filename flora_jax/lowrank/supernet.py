@@ -102,7 +102,8 @@ def factorize(
                 short_of_rank.append(layer.name)
             moment = calibration.shrunk(moment)
         try:
-            pair = svd_factors(kernel, layer.singular_values_into, moment)
+            with np.errstate(over="ignore"):  # what exceeds the dtype is found below
+                pair = svd_factors(kernel, layer.singular_values_into, moment)
         except np.linalg.LinAlgError as error:
             raise InputError(f"{layer.name} cannot be factorised: {error}") from error
         if not all(np.isfinite(factor).all() for factor in pair):
