@@ -84,11 +84,12 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
     if not reads or reads[0] in done:
         return
-    if "transfer" in settings.stages and not (epath.Path(path or "none") / SPEC_FILE).exists():
+    place = epath.Path(path or "none").expanduser()
+    if "transfer" in settings.stages and not (place / SPEC_FILE).exists():
         raise MissingFileError(
             f"transfer needs the folder of a finished model: pretrained={path!r}"
         )
-    if path and not epath.Path(path).exists():
+    if path and not place.exists():
         raise MissingFileError(f"pretrained: no file or folder {path}")
     if path:
         with warnings.catch_warnings():

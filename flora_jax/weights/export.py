@@ -22,7 +22,7 @@ def export_timm(model: Network, path: epath.PathLike) -> None:
     Raises:
       InputError: the model is a supernet, or `path` does not end in .safetensors.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if isinstance(model, Supernet):
         raise InputError("a supernet holds many networks: extract one first, then export it")
     if path.suffix != ".safetensors":

@@ -10,7 +10,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.checkpoint import (
     has_saved_parameters,
     read_parameters,
@@ -50,7 +50,7 @@ def save(model: Network | Supernet, path: epath.PathLike) -> None:
 
     The description is written last, so that a folder with one is complete.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
     with replacing(path / WEIGHTS_FILE) as partial:
         partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
@@ -74,9 +74,10 @@ def load(path: epath.PathLike) -> Network | Supernet:
 
     Raises:
       MissingFileError: nothing to open at `path`.
-      InputError: the folder was written by a newer version, or its content is damaged.
+      InputError: the folder was written by a newer version, its content is damaged, or a parameter
+        is NaN or infinite; names it.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     description = _read_description(path)
     spec = spec_from_json(description["spec"])
     if (path / WEIGHTS_FILE).exists():
@@ -85,6 +86,8 @@ def load(path: epath.PathLike) -> Network | Supernet:
         parameters = read_saved_parameters(path / PARAMETERS)
     else:
         parameters = read_parameters(path / CHECKPOINTS)
+    if not_finite := [name for name, p in parameters.items() if not np.isfinite(p).all()]:
+        raise InputError(f"{path} holds parameters that are NaN or infinite: {few(not_finite)}")
     if description["space"] is None:
         return functional.with_parameters(create_abstract(spec), parameters)
     supernet = abstract_supernet(RankSpace.from_json(spec, description["space"]))
@@ -109,7 +112,7 @@ def load_supernet(path: epath.PathLike) -> Supernet:
 
 def load_spec(path: epath.PathLike) -> Spec:
     """Reads the spec of a saved model, without its weights. Raises as `load`."""
-    return spec_from_json(_read_description(epath.Path(path))["spec"])
+    return spec_from_json(_read_description(epath.Path(path).expanduser())["spec"])
 
 
 def _read_description(path: epath.Path) -> dict:

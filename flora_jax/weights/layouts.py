@@ -3,7 +3,6 @@
 A table is a list of rows: our name, the names in the file, the change of layout between them.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Collection
 
@@ -11,10 +10,17 @@ from flora_jax.errors import InputError
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.rows import TRANSPOSED, WITHOUT_FIRST_AXIS, Change, Row, Table, patch_kernel
+from flora_jax.weights.rows import (
+    DOUBLED,
+    DOUBLED_TRANSPOSED,
+    TRANSPOSED,
+    WITHOUT_FIRST_AXIS,
+    Change,
+    Row,
+    Table,
+    patch_kernel,
+)
 
-# Computed from the window size, not learned; some releases store them all the same.
-_BUFFER = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
 # A searchable layer of a published subnet: a pair of factors, or `fc` where it stayed dense.
 _OF_A_SUBNET = re.compile(r"\.(VT|(qkv|fc1|fc2)\.fc)\.weight$")
 
@@ -84,29 +90,41 @@ def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
 
 
 def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    """ViTForImageClassification and DeiTForImageClassificationWithTeacher of transformers."""
+    """transformers' ViT and DeiT: bare, ForImageClassification, or with its teacher's head too.
+
+    A DeiT that has both tokens and one classifier classifies the class token alone. Its logits are
+    then those of ours with a second head of zeros, for ours are the mean of both.
+    """
     if spec.pool != "token":
         raise InputError("Hugging Face ViTs classify the class token: set pool='token' in the spec")
     is_5 = _is_transformers_5(keys)
-    model = "deit" if spec.distilled else "vit"
-    at, block = f"{model}.embeddings", f"{model}.{'layers' if is_5 else 'encoder.layer'}.{{block}}"
+    model = _encoder(keys, "deit." if spec.distilled else "vit.")
+    at, block = f"{model}embeddings", f"{model}{'layers' if is_5 else 'encoder.layer'}.{{block}}"
     proj = f"{at}.patch_embeddings.projection"
+    if spec.distilled and "classifier.weight" in keys:
+        heads = [
+            Row("head.kernel", ("classifier.weight",), DOUBLED_TRANSPOSED),
+            Row("head.bias", ("classifier.bias",), DOUBLED),
+        ]
+    else:
+        heads = _linear("head", "cls_classifier" if spec.distilled else "classifier")
+        heads += _linear("head_dist", "distillation_classifier")
     return _present_in(
         spec,
         Row("cls_token", (f"{at}.cls_token",), WITHOUT_FIRST_AXIS),
         Row("dist_token", (f"{at}.distillation_token",), WITHOUT_FIRST_AXIS),
         Row("pos_embed", (f"{at}.position_embeddings",), WITHOUT_FIRST_AXIS),
         *_linear("patch_embed.proj", proj, kernel=patch_kernel(spec)),
-        *_norm("norm", f"{model}.layernorm"),
-        *_linear("head", "cls_classifier" if spec.distilled else "classifier"),
-        *_linear("head_dist", "distillation_classifier"),
+        *_norm("norm", f"{model}layernorm"),
+        *heads,
         *_blocks(spec, block, _HUGGING_FACE_5_VIT if is_5 else _HUGGING_FACE_VIT),
     )
 
 
 def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
-    """SwinForImageClassification of transformers."""
-    at, layer = "swin.embeddings", "swin.encoder.layers"
+    """SwinForImageClassification of transformers, and the bare SwinModel."""
+    model = _encoder(keys, "swin.")
+    at, layer = f"{model}embeddings", f"{model}encoder.layers"
     proj = f"{at}.patch_embeddings.projection"
     names = _HUGGING_FACE_5_SWIN if _is_transformers_5(keys) else _HUGGING_FACE_SWIN
     return _present_in(
@@ -114,7 +132,7 @@ def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
         Row("absolute_pos_embed", (f"{at}.position_embeddings",), WITHOUT_FIRST_AXIS),
         *_linear("patch_embed.proj", proj, kernel=patch_kernel(spec)),
         *_norm("patch_embed.norm", f"{at}.norm"),
-        *_norm("norm", "swin.layernorm"),
+        *_norm("norm", f"{model}layernorm"),
         *_linear("head", "classifier"),
         *_downsampling(spec, f"{layer}.{{before}}.downsample"),
         *_blocks(spec, f"{layer}.{{stage}}.blocks.{{i}}", names),
@@ -132,43 +150,16 @@ def own(spec: Spec, keys: Collection[str] = ()) -> Table:
     return [Row(row.target, (row.target,)) for row in timm(spec)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A way of naming a family's weights, known by one of its names."""
-
-    title: str
-    family: str
-    signature: str
-    table: Callable[..., Table]
-
-
-LAYOUTS = (
-    Layout("flora_jax Swin", "swin", r"blocks\.\d+\.attn\.relative_position_bias_table$", own),
-    Layout("flora_jax ViT", "vit", r"blocks\.\d+\.attn\.proj\.kernel$", own),
-    Layout("Hugging Face Swin", "swin", r"swin\.", hugging_face_swin),
-    Layout("Hugging Face ViT", "vit", r"(vit|deit)\.", hugging_face_vit),
-    Layout("timm Swin", "swin", r"layers\.\d+\.blocks\.\d+\.", timm_swin),
-    Layout("timm ViT", "vit", r"blocks\.\d+\.", timm_vit),
-)
-
-
-def detect(keys: Collection[str]) -> Layout:
-    """The layout that these names are in. Raises InputError when it is none of LAYOUTS."""
-    for layout in LAYOUTS:
-        if any(re.match(layout.signature, key) for key in keys):
-            return layout
-    examples = ", ".join(sorted(keys)[:3]) or "nothing"
-    known = ", ".join(layout.title for layout in LAYOUTS)
-    raise InputError(f"unknown weight names ({examples}, ...); known layouts: {known}")
-
-
-def is_buffer(key: str) -> bool:
-    """Whether this is no weight, but an index or a mask that follows from the spec."""
-    return _BUFFER.search(key) is not None
-
-
 def _is_subnet(spec: Spec, keys: Collection[str]) -> bool:
     return any(rank is not None for rank in spec.ranks) or any(map(_OF_A_SUBNET.search, keys))
+
+
+def _encoder(keys: Collection[str], default: str) -> str:
+    """What stands before the names of transformers' encoder: "vit.", nothing where it is bare."""
+    for key in keys:
+        if found := re.search(r"(\w+\.)?embeddings\.patch_embeddings\.", key):
+            return found[1] or ""
+    return default
 
 
 def _is_transformers_5(keys: Collection[str]) -> bool:
