@@ -22,6 +22,7 @@ from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.timing import median_ratio
 from flora_jax.training.settings import Recipe
+from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.folder import SPEC_FILE
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -94,7 +95,11 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     if path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the stage itself warns
-            from_pretrained(path, network_spec(settings))
+            warnings.simplefilter("error", NotFiniteWarning)
+            try:
+                from_pretrained(path, network_spec(settings))
+            except NotFiniteWarning as found:
+                raise InputError(f"{path}: {found}") from None
 
 
 def _check_latency(settings: Settings, spec: Spec) -> None:

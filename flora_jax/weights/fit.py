@@ -36,6 +36,10 @@ _OPTIONS = {
 }
 
 
+class NotFiniteWarning(UserWarning):
+    """Weights have been read that no network can work with."""
+
+
 def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
     """Fits weights to a spec, and empties `arrays` as it goes: a file's content is held once.
 
@@ -63,7 +67,11 @@ def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
             resampled.append(row.target)
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if not_finite:
-        raise InputError(f"weights that are NaN or infinite as float32: {few(not_finite)}")
+        warnings.warn(
+            f"weights that are NaN or infinite as float32: {few(not_finite)}",
+            NotFiniteWarning,
+            stacklevel=4,
+        )
     if resampled:
         log.info("interpolated to the spec's size: %s", few(resampled))
     _replace_classifier_of_other_classes(parameters, spec)

@@ -70,7 +70,8 @@ def from_state_dict(
     What wrappers put before every name is left out. Position embeddings and relative position
     tables of another size are interpolated. A classifier that is missing, or has another number of
     classes, gives way to one of zeros, with a warning. Factor pairs of a compressed model are taken
-    at the ranks they have.
+    at the ranks they have. What is NaN or infinite is named by a NotFiniteWarning: it can be looked
+    at, but neither factorised nor trained.
 
     Args:
       arrays: numpy arrays by name; float16, bfloat16, float32 or float64.
@@ -80,7 +81,7 @@ def from_state_dict(
 
     Raises:
       InputError: unknown names, weights of another family, missing or unexpected ones, one of
-        another shape, rank or kind of number than the spec's, or one that is NaN or infinite.
+        another shape, rank or kind of number than the spec's.
     """
     return fitted(without_prefix(arrays, spec), spec, strict)
 
