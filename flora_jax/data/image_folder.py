@@ -17,7 +17,8 @@ from etils import epath
 
 from flora_jax.data.sources import Example, decode_rgb
 from flora_jax.errors import InputError
-from flora_jax.io.files import absolute, is_url, read_json, user_cache_dir, write_json
+from flora_jax.io.files import read_json, user_cache_dir, write_json
+from flora_jax.io.paths import absolute, is_url, user_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -102,13 +103,13 @@ def image_folder(
       InputError: there is no such folder, it has no class folder, a class has no image, or a
         folder cannot be read; names the folder.
     """
-    root = absolute(epath.Path(root).expanduser())
+    root = absolute(user_path(root))
     folder = root / split
     for path in (root, folder):
         if not path.is_dir():
             raise InputError(f"no folder {path}; {_contents(path.parent)}")
-    cache_dir = cache_dir or user_cache_dir("index")
-    index = _scan(folder) if is_url(root) else _cached_scan(folder, cache_dir)
+    cache_dir = None if is_url(root) else cache_dir or user_cache_dir("index")
+    index = _cached_scan(folder, cache_dir) if cache_dir else _scan(folder)
     images = {inside: names for inside, (_, names) in index.items() if names}
     return ImageFolderSource(root, split, images, least_side)
 
@@ -141,7 +142,7 @@ def unlabelled_folder(root: epath.PathLike, least_side: int | None = None) -> Un
     Raises:
       InputError: there is no such folder, or no image in it.
     """
-    root = absolute(epath.Path(root).expanduser())
+    root = absolute(user_path(root))
     if not root.is_dir():
         raise InputError(f"no folder {root}; {_contents(root.parent)}")
     images = {inside: names for inside, (_, names) in _scan_class(root, ".") if names}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import logging
+import os
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from flora_jax.errors import InputError
+from flora_jax.io.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +203,7 @@ def tfds(
         records = tensorflow_datasets.data_source(
             name,
             split=split,
-            data_dir=data_dir,
+            data_dir=os.fspath(user_path(data_dir)) if data_dir else None,
             download=False,
             decoders={"image": tensorflow_datasets.decode.SkipDecoding()},
         )

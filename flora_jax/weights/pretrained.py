@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingFileError, few
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create, create_abstract
 from flora_jax.models.network import CLASSIFIERS, Network
@@ -53,7 +54,7 @@ def from_pretrained(
       MissingPackageError: a PyTorch file, and torch is not installed.
       InputError: not a file of weights, no spec, or weights that do not fit it.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     if (path / SPEC_FILE).exists():
         return _from_own_folder(path, spec, strict)
     if path.is_dir():
