@@ -1,6 +1,5 @@
 """Where runs live: names, homes and owners, file systems, data that moves, Ctrl-C."""
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -233,16 +232,18 @@ PROGRAMS = {
     "compiling": "print(1, flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)",
     "with a worker": """
 interrupts.leave_to_this_process()
-multiprocessing.get_context('spawn').Process(target=time.sleep, args=(9,), daemon=True).start()
+spawn = multiprocessing.get_context('spawn')
+spawn.Process(target=time.sleep, args=(99,), daemon=True).start()
+event = spawn.Event()  # of shared memory, which is tidied up in silence
 print(1, flush=True)
-time.sleep(9)""",
+time.sleep(99)""",
     "twice": """
 from flora_jax.cluster.processes import StopRequest
 with StopRequest() as request:
     print(1, flush=True)
     while not request.is_set(): time.sleep(0.01)
     print(2, flush=True)
-    time.sleep(9)""",
+    time.sleep(99)""",
 }
 
 
@@ -259,11 +260,11 @@ def test_ctrl_c_ends_at_once_in_one_line(moment):
             for _ in range(times):
                 process.stdout.readline()
                 os.killpg(process.pid, signal.SIGINT)
-            process.wait(timeout=8)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        assert process.stderr.read() == said + LINE
+            _, errors = process.communicate(timeout=30)  # until the last of the group has ended
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert errors == said + LINE
     assert process.returncode == 128 + signal.SIGINT
 
 
