@@ -25,6 +25,7 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import ArraySource
 from flora_jax.errors import InputError, unknown
 from flora_jax.evaluation import METRICS, EvaluationSet, HeldOut, evaluate
+from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.network import Network
@@ -138,8 +139,8 @@ def train(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),
         recipe.settings(len(images), seed),
-        directory=directory,
-        name=epath.Path(directory).name,
+        directory=user_path(directory),
+        name=user_path(directory).name,
         normalization=images.normalization,
         draw_genes=None if space is None else space_law(space, law, seed),
         teacher=teacher,
@@ -183,7 +184,7 @@ def filter_space(
             local_supernet(supernet, block),
             images,
             recipe,
-            directory=epath.Path(directory) / f"block_{block:02d}",
+            directory=user_path(directory) / f"block_{block:02d}",
             teacher=teacher,
             law="uniform",
             seed=seed,
@@ -223,7 +224,7 @@ def evolve(
         found = evaluate(supernet, heldout.on_devices, genes)
         return found[metric], found["top1"]
 
-    history = epath.Path(directory) / "history.jsonl"
+    history = user_path(directory) / "history.jsonl"
     space = supernet.space
     [best] = evolution.evolve(
         space, score, space.macs_cost, [macs], settings, seed, history, first=first

@@ -97,8 +97,8 @@ def exit_at_once(status: int) -> None:
 class StopRequest:
     """Whether this run has been told to end: SIGTERM, Ctrl-C, or notice that machines will go.
 
-    While it is open, neither ends the process; a second Ctrl-C does. All processes get the same
-    answer.
+    While it is open, neither ends the process; a second Ctrl-C is answered as if it were not. All
+    processes get the same answer.
     """
 
     _calls = itertools.count()  # of the protocol by which processes agree on a step
@@ -131,7 +131,8 @@ class StopRequest:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            signal.default_int_handler(number, frame)
+            self._previous[number](number, frame)
+            return
         self._received = number
         print("saving; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         if jax.process_count() > 1:

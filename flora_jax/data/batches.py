@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from flora_jax.cluster import interrupts
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.data import augment
 from flora_jax.data.sources import Source
@@ -170,6 +171,7 @@ def _prefetched(
     batches: grain.MapDataset, num_threads: int, num_workers: int
 ) -> grain.DatasetIterator:
     if num_workers:
+        interrupts.leave_to_this_process()
         num_threads = 0  # a worker prepares its batches itself
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which a notebook has not parsed
             flags.FLAGS.mark_as_parsed()

@@ -10,7 +10,8 @@ from etils import epath
 
 from flora_jax.data.listing import SUFFIXES, Listing, Stamp, Tree, names_in, stamp_of
 from flora_jax.errors import InputError
-from flora_jax.io.files import is_url, read_json, user_cache_dir, write_json
+from flora_jax.io.files import read_json, user_cache_dir, write_json
+from flora_jax.io.paths import is_url
 
 _FORMAT = 2  # of the file that keeps an index
 _MOST_KINDS = 12  # of what is left out that are counted one by one
@@ -48,11 +49,12 @@ def read_index(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | N
       InputError: there is no class folder, a folder has no image or cannot be read, or two class
         folders are one; names it.
     """
-    if is_url(folder):
+    cache_dir = None if is_url(folder) else cache_dir or user_cache_dir("index")
+    if cache_dir is None:
         return _scan(folder, by_class)[0]
     name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
     name = name if by_class else f"{name}-unlabelled"
-    file = epath.Path(cache_dir or user_cache_dir("index")) / f"{name}.json"
+    file = epath.Path(cache_dir) / f"{name}.json"
     if kept := _read(file, folder):
         return kept
     index, stamps = _scan(folder, by_class)

@@ -16,7 +16,7 @@ from flora_jax.data.decoding import MAX_MEGAPIXELS, BadImageError, decode_rgb
 from flora_jax.data.folder_index import Index, class_of, contents, read_index
 from flora_jax.data.sources import DerivedSource, Example
 from flora_jax.errors import InputError
-from flora_jax.io.files import absolute
+from flora_jax.io.paths import absolute, user_path
 
 # What links to nothing or in a circle, files of somebody else and folders raise.
 _UNREADABLE = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR}
@@ -120,7 +120,7 @@ def image_folder(
     Raises:
       InputError: there is no such folder, or as `read_index`; names the folder.
     """
-    root = absolute(epath.Path(root).expanduser())
+    root = absolute(user_path(root))
     folder = root / split
     for path in (root, folder):
         if not path.is_dir():
@@ -162,7 +162,7 @@ def unlabelled_folder(
     Raises:
       InputError: there is no such folder, no image in it, or as `read_index`.
     """
-    root = absolute(epath.Path(root).expanduser())
+    root = absolute(user_path(root))
     if not root.is_dir():
         raise InputError(f"no folder {root}; {contents(root.parent)}")
     index = read_index(root, by_class=False, cache_dir=cache_dir)

@@ -51,7 +51,8 @@ def stored_labels(name: str, records: Any) -> np.ndarray:
       records: what `tensorflow_datasets.data_source` returns, of ArrayRecord files.
     """
     file = f"labels-{_fingerprint(records)}.bin"
-    places = [epath.Path(records.dataset_info.data_dir) / file, user_cache_dir("labels") / file]
+    folders = [epath.Path(records.dataset_info.data_dir), user_cache_dir("labels")]
+    places = [folder / file for folder in folders if folder is not None]
     for place in places:
         labels = _read(place, len(records))
         if labels is not None and _is_of(records, labels):

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from flora_jax.errors import InputError
-from flora_jax.io.files import is_url
+from flora_jax.io.paths import is_url
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LISTED_BEFORE = "listed before"

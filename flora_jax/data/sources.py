@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ from etils import epath
 from flora_jax.data.decoding import MAX_MEGAPIXELS, BadImageError, decode_rgb
 from flora_jax.data.labels import stored_labels
 from flora_jax.errors import InputError
+from flora_jax.io.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +224,7 @@ def tfds(
         records = tensorflow_datasets.data_source(
             name,
             split=split,
-            data_dir=data_dir,
+            data_dir=os.fspath(user_path(data_dir)) if data_dir else None,
             download=False,
             decoders={"image": tensorflow_datasets.decode.SkipDecoding()},
         )

@@ -1,6 +1,8 @@
 """The images of a run: what it trains with, searches with and reports on."""
 
+import contextlib
 import functools
+import hashlib
 import logging
 from collections.abc import Iterator
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.batches import eval_batches
-from flora_jax.data.sources import Source
+from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, hold_out, load_splits, subset
 from flora_jax.evaluation import EvaluationSet, HeldOut
 from flora_jax.lowrank.calibration import BATCH_SIZE
@@ -19,6 +21,7 @@ from flora_jax.stages.settings import Settings
 from flora_jax.training.loop import Evaluator
 
 log = logging.getLogger(__name__)
+_SIZES = 16  # so many images' sizes tell a dataset from a smaller copy of it
 
 
 class Images:
@@ -43,6 +46,23 @@ class Images:
     @property
     def train(self) -> Source:
         return self.splits.train
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """Tells these images from others, wherever they lie: names and labels, and some sizes."""
+        digest = hashlib.sha256()
+        splits = self.splits
+        for source in (splits.train, splits.heldout, splits.test):
+            names = "\0".join(map(source.key, range(len(source))))
+            digest.update(
+                f"{source.num_classes} {len(source)} {names}".encode(errors="surrogateescape")
+            )
+        for source in (splits.train, splits.heldout):  # to know those of a TFDS test
+            digest.update(np.asarray(source.labels, "<i4").tobytes())  # split, all of it is read
+        for index in np.linspace(0, len(splits.test) - 1, _SIZES).astype(int):
+            with contextlib.suppress(BadImageError):
+                digest.update(str(splits.test[int(index)]["image"].shape).encode())
+        return digest.hexdigest()
 
     @functools.cached_property
     def heldout_set(self) -> EvaluationSet:

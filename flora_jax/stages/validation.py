@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Container
 
 import jax
-from etils import epath
 
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
@@ -85,7 +85,7 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
     if not reads or reads[0] in done:
         return
-    place = epath.Path(path or "none").expanduser()
+    place = user_path(path or "none")
     if "transfer" in settings.stages and not (place / SPEC_FILE).exists():
         raise MissingFileError(
             f"transfer needs the folder of a finished model: pretrained={path!r}"

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
@@ -43,7 +44,7 @@ def from_pretrained(
       InputError: not a file of weights, no spec, one that the file beside the weights contradicts,
         or weights that do not fit it; names the file.
     """
-    path = epath.Path(path).expanduser()
+    path = user_path(path)
     is_own = (path / SPEC_FILE).exists()
     if not is_own and path.is_dir():
         path = _file_in(path)

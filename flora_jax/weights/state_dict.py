@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.files import on_disk, read_json
+from flora_jax.io.paths import user_path
 from flora_jax.weights.pytorch import read_pytorch
 
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -32,7 +33,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
         several, or a tensor of a kind that cannot be read; names file and tensor.
       MissingPackageError: a PyTorch file, and torch is not installed.
     """
-    path = epath.Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
     if path.name.endswith(_INDEX_SUFFIX):
