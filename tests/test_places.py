@@ -20,7 +20,7 @@ from flora_jax.configs import digits, file_of
 from flora_jax.errors import InputError, StorageError
 from flora_jax.io.checkpoint import Checkpoints, read_saved_parameters, save_parameters
 from flora_jax.io.files import locked, user_cache_dir, write_json
-from flora_jax.io.paths import user_path
+from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.pipeline import _stages_to_redo
 from flora_jax.stages.images import Images
@@ -31,6 +31,7 @@ from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save
 
 ODD_NAMES = ("w[0-9]", "[", "a*b?", "{x,y}", "50 % # : &", "-rf", "two\nlines", "größe 模型", "~")
+ODD_NAMES += ("back\\slash", os.fsdecode(b"na\xefve"))
 
 
 @pytest.fixture
@@ -74,7 +75,6 @@ def test_tilde_without_a_home(nobody):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (os.fsdecode(b"runs/na\xefve"), r"the name runs/na\\xefve is not UTF-8; .* runs/na-ve say"),
         ("/hf/runs/1", "/hf/runs/1 would be taken for hf://runs/1"),
         ("hdfs://runs/1", "unknown 'hdfs://'; give a folder on disk or gs://"),
     ],
@@ -83,14 +83,6 @@ def test_a_name_that_cannot_be_used_is_refused_and_shown(path, message):
     for use in (user_path, flora.load, lambda path: Run.open(path), flora.from_pretrained):
         with pytest.raises(InputError, match=message):
             use(path)
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_locale_that_lacks_a_character(encoding, monkeypatch):
-    monkeypatch.setattr(os, "fsencode", lambda path: path.encode(encoding, "surrogateescape"))
-    given = "runs/größe".encode().decode(encoding, "surrogateescape")
-    with pytest.raises(InputError, match=r"set PYTHONUTF8=1$"):
-        user_path(given)
 
 
 # --- folders that hold a run ---------------------------------------------------------------------
@@ -109,6 +101,11 @@ def test_checkpoints_in_a_folder_of_any_name(name, tmp_path):
     assert restored_step(folder) == 6
 
 
+def test_a_name_that_is_no_text_can_be_shown():
+    assert as_text(os.fsdecode(b"na\xefve")) == "na\N{REPLACEMENT CHARACTER}ve"
+    assert as_text("größe") == "größe"
+
+
 def test_a_run_that_is_there_is_left_as_it_is(tmp_path):
     (tmp_path / "config.json").touch()
     check_can_hold_a_run(tmp_path)
@@ -116,8 +113,6 @@ def test_a_run_that_is_there_is_left_as_it_is(tmp_path):
 
 
 def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"for the \\ in its name; try .*/exp-1/x$"):
-        check_can_hold_a_run(tmp_path / "exp\\1" / "x")
     with pytest.raises(InputError, match=r"for the \[ in its name; try gs://bucket/v-2]$"):
         check_can_hold_a_run("gs://bucket/v[2]")
     (tmp_path / "file").touch()
@@ -137,8 +132,9 @@ def test_what_is_read_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
 def test_a_run_is_refused_before_anything_is_read(tmp_path):
     config = digits.get_config()
     config.pretrained = "no/such/weights.safetensors"
-    with pytest.raises(InputError, match="cannot hold a run"):
-        flora.run(config, tmp_path / "back\\slash")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot hold a run"):
+        flora.run(config, tmp_path / "file" / "run")
 
 
 def test_a_checkpoint_of_another_training_is_named(tmp_path):

@@ -11,14 +11,13 @@ So a step counts only with a manifest of checksums, which is written once the st
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from etils.epath.gpath import PosixGPath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -26,7 +25,8 @@ from flora_jax.cluster.processes import wait_for_all
 from flora_jax.errors import InputError, MissingFileError, StorageError
 from flora_jax.io.files import matching
 from flora_jax.io.manifest import verify, write_manifest
-from flora_jax.io.paths import absolute, is_url
+from flora_jax.io.paths import absolute
+from flora_jax.io.plain_names import plainly_named
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Checkpoints:
         if keep_every < 0:
             raise ValueError(f"keep_every must be 0 or a number of steps, got {keep_every}")
         self._keep, self._keep_every = keep, keep_every
-        self._directory = _literal(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        absolute(directory).mkdir(parents=True, exist_ok=True)
+        self._directory = plainly_named(directory)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         if jax.process_index() == 0:
@@ -160,7 +160,8 @@ def save_parameters(parameters: Parameters, folder: epath.PathLike) -> None:
 
     All processes call it together. `read_saved_parameters` reads it. Raises StorageError.
     """
-    folder = _literal(folder)
+    absolute(folder).parent.mkdir(parents=True, exist_ok=True)
+    folder = plainly_named(folder)
     try:
         if jax.process_index() == 0 and folder.exists():
             folder.rmtree()  # of a process that was killed
@@ -179,7 +180,7 @@ def has_saved_parameters(folder: epath.PathLike) -> bool:
 
 def read_saved_parameters(folder: epath.PathLike) -> Parameters:
     """What `save_parameters` wrote, on the host. Raises InputError where it is damaged."""
-    folder = _literal(folder)
+    folder = plainly_named(folder)
     try:
         verify(folder, _manifest(folder))
     except (OSError, ValueError) as error:
@@ -196,7 +197,7 @@ def read_parameters(directory: epath.PathLike) -> Parameters:
       MissingFileError: there is no checkpoint.
       InputError: every checkpoint is damaged.
     """
-    directory = _literal(directory)
+    directory = plainly_named(directory)
     if not _step_folders(directory):
         raise MissingFileError(f"no checkpoint in {directory}")
     reasons: list[str] = []
@@ -214,19 +215,6 @@ def read_parameters(directory: epath.PathLike) -> Parameters:
         for name, tree in saved.items()
     }
     return ocp.load(path, target)[wanted]
-
-
-class _LiteralPath(PosixGPath):
-    """A path on disk in which [ ] * ? are themselves when Orbax looks for files below it."""
-
-    def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
-        return iter(matching(self, pattern))
-
-
-def _literal(path: epath.PathLike) -> epath.Path:
-    """The absolute path, since Orbax takes no other."""
-    path = absolute(path)
-    return path if is_url(path) else _LiteralPath(path)
 
 
 def _on_the_host(tree):

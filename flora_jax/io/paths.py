@@ -11,13 +11,12 @@ def user_path(path: epath.PathLike) -> epath.Path:
     """A path as a user gives it, in which ~ is the home folder.
 
     Raises:
-      InputError: the user has no home folder, the name is not UTF-8, which Orbax and safetensors
-        need, or it is a URL of an unknown kind, or would be taken for one.
+      InputError: the user has no home folder, or it is a URL of an unknown kind, or would be taken
+        for one.
     """
     text = os.path.expanduser(path)
     if text.partition("/")[0] == "~":
         raise InputError(f"{text}: this user has no home folder; give the whole path, or set HOME")
-    _check_utf8(text)
     try:
         expanded = epath.Path(text)
     except KeyError as scheme:
@@ -27,19 +26,9 @@ def user_path(path: epath.PathLike) -> epath.Path:
     return expanded
 
 
-def _check_utf8(path: str) -> None:
-    try:
-        raw = os.fsencode(path)
-        name = raw.decode()
-    except UnicodeDecodeError:
-        shown, near = (raw.decode(errors=how) for how in ("backslashreplace", "replace"))
-        near = near.replace("\N{REPLACEMENT CHARACTER}", "-")
-        raise InputError(f"the name {shown} is not UTF-8; rename it, to {near} say") from None
-    except UnicodeEncodeError:  # a locale that lacks the character
-        name = ""
-    if name != path:
-        shown = path.encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{shown} cannot be read in this locale; set PYTHONUTF8=1") from None
+def as_text(name: str) -> str:
+    """A file name to show: bytes that are no text become replacement characters."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def is_url(path: epath.PathLike) -> bool:

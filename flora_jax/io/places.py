@@ -21,23 +21,21 @@ def check_can_hold_a_run(folder: epath.PathLike) -> None:
     time of its requests.
 
     Raises:
-      InputError: it could not, for a character of its name; says which, and proposes another name.
+      InputError: it is in a bucket, with a [ in its name; proposes another.
       StorageError: nothing can be written there, or not read again; says why.
     """
     folder = absolute(folder)
     name = os.fspath(folder)
-    # TensorStore takes \ for another / on a disk, and Orbax [ for a pattern in a bucket.
-    odd = "[" if is_url(folder) else "\\"
-    if odd in name:
-        better = name.replace(odd, "-")
-        raise InputError(f"{name} cannot hold a run, for the {odd} in its name; try {better}")
+    if is_url(folder) and "[" in name:  # which Orbax takes for a pattern
+        better = name.replace("[", "-")
+        raise InputError(f"{name} cannot hold a run, for the [ in its name; try {better}")
     try:
         with _trial_folder(folder) as trial:
             saved = np.arange(3, dtype=np.float32)
             save_parameters({"value": saved}, trial)
             if not np.array_equal(read_saved_parameters(trial)["value"], saved):
                 raise StorageError("a checkpoint read back has other values")
-            wait_for_all(f"{name} was tried")
+            wait_for_all("the folder was tried")
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise StorageError(f"{name} cannot hold a run: {reason}") from error
