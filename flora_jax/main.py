@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import io
 import logging
 import os
 import platform
@@ -61,6 +62,8 @@ _TRACEBACK = flags.DEFINE_bool(
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

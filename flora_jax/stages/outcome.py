@@ -1,7 +1,6 @@
 """Where a run ends: its models on the test split, the table and the pictures."""
 
 import logging
-import os
 from typing import Any
 
 import numpy as np
@@ -147,7 +146,7 @@ def _show_once(directory: epath.Path, result: dict, figures: dict[str, Figure]) 
         print(f"{skipped} test images could not be decoded and count for no model.\n")
     for name, figure in figures.items():
         plots.save_figure(figure, directory / name)
-        print(f"Picture: {as_text(os.fspath(directory / name))}")
+        print(f"Picture: {directory / name}")
 
 
 def _slim_figure(run: Run, images: Images) -> Figure:
