@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 from flora_jax.errors import InputError, unknown
+from flora_jax.io.paths import user_path
 
 _FOLDER = pathlib.Path(__file__).parent
 _NOT_A_CONFIG = ("__init__", "common", "saved")
@@ -35,8 +36,9 @@ def file_of(config: str) -> str:
       InputError: there is no such file and no config of this name; lists those there are.
     """
     path, colon, argument = config.partition(":")
-    if pathlib.Path(path).is_file():
-        return config
+    file = user_path(path)
+    if file.is_file():
+        return f"{file}{colon}{argument}"
     name = path.removeprefix("configs/").removesuffix(".py")
     if name not in names():
         raise InputError(f"{unknown('config', name, names())}, or the path of a file")

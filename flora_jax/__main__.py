@@ -3,6 +3,7 @@
 import sys
 
 from flora_jax import help
+from flora_jax.cluster import interrupts
 
 
 def run() -> None:
@@ -10,6 +11,7 @@ def run() -> None:
     if help.is_asked_for(sys.argv[1:]):
         print(help.text())
         return
+    interrupts.answer_at_once()
     from flora_jax import main  # takes seconds: JAX
 
     main.run()

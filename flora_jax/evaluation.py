@@ -12,6 +12,8 @@ import optax
 from jax.experimental import multihost_utils
 
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.cluster.processes import true_in_all
+from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError
 from flora_jax.lowrank.space import RankSpace
@@ -23,11 +25,14 @@ from flora_jax.models.network import Network
 class EvaluationSet:
     """Batches that stay on the devices, their images as uint8: a quarter of what they become.
 
-    Every process passes the same batches, whole.
+    Every process passes the same batches, whole; an image that one of them could not decode counts
+    in none.
 
     Attributes:
       labels: int32 [num_images], in the order of the images.
-      is_image: bool [B of all batches together], False for what only fills up the last batch.
+      is_image: bool [B of all batches together], False for what only fills up the last batch and
+        for images that could not be decoded.
+      num_images: how many are not masked.
 
     Raises:
       InputError: there is no image.
@@ -36,16 +41,21 @@ class EvaluationSet:
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
         self.mesh = mesh = make_mesh()
         self._normalize = jax.jit(normalization)
-        self._batches, labels, masks = [], [], []
+        images, labels, masks = [], [], []
         for batch in batches:
             labels.append(batch["label"])
             masks.append(batch["mask"])
-            self._batches.append([spread(batch[name], mesh) for name in ("image", "label", "mask")])
-        if not any(mask.any() for mask in masks):
+            images.append(spread(batch["image"], mesh))
+        self.is_image = true_in_all(np.concatenate([*masks, np.zeros(0)]) > 0)
+        if not self.is_image.any():
             raise InputError("an evaluation set needs at least one image")
-        self.is_image = np.concatenate(masks) > 0
         self.labels = np.concatenate(labels)[self.is_image]
         self.num_images = len(self.labels)
+        own = np.split(self.is_image.astype(np.float32), np.cumsum([len(mask) for mask in masks]))
+        self._batches = [
+            [batch, spread(label, mesh), spread(mask, mesh)]
+            for batch, label, mask in zip(images, labels, own[:-1], strict=True)
+        ]
 
     def relabelled(self, labels: np.ndarray) -> "EvaluationSet":
         """The same images with other labels, int32 [num_images]."""
@@ -63,7 +73,7 @@ class EvaluationSet:
     def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         """Normalised images [B, H, W, C], labels [B], mask [B].
 
-        The mask is 0 for the images that only fill up the last batch.
+        The mask is 0 where there is no image, as in `is_image`.
         """
         for images, labels, mask in self._batches:
             yield self._normalize(images), labels, mask
@@ -128,7 +138,7 @@ def evaluate(
       {"top1": float64 [P], "log_likelihood": float64 [P]}, P = 1 for a plain model.
 
     Raises:
-      InputError: the network has no classifier.
+      InputError: the model has no classifier, or the labels are none of its classes.
       ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
     population: Sequence[np.ndarray | None] = [None]
@@ -137,13 +147,18 @@ def evaluate(
         model = model.network
     elif genes is not None:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
-    model.spec.check_classifies("top1")
+    _check_classes(model, evaluation_set)
     structure, parameters = functional.split(model)
     mesh = evaluation_set.mesh
     parameters = replicate(parameters, mesh)
     run = functools.partial(sum_model_metrics, structure, mesh, parameters)
     sums = [[run(batch, one) for batch in evaluation_set.batches] for one in population]
     return means(sums, evaluation_set.num_images)
+
+
+def _check_classes(model: Network, evaluation_set: EvaluationSet) -> None:
+    model.spec.check_classifies("top1")
+    check_labels(evaluation_set.labels, model.spec.num_classes, "the evaluation set")
 
 
 def top1(
@@ -179,7 +194,11 @@ def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, 
     Returns:
       {"is_correct": bool [n], "log_likelihood": float32 [n] of the right class,
       "predicted": int32 [n], the class that comes first}, n = evaluation_set.num_images.
+
+    Raises:
+      InputError: the model has no classifier, or the labels are none of its classes.
     """
+    _check_classes(model, evaluation_set)
     structure, parameters = functional.split(model)
     mesh = evaluation_set.mesh
     run = functools.partial(_predict, structure, mesh, replicate(parameters, mesh))

@@ -20,10 +20,12 @@ from etils import epath
 
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.batches import Batches, eval_batches, train_batches
+from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import ArraySource
 from flora_jax.errors import InputError, unknown
 from flora_jax.evaluation import METRICS, EvaluationSet, HeldOut, evaluate
+from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.network import Network
@@ -51,7 +53,8 @@ class ImageSet:
       augmentation: of training, as in `train_transform`; by default none.
 
     Raises:
-      InputError: images of another dtype or shape, or not one label an image.
+      InputError: images of another dtype or shape, not one label an image, or labels that are
+        negative or not integers.
     """
 
     images: np.ndarray
@@ -67,6 +70,7 @@ class ImageSet:
             )
         if self.labels.shape != self.images.shape[:1]:
             raise InputError(f"{len(self.images)} images have labels of shape {self.labels.shape}")
+        check_labels(self.labels, np.iinfo(np.int32).max, "the images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,16 +128,19 @@ def train(
       law: of `RankSpace.sample`, by which the subnets of a supernet are drawn.
 
     Raises:
-      InputError: more images in a batch than there are.
+      InputError: more images in a batch than there are, labels that are no class of the model, or
+        all of one class and no teacher.
       NonFiniteLossError, Stopped: as `flora_jax.training.loop.train`.
     """
     space = model.space if isinstance(model, Supernet) else None
+    if teacher is None:
+        _check_classes(images.labels, (model if space is None else space).spec.num_classes)
     trained = train_network(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),
         recipe.settings(len(images), seed),
-        directory=directory,
-        name=epath.Path(directory).name,
+        directory=user_path(directory),
+        name=user_path(directory).name,
         normalization=images.normalization,
         draw_genes=None if space is None else space_law(space, law, seed),
         teacher=teacher,
@@ -141,6 +148,12 @@ def train(
         evaluate_every=recipe.evaluate_every(len(images)),
     )
     return cast(Model, trained if space is None else Supernet(trained, space))
+
+
+def _check_classes(labels: np.ndarray, num_classes: int) -> None:
+    check_labels(labels, num_classes, "the images")
+    if len(labels) and (labels == labels[0]).all():
+        raise InputError(f"all images are of the class {labels[0]}, of which nothing can be learnt")
 
 
 def filter_space(
@@ -171,7 +184,7 @@ def filter_space(
             local_supernet(supernet, block),
             images,
             recipe,
-            directory=epath.Path(directory) / f"block_{block:02d}",
+            directory=user_path(directory) / f"block_{block:02d}",
             teacher=teacher,
             law="uniform",
             seed=seed,
@@ -211,7 +224,7 @@ def evolve(
         found = evaluate(supernet, heldout.on_devices, genes)
         return found[metric], found["top1"]
 
-    history = epath.Path(directory) / "history.jsonl"
+    history = user_path(directory) / "history.jsonl"
     space = supernet.space
     [best] = evolution.evolve(
         space, score, space.macs_cost, [macs], settings, seed, history, first=first

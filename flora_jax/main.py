@@ -3,12 +3,17 @@
 import argparse
 import ast
 import contextlib
+import io
 import logging
 import os
 import platform
-import signal
 import sys
 import traceback
+
+from flora_jax.cluster import interrupts
+
+if __name__ == "__main__":
+    interrupts.answer_at_once()  # also while JAX is imported, which takes seconds
 
 import absl.logging
 import jax
@@ -20,6 +25,7 @@ from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
 from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
+from flora_jax.io.paths import user_path
 from flora_jax.preflight.topology import check_topology, use_compiler_only
 from flora_jax.stages.predictions import check_predictions
 from flora_jax.stages.run import Run, has_run
@@ -56,13 +62,15 @@ _TRACEBACK = flags.DEFINE_bool(
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
-    _configure_jax()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
         if _DISTRIBUTED.value or _COORDINATOR.value:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _CHECK_TOPOLOGY.value:
             use_compiler_only()
         _show_log()
+        _configure_jax()
         if _CHECK_TOPOLOGY.value:
             settings = Settings.from_config(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
@@ -76,9 +84,6 @@ def main(arguments: list[str]) -> None:
     except processes.Stopped as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         sys.exit(stopped.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        processes.exit_at_once(128 + signal.SIGINT)
     except UserError as error:
         if _TRACEBACK.value:
             traceback.print_exc()
@@ -120,10 +125,11 @@ def _with_config_file(arguments: list[str]) -> list[str]:
     parser.add_argument("--config", "-config")
     parser.add_argument("--workdir", "-workdir")
     known, others = parser.parse_known_args(others)
-    if known.workdir is not None:
-        others = [f"--workdir={known.workdir}", *others]
-    if known.config is None and has_run(known.workdir):
-        file = configs.file_of_run(known.workdir)
+    workdir = known.workdir and os.fspath(user_path(known.workdir))
+    if workdir is not None:
+        others = [f"--workdir={workdir}", *others]
+    if known.config is None and has_run(workdir):
+        file = configs.file_of_run(workdir)
     else:
         file = configs.file_of(known.config or _DEFAULT_CONFIG)
     return [program, f"--config={file}", *others]
@@ -131,9 +137,11 @@ def _with_config_file(arguments: list[str]) -> list[str]:
 
 def _configure_jax() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        # A folder for each machine: programs for one CPU may not run on another.
-        compiled = user_cache_dir("compiled") / platform.node()
-        jax.config.update("jax_compilation_cache_dir", os.fspath(compiled))
+        compiled = user_cache_dir("compiled")
+        if compiled is not None:
+            # A folder for each machine: programs for one CPU may not run on another.
+            folder = os.fspath(compiled / platform.node())
+            jax.config.update("jax_compilation_cache_dir", folder)
     if jax.config.values["jax_num_cpu_devices"] > 1:
         # Several programs in flight at once would wait for each other's threads for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -9,7 +9,9 @@ from etils import epath
 
 from flora_jax.cluster.processes import by_the_first, is_first, wait_for_all
 from flora_jax.errors import InputError, RunError, listed, unknown
-from flora_jax.io.files import is_url, locked, read_json, write_json, write_json_once
+from flora_jax.io.files import locked, read_json, write_json, write_json_once
+from flora_jax.io.paths import is_url, user_path
+from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.stages.budget import check_with_results
 from flora_jax.stages.changes import (
     changes_between,
@@ -19,9 +21,10 @@ from flora_jax.stages.changes import (
     stages_to_redo,
     tidy_once,
 )
+from flora_jax.stages.class_names import name_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
-from flora_jax.stages.run import CONFIG_FILE, Run, has_run, saved_settings
+from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run, has_run, saved_settings
 from flora_jax.stages.settings import Settings
 from flora_jax.stages.validation import check
 
@@ -48,31 +51,34 @@ def run(
       MissingFileError: a file that the config names is not there.
       RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
         one that is not done yet.
+      StorageError: `workdir` cannot hold a run.
     """
     settings = Settings.from_config(config)
     if stage is not None and stage not in settings.stages:
         raise InputError(unknown("stage", stage, settings.stages))
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
-    this_run = Run(settings, epath.Path(workdir))
+    this_run = Run(settings, user_path(workdir))
+    check_can_hold_a_run(this_run.folder)
     images = check(settings, _done(this_run))
     with _held(this_run.folder):
-        to_redo = _stages_to_redo(this_run)
+        to_redo = _stages_to_redo(this_run, images)
         if stage is not None:
             _check_earlier_are_done(this_run, stage, to_redo)
             if redo:
                 to_redo = stages_from(stage, settings.stages)
         check_with_results(this_run, to_redo)
         wait_for_all("the folder is looked at")
-        _claim_once(this_run, to_redo)
+        _claim_once(this_run, images, to_redo)
+        name_run_once(this_run.folder, images.splits.class_names)
         _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
-def _stages_to_redo(this_run: Run) -> list[str]:
+def _stages_to_redo(this_run: Run, images: Images) -> list[str]:
     """The stages whose results in the folder are another config's."""
     if not has_run(this_run.folder):
         return []
-    saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
+    saved, current = _configs(this_run, images)
     to_redo = [
         stage for stage in stages_to_redo(saved, current) if has_results(this_run.folder, [stage])
     ]
@@ -85,17 +91,31 @@ def _stages_to_redo(this_run: Run) -> list[str]:
 
 
 @by_the_first
-def _claim_once(this_run: Run, to_redo: list[str]) -> None:
+def _claim_once(this_run: Run, images: Images, to_redo: list[str]) -> None:
     """Makes the folder this config's own, and puts aside what it does not vouch for."""
     if to_redo:
-        saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
+        saved, current = _configs(this_run, images)
         changes = listed(changes_between(saved, current))
         why = f", because the config has changed:{changes}" if changes else ""
         log.info("%s are done anew%s", ", ".join(to_redo), why)
         done = {name: of for name, of in _done(this_run).items() if name not in to_redo}
         write_json(this_run.folder / DONE_FILE, done)
         put_aside(this_run.folder, to_redo)
+    is_known = has_run(this_run.folder) and saved_settings(this_run.folder) == this_run.settings
+    if not (is_known and (this_run.folder / IMAGES_FILE).exists()):
+        write_json(this_run.folder / IMAGES_FILE, {"signature": images.signature})
     write_json(this_run.folder / CONFIG_FILE, this_run.settings.to_config())
+
+
+def _configs(this_run: Run, images: Images) -> tuple[dict, dict]:
+    """What the folder was made with, wherever the same images lay then, and what it runs with."""
+    saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
+    place = {name: current["data"][name] for name in ("name", "data_dir")}
+    is_moved = not place.items() <= saved["data"].items()
+    file = this_run.folder / IMAGES_FILE
+    if is_moved and file.exists() and read_json(file)["signature"] == images.signature:
+        saved["data"] |= place
+    return saved, current
 
 
 def _done(this_run: Run) -> dict[str, dict]:
@@ -121,6 +141,7 @@ def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
             log.info("%s: starts", name)
             started = time.monotonic()
             STAGE_FUNCTIONS[name](this_run, images)
+            name_models_once(this_run.folder, name, images.splits.class_names)
             done[name] = {"seconds": round(time.monotonic() - started, 3)}
             write_json_once(this_run.folder / DONE_FILE, done)
         if not this_run.settings.keep_checkpoints:

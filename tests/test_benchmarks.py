@@ -20,6 +20,7 @@ from tests.helpers.commands import run_benchmark
         ("scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2", "as whole networks"),
         ("compile.py --model two_blocks --batch 1", "peak of sliced over masked"),
         ("checkpoints.py --every 2 --intervals 2 --rounds 1", "cost of checkpoints"),
+        ("labels.py --records 2000 --files 2", "second start"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
     ],
 )

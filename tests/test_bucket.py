@@ -16,6 +16,7 @@ from gcp_storage_emulator.handlers import objects
 
 import flora_jax as flora
 from flora_jax.io.checkpoint import Checkpoints
+from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.models import functional
 from tests.helpers.checkpoints import program, restored_step, state_at
 from tests.helpers.commands import ROOT, free_port, run_flora
@@ -93,6 +94,15 @@ def test_a_damaged_checkpoint_is_moved_aside(address):
         "6 damaged manifests 9-0 9-0.txt",
         "9",
     ]
+
+
+def try_a_folder() -> None:
+    check_can_hold_a_run("gs://bucket/tried/run 1")
+    print(fsspec.filesystem("gs").exists("bucket/tried"))
+
+
+def test_a_folder_is_tried_and_left_as_it_was(address):
+    assert output("try_a_folder()") == ["False"]
 
 
 def save_and_load() -> None:

@@ -83,6 +83,12 @@ def test_the_wheel_runs_in_an_empty_folder(finished_run, tmp_path):
     misspelt = command("--config=digit", "--workdir=run")
     assert misspelt.returncode == 1
     assert "did you mean 'digits'" in misspelt.stderr
+    (empty / "configs").mkdir()  # a package of the user's own, and a config in it
+    (empty / "configs/__init__.py").touch()
+    shutil.copy(ROOT / "configs/deit_t.py", empty / "configs/mine.py")
+    refused = command("--config=configs/mine.py:runlocal", "--workdir=run", "--stage=bake")
+    assert refused.stderr.startswith("error: unknown stage 'bake'; choose one of pretrain, ")
+    assert not (empty / "run").exists()
     finished = command("--config=deit_t:runlocal", "--workdir=run")
     assert finished.returncode == 0, finished.stderr
     same = (empty / "run/result.json").read_bytes() == (finished_run / "result.json").read_bytes()

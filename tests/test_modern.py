@@ -15,9 +15,11 @@ from flora_jax import slim
 from flora_jax.models import functional
 from flora_jax.models.loop import Loop
 from flora_jax.weights.export import export_timm
+from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
 from tests.helpers.slimming import gated_model, logits, random_masks
+from tests.helpers.weights import assert_same
 
 NAMES = list(modern.SPECS)
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -110,9 +112,7 @@ def test_costs(name, count_macs):
 def test_export_and_back(name, tmp_path):
     model, path = modern.model(name), tmp_path / "timm.safetensors"
     export_timm(model, path)
-    again = flora.from_pretrained(path, model.spec)
-    for parameter, value in functional.split(model)[1].items():
-        np.testing.assert_array_equal(functional.split(again)[1][parameter], value)
+    assert_same(flora.from_pretrained(path, model.spec), model)
     if name.startswith("timm"):
         theirs = modern.arrays(name)
         written = read_state_dict(path)
@@ -129,9 +129,62 @@ def test_a_folder_needs_no_spec(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(modern.arrays(name), tmp_path / "model.safetensors")
     assert flora.read_spec(tmp_path) == modern.SPECS[name]
-    model = flora.from_pretrained(tmp_path)
-    for parameter, value in functional.split(modern.model(name))[1].items():
-        np.testing.assert_array_equal(functional.split(model)[1][parameter], value)
+    assert_same(flora.from_pretrained(tmp_path), modern.model(name))
+    with pytest.raises(
+        ValueError, match=r"contradicts the spec: layer_norm_eps is 1e-.*, and 0\.1"
+    ):
+        flora.from_pretrained(tmp_path, dataclasses.replace(modern.SPECS[name], layer_norm_eps=0.1))
+
+
+@pytest.mark.parametrize("prefix", ["net.", "module.vit.", "student.0.", "encoder.layers."])
+def test_any_prefix(prefix):
+    for name, spec in modern.SPECS.items():
+        prefixed = {prefix + key: array for key, array in modern.arrays(name).items()}
+        assert_same(flora.from_state_dict(prefixed, spec), modern.model(name))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.clip."])
+def test_the_images_half_of_clip(prefix):
+    arrays, words = modern.arrays("hf_clip"), np.zeros((5, 48), np.float32)
+    texts = {"text_model.embeddings.token_embedding.weight": words, "text_projection.weight": words}
+    texts |= {k.replace("vision", "text"): a for k, a in arrays.items() if "encoder.layers" in k}
+    both = {prefix + key: array for key, array in (texts | arrays).items()}
+    assert_same(flora.from_state_dict(both, modern.SPECS["hf_clip"]), modern.model("hf_clip"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "message"),
+    [
+        ("timm_deit3", "blocks.1.ls2.gamma", r"\(49,\) in the file, and \(48,\)"),
+        ("hf_siglip", "attention.in_proj_weight", r"\(145, 48\) in the file, and \(144, 48\)"),
+        ("hf_siglip", "attention.in_proj_bias", r"\(145,\) in the file, and \(144,\)"),
+        ("hf_dinov2_registers", "position_embeddings", r"\(2, 10, 48\) in .*, and \(1, 10, 48\)"),
+        ("hf_dinov3", "layer.0.attention.v_proj.bias", r"\(49,\) in the file, and \(48,\)"),
+        ("hf_clip", "embeddings.class_embedding", r"\(49,\) in the file, and \(48,\)"),
+    ],
+)
+def test_an_array_of_another_shape(name, ending, message):
+    arrays = modern.arrays(name)
+    (key,) = (key for key in arrays if key.endswith(ending))
+    arrays[key] = np.concatenate([arrays[key], arrays[key][:1]])
+    with pytest.raises(ValueError, match=f"{ending} has shape {message} in the spec"):
+        flora.from_state_dict(arrays, modern.SPECS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("hf_siglip", "attention.in_proj_weight"),
+        ("hf_dinov2_registers", "position_embeddings"),
+        ("hf_dinov2", "layer.1.layer_scale1.lambda1"),
+    ],
+)
+def test_values_of_rows_that_share_them(name, ending):
+    arrays = modern.arrays(name)
+    (key,) = (key for key in arrays if key.endswith(ending))
+    arrays[key] = np.full_like(arrays[key], np.inf)
+    with pytest.warns(NotFiniteWarning, match=f"NaN or infinite as float32: .*{ending}"):
+        flora.from_state_dict(arrays, modern.SPECS[name])
 
 
 def test_a_subnet_of_a_scaled_network_is_exported_and_read(tmp_path):
@@ -139,10 +192,7 @@ def test_a_subnet_of_a_scaled_network_is_exported_and_read(tmp_path):
     space = flora.RankSpace.regular(model.spec, ratios=(1 / 3, 1))
     subnet = flora.extract(flora.factorize(model, space), np.arange(space.num_layers) % 2)
     export_timm(subnet, tmp_path / "x.safetensors")
-    again = flora.from_pretrained(tmp_path / "x.safetensors", model.spec)
-    assert again.spec == subnet.spec
-    for parameter, value in functional.split(subnet)[1].items():
-        np.testing.assert_array_equal(functional.split(again)[1][parameter], value)
+    assert_same(flora.from_pretrained(tmp_path / "x.safetensors", model.spec), subnet)
 
 
 def test_rotary_dimensions_leave_in_pairs():

@@ -36,12 +36,21 @@ def tiny_config(**changes) -> ConfigDict:
 
 def test_result_compares_dense_uniform_and_subnet(finished_run):
     result = json.loads((finished_run / "result.json").read_text())
-    assert set(result) == {"dense", "uniform", "allocated", "subnet"}
+    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
     dense = result["dense"]["macs"]
     low, high = tiny_config().budget.macs
     assert low * dense <= result["subnet"]["macs"] <= high * dense
     assert result["uniform"]["macs"] <= high * dense
+    digits = list("0123456789")
+    assert result.pop("data") == {
+        "classes": digits,
+        "left_out": {"train": {}, "test": {}},
+        "test_images": 450,
+        "skipped_test_images": 0,
+    }
+    assert json.loads((finished_run / "classes.json").read_text()) == digits
     for name in result:
+        assert json.loads((finished_run / name / "classes.json").read_text()) == digits
         model = flora.load(finished_run / name)
         assert flora.macs(model.spec) == result[name]["macs"]
         assert flora.num_params(model.spec) == result[name]["params"]
@@ -51,6 +60,7 @@ def test_result_compares_dense_uniform_and_subnet(finished_run):
 
 def test_result_compares_the_models_image_by_image(finished_run):
     result = json.loads((finished_run / "result.json").read_text())
+    result.pop("data")
     images = load_file(finished_run / "test_images.safetensors")
     assert images["label"].shape == (450,)
     for name, entry in result.items():
@@ -140,7 +150,7 @@ def test_other_uniform_baselines(finished_run, tmp_path, baseline):
     assert against["dense"] == expected_against["dense"]
     assert result["subnet"] == expected["subnet"]
     if baseline == "none":
-        assert set(result) == {"dense", "allocated", "subnet"}
+        assert set(result) == {"dense", "allocated", "subnet", "data"}
     else:
         assert result["uniform"]["macs"] == expected["uniform"]["macs"]
         steps = (workdir / "finetune/uniform_alone/metrics.jsonl").read_text().count("\n")

@@ -80,6 +80,13 @@ def train_and_search(directory: pathlib.Path) -> None:
         directory / f"images_{jax.process_index()}.json",
         {name: values.tolist() for name, values in each.items()},
     )
+    masks = np.ones(SETTINGS.batch_size, np.float32)
+    masks[2 + jax.process_index()] = 0  # what one process cannot decode counts in none
+    if jax.process_count() == 1:
+        masks[2:4] = 0
+    partly = flora.EvaluationSet([batch_of(100) | {"mask": masks}], NORMALIZATION)
+    found["partly"] = [partly.num_images, *flora.evaluate(flora.create(SPEC), partly).values()]
+    found["partly"] = [float(value) for value in map(np.squeeze, found["partly"])]
     dense, seven = flora.create(SPEC), batch_of(100)["image"][:7]  # no equal shares for 4 devices
     moments = flora.calibrate(dense, np.asarray(NORMALIZATION(jnp.asarray(seven)))).moments
     found["moments"] = {name: moment.ravel().tolist() for name, moment in moments.items()}
@@ -181,6 +188,12 @@ def test_two_processes_sum_the_same_moments(results):
     alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
     for name, moment in alone["moments"].items():
         np.testing.assert_allclose(together["moments"][name], moment, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_leave_out_what_either_cannot_decode(results):
+    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+    assert together["partly"][0] == alone["partly"][0] == SETTINGS.batch_size - 2
+    np.testing.assert_allclose(together["partly"], alone["partly"], rtol=1e-6)
 
 
 def test_both_processes_know_what_one_finds_in_each_image(results):

@@ -1,14 +1,17 @@
 """Bad input: every mistake is named before any work starts."""
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import flora_jax as flora
 from flora_jax import main, pipeline
 from flora_jax.configs import deit_b, deit_s, deit_t, digits, swin_b, swin_s, swin_t
 from flora_jax.stages import validation
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.settings import Settings
+from flora_jax.weights.export import export_timm
 from tests.helpers.commands import run_flora
 
 
@@ -62,6 +65,16 @@ BAD_CONFIGS = {
 def test_bad_config_fails_before_any_work(changes, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pipeline.run(tiny_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_start_no_run(tmp_path):
+    config = tiny_config(pretrained=str(tmp_path / "diverged.safetensors"))
+    model = flora.create(Settings.from_config(config).model)
+    model.blocks[1].norm2.scale[...] *= np.nan
+    export_timm(model, config.pretrained)
+    with pytest.raises(ValueError, match=r"diverged\.safetensors: .*NaN.*blocks\.1\.norm2\.weight"):
+        pipeline.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

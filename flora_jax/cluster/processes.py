@@ -78,6 +78,13 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
+def true_in_all(flags: np.ndarray) -> np.ndarray:
+    """Where the flags bool [n] of every process are true; all get the same, and must all ask."""
+    if jax.process_count() == 1:
+        return flags
+    return np.logical_and.reduce(multihost_utils.process_allgather(flags))
+
+
 def exit_at_once(status: int) -> None:
     """Exits without waiting for other processes, which Python's own exit would do."""
     if jax.distributed.is_initialized():
@@ -90,8 +97,8 @@ def exit_at_once(status: int) -> None:
 class StopRequest:
     """Whether this run has been told to end: SIGTERM, Ctrl-C, or notice that machines will go.
 
-    While it is open, neither ends the process; a second Ctrl-C does. All processes get the same
-    answer.
+    While it is open, neither ends the process; a second Ctrl-C is answered as if it were not. All
+    processes get the same answer.
     """
 
     _calls = itertools.count()  # of the protocol by which processes agree on a step
@@ -124,7 +131,8 @@ class StopRequest:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            signal.default_int_handler(number, frame)
+            self._previous[number](number, frame)
+            return
         self._received = number
         print("saving; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         if jax.process_count() > 1:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from flora_jax.cluster import interrupts
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.data import augment
 from flora_jax.data.sources import Source
@@ -119,11 +120,13 @@ def eval_batches(
 ) -> Batches:
     """Every image once, in the order of the source; zeros fill the last batch.
 
+    An image that a `SkippingSource` has put in the place of a bad one counts for nothing.
+
     Threads and workers are those of `train_batches`.
 
     Returns:
       An iterator of {"image": uint8 [B, H, W, C], "label": int32 [B], "mask": float32 [B]},
-      mask 1 for an image and 0 for filling.
+      mask 1 for an image and 0 for filling and in the place of a bad image.
 
     Raises:
       InputError: batch_size, num_threads or num_workers is out of range, the source is empty, or
@@ -134,14 +137,14 @@ def eval_batches(
     if not len(source):
         raise InputError("the source has no images")
 
-    def prepare(example):
-        image = transform(example["image"])
-        return {"image": image, "label": np.int32(example["label"]), "mask": np.float32(1)}
+    def prepare(index, example):
+        image, is_itself = transform(example["image"]), example["key"] == source.key(index)
+        return {"image": image, "label": np.int32(example["label"]), "mask": np.float32(is_itself)}
 
     _check_shape(transform(source[0]["image"]), transform)
     batches = (
         grain.MapDataset.source(source)
-        .map(prepare)
+        .map_with_index(prepare)
         .batch(batch_size, batch_fn=_Stack(batch_size, shared=num_workers > 0))
     )
     return _prefetched(batches, num_threads, num_workers)
@@ -168,6 +171,7 @@ def _prefetched(
     batches: grain.MapDataset, num_threads: int, num_workers: int
 ) -> grain.DatasetIterator:
     if num_workers:
+        interrupts.leave_to_this_process()
         num_threads = 0  # a worker prepares its batches itself
         if not flags.FLAGS.is_parsed():  # Grain reads flags, which a notebook has not parsed
             flags.FLAGS.mark_as_parsed()

@@ -2,21 +2,19 @@
 
 import dataclasses
 import functools
-import io
 import logging
-from typing import Protocol, TypedDict
+import os
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 
+from flora_jax.data.decoding import MAX_MEGAPIXELS, BadImageError, decode_rgb
+from flora_jax.data.labels import stored_labels
 from flora_jax.errors import InputError
+from flora_jax.io.paths import user_path
 
 log = logging.getLogger(__name__)
-
-
-class BadImageError(InputError):
-    """An encoded image that cannot be decoded; the message names it."""
 
 
 class Example(TypedDict):
@@ -32,11 +30,19 @@ class Source(Protocol):
 
     Attributes:
       num_classes: how many classes the labels are drawn from.
+      class_names: of the labels 0, 1, ...; empty where there are no classes.
       labels: int32 [number of examples].
+      left_out: how many things that lie beside the images are none, by kind.
     """
 
     @property
     def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def left_out(self) -> dict[str, int]: ...
 
     @property
     def labels(self) -> np.ndarray: ...
@@ -48,35 +54,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def decode_rgb(encoded: bytes, name: str, least_side: int | None = None) -> np.ndarray:
-    """The pixels of an encoded image of any kind that Pillow reads, uint8 [H, W, 3].
-
-    As torchvision reads images, EXIF rotation and transparency are ignored. Unlike there, 16-bit
-    grey is scaled to 8 bits, not clipped.
-
-    Args:
-      name: of the image, for the error.
-      least_side: pixels that the short side needs. A JPEG that is twice, four or eight times as
-        large is decoded at 1/2, 1/4 or 1/8 of its size, which is quicker; None: at full size.
-
-    Raises:
-      BadImageError: not an image, or a damaged one; the message starts with `name`.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            if least_side:
-                picture.draft(None, (least_side, least_side))
-            if picture.mode.startswith("I"):
-                grey = (np.asarray(picture) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
-                return np.asarray(picture.convert("RGBA").convert("RGB"))
-            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except Exception as error:  # a damaged file can raise anything in a decoder
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise BadImageError(f"{name} cannot be decoded: {reason}") from error
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
     """Images held in memory: images uint8 [n, H, W, C], labels int32 [n]."""
@@ -85,6 +62,14 @@ class ArraySource:
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.num_classes)))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return {}
 
     def key(self, index: int) -> str:
         return f"{self.name}/{index:05d}"
@@ -110,19 +95,22 @@ def digits() -> ArraySource:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SkippingSource:
-    """`source`, with the next good example, in index order, in place of one that is bad.
-
-    Attributes:
-      skipped: keys of the bad images that this process has met, each logged once.
-    """
+class DerivedSource:
+    """A source that is another one but for what a subclass changes."""
 
     source: Source
-    skipped: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def num_classes(self) -> int:
         return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return self.source.left_out
 
     @property
     def labels(self) -> np.ndarray:
@@ -135,34 +123,65 @@ class SkippingSource:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
+        return self.source[index]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkippingSource(DerivedSource):
+    """`source`, with the next good example, in index order, in place of one that is bad.
+
+    An example that stands in for another has its own key: `key(i)` is not that of the example i.
+
+    Attributes:
+      skipped: keys of the bad images that this process has met, each logged once.
+    """
+
+    skipped: set[str] = dataclasses.field(default_factory=set)
+
+    def __getitem__(self, index: int) -> Example:
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
+            if self.key(candidate) in self.skipped:
+                continue
             try:
                 return self.source[candidate]
             except BadImageError as error:
-                self._count(self.key(candidate), error)
+                self.skipped.add(self.key(candidate))
+                log.warning("skipped, bad images so far %d: %s", len(self.skipped), error)
         raise BadImageError(f"none of the {len(self)} images can be decoded")
-
-    def _count(self, key: str, error: BadImageError) -> None:
-        if key not in self.skipped:
-            self.skipped.add(key)
-            log.warning("skipped, bad images so far %d: %s", len(self.skipped), error)
 
 
 class TfdsSource:
     """A split of a TFDS dataset on disk. Images are decoded one by one, as they are asked for."""
 
-    def __init__(self, name: str, split: str, records, least_side: int | None):
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        records: Any,
+        least_side: int | None,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ):
         self.name = name
         self.split = split
-        self.num_classes = records.dataset_info.features["label"].num_classes
+        self.left_out: dict[str, int] = {}
         self._records = records
-        self._least_side = least_side
+        self._decode = functools.partial(
+            decode_rgb, least_side=least_side, max_megapixels=max_megapixels
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return self._records.dataset_info.features["label"].num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self._records.dataset_info.features["label"].names)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """The labels int32 [n], read in one pass over the records that decodes no image."""
-        return np.array([record["label"] for record in self._records], np.int32)
+        """The labels int32 [n], which are read in one pass over the records once, and kept."""
+        return stored_labels(f"{self.name}/{self.split}", self._records)
 
     def key(self, index: int) -> str:
         return f"{self.name}/{self.split}/{index}"
@@ -172,12 +191,16 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
-        image = decode_rgb(record["image"], self.key(index), self._least_side)
+        image = self._decode(record["image"], self.key(index))
         return {"image": image, "label": int(record["label"]), "key": self.key(index)}
 
 
 def tfds(
-    name: str, split: str, data_dir: str | None = None, least_side: int | None = None
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    least_side: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> TfdsSource:
     """A split of a TFDS image classification dataset that was built in ArrayRecord format.
 
@@ -185,14 +208,14 @@ def tfds(
       name: TFDS name, e.g. "imagenet2012" or "imagenet2012:5.1.0".
       split: TFDS split, e.g. "train" or "train[:10%]".
       data_dir: folder that holds the datasets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-      least_side: as in `decode_rgb`.
+      least_side, max_megapixels: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
 
     Raises:
       InputError: the dataset is not on disk in ArrayRecord format, lacks the split, or has no
-        "image" and "label" features.
+        "image" and "label" features, the latter one class an image.
     """
     import tensorflow_datasets
 
@@ -201,7 +224,7 @@ def tfds(
         records = tensorflow_datasets.data_source(
             name,
             split=split,
-            data_dir=data_dir,
+            data_dir=os.fspath(user_path(data_dir)) if data_dir else None,
             download=False,
             decoders={"image": tensorflow_datasets.decode.SkipDecoding()},
         )
@@ -220,4 +243,7 @@ def tfds(
             f"{name!r} is not an image classification dataset: it has the features "
             f"{sorted(records.dataset_info.features)}, without {sorted(missing)}"
         )
-    return TfdsSource(name, split, records, least_side)
+    label = records.dataset_info.features["label"]
+    if not isinstance(label, tensorflow_datasets.features.ClassLabel):
+        raise InputError(f"{name!r} has no classes: its label is no ClassLabel, but {label}")
+    return TfdsSource(name, split, records, least_side, max_megapixels)

@@ -5,22 +5,25 @@ machine and whatever the order of the images. The architecture search scores on 
 is taken out of the training images; `test` is reported once.
 """
 
-import collections
 import dataclasses
 import hashlib
+import posixpath
+from collections.abc import Sequence
 
 import numpy as np
 
 from flora_jax.data import sources
 from flora_jax.data.image_folder import ImageFolderSource, image_folder, unlabelled_folder
-from flora_jax.errors import InputError
+from flora_jax.data.labels import check_labels
+from flora_jax.errors import InputError, few
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
+_TEST_SPLITS = {"tfds": "validation", "folder": "val"}
 TEST_SEED = 0  # not the user's seed: the reported images never change
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subset:
+class Subset(sources.DerivedSource):
     """The examples of `source` at `indices`, int [n].
 
     Attributes:
@@ -28,13 +31,17 @@ class Subset:
         classes of the source, as they are.
     """
 
-    source: sources.Source
     indices: np.ndarray
     classes: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return len(self.classes) or self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names = self.source.class_names
+        return tuple(names[label] for label in self.classes) or names
 
     @property
     def labels(self) -> np.ndarray:
@@ -70,6 +77,11 @@ class Splits:
         """How many there are; 0 where the images have no labels."""
         return self.train.num_classes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the labels 0, 1, ...; none where the images have no labels."""
+        return self.train.class_names
+
 
 def subset(source: sources.Source, indices) -> Subset:
     """The examples of `source` at `indices`, int [n], in that order."""
@@ -92,6 +104,22 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         have the same key; names the key.
     """
     _check_fraction(fraction)
+    hashes = _hashes(source, seed)
+    _check_unique(source, hashes)
+    labels, is_held_out = source.labels, np.zeros(len(source), bool)
+    by_class_and_hash = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
+    for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
+        is_held_out[members[: round(fraction * len(members))]] = True
+    if not 0 < is_held_out.sum() < len(source):
+        raise InputError(
+            f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
+            f"images; both parts need at least one"
+        )
+    return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
+
+
+def _hashes(source: sources.Source, seed: int) -> np.ndarray:
+    """Of the keys, uint64 [n, 2], which sort as the bytes of the hashes do."""
     hashes = [
         # A file name need not be valid UTF-8: its bytes are hashed as they are.
         hashlib.blake2b(
@@ -99,18 +127,7 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         ).digest()
         for i in range(len(source))
     ]
-    _check_unique(source, hashes)
-    labels, is_held_out = source.labels, np.zeros(len(source), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        by_hash = sorted(members, key=hashes.__getitem__)
-        is_held_out[by_hash[: round(fraction * len(members))]] = True
-    if not 0 < is_held_out.sum() < len(source):
-        raise InputError(
-            f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
-            f"images; both parts need at least one"
-        )
-    return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
+    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def load_splits(
@@ -122,6 +139,8 @@ def load_splits(
     classes: tuple[int, ...] = (),
     on_bad_image: str = "raise",
     least_side: int | None = None,
+    max_megapixels: float = sources.MAX_MEGAPIXELS,
+    heldout_split: str | None = None,
 ) -> Splits:
     """The splits of a dataset.
 
@@ -135,28 +154,41 @@ def load_splits(
       test_split: the split that is reported on; None: "validation" of TFDS, "val" of a folder.
       classes: the classes to take, numbered anew from 0; empty for all.
       on_bad_image: "raise" BadImageError when an image that cannot be decoded is read, or "skip"
-        it: each source is a `SkippingSource`, which takes the next good image of the same split.
+        it: each source is a `SkippingSource`, which takes the next good image of the same split;
+        `eval_batches` counts it nowhere.
       least_side: pixels that the short side of a training or held-out image needs; a larger JPEG
         of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
+      max_megapixels: as in `decode_rgb`.
+      heldout_split: the split that is searched with, in place of a share of the training images: of
+        TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
 
     Raises:
       InputError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
-        on disk, a folder whose two splits have different classes, or two images with one key.
+        on disk, a folder whose two splits have different classes, labels that are no class, a
+        single class, or two images with one key.
     """
     _check_fraction(heldout_fraction)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
     rest: sources.Source
     test: sources.Source
-    if name == "digits":
+    own: Sequence[sources.Source] = ()
+    kind, _, place = name.partition(":")
+    if kind in _TEST_SPLITS:
+        wanted = [("train", least_side), (test_split or _TEST_SPLITS[kind], None)]
+        wanted += [(heldout_split, least_side)] if heldout_split else []
+        if kind == "tfds":
+            rest, test, *own = (
+                sources.tfds(place, split, data_dir, side, max_megapixels) for split, side in wanted
+            )
+        else:
+            rest, test, *own = _folder_splits(place, wanted, max_megapixels)
+    elif heldout_split:
+        raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
+    elif name == "digits":
         rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
-    elif name.startswith("tfds:"):
-        rest = sources.tfds(name.removeprefix("tfds:"), "train", data_dir, least_side)
-        test = sources.tfds(name.removeprefix("tfds:"), test_split or "validation", data_dir)
-    elif name.startswith("folder:"):
-        rest, test = _folder_splits(name.removeprefix("folder:"), test_split or "val", least_side)
-    elif name.startswith("images:"):
-        every_image = unlabelled_folder(name.removeprefix("images:"), least_side)
+    elif kind == "images":
+        every_image = unlabelled_folder(place, least_side, max_megapixels)
         rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
     else:
         kind = "folder" if "/" in name else "tfds"
@@ -164,26 +196,49 @@ def load_splits(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
             f"classes, 'images:PATH' (did you mean '{kind}:{name}'?)"
         )
+    if rest.num_classes:
+        check_labels(rest.labels, rest.num_classes, f"the training split of {name}")
+        check_labels(test.labels, rest.num_classes, f"the test split of {name}")
+        for source in own:
+            check_labels(source.labels, rest.num_classes, f"the held-out split of {name}")
     if classes:
-        rest, test = _of_classes(rest, classes), _of_classes(test, classes)
-    train, heldout = hold_out(rest, heldout_fraction, seed)
+        rest, test, *own = (_of_classes(source, classes) for source in (rest, test, *own))
+    if rest.num_classes == 1:
+        raise InputError(
+            f"{name} has a single class, {rest.class_names[0]!r}, of which nothing can be learnt: "
+            f"at least 2 are needed, or 'images:PATH' without any{_too_deep(rest)}"
+        )
+    train, heldout = (rest, *own) if own else hold_out(rest, heldout_fraction, seed)
     if on_bad_image == "skip":
         return Splits(*map(sources.SkippingSource, (train, heldout, test)))
     return Splits(train, heldout, test)
 
 
 def _folder_splits(
-    root: str, test_split: str, least_side: int | None
-) -> tuple[ImageFolderSource, ImageFolderSource]:
-    train = image_folder(root, "train", least_side=least_side)
-    test = image_folder(root, test_split)
-    if train.classes != test.classes:
-        raise InputError(
-            f"train and {test_split} in {root} must have the same class folders; "
-            f"only in train: {_missing(train.classes, test.classes)}; "
-            f"only in {test_split}: {_missing(test.classes, train.classes)}"
-        )
-    return train, test
+    root: str, wanted: Sequence[tuple[str, int | None]], max_megapixels: float
+) -> list[ImageFolderSource]:
+    """Splits (name, least side) of a folder, all with the labels of the first."""
+    train, *others = (
+        image_folder(root, split, least_side=side, max_megapixels=max_megapixels)
+        for split, side in wanted
+    )
+    for other in others:
+        if set(train.classes) != set(other.classes):
+            raise InputError(
+                f"train and {other.split} in {root} must have the same class folders; "
+                f"only in train: {_missing(train.classes, other.classes)}; "
+                f"only in {other.split}: {_missing(other.classes, train.classes)}{_too_deep(train)}"
+            )
+    return [train, *(other.numbered_as(train.classes) for other in others)]
+
+
+def _too_deep(train: sources.Source) -> str:
+    """A hint where all images lie in the folders of a single class folder, as classes would."""
+    folders = {posixpath.dirname(train.key(i)) for i in range(len(train))}
+    if train.num_classes != 1 or len(folders) < 2:
+        return ""
+    names = few({posixpath.basename(folder) for folder in folders})
+    return f"; the classes seem to be one folder too deep: {train.class_names[0]} holds {names}"
 
 
 def _missing(classes: tuple[str, ...], others: tuple[str, ...], most: int = 5) -> str:
@@ -200,12 +255,16 @@ def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
     return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
 
 
-def _check_unique(source: sources.Source, hashes: list[bytes]) -> None:
-    if len(set(hashes)) < len(hashes):
-        ((repeated, count),) = collections.Counter(hashes).most_common(1)
+def _check_unique(source: sources.Source, hashes: np.ndarray) -> None:
+    if len(np.unique(hashes[:, 0])) == len(hashes):  # the quick half of the answer
+        return
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    is_repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+    if is_repeated.any():
+        repeated = source.key(int(order[1:][is_repeated][0]))
+        count = sum(source.key(i) == repeated for i in range(len(source)))
         raise InputError(
-            f"{count} examples have the key {source.key(hashes.index(repeated))!r}; every key must "
-            "name one example"
+            f"{count} examples have the key {repeated!r}; every key must name one example"
         )
 
 

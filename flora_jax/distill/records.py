@@ -27,7 +27,14 @@ from etils import epath
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.data.batches import Batch, Batches
 from flora_jax.errors import InputError, MissingFileError, differences, listed
-from flora_jax.io.files import read_json, replacing, sha256, write_json_once
+from flora_jax.io.files import (
+    matching,
+    num_bytes,
+    read_json,
+    replacing,
+    sha256,
+    write_json_once,
+)
 
 FORMAT = 1
 META_FILE = "meta.json"
@@ -40,7 +47,7 @@ class Description:
     """What was predicted, from what, by whom: a folder serves the runs that agree with all of it.
 
     Attributes:
-      dataset: its name.
+      dataset: its name, for people: where the images lie changes no prediction.
       images: checksum of the training images' keys, in their order.
       num_images: of one epoch.
       batch_size: images a step over all processes.
@@ -125,7 +132,7 @@ class Part:
         return self.path.parent / f"{self.path.name}.sha256"
 
     def stored_bytes(self) -> int:
-        return self.path.stat().length if self.path.exists() else 0
+        return num_bytes(self.path) if self.path.exists() else 0
 
     def is_complete(self) -> bool:
         whole = self.stored_bytes() == len(self.steps) * self._block_bytes
@@ -268,7 +275,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
 
 
 def _check_meta(folder: epath.Path, expected: dict) -> None:
-    there = read_json(folder / META_FILE)
+    there = {**read_json(folder / META_FILE), "dataset": expected["dataset"]}
     differing = listed(differences({name: there.get(name) for name in expected}, expected))
     if differing:
         raise InputError(
@@ -277,7 +284,7 @@ def _check_meta(folder: epath.Path, expected: dict) -> None:
 
 
 def _check_disk(folder: epath.Path, description: Description) -> None:
-    stored = sum(path.stat().length for path in folder.glob("epoch_*.bin"))
+    stored = sum(map(num_bytes, matching(folder, "epoch_*.bin")))
     needed, free = description.num_bytes - stored, shutil.disk_usage(folder).free
     sizes = (
         f"predictions of {description.steps} steps take {description.num_bytes / 1e9:.3g} GB "

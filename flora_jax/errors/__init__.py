@@ -8,6 +8,7 @@ from flora_jax.errors.kinds import (
     MissingPackageError,
     RunError,
     StorageError,
+    UnknownNetworkError,
     UserError,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "MissingPackageError",
     "RunError",
     "StorageError",
+    "UnknownNetworkError",
     "UserError",
     "check_at_least",
     "check_between",

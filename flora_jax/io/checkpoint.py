@@ -23,8 +23,10 @@ from orbax.checkpoint import v1 as ocp
 
 from flora_jax.cluster.processes import wait_for_all
 from flora_jax.errors import InputError, MissingFileError, StorageError
-from flora_jax.io.files import absolute
+from flora_jax.io.files import matching
 from flora_jax.io.manifest import verify, write_manifest
+from flora_jax.io.paths import absolute
+from flora_jax.io.plain_names import plainly_named
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +54,12 @@ class Checkpoints:
         if keep_every < 0:
             raise ValueError(f"keep_every must be 0 or a number of steps, got {keep_every}")
         self._keep, self._keep_every = keep, keep_every
-        self._directory = absolute(directory)  # Orbax takes no other paths
-        self._directory.mkdir(parents=True, exist_ok=True)
+        absolute(directory).mkdir(parents=True, exist_ok=True)
+        self._directory = plainly_named(directory)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         if jax.process_index() == 0:
-            for half_written in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            for half_written in matching(self._directory, "*.orbax-checkpoint-tmp*"):
                 half_written.rmtree()
 
     def __enter__(self):
@@ -87,6 +89,10 @@ class Checkpoints:
         """The newest undamaged state, laid out like `state`; `state` itself when there is none.
 
         Damaged steps are moved to `directory`/damaged, so that training can save them again.
+
+        Raises:
+          InputError: an undamaged step is of another training, or was written where Orbax could
+            not write whole ones.
         """
         self._wait()
         step = self._newest_whole_step()
@@ -95,7 +101,12 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        return ocp.load(self._directory / str(step), target)
+        try:
+            return ocp.load(self._directory / str(step), target)
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            folder = self._directory / str(step)
+            raise InputError(f"{folder} is no state of this training: {reason}") from error
 
     def latest_path(self) -> epath.Path | None:
         """The newest complete step, once the last save has ended. Raises as `save`."""
@@ -149,7 +160,8 @@ def save_parameters(parameters: Parameters, folder: epath.PathLike) -> None:
 
     All processes call it together. `read_saved_parameters` reads it. Raises StorageError.
     """
-    folder = absolute(folder)
+    absolute(folder).parent.mkdir(parents=True, exist_ok=True)
+    folder = plainly_named(folder)
     try:
         if jax.process_index() == 0 and folder.exists():
             folder.rmtree()  # of a process that was killed
@@ -168,7 +180,7 @@ def has_saved_parameters(folder: epath.PathLike) -> bool:
 
 def read_saved_parameters(folder: epath.PathLike) -> Parameters:
     """What `save_parameters` wrote, on the host. Raises InputError where it is damaged."""
-    folder = absolute(folder)
+    folder = plainly_named(folder)
     try:
         verify(folder, _manifest(folder))
     except (OSError, ValueError) as error:
@@ -185,7 +197,7 @@ def read_parameters(directory: epath.PathLike) -> Parameters:
       MissingFileError: there is no checkpoint.
       InputError: every checkpoint is damaged.
     """
-    directory = absolute(directory)
+    directory = plainly_named(directory)
     if not _step_folders(directory):
         raise MissingFileError(f"no checkpoint in {directory}")
     reasons: list[str] = []

@@ -5,6 +5,7 @@ import fcntl
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -15,6 +16,9 @@ from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError, RunError, StorageError
+from flora_jax.io.paths import is_url, user_path
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -58,6 +62,7 @@ def locked(path: epath.PathLike) -> Iterator[None]:
 
     Raises:
       RunError: another process holds it; names that process.
+      StorageError: the folder cannot be written.
     """
     path = epath.Path(path)
     with _opened_to_lock(path) as file:
@@ -67,6 +72,12 @@ def locked(path: epath.PathLike) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip()
             raise RunError(f"{path.parent} is in use by another run: {holder}") from None
+        except OSError as error:  # Lustre, NFS and FUSE may lack locks, each in words of its own
+            log.warning(
+                "%s cannot be locked (%s): see that no second run starts there",
+                path.parent,
+                error.strerror,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -81,15 +92,22 @@ def _opened_to_lock(path: epath.Path) -> IO[str]:
         raise StorageError(f"{path.parent} cannot be written: {error}") from error
 
 
-def user_cache_dir(name: str) -> epath.Path:
-    """Where to keep what can be made again: $XDG_CACHE_HOME/flora_jax/name, or in ~/.cache."""
-    base = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return base.expanduser() / "flora_jax" / name
+def user_cache_dir(name: str) -> epath.Path | None:
+    """Where to keep what can be made again: $XDG_CACHE_HOME/flora_jax/name, or in ~/.cache.
 
-
-def is_url(path: epath.PathLike) -> bool:
-    """Whether this is on a service such as gs://, where no file can be locked or appended to."""
-    return "://" in os.fspath(path)
+    None, with a line in the log, where this user can keep nothing.
+    """
+    try:
+        base = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        folder = base / "flora_jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else f"{folder} cannot be written"
+    except (OSError, InputError) as error:
+        reason = str(error)
+    if reason:
+        log.info("no cache of %s: %s; set XDG_CACHE_HOME to a folder for it", name, reason)
+        return None
+    return folder
 
 
 @contextlib.contextmanager
@@ -103,9 +121,9 @@ def on_disk(path: epath.PathLike) -> Iterator[epath.Path]:
         yield path.copy(epath.Path(folder) / path.name)
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-    """The absolute path; a URL stays, before which epath would put the working directory."""
-    return epath.Path(path) if is_url(path) else epath.Path(path).resolve()
+def num_bytes(path: epath.Path) -> int:
+    """The size of a file; on a disk epath's `stat` fails where the owner is an unknown user."""
+    return path.stat().length if is_url(path) else os.stat(path).st_size
 
 
 def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:

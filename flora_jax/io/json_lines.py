@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from etils import epath
 
 from flora_jax.errors import StorageError
-from flora_jax.io.files import is_url, replacing
+from flora_jax.io.files import replacing
+from flora_jax.io.paths import is_url
 
 
 def read_lines(path: epath.PathLike) -> list[bytes]:

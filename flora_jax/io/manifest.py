@@ -3,7 +3,7 @@
 from etils import epath
 
 from flora_jax.errors import InputError
-from flora_jax.io.files import read_json, sha256, write_json
+from flora_jax.io.files import num_bytes, read_json, sha256, write_json
 
 
 def write_manifest(folder: epath.Path, manifest: epath.Path) -> None:
@@ -34,7 +34,7 @@ def verify(folder: epath.Path, manifest: epath.Path) -> None:
 
 
 def _fingerprint(path: epath.Path) -> dict:
-    return {"bytes": path.stat().length, "sha256": sha256(path)}
+    return {"bytes": num_bytes(path), "sha256": sha256(path)}
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:

@@ -79,8 +79,8 @@ def factorize(
       implementation: "masked", "sliced", or None for what suits the platform.
 
     Raises:
-      InputError: the model is not of the space's spec, the calibration is of another model, or the
-        implementation is unknown.
+      InputError: the model is not of the space's spec, the calibration is of another model, the
+        implementation is unknown, or a kernel has no factors that are finite; names the layer.
     """
     if model.spec != space.spec:
         raise InputError("the model's spec is not the spec of the rank space")
@@ -93,12 +93,24 @@ def factorize(
     short_of_rank = []
 
     def factors(layer: LinearShape, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if calibration is None:
-            return svd_factors(kernel, layer.singular_values_into)
-        moment = calibration.moment_of(layer)
-        if not calibration.is_full_rank(layer, moment):
-            short_of_rank.append(layer.name)
-        return svd_factors(kernel, layer.singular_values_into, calibration.shrunk(moment))
+        moment = None if calibration is None else calibration.moment_of(layer)
+        for what, values in {"kernel": kernel, "second moment of its input": moment}.items():
+            if values is not None and not np.isfinite(values).all():  # LAPACK might never return
+                raise InputError(f"{layer.name} cannot be factorised: its {what} is not finite")
+        if calibration is not None and moment is not None:
+            if not calibration.is_full_rank(layer, moment):
+                short_of_rank.append(layer.name)
+            moment = calibration.shrunk(moment)
+        try:
+            with np.errstate(over="ignore"):  # what exceeds the dtype is found below
+                pair = svd_factors(kernel, layer.singular_values_into, moment)
+        except np.linalg.LinAlgError as error:
+            raise InputError(f"{layer.name} cannot be factorised: {error}") from error
+        if not all(np.isfinite(factor).all() for factor in pair):
+            raise InputError(
+                f"{layer.name} cannot be factorised: its factors exceed {kernel.dtype}"
+            )
+        return pair
 
     # A thread a layer: LAPACK's own threads stall one another for minutes on a busy machine.
     with threadpool_limits(1), ThreadPoolExecutor(_num_threads(layers)) as pool:
@@ -127,6 +139,8 @@ def svd_factors(
     kernel: np.ndarray, singular_values_into: str, moment: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """kernel [in, out] -> down [R, in], up [R, out] with kernel = down.T @ up, R = min(in, out).
+
+    Half precision is factorised in float32; the factors have the kernel's dtype.
 
     Args:
       moment: float64 [in, in], positive definite: the error that the leading r components leave is

@@ -145,12 +145,12 @@ class Swin(Network):
             x = (x.reshape(-1, *position.shape) + position[None]).reshape(x.shape)
         return x
 
+    def normalised(self, x: jax.Array) -> jax.Array:
+        return self.norm(x).reshape(-1, self.spec.stages[-1].tokens, x.shape[-1])
+
     def classify(self, x: jax.Array) -> jax.Array:
         pooled = self.normalised(x).mean(1)
         return pooled if self.head is None else self.head(pooled)
-
-    def normalised(self, x: jax.Array) -> jax.Array:
-        return self.norm(x).reshape(-1, self.spec.stages[-1].tokens, x.shape[-1])
 
 
 def _blocks(

@@ -5,6 +5,7 @@ state, no window, and no display is needed.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -200,6 +201,8 @@ def padded_layout() -> ConstrainedLayoutEngine:
 def save_figure(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
+    with warnings.catch_warnings():  # names of runs may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(png, format="png", dpi=150)
     with replacing(path) as partial:
         partial.write_bytes(png.getvalue())

@@ -5,6 +5,7 @@ from typing import Any
 
 from flora_jax.comparison import Interval, budget_name, kind_of
 
+DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _FIRST_ROWS = ("dense", "slim", "uniform", "allocated", "subnet")
 _OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement")
@@ -28,10 +29,12 @@ def human_count(n: float) -> str:
 def named_entries(result: Mapping) -> dict[str, Any]:
     """What result.json holds by name of its row; a list of entries under the name of each budget.
 
-    Items of lists that have no "budget" are left out.
+    Items of lists that have no "budget" are left out, and what is said of the data.
     """
     named: dict[str, Any] = {}
     for name, value in result.items():
+        if name == DATA:
+            continue
         if isinstance(value, list):
             entries = [item for item in value if isinstance(item, Mapping) and "budget" in item]
             named |= {budget_name(name, entry["budget"]): entry for entry in entries}

@@ -7,6 +7,7 @@ import logging
 from etils import epath
 
 from flora_jax.errors import InputError, differences
+from flora_jax.io.files import num_bytes
 from flora_jax.io.json_lines import read_lines
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candi
         raise InputError(f"history {path} belongs to another search ({told}); use another path")
     generations = _generations(lines)
     complete = lines[: 1 + len(generations)]
-    if sum(map(len, complete)) < path.stat().length:
+    if sum(map(len, complete)) < num_bytes(path):
         log.warning("history %s is cut behind its %d complete generations", path, len(generations))
     return complete, generations
 

@@ -10,6 +10,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.slim.gates import GATE_NAMES, Gated, add_gates
 from flora_jax.slim.masks import Masks
+from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.pretrained import from_state_dict as dense_from_state_dict
 
 _PUBLISHED_NAMES = {"attn": "attn.zeta", "mlp": "mlp.zeta", "patch": "attn.patch_zeta"}
@@ -20,8 +21,9 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], spec: Spec, attention: str
     blocks.N.attn.patch_zeta, blocks.N.mlp.zeta.
 
     Raises:
-      InputError: weights or gates are missing, or of another shape than the spec's.
+      InputError: weights or gates are missing, NaN, or of another shape than the spec's.
     """
+    arrays = without_prefix(arrays, spec)
     weights = {name: a for name, a in arrays.items() if not name.endswith("zeta")}
     gated = add_gates(dense_from_state_dict(weights, spec), attention)
     parameters, gates = functional.split(gated.network)[1], dict[str, np.ndarray]()
@@ -38,6 +40,8 @@ def from_state_dict(arrays: Mapping[str, np.ndarray], spec: Spec, attention: str
                     f"{source} has shape {value.shape}, expected {shape} for the gates of "
                     f"attention={attention!r} in this spec"
                 )
+            if np.isnan(value).any():
+                raise InputError(f"the gates {source} are NaN")
             gates[name] = value.reshape(shape)
     return gated.with_gates(gates)
 

@@ -110,23 +110,24 @@ def _readers(name: str, stages: Iterable[str]) -> list[str]:
 
 def has_results(folder: epath.Path, stages: Iterable[str]) -> bool:
     """Whether any of these stages has left something in the folder of a run."""
-    return any(True for _ in _outputs(folder, stages))
+    return any(True for _ in outputs(folder, stages))
 
 
 def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
     """Moves what these stages have left to the next free folder earlier/N, if there is anything."""
-    outputs = list(_outputs(folder, stages))
-    if not outputs:
+    made = list(outputs(folder, stages))
+    if not made:
         return
     numbers = itertools.count(1)
     aside = next(p for n in numbers if not (p := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
-    for path in outputs:
+    for path in made:
         path.rename(aside / path.name)
     log.info("what %s had made is in %s", ", ".join(stages), aside)
 
 
-def _outputs(folder: epath.Path, stages: Iterable[str]) -> Iterator[epath.Path]:
+def outputs(folder: epath.Path, stages: Iterable[str]) -> Iterator[epath.Path]:
+    """What these stages have left in the folder of a run."""
     for stage in stages:
         for pattern in _OUTPUTS[stage]:
             yield from matching(folder, pattern)

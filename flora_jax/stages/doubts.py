@@ -91,10 +91,13 @@ def check_not_chance(settings: Settings, top1: float, num_images: int) -> None:
     Raises:
       InputError: it could be that of guessing (one-sided, 95 %).
     """
-    chance = 1 / settings.model.num_classes
-    bound = chance + 1.64 * math.sqrt(chance * (1 - chance) / num_images)
     compresses = set(settings.stages) - {"pretrain", "evaluate", "report"}
-    if not settings.refuse_near_chance or not compresses or top1 > bound:
+    classes = settings.model.num_classes
+    if not settings.refuse_near_chance or not compresses or not classes:
+        return
+    chance = 1 / classes
+    bound = chance + 1.64 * math.sqrt(chance * (1 - chance) / num_images)
+    if top1 > bound:
         return
     if settings.pretrained and not settings.train_pretrained:
         advice = (

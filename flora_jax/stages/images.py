@@ -1,13 +1,17 @@
 """The images of a run: what it trains with, searches with and reports on."""
 
+import contextlib
 import functools
+import hashlib
+import logging
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.batches import eval_batches
-from flora_jax.data.sources import Source
+from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, hold_out, load_splits, subset
 from flora_jax.evaluation import EvaluationSet, HeldOut
 from flora_jax.lowrank.calibration import BATCH_SIZE
@@ -15,6 +19,9 @@ from flora_jax.lowrank.space import RankSpace
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.training.loop import Evaluator
+
+log = logging.getLogger(__name__)
+_SIZES = 16  # so many images' sizes tell a dataset from a smaller copy of it
 
 
 class Images:
@@ -29,9 +36,11 @@ class Images:
             seed=settings.seed,
             data_dir=data.data_dir or None,
             test_split=data.test_split or None,
+            heldout_split=data.heldout_split or None,
             on_bad_image=data.on_bad_image,
             classes=data.classes,
             least_side=data.augmentation.train(self._image_shape).least_side,
+            max_megapixels=data.max_megapixels,
         )
 
     @property
@@ -39,17 +48,39 @@ class Images:
         return self.splits.train
 
     @functools.cached_property
+    def signature(self) -> str:
+        """Tells these images from others, wherever they lie: names and labels, and some sizes."""
+        digest = hashlib.sha256()
+        splits = self.splits
+        for source in (splits.train, splits.heldout, splits.test):
+            names = "\0".join(map(source.key, range(len(source))))
+            digest.update(
+                f"{source.num_classes} {len(source)} {names}".encode(errors="surrogateescape")
+            )
+        for source in (splits.train, splits.heldout):  # to know those of a TFDS test
+            digest.update(np.asarray(source.labels, "<i4").tobytes())  # split, all of it is read
+        for index in np.linspace(0, len(splits.test) - 1, _SIZES).astype(int):
+            with contextlib.suppress(BadImageError):
+                digest.update(str(splits.test[int(index)]["image"].shape).encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
     def heldout_set(self) -> EvaluationSet:
         """The held-out images, which stay on the devices while the run goes on."""
         return self.evaluation_set(self.splits.heldout)
 
     def evaluation_set(self, source: Source) -> EvaluationSet:
-        """Every image of a source, on the devices."""
+        """Every image of a source that can be decoded, on the devices."""
         data = self._settings.data
         size = min(data.eval_batch_size, len(source))
         size = -(-size // jax.device_count()) * jax.device_count()
         transform = data.augmentation.evaluation(self._image_shape)
-        return EvaluationSet(eval_batches(source, transform, size), data.normalization)
+        found = EvaluationSet(eval_batches(source, transform, size), data.normalization)
+        if skipped := len(source) - found.num_images:
+            log.warning(
+                "%d of %d images cannot be decoded and count in no mean", skipped, len(source)
+            )
+        return found
 
     def evaluators(self, space: RankSpace | None = None) -> list[Evaluator]:
         """What looks at a model while it trains, at a supernet of this space or a plain one.
@@ -61,7 +92,10 @@ class Images:
         return [HeldOut(self.heldout_set, space, self._settings.metric)]
 
     def without_augmentation(self, number: int, purpose: str) -> Iterator[np.ndarray]:
-        """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call."""
+        """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call.
+
+        Those that cannot be decoded are left out.
+        """
         return (images for images, _ in self.labelled(number, purpose))
 
     def labelled(self, number: int, purpose: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -72,8 +106,9 @@ class Images:
         transform = data.augmentation.evaluation(self._image_shape)
         size = min(data.eval_batch_size, BATCH_SIZE)
         for batch in eval_batches(source, transform, size, data.num_threads):
-            is_image = batch["mask"] > 0
-            yield batch["image"][is_image], batch["label"][is_image]
+            is_image = true_in_all(batch["mask"] > 0)
+            if is_image.any():
+                yield batch["image"][is_image], batch["label"][is_image]
 
     def filter_part(self) -> Source:
         """The training images that local supernets see."""

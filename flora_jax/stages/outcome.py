@@ -13,6 +13,7 @@ from flora_jax.comparison import baseline_pairs, compare
 from flora_jax.evaluation import evaluate_images, top1
 from flora_jax.io.files import matching, read_json, replacing, write_json_once
 from flora_jax.io.json_lines import read_records
+from flora_jax.io.paths import as_text
 from flora_jax.models.spec import Spec
 from flora_jax.report import plots, slim_plots, table
 from flora_jax.search.history import read_history
@@ -71,6 +72,15 @@ def evaluate(run: Run, images: Images) -> None:
             result[kind] = entries[name]
         else:
             result.setdefault(kind, []).append(entries[name])
+    result[table.DATA] = {
+        "classes": list(images.splits.train.class_names),
+        "left_out": {
+            "train": images.splits.train.left_out,
+            "test": images.splits.test.left_out,
+        },
+        "test_images": test_set.num_images,
+        "skipped_test_images": len(images.splits.test) - test_set.num_images,
+    }
     write_json_once(run.folder / "result.json", result)
 
 
@@ -132,6 +142,8 @@ def report(run: Run, images: Images) -> None:
 @by_the_first
 def _show_once(directory: epath.Path, result: dict, figures: dict[str, Figure]) -> None:
     print(f"\n{table.comparison_table(result)}\n")
+    if skipped := result.get(table.DATA, {}).get("skipped_test_images"):
+        print(f"{skipped} test images could not be decoded and count for no model.\n")
     for name, figure in figures.items():
         plots.save_figure(figure, directory / name)
         print(f"Picture: {directory / name}")
@@ -146,7 +158,7 @@ def _slim_figure(run: Run, images: Images) -> Figure:
         masks,
         image=run.settings.data.normalization.invert(image),
         num_prefix_tokens=run.spec.num_prefix_tokens,
-        title=f"{run.folder.name}: gates and what they leave",
+        title=f"{as_text(run.folder.name)}: gates and what they leave",
     )
 
 
@@ -180,7 +192,7 @@ def _search_figure(run: Run, result: dict) -> Figure:
         curves=_loss_curves(metrics),
         accuracies=_accuracies(metrics),
         uniform_ratios=uniform_ratios,
-        title=f"{run.folder.name}: "
+        title=f"{as_text(run.folder.name)}: "
         + ", ".join(table.human_count(spec.macs()) for spec in subnets.values())
         + f" of {table.human_count(run.spec.macs())} multiply-adds",
     )

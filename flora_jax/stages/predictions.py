@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from flora_jax.distill.stored_teacher import StoredTeacher
 from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.files import matching
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_base, load_dense
 from flora_jax.stages.training import stored_teacher
@@ -43,7 +44,7 @@ def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
         ("supernet", settings.supernet),
         ("finetune/*", settings.finetune),
     ):
-        for folder in sorted(run.folder.glob(f"{pattern}/predictions")):
+        for folder in matching(run.folder, f"{pattern}/predictions"):
             name = str(folder.parent.relative_to(run.folder))
             is_alone = name.endswith("_alone")  # trained as the supernet was
             own = settings.supernet if is_alone else recipe

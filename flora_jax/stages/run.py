@@ -18,6 +18,8 @@ Folder of a run:
   finetune/         their training runs
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
   result.json, test_images.safetensors, report.png
+  config.json, images.json      the settings, and the signature of the images
+  classes.json      the names of the classes by label, here and beside each finished model
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ import dataclasses
 from etils import epath
 
 from flora_jax.io.files import read_json
+from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, factorize
 from flora_jax.models.network import Network
@@ -32,7 +35,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.stages.settings import Settings
 from flora_jax.weights import folder
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, IMAGES_FILE = "config.json", "images.json"
 INHERITED = "inherited"
 
 
@@ -46,7 +49,7 @@ class Run:
     @classmethod
     def open(cls, folder: epath.PathLike) -> "Run":
         """The run that was made in this folder."""
-        folder = epath.Path(folder)
+        folder = user_path(folder)
         return cls(saved_settings(folder), folder)
 
     @property
@@ -56,7 +59,7 @@ class Run:
 
 def has_run(folder: epath.PathLike | None) -> bool:
     """Whether a run was started in this folder."""
-    return folder is not None and (epath.Path(folder) / CONFIG_FILE).exists()
+    return folder is not None and (user_path(folder) / CONFIG_FILE).exists()
 
 
 def saved_settings(folder: epath.Path) -> Settings:

@@ -5,10 +5,12 @@ Configs take their defaults here, so that each stands in one place.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from flora_jax.data.augment import Augmentation
+from flora_jax.data.decoding import MAX_MEGAPIXELS
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, check_at_least, check_between, check_known
 from flora_jax.lowrank.calibration import SHRINKAGE
@@ -39,8 +41,10 @@ class DataSettings:
     """Which images a run uses, and how they are prepared.
 
     Attributes:
-      name, data_dir, test_split, on_bad_image, heldout_fraction: as in `load_splits`; an empty
-        data_dir or test_split stands for the default.
+      name, data_dir, test_split, heldout_split, on_bad_image, heldout_fraction: as in
+        `load_splits`; an empty data_dir or split stands for the default.
+      max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
+        a bad image.
       classes: some of the dataset's, numbered anew; empty: all.
       mean, std: of the pixels, one a channel.
       num_threads: that prepare training batches.
@@ -50,7 +54,9 @@ class DataSettings:
     name: str = "tfds:imagenet2012"
     data_dir: str = ""
     test_split: str = ""
+    heldout_split: str = ""
     on_bad_image: str = "raise"
+    max_megapixels: float = MAX_MEGAPIXELS
     classes: tuple[int, ...] = ()
     heldout_fraction: float = 0.02
     augmentation: Augmentation = Augmentation("deit", _DEIT_AUGMENTATION)
@@ -62,6 +68,7 @@ class DataSettings:
 
     def __post_init__(self):
         check_between(self, 0, 1, "heldout_fraction")
+        check_between(self, 0, math.inf, "max_megapixels")
         check_at_least(self, 1, "eval_batch_size")
         check_at_least(self, 0, "num_threads", "num_workers")
         Normalization(self.mean, self.std)  # checks them

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Container
 
 import jax
-from etils import epath
 
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
@@ -22,6 +22,7 @@ from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.timing import median_ratio
 from flora_jax.training.settings import Recipe
+from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.folder import SPEC_FILE
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -85,16 +86,21 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
     if not reads or reads[0] in done:
         return
-    if "transfer" in settings.stages and not (epath.Path(path or "none") / SPEC_FILE).exists():
+    place = user_path(path or "none")
+    if "transfer" in settings.stages and not (place / SPEC_FILE).exists():
         raise MissingFileError(
             f"transfer needs the folder of a finished model: pretrained={path!r}"
         )
-    if path and not epath.Path(path).exists():
+    if path and not place.exists():
         raise MissingFileError(f"pretrained: no file or folder {path}")
     if path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the stage itself warns
-            from_pretrained(path, network_spec(settings))
+            warnings.simplefilter("error", NotFiniteWarning)
+            try:
+                from_pretrained(path, network_spec(settings))
+            except NotFiniteWarning as found:
+                raise InputError(f"{path}: {found}") from None
 
 
 def _check_latency(settings: Settings, spec: Spec) -> None:

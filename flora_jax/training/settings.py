@@ -22,6 +22,8 @@ class Hyperparameters:
       compute_dtype: "float32" or "bfloat16" for activations; parameters stay float32.
       ema_decay: decay of an exponential moving average of the parameters, which is then the
         result of the stage; 0 for none.
+      distill_features: weight, beside a teacher's soft targets, of how far the tokens after the
+        last norm are from the teacher's: squared error as a share of their square; 0 for none.
       label_smoothing: share of the target mass spread over all classes (not with a teacher).
       mixup, cutmix: parameters of the Beta distributions that images of a batch are mixed by; 0
         for none.
@@ -47,6 +49,7 @@ class Hyperparameters:
     accumulate: int = 1
     compute_dtype: str = "float32"
     ema_decay: float = 0.0
+    distill_features: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -61,7 +64,7 @@ class Hyperparameters:
     def __post_init__(self):
         check_at_least(self, 1, "batch_size", "accumulate", "log_every", "checkpoint_every")
         check_at_least(self, 0, *_RATES, "weight_decay", "mixup", "cutmix", "keep_every")
-        check_at_least(self, 0, "checkpoint_minutes")
+        check_at_least(self, 0, "checkpoint_minutes", "distill_features")
         if not self.clip_norm > 0:
             raise InputError(f"clip_norm must be above 0, got {self.clip_norm}")
         check_known(self, "compute_dtype", COMPUTE_DTYPES)
@@ -134,6 +137,11 @@ class Recipe(Hyperparameters):
         if self.keep_best and not self.evaluate_epochs:
             raise InputError("keep_best needs evaluations: evaluate_epochs must be above 0")
         check_at_least(self, 1, "repeats")
+        if self.distill_features and (self.stored_predictions or not self.distill):
+            raise InputError(
+                "distill_features needs a teacher in every step: distill=True and "
+                "stored_predictions=False"
+            )
         if self.distill and self.stored_predictions and (self.mixup or self.cutmix):
             raise InputError(
                 "stored predictions are of single images and cannot teach mixed ones; set mixup "

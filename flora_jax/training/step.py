@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
+from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
@@ -75,20 +76,37 @@ def teacher_targets(
     structure: Structure, parameters: Parameters, images: jax.Array, run: RunBlocks = run_blocks
 ) -> jax.Array:
     """A teacher's probabilities for normalised images, float32 [B, classes]."""
-    logits = _logits(structure, parameters, images, run=run)
+    return _probabilities(_forward(structure, parameters, images, run=run)[0])
+
+
+def _probabilities(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 
-def _logits(
+def _forward(
     structure: Structure,
     parameters: Parameters,
     images: jax.Array,
     genes: jax.Array | None = None,
     run: RunBlocks = run_blocks,
-) -> jax.Array:
-    """The logits of a model, computed in the dtype of the images."""
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, classes] and features [B, N, D] of a model, in the dtype of the images."""
     parameters = jax.tree.map(lambda p: p.astype(images.dtype), parameters)
-    return functional.merge(structure, parameters, genes)(images, run)
+    network = functional.merge(structure, parameters, genes)
+    tokens = run(network.blocks, network.embed(images))
+    return network.classify(tokens), network.normalised(tokens)
+
+
+def feature_error(features: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error of features [B, N, D], a token's as a share of its target's square; mean."""
+    if features.shape != target.shape:
+        raise InputError(
+            f"features have shape {features.shape[1:]}, the teacher's {target.shape[1:]}: a "
+            f"network whose tokens leave cannot learn from them, set distill_features to 0"
+        )
+    wide, wide_target = features.astype(jnp.float32), target.astype(jnp.float32)
+    error = jnp.square(wide - wide_target).sum(-1)
+    return (error / (jnp.square(wide_target).sum(-1) + 1e-6)).mean()
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,17 +132,20 @@ def make_step(
     optimizer = make_optimizer(settings, structure.undecayed)
     dtype = jnp.dtype(settings.compute_dtype)
     run = Loop(settings.rematerialize) if settings.loop_over_blocks else run_blocks
-    forward: Callable = functools.partial(_logits, structure, run=run)
+    forward: Callable = functools.partial(_forward, structure, run=run)
     if settings.rematerialize and not settings.loop_over_blocks:
         blocks_alone = jax.checkpoint_policies.save_only_these_names(BLOCK_OUTPUT)
         forward = jax.checkpoint(forward, policy=blocks_alone)
 
     def loss(parameters, images, targets, genes, teacher_parameters):
-        logits = forward(parameters, images, genes)
+        logits, features = forward(parameters, images, genes)
+        extra = jnp.float32(0) if penalty is None else penalty(parameters)
         if teacher_structure is not None:
-            targets = teacher_targets(teacher_structure, teacher_parameters, images, run)
-        task = task_loss(logits, targets)
-        return task if penalty is None else task + penalty(parameters)
+            taught, target = _forward(teacher_structure, teacher_parameters, images, run=run)
+            targets = _probabilities(taught)
+            if settings.distill_features:
+                extra += settings.distill_features * feature_error(features, target)
+        return task_loss(logits, targets) + extra
 
     def loss_and_gradient(parameters, images, targets, genes, teacher_parameters):
         value_and_grad = jax.value_and_grad(loss)

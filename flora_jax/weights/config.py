@@ -1,9 +1,13 @@
 """What network a folder holds, whoever wrote it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from etils import epath
 
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
+from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.weights import hugging_face_config, timm_config
 from flora_jax.weights.folder import SPEC_FILE, load_spec
@@ -18,7 +22,7 @@ def read_spec(folder: epath.PathLike) -> Spec:
       MissingFileError: neither a spec.json nor a config.json is there.
       InputError: a network that this library cannot build; says why.
     """
-    folder = epath.Path(folder)
+    folder = user_path(folder)
     if (folder / SPEC_FILE).exists():
         return load_spec(folder)
     path = folder / CONFIG_FILE
@@ -31,7 +35,24 @@ def read_spec(folder: epath.PathLike) -> Spec:
         raise InputError(f"{path}: {error}") from error
 
 
-def spec_of_config(config: dict) -> Spec:
-    """The spec of a config.json's content. Raises InputError for one that is not known."""
-    is_timm = "architecture" in config
-    return (timm_config if is_timm else hugging_face_config).spec_of_config(config)
+def spec_of_config(config: Any) -> Spec:
+    """The spec of a config.json's content.
+
+    Raises:
+      UnknownNetworkError: it names a kind of network that is not known here.
+      InputError: it asks what that kind of network cannot be here.
+    """
+    if not isinstance(config, Mapping):
+        raise UnknownNetworkError("expected an object with fields")
+    if _is_timm(config):
+        return timm_config.spec_of_config(config)
+    return hugging_face_config.spec_of_config(config)
+
+
+def says(config: Mapping, field: str) -> bool:
+    """Whether a config.json itself says a field of its spec: timm's do, by the architecture."""
+    return _is_timm(config) or hugging_face_config.says(config, field)
+
+
+def _is_timm(config: Mapping) -> bool:
+    return "architecture" in config

@@ -6,6 +6,7 @@ from safetensors.numpy import save
 
 from flora_jax.errors import InputError
 from flora_jax.io.files import replacing
+from flora_jax.io.paths import user_path
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -22,7 +23,7 @@ def export_timm(model: Network, path: epath.PathLike) -> None:
     Raises:
       InputError: the model is a supernet, or `path` does not end in .safetensors.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     if isinstance(model, Supernet):
         raise InputError("a supernet holds many networks: extract one first, then export it")
     if path.suffix != ".safetensors":

@@ -10,14 +10,23 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.checkpoint import (
     has_saved_parameters,
     read_parameters,
     read_saved_parameters,
     save_parameters,
 )
-from flora_jax.io.files import on_disk, read_json, replacing, sha256, write_json, write_json_once
+from flora_jax.io.files import (
+    matching,
+    on_disk,
+    read_json,
+    replacing,
+    sha256,
+    write_json,
+    write_json_once,
+)
+from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, abstract_supernet
 from flora_jax.models import functional
@@ -50,7 +59,7 @@ def save(model: Network | Supernet, path: epath.PathLike) -> None:
 
     The description is written last, so that a folder with one is complete.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
     with replacing(path / WEIGHTS_FILE) as partial:
         partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
@@ -74,9 +83,10 @@ def load(path: epath.PathLike) -> Network | Supernet:
 
     Raises:
       MissingFileError: nothing to open at `path`.
-      InputError: the folder was written by a newer version, or its content is damaged.
+      InputError: the folder was written by a newer version, its content is damaged, or a parameter
+        is NaN or infinite; names it.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     description = _read_description(path)
     spec = spec_from_json(description["spec"])
     if (path / WEIGHTS_FILE).exists():
@@ -85,6 +95,8 @@ def load(path: epath.PathLike) -> Network | Supernet:
         parameters = read_saved_parameters(path / PARAMETERS)
     else:
         parameters = read_parameters(path / CHECKPOINTS)
+    if not_finite := [name for name, p in parameters.items() if not np.isfinite(p).all()]:
+        raise InputError(f"{path} holds parameters that are NaN or infinite: {few(not_finite)}")
     if description["space"] is None:
         return functional.with_parameters(create_abstract(spec), parameters)
     supernet = abstract_supernet(RankSpace.from_json(spec, description["space"]))
@@ -109,12 +121,12 @@ def load_supernet(path: epath.PathLike) -> Supernet:
 
 def load_spec(path: epath.PathLike) -> Spec:
     """Reads the spec of a saved model, without its weights. Raises as `load`."""
-    return spec_from_json(_read_description(epath.Path(path))["spec"])
+    return spec_from_json(_read_description(user_path(path))["spec"])
 
 
 def _read_description(path: epath.Path) -> dict:
     if not (path / SPEC_FILE).exists():
-        found = sorted(p.parent.name for p in path.glob(f"*/{SPEC_FILE}")) if path.exists() else []
+        found = [p.parent.name for p in matching(path, f"*/{SPEC_FILE}")]
         hint = f"; inside it are {', '.join(found)}" if found else ""
         raise MissingFileError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
     description = read_json(path / SPEC_FILE)

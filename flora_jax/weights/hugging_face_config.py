@@ -3,15 +3,26 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flora_jax.errors import InputError, unknown
+from flora_jax.errors import InputError, UnknownNetworkError, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 
 Config = Mapping[str, Any]
 
+# Fields of a spec that a file may leave to transformers' defaults, by their names there.
+_SAID_AS = {
+    "num_heads": ("num_attention_heads", "num_heads"),
+    "layer_norm_eps": ("layer_norm_eps",),
+    "activation": ("hidden_act",),
+    "rope_theta": ("rope_theta", "rope_parameters"),
+    "image_size": ("image_size",),
+    "window_size": ("window_size",),
+}
+
 _ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
@@ -26,15 +37,31 @@ def spec_of_config(config: Config) -> Spec:
 
     Of a model for images and texts it is that of the images' network. A field that the file leaves
     out has the default it has in transformers. Without a classifier among the `architectures` the
-    network has none: it gives its pooled feature.
+    network has none: it gives its pooled feature. What is null says nothing.
 
     Raises:
-      InputError: another model_type, or a network that this library cannot build; says why.
+      UnknownNetworkError: another model_type.
+      InputError: a network that this library cannot build; says why.
     """
     model_type = config.get("model_type")
     if model_type not in _READERS:
-        raise InputError(unknown("model_type", str(model_type), _READERS))
-    return _READERS[model_type](config)
+        raise UnknownNetworkError(unknown("model_type", str(model_type), _READERS))
+    return _READERS[model_type](_said(config))
+
+
+def says(config: Config, field: str) -> bool:
+    """Whether the file itself says this field of its spec, and no default of transformers."""
+    said = _said(_of_images(_said(config)))
+    return field not in _SAID_AS or any(name in said for name in _SAID_AS[field])
+
+
+def _said(config: Config) -> Config:
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _of_images(config: Config) -> Config:
+    """The part of a model for images and texts that its images' network is in."""
+    return config.get("vision_config", config)
 
 
 def _vit(config: Config) -> ViTSpec:
@@ -111,7 +138,7 @@ def _clip(config: Config) -> ViTSpec:
             f"{_class_of(config)} averages tokens without a norm, which no spec here does; "
             f"CLIPVisionModel is the same network without the classifier"
         )
-    config = config.get("vision_config", config)
+    config = _said(_of_images(config))
     return ViTSpec(
         **_sizes(config, patch_size=32, layer_norm_eps=1e-5),
         **_mlp(config, hidden_act="quick_gelu"),
@@ -123,7 +150,7 @@ def _clip(config: Config) -> ViTSpec:
 
 def _siglip(config: Config) -> ViTSpec:
     num_classes = _num_classes(config)
-    config = config.get("vision_config", config)
+    config = _said(_of_images(config))
     has_pool = bool(config.get("vision_use_head", True)) and not num_classes
     return ViTSpec(
         **_sizes(config, layer_norm_eps=1e-6),

@@ -12,7 +12,7 @@ import numpy as np
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import POOLS, POSITIONS, ViTSpec
-from flora_jax.weights.layouts import Layout, is_buffer
+from flora_jax.weights.detect import Layout, is_buffer
 from flora_jax.weights.rows import Table
 
 # Fields of a spec that decide which weights there are, and so can be read off a file's names.
@@ -41,8 +41,14 @@ def misfits(table: Table, keys: Collection[str]) -> tuple[set[str], set[str]]:
     return wanted - found, found - wanted
 
 
-def fields_to_set(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> str:
-    """ "; set FIELD=VALUE in the spec", with the fields under which most of a file fits; or ""."""
+def advice(fields: Mapping[str, Any]) -> str:
+    """What an error says of fields that should have these values; nothing where there are none."""
+    listed = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    return f"; set {listed} in the spec" if fields else ""
+
+
+def fields_to_set(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields under which most of a file's names fit, where they are not those of the spec."""
     changes = sizes_in(layout, spec, arrays)
     changes.pop("positions", None)  # another prefix may be the reason
     of_spec = [field.name for field in dataclasses.fields(spec)]
@@ -60,8 +66,7 @@ def fields_to_set(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) 
                 best, fewest = tried, number
         is_better, changes = best is not changes, best
     ordered = sorted(changes, key=[*_OPTIONS, *of_spec].index)
-    fields = ", ".join(f"{name}={changes[name]!r}" for name in ordered)
-    return f"; set {fields} in the spec" if changes else ""
+    return {name: changes[name] for name in ordered}
 
 
 def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> di
         blocks = [int(match[1]) for match in map(_BLOCK.search, arrays) if match]
         found["depth"] = max(blocks, default=spec.depth - 1) + 1
         found["num_registers"] = next(
-            (a.shape[1] for name, a in arrays.items() if _is_registers(name, a)),
+            (a.shape[1] for name, a in arrays.items() if _is_registers(name, a, arrays)),
             0 if "reg_token" not in shapes else spec.num_registers,
         )
         found |= _positions(spec, shapes.get("pos_embed", ()))
@@ -93,8 +98,11 @@ def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> di
     return {name: value for name, value in found.items() if value != getattr(spec, name)}
 
 
-def _is_registers(name: str, array: np.ndarray) -> bool:
-    return name.endswith(("reg_token", "register_tokens")) and np.ndim(array) == 3
+def _is_registers(name: str, array: np.ndarray, names: Collection[str]) -> bool:
+    endings: tuple[str, ...] = ("reg_token", "register_tokens")
+    if "distillation_classifier.weight" not in names:
+        endings += (".distillation_token",)  # that nobody classifies
+    return name.endswith(endings) and np.ndim(array) == 3
 
 
 def _positions(spec: ViTSpec, shape: tuple[int, ...]) -> dict[str, str]:

@@ -1,34 +1,29 @@
 """Pretrained weights in: any known layout of names, fitted to a spec."""
 
-import collections
-import dataclasses
-import logging
-import math
-import warnings
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flora_jax.errors import InputError, MissingFileError, few
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
-from flora_jax.models.factory import create, create_abstract
-from flora_jax.models.network import CLASSIFIERS, Network
+from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.beside import check_description
 from flora_jax.weights.config import CONFIG_FILE, read_spec
+from flora_jax.weights.detect import without_prefix
+from flora_jax.weights.fit import fitted
 from flora_jax.weights.folder import SPEC_FILE, load_model
-from flora_jax.weights.layouts import Layout, detect
-from flora_jax.weights.misfits import fields_to_set, misfits, sizes_in
-from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
-from flora_jax.weights.rows import Table
 from flora_jax.weights.state_dict import read_state_dict
 
-log = logging.getLogger(__name__)
-
-HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+HUGGING_FACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def from_pretrained(
@@ -38,33 +33,37 @@ def from_pretrained(
 
     Args:
       path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of PyTorch (needs torch); a
-        folder written by `flora_jax.save`; or a Hugging Face folder.
-      spec: the model to make; a folder that says what it holds, in our spec.json or in the
-        config.json of Hugging Face or timm, needs none. How the weights are fitted to
-        it, and what strict means, says `from_state_dict`.
+        folder written by `flora_jax.save`; or a Hugging Face folder, in one file or several.
+      spec: the model to make; a folder that says what it holds, in our `spec.json` or in the
+        `config.json` of Hugging Face or timm, needs none. How the weights are fitted to it, and
+        what strict means, says `from_state_dict`. What stands beside the weights must not
+        contradict it; with strict=False that is a warning.
 
     Raises:
       MissingFileError: nothing to read at `path`.
       MissingPackageError: a PyTorch file, and torch is not installed.
-      InputError: not a file of weights, no spec, or weights that do not fit it.
+      InputError: not a file of weights, no spec, one that the file beside the weights contradicts,
+        or weights that do not fit it; names the file.
     """
-    path = epath.Path(path)
-    if (path / SPEC_FILE).exists():
+    path = user_path(path)
+    is_own = (path / SPEC_FILE).exists()
+    if not is_own and path.is_dir():
+        folder, path = path, _file_in(path)
+        if spec is None and (folder / CONFIG_FILE).exists():
+            spec = read_spec(folder)
+    if spec is not None:
+        check_description(path, spec, strict)
+    if is_own:
         return _from_own_folder(path, spec, strict)
-    if path.is_dir():
-        files = [path / name for name in HUGGING_FACE_FILES if (path / name).exists()]
-        if not files:
-            expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
-            raise MissingFileError(f"{path} has no weights; looked for {expected}")
-        if spec is None and (path / CONFIG_FILE).exists():
-            spec = read_spec(path)
-        path = files[0]
     if spec is None:
         raise InputError(
             f"{path} does not say what model it belongs to: pass a spec, such as "
             f"flora_jax.deit('base')"
         )
-    return _fitted(_without_module(read_state_dict(path)), spec, strict)
+    arrays = read_state_dict(path)
+    with _naming(path):
+        arrays = without_prefix(arrays, spec)
+        return fitted(arrays, spec, strict)
 
 
 def from_state_dict(
@@ -72,21 +71,32 @@ def from_state_dict(
 ) -> Network:
     """A model with these weights, under the names of timm, Hugging Face, a release, or our own.
 
-    Position embeddings and relative position tables of another size are interpolated. A classifier
-    of another number of classes gives way to one of zeros, with a warning. Factor
-    pairs of a compressed model are taken at the ranks they have.
+    What wrappers put before every name is left out. Position embeddings and relative position
+    tables of another size are interpolated. A classifier that is missing, or has another number of
+    classes, gives way to one of zeros, with a warning; a spec without classes leaves it out. Factor
+    pairs of a compressed model are taken
+    at the ranks they have. What is NaN or infinite is named by a NotFiniteWarning: it can be looked
+    at, but neither factorised nor trained.
 
     Args:
-      arrays: numpy arrays by name.
+      arrays: numpy arrays by name; float16, bfloat16, float32 or float64.
       spec: the model to make; a dense one takes the ranks of stored factor pairs.
       strict: False leaves missing weights at random values and ignores unexpected ones, with a
         warning that names them.
 
     Raises:
-      InputError: unknown names, weights of another family, missing or unexpected ones, or one of
-        another shape or rank than the spec's.
+      InputError: unknown names, weights of another family, missing or unexpected ones, one of
+        another shape, rank or kind of number than the spec's.
     """
-    return _fitted(_without_module(arrays), spec, strict)
+    return fitted(without_prefix(arrays, spec), spec, strict)
+
+
+def _file_in(folder: epath.Path) -> epath.Path:
+    for name in HUGGING_FACE_FILES:
+        if (folder / name).exists():
+            return folder / name
+    expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
+    raise MissingFileError(f"{folder} has no weights; looked for {expected}")
 
 
 def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Network:
@@ -94,148 +104,14 @@ def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Netwo
     if spec is None or spec == model.spec:
         return model
     parameters = functional.split(model)[1]
-    return _fitted({name: np.asarray(p) for name, p in parameters.items()}, spec, strict)
+    with _naming(path):
+        return fitted({name: np.asarray(p) for name, p in parameters.items()}, spec, strict)
 
 
-def _without_module(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Removes the prefix that PyTorch's data parallel wrapper puts before every name."""
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
-
-
-def _fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
-    """Fits weights to a spec, and empties `arrays` as it goes: a file's content is held once."""
-    layout = detect(arrays)
-    if layout.family != spec.family:
-        raise InputError(
-            f"these are weights of a {layout.title}, but the spec is a {type(spec).__name__}"
-        )
-    _drop_classifier_where_none_is_wanted(layout, spec, arrays)
-    spec = _with_stored_ranks(layout, spec, arrays)
-    table = layout.table(spec, arrays)
-    _check_names(layout, spec, table, arrays, strict)
-    sizes = sizes_in(layout, spec, arrays)
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
+    """Names the file in the errors of what is made of its content."""
     try:
-        return _read(spec, table, arrays)
+        yield
     except InputError as error:
-        if not sizes:
-            raise
-        fields = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
-        raise InputError(f"{error}; set {fields} in the spec") from error
-
-
-def _read(spec: Spec, table: Table, arrays: dict[str, np.ndarray]) -> Network:
-    model = create_abstract(spec)
-    own = functional.split(model)[1]
-    parameters, resampled = {}, []
-    rows_left = collections.Counter(source for row in table for source in row.sources)
-    for row in table:
-        if not all(source in arrays for source in row.sources):
-            continue
-        array = row.read([arrays[source] for source in row.sources])
-        rows_left.subtract(row.sources)
-        for source in row.sources:
-            if not rows_left[source]:
-                del arrays[source]
-        if array.shape != own[row.target].shape:
-            array, stored = _resampled(row.target, array, own[row.target].shape, spec), array
-            resampled += [] if array is stored else [row.target]
-        parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
-    if resampled:
-        log.info("interpolated to the spec's size: %s", few(resampled))
-    _replace_classifier_of_other_classes(parameters, spec)
-    parameters |= _fresh(spec, own.keys() - parameters.keys())
-    return functional.with_parameters(model, parameters)
-
-
-def _drop_classifier_where_none_is_wanted(
-    layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]
-) -> None:
-    if spec.num_classes:
-        return
-    for row in layout.table(dataclasses.replace(spec, num_classes=1), arrays):
-        if row.target.partition(".")[0] in CLASSIFIERS:
-            for source in row.sources:
-                arrays.pop(source, None)
-
-
-def _with_stored_ranks(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> Spec:
-    """The spec with the ranks of the file's factor pairs."""
-    factored = layout.table(spec.with_ranks((1,) * len(spec.layers)), arrays)
-    sources = {row.target: row.sources[0] for row in factored}
-    downs = [arrays.get(sources[f"{layer.name}.down"]) for layer in spec.layers]
-    stored = tuple(None if down is None else len(down) for down in downs)
-    if stored == spec.ranks:
-        return spec
-    if all(rank is None for rank in spec.ranks):
-        return spec.with_ranks(stored)
-    for layer, rank, wanted in zip(spec.layers, stored, spec.ranks, strict=True):
-        if rank != wanted:
-            raise InputError(
-                f"{layer.name} is {_described(rank)} in the file and {_described(wanted)} in the "
-                f"spec; a dense spec takes the ranks of the file"
-            )
-    return spec
-
-
-def _described(rank: int | None) -> str:
-    return "one dense matrix" if rank is None else f"a pair of factors of rank {rank}"
-
-
-def _check_names(
-    layout: Layout, spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool
-) -> None:
-    missing, unexpected = misfits(table, arrays)
-    if not missing and not unexpected:
-        return
-    found = f"missing {few(missing)}; unexpected {few(unexpected)}"
-    if not strict:
-        warnings.warn(
-            f"weights that do not fit the spec: {found}. Missing ones keep random values, "
-            f"unexpected ones are ignored",
-            stacklevel=4,
-        )
-        return
-    raise InputError(
-        f"the weights do not fit the spec: {found}{fields_to_set(layout, spec, arrays)}"
-    )
-
-
-def _resampled(name: str, array: np.ndarray, shape: tuple[int, ...], spec: Spec) -> np.ndarray:
-    """The array at this shape where it holds positions, itself where it does not."""
-    if array.ndim != 2 or array.shape[1] != shape[1]:
-        return array
-    if name.endswith("relative_position_bias_table"):
-        return resample_relative_position_table(array, (math.isqrt(shape[0]) + 1) // 2)
-    if name in ("pos_embed", "absolute_pos_embed"):
-        has_prefix = isinstance(spec, ViTSpec) and spec.positions == "all"
-        num_prefix_tokens = spec.num_prefix_tokens if has_prefix else 0
-        return resample_pos_embed(array, num_prefix_tokens, spec.image_size // spec.patch_size)
-    return array
-
-
-def _replace_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
-    """Starts other classes as equally likely, so that the first steps do not spoil the features."""
-    for name in CLASSIFIERS:
-        kernel = parameters.get(f"{name}.kernel")
-        if kernel is not None and kernel.shape[-1] != spec.num_classes:
-            warnings.warn(
-                f"{name} has {kernel.shape[-1]} classes in the weights and {spec.num_classes} in "
-                f"the spec: a new one of zeros takes its place",
-                stacklevel=4,
-            )
-            parameters[f"{name}.kernel"] = jnp.zeros((len(kernel), spec.num_classes), kernel.dtype)
-            parameters[f"{name}.bias"] = jnp.zeros(spec.num_classes, kernel.dtype)
-
-
-def _fresh(spec: Spec, names: Iterable[str]) -> dict[str, jax.Array]:
-    """Random values of these parameters; compiled, so that no others are ever made."""
-    names = sorted(names)
-    if not names:
-        return {}
-
-    @jax.jit
-    def make():
-        parameters = functional.split(create(spec))[1]
-        return {name: parameters[name] for name in names}
-
-    return make()
+        raise InputError(f"{path}: {error}") from error

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora_jax.errors import InputError
 from flora_jax.models.spec import Spec
 
 
@@ -48,22 +47,29 @@ class Row:
     change: Change = SAME
 
     def read(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The arrays of the sources -> float32, contiguous. Raises InputError for their shapes."""
-        try:
-            parts = [self.change.read(array) for array in arrays]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        except (ValueError, TypeError) as error:
-            shapes = ", ".join(f"{array.shape}" for array in arrays)
-            raise InputError(
-                f"{', '.join(self.sources)} cannot be read from an array of shape {shapes}"
-            ) from error
-        return np.ascontiguousarray(whole, np.float32)
+        """The arrays of the sources, of the shapes that `shapes` lists -> float32, contiguous.
+
+        What is too large for float32 becomes infinite.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.ascontiguousarray(self._whole(arrays), np.float32)
 
     def write(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """The inverse of `read`, by source name."""
+        return {name: np.ascontiguousarray(part) for name, part in self._parts(array).items()}
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sources of a parameter of this shape."""
+        without_memory = np.broadcast_to(np.float32(0), shape)
+        return {name: part.shape for name, part in self._parts(without_memory).items()}
+
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        parts = [self.change.read(array) for array in arrays]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
         parts = np.split(array, len(self.sources), axis=-1)
-        written = map(self.change.write, parts)
-        return dict(zip(self.sources, map(np.ascontiguousarray, written), strict=True))
+        return dict(zip(self.sources, map(self.change.write, parts), strict=True))
 
 
 Table = list[Row]

@@ -1,40 +1,55 @@
-"""State dicts as files: arrays by name, from safetensors or PyTorch."""
+"""State dicts as files: arrays by name, from safetensors or PyTorch, in one file or several."""
 
-import pickle
-import zipfile
+import re
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
-from flora_jax.errors import InputError, MissingFileError, MissingPackageError
-from flora_jax.io.files import on_disk
+from flora_jax.errors import InputError, MissingFileError, few
+from flora_jax.io.files import on_disk, read_json
+from flora_jax.io.paths import user_path
+from flora_jax.weights.pytorch import read_pytorch
 
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_WRAPPERS = ("model", "state_dict")
+_INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}$")
+# What numpy can hold; other kinds, such as float8, are those of quantised weights.
+_READABLE = re.compile(r"F64|F32|B?F16|[IU](64|32|16|8)|BOOL")
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a `.safetensors` file, or of a `.pth`, `.pt` or `.bin` file of PyTorch.
 
-    Half precision, bfloat16 too, becomes float32. A PyTorch file may hold its state dict under
-    "model" or "state_dict". It needs torch, and nothing but tensors is ever unpickled.
+    Half precision, bfloat16 too, becomes float32. An `.index.json` is read with all files that it
+    lists. A training checkpoint of PyTorch gives its moving average where it has one, and its
+    "model" or "state_dict" otherwise; it needs torch, and nothing but tensors and plain values is
+    ever unpickled.
 
     Raises:
-      MissingFileError: no such file.
-      InputError: another kind of file, a damaged one, or one that holds other objects.
+      MissingFileError: no such file, or a part of a sharded one is missing.
+      InputError: another kind of file, a damaged one, one that holds other objects, one part of
+        several, or a tensor of a kind that cannot be read; names file and tensor.
       MissingPackageError: a PyTorch file, and torch is not installed.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_shards(path)
+    if _SHARD.search(path.stem):
+        raise InputError(f"{path} is one part of several: give the folder they are in")
+    return _read_file(path)
+
+
+def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
     suffixes = (".safetensors", *PYTORCH_SUFFIXES)
     if path.suffix not in suffixes:
         raise InputError(
             f"{path.name} is no file of weights: its name must end in {', '.join(suffixes)}"
         )
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pytorch
+    read = _read_safetensors if path.suffix == ".safetensors" else read_pytorch
     with on_disk(path) as file:
         arrays = read(file)
     for name, array in arrays.items():
@@ -43,44 +58,34 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
+    """Every array that transformers' index lists, out of the files beside it."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, Mapping) else None
+    if not isinstance(places, Mapping) or not all(isinstance(f, str) for f in places.values()):
+        raise InputError(f"{index} has no weight_map of names and files")
+    files = sorted(set(places.values()))
+    if missing := [name for name in files if not (index.parent / name).is_file()]:
+        raise MissingFileError(f"{index} lists files that are not there: {few(missing)}")
+    arrays: dict[str, np.ndarray] = {}
+    for name in files:
+        arrays |= _read_file(index.parent / name)
+    if lacking := places.keys() - arrays.keys():
+        where = few({places[name] for name in lacking})
+        raise InputError(f"{index} lists weights that are not in {where}: {few(lacking)}")
+    return arrays
+
+
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="np") as file:
+            for name in file.offset_keys():
+                kind = file.get_slice(name).get_dtype()
+                if not _READABLE.fullmatch(kind):
+                    raise InputError(
+                        f"{path}: {name} is stored as {kind}; quantised weights are not read, only "
+                        f"F16, BF16, F32 and F64"
+                    )
+            return file.get_tensors()
     except SafetensorError as error:
         raise InputError(f"{path} is not a readable .safetensors file: {error}") from error
-
-
-def _read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackageError(
-            f"reading {path.name} needs PyTorch: pip install 'flora_jax[torch]'"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors (or is damaged), and nothing else is unpickled: "
-            f"save the state dict alone, torch.save(model.state_dict(), ...). {_first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a readable PyTorch file: {_first_line(error)}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else content
-        raise InputError(
-            f"{path} holds no state dict, flat or under {' or '.join(_WRAPPERS)}; found {found}"
-        )
-    return {name: _to_numpy(tensor) for name, tensor in content.items()}
-
-
-def _to_numpy(tensor) -> np.ndarray:
-    """A numpy array that shares the tensor's memory, except for bfloat16, which becomes float32."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,10 +1,11 @@
 """The config.json of timm: the network that its architecture's name and arguments make."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, UnknownNetworkError
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.vit_spec import ViTSpec
@@ -43,7 +44,8 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
     `pretrained_cfg.input_size` beside it say what is different.
 
     Raises:
-      InputError: an architecture or an argument that this library does not know.
+      UnknownNetworkError: an architecture or an argument that is not known here.
+      InputError: a network that this library cannot build; says why.
     """
     name = str(config.get("architecture", "")).partition(".")[0]
     arguments = dict(config.get("model_args") or {})
@@ -54,13 +56,13 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
     if "num_classes" in pretrained:
         arguments.setdefault("num_classes", pretrained["num_classes"])
     if "input_size" in pretrained:
-        arguments.setdefault("img_size", pretrained["input_size"][-1])
+        arguments.setdefault("img_size", pretrained["input_size"][-2:])
     arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
     if match := _SWIN.fullmatch(name):
-        return _swin(match, arguments)
+        return _swin(match, name, arguments)
     match = _PLAIN.fullmatch(name)
     if match is None or match[2] not in _SIZES:
-        raise InputError(
+        raise UnknownNetworkError(
             f"unknown architecture {name!r}; known of timm: vit_*, deit_*, deit3_* and swin_* with "
             f"plain blocks, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
             f"vit_base_patch16_dinov3, vit_base_patch16_siglip_224, vit_base_patch16_clip_224"
@@ -114,7 +116,7 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
         return found | ({"fc_norm": False} if match[1] else {})
     if re.fullmatch(r"\d+", variant):
         return found
-    raise InputError(f"unknown kind of {family}: {variant!r} in its architecture's name")
+    raise UnknownNetworkError(f"unknown kind of {family}: {variant!r} in its architecture's name")
 
 
 def _renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def _renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
         "use_abs_pos_emb",
     }
     if odd := sorted(found.keys() - known):
-        raise InputError(f"model_args of {name} have {', '.join(odd)}, which is not known here")
+        raise _unknown_arguments(name, odd)
     return found
 
 
@@ -142,12 +144,11 @@ def _vit(arguments: dict[str, Any]) -> ViTSpec:
     if fc_norm and pool != "avg":
         raise InputError(f"fc_norm is true, but global_pool is {pool!r}: only 'avg' has it here")
     positions = "patches" if arguments.get("no_embed_class", False) else "all"
-    image_size = arguments["img_size"]
     is_gated = arguments.get("swiglu_mlp", False)
     pre_norm = arguments.get("pre_norm", False)
     return ViTSpec(
-        image_size=image_size[-1] if isinstance(image_size, list | tuple) else image_size,
-        patch_size=arguments["patch_size"],
+        image_size=_side(arguments, "img_size"),
+        patch_size=_side(arguments, "patch_size"),
         embed_dim=arguments["embed_dim"],
         depth=arguments["depth"],
         num_heads=arguments["num_heads"],
@@ -172,16 +173,21 @@ def _vit(arguments: dict[str, Any]) -> ViTSpec:
     )
 
 
-def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
+def _swin(match: re.Match, name: str, arguments: dict[str, Any]) -> SwinSpec:
     size, patch_size, window_size, image_size = match.groups()
     fields: dict[str, Any] = {
         "img_size": int(image_size),
         "window_size": int(window_size),
         "patch_size": int(patch_size),
     } | arguments
+    fields |= {key: _side(fields, key) for key in ("img_size", "window_size", "patch_size")}
     fields.pop("global_pool", None)
+    if (activation := fields.pop("act_layer", "gelu")) != "gelu":
+        raise InputError(f"act_layer is {activation!r}, but a Swin has 'gelu' here")
     names = {"img_size": "image_size", "in_chans": "in_channels", "ape": "absolute_pos_embed"}
     fields = {names.get(key, key): value for key, value in fields.items()}
+    if odd := sorted(fields.keys() - {field.name for field in dataclasses.fields(SwinSpec)}):
+        raise _unknown_arguments(name, odd)
     if size == "large":
         large: dict[str, Any] = {
             "embed_dim": 192,
@@ -190,6 +196,20 @@ def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
         }
         return SwinSpec(**large | fields)
     return swin(size, **fields)
+
+
+def _unknown_arguments(name: str, odd: list[str]) -> UnknownNetworkError:
+    return UnknownNetworkError(
+        f"model_args of {name} have {', '.join(odd)}, which is not known here"
+    )
+
+
+def _side(arguments: dict[str, Any], name: str) -> int:
+    value = arguments[name]
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise InputError(f"{name} is {value}, but images, patches and windows are square here")
+    return sides.pop()
 
 
 def _image_size(variant: str) -> int:

@@ -41,7 +41,7 @@ def test_the_whole_method_on_tfds_without_tensorflow(dark_and_light, tmp_path, m
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "allocated", "subnet"}
+    assert set(result) == {"dense", "allocated", "subnet", "data"}
     assert result["dense"]["top1"] == 1.0
     assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
 

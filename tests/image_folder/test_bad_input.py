@@ -2,13 +2,17 @@
 
 import logging
 import os
+import shutil
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from etils import epath
 
-from flora_jax.data import augment, batches, sources
+from flora_jax.data import augment, batches, sources, splits
 from flora_jax.data.image_folder import image_folder
+from flora_jax.data.normalize import Normalization
+from flora_jax.evaluation import EvaluationSet
 from tests.helpers.pictures import keys, not_an_image, save
 
 
@@ -34,7 +38,7 @@ def test_an_empty_class_is_named(pets):
         image_folder(pets, "train")
 
 
-@pytest.mark.parametrize("function, place", [("listdir", "train/dog"), ("stat", "train/dog/.")])
+@pytest.mark.parametrize("function, place", [("scandir", "train/dog"), ("stat", "train/dog/.")])
 def test_an_unreadable_folder_is_named(function, place, pets, monkeypatch):
     """One that cannot be listed, and one that can but cannot be entered."""
     real = getattr(os, function)
@@ -77,10 +81,55 @@ def test_a_bad_image_is_named_when_it_is_read(damage, pets):
         source[8]
 
 
-def test_an_image_too_large_to_decode_safely_is_bad(pets, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(sources.BadImageError, match=r"0\.png cannot be decoded: .*bomb"):
-        image_folder(pets, "train")[0]
+@pytest.mark.parametrize("options, limit", [({}, 0.03), ({"progressive": True}, 1.92)])
+def test_an_image_above_the_limit_is_bad_and_the_limit_named(options, limit, tmp_path):
+    """What counts is what is decoded, of a progressive JPEG all of it."""
+    picture = np.zeros((1200, 1600, 3), np.uint8)
+    save(tmp_path / "train/a/x.jpeg", picture, **options)
+    image = image_folder(tmp_path, "train", least_side=150, max_megapixels=limit)[0]["image"]
+    assert image.shape == (150, 200, 3)
+    source = image_folder(tmp_path, "train", least_side=150, max_megapixels=0.99 * limit)
+    message = r"x\.jpeg cannot be decoded: its .*pixels, .* more than max_megapixels=\S+ allows"
+    with pytest.raises(sources.BadImageError, match=message):
+        source[0]
+
+
+def test_a_bomb_of_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A few bytes that say they are 400 megapixels."""
+    path = save(tmp_path / "train/a/x.bmp")
+    content = path.read_bytes()
+    path.write_bytes(content[:18] + struct.pack("<ii", 20_000, 20_000) + content[26:])
+    with pytest.raises(sources.BadImageError, match=r"400 megapixels.*max_megapixels=179"):
+        image_folder(tmp_path, "train")[0]
+
+
+@pytest.mark.parametrize("problem", ["circle", "nothing", "permission"])
+def test_a_file_that_cannot_be_read_is_a_bad_image(problem, pets, monkeypatch):
+    path = pets / "train/dog/2.png"
+    if problem == "permission":
+        real = type(epath.Path()).read_bytes
+
+        def refuse(self):
+            if self.name == "2.png":
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self)
+
+        monkeypatch.setattr(type(epath.Path()), "read_bytes", refuse)  # no mode stops root
+    else:
+        path.unlink()
+        path.symlink_to(path if problem == "circle" else "gone.png")
+    source = image_folder(pets, "train")
+    with pytest.raises(sources.BadImageError, match=r"train/dog/2\.png cannot be read: \w+"):
+        source[8]
+    skipping = sources.SkippingSource(source)
+    assert skipping[8]["key"] == "train/dog/3.png"
+
+
+def test_a_disk_that_is_gone_is_no_bad_image(pets):
+    source = sources.SkippingSource(image_folder(pets, "train"))
+    shutil.rmtree(pets)
+    with pytest.raises(FileNotFoundError):
+        source[0]
 
 
 def test_a_bad_image_stops_a_run_with_its_name(pets):
@@ -107,6 +156,20 @@ def test_bad_images_are_replaced_by_the_next_good_one_and_counted(pets, caplog):
     assert sorted(message.split(" cannot")[0][-9:] for message in caplog.messages) == [
         *("cat/0.png", "dog/1.png", "dog/2.png", "dog/5.png")
     ]
+
+
+def test_skipped_images_count_in_no_batch_of_an_evaluation(pets):
+    for name in ("cat/0", "cat/1", "dog/3", "dog/5"):
+        empty(pets / "train" / f"{name}.png")
+    source = splits.subset(sources.SkippingSource(image_folder(pets, "train")), range(1, 12))
+    transform = augment.eval_transform("inception", (16, 16, 3))
+    for options in ({}, {"num_threads": 2}):
+        found = list(batches.eval_batches(source, transform, 4, **options))
+        masks = [batch["mask"].tolist() for batch in found]
+        assert masks == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 0]]
+    images = EvaluationSet(found, Normalization())
+    assert images.num_images == len(images.labels) == 8
+    assert images.labels.tolist() == [0] * 4 + [1] * 4
 
 
 def test_nothing_but_bad_images(pets):

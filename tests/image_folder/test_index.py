@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -56,7 +55,7 @@ def no_listing(*_):
 def test_second_time_the_index_comes_from_the_cache(pets, cache, monkeypatch):
     first = image_folder(pets, "train")
     assert len(list(cache.glob("*.json"))) == 1
-    monkeypatch.setattr(type(epath.Path()), "iterdir", no_listing)
+    monkeypatch.setattr(os, "scandir", no_listing)
     second = image_folder(pets, "train")
     assert keys(second) == keys(first)
     assert second.classes == first.classes
@@ -65,7 +64,17 @@ def test_second_time_the_index_comes_from_the_cache(pets, cache, monkeypatch):
         image_folder(pets, "val")
 
 
+def replace_by_one_as_old(train):
+    old = train.rename(train.with_name("old"))
+    for path in old.rglob("*.png"):
+        path = train / path.relative_to(old).with_suffix(".jpg")  # as many, and as long names
+        save(path)
+    for folder in train.rglob("**/"):
+        os.utime(folder, (10**9, 10**9))
+
+
 CHANGES = {
+    "replaced by one as old": replace_by_one_as_old,
     "image added": lambda train: save(train / "cat/9.png"),
     "image added in a nested folder": lambda train: save(train / "dog/more/9.png"),
     "image removed": lambda train: (train / "dog/0.png").unlink(),
@@ -88,7 +97,9 @@ def test_a_change_makes_the_cached_index_stale(change, pets, tmp_path):
     assert after == keys(image_folder(pets, "train", cache_dir=tmp_path / "fresh"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"cat": 3}', '{"cat": [0, ["0.png"]]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"cat": [0, ["0.png"]]}', '{"format": 2}', '{"format": 9}']
+)
 def test_a_damaged_index_is_made_again(content, pets, cache):
     expected = keys(image_folder(pets, "train"))
     (file,) = cache.glob("*.json")

@@ -45,6 +45,22 @@ def test_another_test_split(pets):
         splits.load_splits(f"folder:{pets}", 0.5)
 
 
+def test_held_out_images_of_ones_own(pets, tmp_path):
+    own = tmp_path / "unseen"
+    save(own / "cat/a.png")
+    save(own / "dog/b.png")
+    for split in (str(own), "val"):
+        loaded = splits.load_splits(f"folder:{pets}", heldout_split=split)
+        assert keys(loaded.heldout) == keys(image_folder(pets, split))
+        assert keys(loaded.train) == keys(image_folder(pets, "train")), "none is held out"
+    assert loaded.heldout.labels.tolist() == loaded.test.labels.tolist()
+    save(own / "emu/c.png")
+    with pytest.raises(ValueError, match=r"only in .*unseen: 'emu'"):
+        splits.load_splits(f"folder:{pets}", heldout_split=str(own))
+    with pytest.raises(ValueError, match=r"heldout_split needs a dataset with splits.*not digits"):
+        splits.load_splits("digits", heldout_split="val")
+
+
 def test_both_splits_need_the_same_classes(pets):
     (pets / "val/dog").rename(pets / "val/doge")
     save(pets / "train/emu/0.png")
@@ -68,6 +84,20 @@ def test_a_skipped_image_is_replaced_out_of_its_own_split_and_class(pets):
             assert example["label"] == ("dog", "cat").index(example["key"].split("/")[1])
     assert loaded.train.skipped == {"train/cat/1.png", "train/cat/2.png"}
     assert loaded.heldout.skipped == {"train/cat/4.png"}
+
+
+def test_a_single_class_is_refused(pets):
+    with pytest.raises(ValueError, match=r"a single class, 'dog', .* at least 2 are needed"):
+        splits.load_splits(f"folder:{pets}", 0.5, classes=(1,))
+    for split in ("train", "val"):
+        (pets / split).rename(pets / "old")
+        (pets / split).mkdir()
+        (pets / "old").rename(pets / split / "pictures")
+    with pytest.raises(ValueError, match=r"too deep: pictures holds cat, dog$"):
+        splits.load_splits(f"folder:{pets}", 0.5)
+    (pets / "val/pictures").rename(pets / "val/images")
+    with pytest.raises(ValueError, match=r"same class folders.* too deep: pictures holds cat, dog"):
+        splits.load_splits(f"folder:{pets}", 0.5)
 
 
 def test_names_that_load_splits_does_not_know(pets):
@@ -119,7 +149,7 @@ def test_the_whole_method_on_a_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "uniform", "allocated", "subnet"}
+    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
     assert result["dense"]["top1"] == 1.0
     assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
     assert list((tmp_path / "cache/flora_jax/index").glob("*.json"))

@@ -113,7 +113,6 @@ def test_a_flipped_bit_is_detected_and_only_that_file_written_anew(
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("dataset", "folder:digits"),
         ("images", "abc"),
         ("num_images", 51),
         ("batch_size", 8),
@@ -139,6 +138,14 @@ def test_other_predictions_are_refused(stored, description, field, value):
             opening()
         assert f"{name}: {there!r} there, {value!r} now" in str(caught.value)
     assert content(stored) == before
+
+
+def test_where_the_images_lie_does_not_matter(stored, description):
+    moved = dataclasses.replace(description, dataset="folder:/mnt/digits")
+    np.testing.assert_equal(
+        StoredPredictions(stored, moved).read(3), StoredPredictions(stored, description).read(3)
+    )
+    assert not parts_to_write(stored, moved, 0, 1)
 
 
 def test_another_teacher_or_other_images_make_another_description(teacher, description):

@@ -1,7 +1,11 @@
 """Files and folders of weights: safetensors, our own, Hugging Face's and PyTorch's."""
 
+import argparse
 import dataclasses
+import json
+import logging
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -9,11 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as flora
+from flora_jax.models import functional
 from flora_jax.weights import layouts
 from flora_jax.weights.export import export_timm
 from flora_jax.weights.pretrained import from_pretrained
 from flora_jax.weights.state_dict import read_state_dict
-from tests.helpers.weights import SWIN, VIT, assert_same, written
+from tests.helpers.weights import SWIN, VIT, assert_same, random_model, written
+
+SECOND = "model-00002-of-00003.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -64,7 +71,7 @@ def test_own_folder_of_a_subnet(subnets, tmp_path):
 
 
 def test_folders_without_a_model(vit, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for spec\.json, model\.safetensors, pyt"):
+    with pytest.raises(FileNotFoundError, match=r"looked for spec\.json, model\.safetensors, mod"):
         from_pretrained(tmp_path, VIT)
     supernet = flora.factorize(vit, flora.RankSpace.regular(VIT, ratios=(1 / 2, 1)))
     flora.save(supernet, tmp_path)
@@ -76,6 +83,78 @@ def test_hugging_face_folder(vit, tmp_path):
     save_file(written(vit, layouts.hugging_face_vit), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     assert_same(from_pretrained(tmp_path, VIT), vit)
+
+
+def shard(arrays, folder, suffix, save):
+    """Writes three files and their index, as transformers does."""
+    names = sorted(arrays)
+    places = {name: f"model-0000{i % 3 + 1}-of-00003.{suffix}" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        save({name: arrays[name] for name in names if places[name] == file}, folder / file)
+    stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_a_folder_in_several_files(swin, tmp_path):
+    shard(written(swin, layouts.hugging_face_swin), tmp_path, "safetensors", save_file)
+    assert_same(from_pretrained(tmp_path, SWIN), swin)
+    index, second = (tmp_path / n for n in ("model.safetensors.index.json", SECOND))
+    assert_same(from_pretrained(index, SWIN), swin)
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors is one part of several"):
+        from_pretrained(second, SWIN)
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors is not a readable"):
+        from_pretrained(tmp_path, SWIN)
+    save_file({"other": np.zeros(1)}, second)
+    with pytest.raises(ValueError, match=r"not in model-00002-of-00003\.safetensors: .*swin\."):
+        from_pretrained(tmp_path, SWIN)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"not there: model-00002-of-00003\.safetensors"):
+        from_pretrained(tmp_path, SWIN)
+    index.write_text('{"weight_map": 3}')
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        from_pretrained(tmp_path, SWIN)
+
+
+def test_every_path_may_begin_at_home(vit, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    flora.save(vit, "~/own")
+    export_timm(vit, "~/timm/x.safetensors")
+    assert_same(flora.load("~/own"), vit)
+    assert_same(from_pretrained("~/own"), vit)
+    assert_same(from_pretrained("~/timm/x.safetensors", VIT), vit)
+    assert list(here.iterdir()) == []
+
+
+def test_parameters_of_our_own_that_are_not_finite(vit, tmp_path):
+    structure, parameters = functional.split(vit)
+    parameters["norm.bias"] = parameters["norm.bias"].at[1].set(np.inf)
+    flora.save(functional.merge(structure, parameters), tmp_path / "own")
+    with pytest.raises(ValueError, match=r"own holds parameters that are NaN.*: norm\.bias$"):
+        flora.load(tmp_path / "own")
+
+
+def test_kinds_of_numbers_that_numpy_lacks(vit, tmp_path):
+    """A header that says float8, over the bytes of a quantised file."""
+    path = tmp_path / "quantised.safetensors"
+    arrays = written(vit, layouts.timm)
+    arrays["head.weight"] = np.zeros(arrays["head.weight"].shape, np.uint8)
+    save_file(arrays, path)
+    with pytest.raises(
+        ValueError, match=r"quantised\.safetensors: head\.weight is uint8; quantised"
+    ):
+        from_pretrained(path, VIT)
+    content = path.read_bytes().replace(b'{"dtype":"U8",', b'{"dtype":"F8_E4M3",')
+    length = int.from_bytes(content[:8], "little") + len("F8_E4M3") - len("U8")
+    path.write_bytes(length.to_bytes(8, "little") + content[8:])
+    with pytest.raises(
+        ValueError, match=r"quantised\.safetensors: head\.weight is stored as F8_E4M3"
+    ):
+        from_pretrained(path, VIT)
 
 
 def test_pytorch_files_without_torch(monkeypatch, tmp_path):
@@ -106,6 +185,63 @@ def test_pytorch_bin_in_a_hugging_face_folder(torch, vit, tmp_path):
     arrays = written(vit, layouts.hugging_face_vit)
     torch.save({n: torch.tensor(a) for n, a in arrays.items()}, tmp_path / "pytorch_model.bin")
     assert_same(from_pretrained(tmp_path, VIT), vit)
+
+
+def test_pytorch_folder_in_several_files(torch, swin, tmp_path):
+    arrays = written(swin, layouts.hugging_face_swin)
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    shard(tensors, tmp_path, "bin", torch.save)
+    assert_same(from_pretrained(tmp_path, SWIN), swin)
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("model", "ema"),
+        ("net", "module_ema"),
+        ("state_dict", "swa_state"),
+        (None, "averaged_model"),
+    ],
+)
+def test_a_checkpoint_with_a_moving_average(torch, vit, tmp_path, caplog, raw, average):
+    def tensors(model):
+        return {n: torch.tensor(a) for n, a in written(model, layouts.timm).items()}
+
+    content = {"epoch": 3, "args": argparse.Namespace(lr=1e-3), average: tensors(vit)}
+    content |= {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}}
+    if raw:
+        content = {raw: tensors(random_model(VIT, seed=1))} | content
+    torch.save(content, tmp_path / "training.pth")
+    with caplog.at_level(logging.INFO, "flora_jax"):
+        assert_same(from_pretrained(tmp_path / "training.pth", VIT), vit)
+    assert (f"the average, {average!r}, is read" in caplog.text) == bool(raw)
+
+
+def test_a_checkpoint_of_two_networks(torch, tmp_path):
+    path, of_each = tmp_path / "x.pth", {"w": torch.zeros(2)}
+    torch.save({"student": of_each, "teacher": of_each}, path)
+    with pytest.raises(ValueError, match=r"x\.pth: .* each of 'student', 'teacher': leave one"):
+        read_state_dict(path)
+    torch.save({"wrapped": {"state_dict": of_each}}, path)
+    assert list(read_state_dict(path)) == ["w"]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "quantised", "float8"])
+def test_pytorch_tensors_that_numpy_cannot_take(torch, tmp_path, kind):
+    tensor = torch.eye(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch gives quantised tensors up
+        odd = {
+            "sparse": tensor.to_sparse,
+            "meta": lambda: tensor.to("meta"),
+            "quantised": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+            "float8": lambda: tensor.to(torch.float8_e5m2),
+        }[kind]()
+        torch.save({"fine": tensor, "odd.weight": odd}, tmp_path / "x.pth")
+        with pytest.raises(
+            ValueError, match=rf"x\.pth: odd\.weight is .*{kind}.*; weights must be"
+        ):
+            read_state_dict(tmp_path / "x.pth")
 
 
 class Executed:

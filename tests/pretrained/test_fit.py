@@ -13,14 +13,14 @@ from flora_jax.weights.resample import resample_pos_embed, resample_relative_pos
 from tests.helpers.weights import SWIN, SWINS, VIT, VITS, assert_same, written
 
 
-def test_buffers_and_the_module_prefix_are_left_out(swin):
+def test_buffers_are_left_out(swin):
     arrays = written(swin, layouts.timm)
     arrays |= {
         "layers.0.blocks.0.attn.relative_position_index": np.zeros((16, 16), np.int64),
         "layers.0.blocks.1.attn_mask": np.zeros((4, 16, 16), np.float32),
+        "n_averaged": np.array(7),
     }
-    prefixed = {f"module.{name}": array for name, array in arrays.items()}
-    assert_same(from_state_dict(prefixed, SWIN), swin)
+    assert_same(from_state_dict(arrays, SWIN), swin)
 
 
 def test_the_model_has_its_own_copy(vit):
@@ -73,6 +73,55 @@ def test_a_classifier_of_other_classes(models, name):
         assert not np.any(after[f"{head}.bias"])
     for key in after.keys() - {f"{h}.{part}" for h in heads for part in ("kernel", "bias")}:
         np.testing.assert_array_equal(after[key], before[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "encoder"),
+    [
+        ("vit", layouts.timm, ""),
+        ("distilled", layouts.hugging_face_vit, "deit."),
+        ("swin", layouts.hugging_face_swin, "swin."),
+    ],
+)
+def test_a_bare_encoder_gets_a_new_classifier(models, name, table, encoder):
+    model = models[name]
+    arrays = {
+        key.removeprefix(encoder): array
+        for key, array in written(model, table).items()
+        if not key.startswith("head") and "classifier" not in key
+    }
+    arrays["pooler.dense.bias"] = np.zeros(8, np.float32)
+    with pytest.warns(UserWarning, match=r"no classifier \(.*\): a new one of zeros for 3 classes"):
+        bare = from_state_dict(arrays, model.spec)
+    before, after = (functional.split(m)[1] for m in (model, bare))
+    for key in after:
+        expected = np.zeros_like(before[key]) if key.startswith("head") else before[key]
+        np.testing.assert_array_equal(after[key], expected, err_msg=key)
+    del arrays[next(key for key in sorted(arrays) if key.endswith("norm.bias"))]
+    with pytest.raises(ValueError, match=r"missing .*norm\.bias"):
+        from_state_dict(arrays, model.spec)
+
+
+def test_a_deit_with_two_tokens_and_one_classifier(models):
+    """What nobody classifies is a register."""
+    model = models["distilled"]
+    arrays = written(model, layouts.hugging_face_vit)
+    for part in ("weight", "bias"):
+        arrays[f"classifier.{part}"] = arrays.pop(f"cls_classifier.{part}")
+        del arrays[f"distillation_classifier.{part}"]
+    with pytest.raises(ValueError, match=r"set num_registers=1 in the spec$"):
+        from_state_dict(arrays, VIT)
+    with pytest.raises(
+        ValueError, match=r"but one classifier.*: set distilled=False, num_registers=1 in the spec$"
+    ):
+        from_state_dict(arrays, model.spec)
+    spec = dataclasses.replace(VIT, num_registers=1)
+    before, after = functional.split(model)[1], functional.split(from_state_dict(arrays, spec))[1]
+    names = {name for name in before if not name.startswith("head_dist")}
+    assert {name.replace("dist_token", "reg_token") for name in names} == after.keys()
+    for name in names:
+        expected = after[name.replace("dist_token", "reg_token")]
+        np.testing.assert_array_equal(before[name], expected, err_msg=name)
 
 
 def test_a_subnet_of_which_every_layer_stayed_dense(vit):

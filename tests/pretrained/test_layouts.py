@@ -5,6 +5,7 @@ import pytest
 
 from flora_jax.models import functional
 from flora_jax.weights import layouts
+from flora_jax.weights.detect import detect
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.weights import SWINS, VITS, assert_same, written
 
@@ -46,7 +47,7 @@ def test_layouts_are_told_apart():
     for spec, table in PAIRS:
         keys = [key for row in TABLES[table]((VITS | SWINS)[spec]) for key in row.sources]
         of_library = titles.get(table.partition("_vit")[0].partition("_swin")[0], titles["timm"])
-        assert layouts.detect(keys).title == of_library[spec in SWINS]
+        assert detect(keys, (VITS | SWINS)[spec]).title == of_library[spec in SWINS]
 
 
 @pytest.mark.parametrize(

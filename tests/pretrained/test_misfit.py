@@ -7,6 +7,7 @@ import pytest
 
 from flora_jax.models import functional
 from flora_jax.weights import layouts
+from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.weights import SWIN, VIT, VITS, written
 
@@ -64,23 +65,24 @@ def test_another_family_or_none(vit, swin):
     with pytest.raises(ValueError, match="of a Hugging Face ViT, but the spec is a SwinSpec"):
         from_state_dict(written(vit, layouts.hugging_face_vit), SWIN)
     with pytest.raises(
-        ValueError, match=r"unknown weight names \(conv1, fc, \.\.\.\); known.*timm"
+        ValueError, match=r"found conv1, fc; expected names such as blocks\.0\..*known.*timm"
     ):
         from_state_dict({"conv1": np.zeros(3), "fc": np.zeros(3)}, VIT)
-    with pytest.raises(ValueError, match=r"unknown weight names \(nothing"):
+    with pytest.raises(ValueError, match=r"unknown weight names: found none; expected"):
         from_state_dict({}, VIT)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("pos_embed", (2, 10, 8), r"pos_embed cannot be read from .* shape \(2, 10, 8\)"),
-        ("pos_embed", (1, 12, 8), "no square grid: 11 patches"),
-        ("pos_embed", (1, 10, 9), r"pos_embed has shape \(10, 9\), expected \(10, 8\)"),
-        ("cls_token", (), r"cls_token cannot be read from an array of shape \(\)"),
-        ("patch_embed.proj.weight", (8, 32), r"patch_embed.proj.weight cannot be read"),
-        ("blocks.0.mlp.fc1.weight", (32, 9), r"fc1.kernel has shape \(9, 32\), expected \(8, 32\)"),
-        ("head.weight", (3, 9), r"head.kernel has shape \(9, 3\), expected \(8, 3\)"),
+        ("pos_embed", (2, 10, 8), r"pos_embed has shape \(2, 10, 8\) .* \(1, 10, 8\) in the spec"),
+        ("pos_embed", (1, 12, 8), r"from \(12, 8\) to \(10, 8\): .* no square grid: 11 patches"),
+        ("pos_embed", (1, 10, 9), r"has shape \(1, 10, 9\) in the file, and \(1, 10, 8\)"),
+        ("cls_token", (), r"cls_token has shape \(\) in the file, and \(1, 1, 8\)"),
+        ("patch_embed.proj.weight", (8, 32), r"weight has shape \(8, 32\) .*\(8, 2, 4, 4\) in the"),
+        ("patch_embed.proj.weight", (8, 8, 2, 2), r"\(8, 8, 2, 2\) .*\(8, 2, 4, 4\) in the spec"),
+        ("blocks.0.mlp.fc1.weight", (32, 9), r"fc1.weight has shape \(32, 9\) .* \(32, 8\) in the"),
+        ("head.weight", (3, 9), r"head.weight has shape \(3, 9\) in the file, and \(3, 8\)"),
     ],
 )
 def test_an_array_of_another_shape(vit, name, shape, message):
@@ -89,11 +91,60 @@ def test_an_array_of_another_shape(vit, name, shape, message):
         from_state_dict(arrays, VIT)
 
 
-def test_a_table_of_another_number_of_heads(swin):
+def test_parts_that_only_together_have_the_right_shape(vit):
+    """Rows of query, key and value that sum up to those of qkv."""
+    arrays = written(vit, layouts.hugging_face_vit)
+    for part, rows in {"query": 9, "key": 7}.items():
+        name = f"vit.encoder.layer.0.attention.attention.{part}.weight"
+        arrays[name] = np.zeros((rows, 8), np.float32)
+    with pytest.raises(ValueError, match=r"query.weight has shape \(9, 8\) .*, and \(8, 8\)"):
+        from_state_dict(arrays, VIT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((49, 5), r"table has shape \(49, 5\) in the file, and \(49, 2\) in the spec"),
+        ((48, 2), r"table cannot be interpolated from \(48, 2\) to \(49, 2\): .* no window"),
+    ],
+)
+def test_a_table_of_another_number_of_heads_or_of_no_window(swin, shape, message):
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
-    arrays = written(swin, layouts.timm) | {name: np.zeros((49, 5), np.float32)}
-    with pytest.raises(ValueError, match=r"table has shape \(49, 5\), expected \(49, 2\)"):
+    arrays = written(swin, layouts.timm) | {name: np.zeros(shape, np.float32)}
+    with pytest.raises(ValueError, match=message):
         from_state_dict(arrays, SWIN)
+
+
+def test_a_factor_that_is_no_matrix(subnets):
+    arrays = written(subnets["vit"], layouts.timm)
+    name = next(name for name in sorted(arrays) if name.endswith("VT.weight"))
+    with pytest.raises(ValueError, match=r"rank 0"):
+        from_state_dict(arrays | {name: np.float32(1)}, VIT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(np.float32, -np.inf), (np.float16, np.nan), (np.float64, 1e200)]
+)
+def test_weights_that_are_not_finite(swin, dtype, value):
+    arrays = written(swin, layouts.hugging_face_swin)
+    for name in ("swin.layernorm.bias", "swin.encoder.layers.1.blocks.0.attention.self.key.weight"):
+        arrays[name] = arrays[name].astype(dtype)
+        arrays[name].flat[-1] = value
+    arrays["swin.encoder.layers.0.blocks.1.attn_mask"] = np.array([-np.inf])  # a buffer may be
+    with pytest.warns(
+        NotFiniteWarning, match=r"NaN or infinite.* swin\.enc.*key\.weight.*layernorm\.bia"
+    ):
+        from_state_dict(arrays, SWIN)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e5m2"])
+def test_weights_of_another_kind_of_number(vit, dtype):
+    arrays = written(vit, layouts.timm)
+    arrays["norm.bias"] = arrays["norm.bias"].astype(dtype)
+    with pytest.raises(
+        ValueError, match=rf"norm\.bias is {dtype}; .*only float16, bfloat16, float32"
+    ):
+        from_state_dict(arrays, VIT)
 
 
 def test_other_ranks_than_the_specs(vit, subnets):

@@ -1,5 +1,6 @@
 """The names of transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and Swin."""
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -50,20 +51,26 @@ _ALSO = {
 }
 _GATED_FC1 = ("mlp.weights_in", "mlp.gate_proj mlp.up_proj")
 _SCALES = {"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
-_FIRST_BLOCK = re.compile(r"(?!text_model)(.*?)0\.(layernorm_before|norm1|layer_norm1)\.weight$")
-_EMBEDDINGS = re.compile(r"(?!text_model)(.*?)embeddings\.")
+# What wrappers put before the names, and what stands before those of the encoder: "vit.".
+_ENCODER = re.compile(
+    r"((?:.*?\.)??)((?:\w+\.)?)embeddings\.(patch_embedding|cls_token|class_embedding)"
+)
+_FIRST_NORM = r"((?:\w+\.)*?)0\.(layernorm_before|norm1|layer_norm1)\.weight$"
 _ADDING_FIRST_AXIS = Change(lambda array: array[None], lambda array: array[0])
 
 
 class _WithPosition(Row):
-    """A class token whose position is stored with those of the patches, and is added to it."""
+    """A class token whose position is stored with those of the patches, and is added to it.
 
-    def read(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        token, positions = arrays
-        return super().read([token]) + positions[0, :1].astype(np.float32)
+    The row of the patches' positions is the one that knows their shape, and writes them.
+    """
 
-    def write(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        return Row(self.target, self.sources[:1], self.change).write(array)
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        token, positions = (array.astype(np.float32) for array in arrays)
+        return super()._whole([token]) + positions[0, :1]
+
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.sources[0]: self.change.write(array)}
 
 
 # Positions [1, 1 + N, D] -> of the patches alone [N, D].
@@ -73,13 +80,23 @@ _OF_PATCHES = Change(
 
 
 def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    """Every plain ViT of transformers, with its classifier or without."""
-    is_5 = any(key.endswith(".q_proj.weight") for key in keys)
-    at = _prefix(_EMBEDDINGS, keys, "deit." if spec.distilled else "vit.")
-    in_blocks = _prefix(_FIRST_BLOCK, keys, f"{at}{'layers.' if is_5 else 'encoder.layer.'}")
+    """Every plain ViT of transformers, with its classifier or without.
+
+    A DeiT's distillation token that nobody classifies is a register.
+    """
+    is_5 = _is_transformers_5(keys)
+    at, keys = _encoder(keys, "deit." if spec.distilled else "vit.")
+    in_blocks = at + _before(
+        re.compile(re.escape(at) + _FIRST_NORM), keys, "layers." if is_5 else "encoder.layer."
+    )
     names = _names(spec, _VIT_5 if is_5 else _VIT, in_blocks, keys)
     if spec.pool != "token" and names["norm1"] == _VIT["norm1"]:
         raise InputError("Hugging Face ViTs classify the class token: set pool='token' in the spec")
+    if spec.distilled and "classifier.weight" in keys:
+        raise InputError(
+            "this DeiT has a distillation token but one classifier, of the class token alone: set "
+            "distilled=False, num_registers=1 in the spec"
+        )
     has_scales = f"{in_blocks}0.{_SCALES['attn.proj']}" in keys
     query, _, value = [*names["attn.qkv"].split(), "", ""][:3]
     return present_in(
@@ -101,11 +118,11 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
 
 
 def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
-    """SwinForImageClassification of transformers."""
-    model = _prefix(_EMBEDDINGS, keys, "swin.")
+    """SwinForImageClassification of transformers, and the bare SwinModel."""
+    model, keys = _encoder(keys, "swin.")
     at, layer = f"{model}embeddings", f"{model}encoder.layers"
     proj = f"{at}.patch_embeddings.projection"
-    is_5 = any(key.endswith(".q_proj.weight") for key in keys)
+    names = _SWIN_5 if _is_transformers_5(keys) else _SWIN
     return present_in(
         spec,
         Row("absolute_pos_embed", (f"{at}.position_embeddings",), WITHOUT_FIRST_AXIS),
@@ -114,7 +131,7 @@ def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
         *norm("norm", f"{model}layernorm"),
         *linear("head", "classifier"),
         *downsampling(spec, f"{layer}.{{before}}.downsample"),
-        *blocks(spec, f"{layer}.{{stage}}.blocks.{{i}}", _SWIN_5 if is_5 else _SWIN),
+        *blocks(spec, f"{layer}.{{stage}}.blocks.{{i}}", names),
     )
 
 
@@ -133,7 +150,7 @@ def _embeddings(spec: ViTSpec, at: str, keys: Collection[str]) -> Table:
         # DINOv2 adds positions first: the registers that come after have none.
         class_row = _WithPosition("cls_token", (token, positions), token_change)
         positions_change = _OF_PATCHES
-    elif f"{at}.distillation_token" in keys:  # where nobody classifies it, it is a register
+    elif f"{at}.distillation_token" in keys and not spec.distilled:
         registers = f"{at}.distillation_token"
     return [
         class_row,
@@ -144,32 +161,40 @@ def _embeddings(spec: ViTSpec, at: str, keys: Collection[str]) -> Table:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfThree(Row):
+    """Some of the projections of query, key and value, which are stored as one [3 D, D]."""
+
+    parts: slice = dataclasses.field(kw_only=True)
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        width = shape[-1] // len(range(3)[self.parts])
+        return {self.sources[0]: (3 * width, *shape[:-1])}
+
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        (array,) = arrays
+        of_each = array.reshape(3, -1, *array.shape[1:])[self.parts]
+        return of_each.reshape(-1, *array.shape[1:]).T
+
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        raise NotImplementedError("models are written under timm's names only")
+
+
 def _attention_pool(at: str) -> Table:
-    """torch.nn.MultiheadAttention stores the three projections as one, [3 D, D]."""
-    sources = (f"{at}.attention.in_proj_weight",), (f"{at}.attention.in_proj_bias",)
+    """SigLIP's, by torch.nn.MultiheadAttention."""
+    query, key_and_value = slice(0, 1), slice(1, 3)
+    kernels, biases = (f"{at}.attention.in_proj_weight",), (f"{at}.attention.in_proj_bias",)
     return [
         Row("attn_pool.latent", (f"{at}.probe",), WITHOUT_FIRST_AXIS),
-        Row("attn_pool.q.kernel", sources[0], Change(_of_query, _read_only)),
-        Row("attn_pool.q.bias", sources[1], Change(_of_query, _read_only)),
-        Row("attn_pool.kv.kernel", sources[0], Change(_of_key_and_value, _read_only)),
-        Row("attn_pool.kv.bias", sources[1], Change(_of_key_and_value, _read_only)),
+        _OfThree("attn_pool.q.kernel", kernels, parts=query),
+        _OfThree("attn_pool.q.bias", biases, parts=query),
+        _OfThree("attn_pool.kv.kernel", kernels, parts=key_and_value),
+        _OfThree("attn_pool.kv.bias", biases, parts=key_and_value),
         *linear("attn_pool.proj", f"{at}.attention.out_proj"),
         *norm("attn_pool.norm", f"{at}.layernorm"),
         *linear("attn_pool.mlp.fc1", f"{at}.mlp.fc1"),
         *linear("attn_pool.mlp.fc2", f"{at}.mlp.fc2"),
     ]
-
-
-def _of_query(array: np.ndarray) -> np.ndarray:
-    return array[: len(array) // 3].T
-
-
-def _of_key_and_value(array: np.ndarray) -> np.ndarray:
-    return array[len(array) // 3 :].T
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    raise NotImplementedError("models are written under timm's names only")
 
 
 def _names(
@@ -187,9 +212,22 @@ def _names(
     return found
 
 
-def _prefix(pattern: re.Pattern, keys: Collection[str], otherwise: str) -> str:
-    """What stands before the names that the pattern finds, in its first group."""
+def _encoder(keys: Collection[str], otherwise: str) -> tuple[str, Collection[str]]:
+    """What stands before the encoder's names, and all names without what wrappers add to them."""
+    found = next(filter(None, map(_ENCODER.match, keys)), None)
+    if found is None:
+        return otherwise, keys
+    wrapper, encoder, _ = found.groups()
+    return encoder, {key.removeprefix(wrapper) for key in keys} if wrapper else keys
+
+
+def _before(pattern: re.Pattern, keys: Collection[str], otherwise: str) -> str:
+    """What stands before the name that the pattern finds, in its first group."""
     return next((match[1] for match in map(pattern.match, keys) if match), otherwise)
+
+
+def _is_transformers_5(keys: Collection[str]) -> bool:
+    return any(key.endswith(".q_proj.weight") for key in keys)
 
 
 def _present(keys: Collection[str], at: str, ending: str, *names: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flora_jax.errors import InputError
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
@@ -23,19 +22,13 @@ class ScaledRow(Row):
     Reading folds the scales in, exactly; writing gives scales of one.
     """
 
-    def read(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        own = super().read(arrays[:-1])
-        if arrays[-1].shape != own.shape[-1:]:
-            raise InputError(
-                f"{self.sources[-1]} has shape {arrays[-1].shape}, but {self.sources[0]} has "
-                f"{own.shape[-1]} outputs to scale"
-            )
-        return own * arrays[-1].astype(np.float32)
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        *own, scales = (array.astype(np.float32) for array in arrays)
+        return super()._whole(own) * scales
 
-    def write(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        *own, scales = self.sources
-        written = Row(self.target, tuple(own), self.change).write(array)
-        return written | {scales: np.ones(array.shape[-1], array.dtype)}
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        own = Row(self.target, self.sources[:-1], self.change)
+        return own._parts(array) | {self.sources[-1]: np.ones(array.shape[-1], array.dtype)}
 
 
 def linear(

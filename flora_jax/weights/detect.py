@@ -1,0 +1,89 @@
+"""Which layout the names of a file are in, and what stands before them there."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+
+from flora_jax.errors import InputError, few
+from flora_jax.models.spec import Spec
+from flora_jax.weights.copies import names_within
+from flora_jax.weights.layouts import (
+    hugging_face_swin,
+    hugging_face_vit,
+    own,
+    timm,
+    timm_swin,
+    timm_vit,
+)
+from flora_jax.weights.rows import Table
+
+# Counted or computed, not learned, or of what is no part of the images' network: a token that
+# training put in the place of patches, a layer behind the features, a network for texts.
+_NO_WEIGHT = re.compile(
+    r"(^|\.)((relative_position_index|attn_mask|position_ids|num_batches_tracked|n_averaged"
+    r"|mask_token|logit_scale|logit_bias)$"
+    r"|(pooler\.dense|text_model|text_projection|visual_projection)\.)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way of naming a family's weights, known by one of its names."""
+
+    title: str
+    family: str
+    signature: str
+    table: Callable[..., Table]
+
+
+# The first whose signature stands in a name, at its beginning or behind a dot.
+LAYOUTS = (
+    Layout("Hugging Face Swin", "swin", r"layers\.\d+\.blocks\.\d+\.layernorm_", hugging_face_swin),
+    Layout(
+        "Hugging Face ViT",
+        "vit",
+        r"layers?\.\d+\.layernorm_|embeddings\.(cls_token|class_embedding|patch_embedding)",
+        hugging_face_vit,
+    ),
+    Layout("timm Swin", "swin", r"layers\.\d+\.blocks\.\d+\.", timm_swin),
+    Layout("flora_jax Swin", "swin", r"blocks\.\d+\.attn\.relative_position_bias_table$", own),
+    Layout("flora_jax ViT", "vit", r"blocks\.\d+\.attn\.proj\.kernel$", own),
+    Layout("timm ViT", "vit", r"blocks\.\d+\.", timm_vit),
+)
+
+
+def detect(keys: Collection[str], spec: Spec) -> Layout:
+    """The layout that these names are in, whatever stands before them.
+
+    Raises:
+      InputError: none of LAYOUTS, or one of another family than the spec's.
+    """
+    for layout in LAYOUTS:
+        if any(re.search(rf"(^|\.)({layout.signature})", key) for key in keys):
+            break
+    else:
+        expected = [source for row in timm(spec) for source in row.sources]
+        known = ", ".join(layout.title for layout in LAYOUTS)
+        raise InputError(
+            f"unknown weight names: found {few(keys, 3)}; expected names such as "
+            f"{few(expected, 3)}, or those of another known layout: {known}"
+        )
+    if layout.family != spec.family:
+        raise InputError(
+            f"these are weights of a {layout.title}, but the spec is a {type(spec).__name__}"
+        )
+    return layout
+
+
+def without_prefix(arrays: Mapping[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
+    """The arrays under the names of their layout, without what wrappers put before (`copies`)."""
+    table = detect(arrays, spec).table(spec, arrays)
+    names = names_within(arrays, [source for row in table for source in row.sources])
+    return {name: arrays[key] for key, name in names.items()}
+
+
+def is_buffer(key: str) -> bool:
+    """Whether this is no weight of the network: it follows from the spec, or is not used here."""
+    return _NO_WEIGHT.search(key) is not None

@@ -1,0 +1,240 @@
+"""Arrays by name become the model of a spec: every check of names, shapes and values is here."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.errors import InputError, few
+from flora_jax.models import functional
+from flora_jax.models.factory import create, create_abstract
+from flora_jax.models.functional import Parameters
+from flora_jax.models.network import CLASSIFIERS, Network
+from flora_jax.models.spec import Spec
+from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.detect import Layout, detect
+from flora_jax.weights.misfits import advice, fields_to_set, misfits, sizes_in
+from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
+from flora_jax.weights.rows import Row, Table
+
+log = logging.getLogger(__name__)
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_POS_EMBEDS = ("pos_embed", "absolute_pos_embed")
+_BIAS_TABLE = "relative_position_bias_table"
+
+
+class NotFiniteWarning(UserWarning):
+    """Weights have been read that no network can work with."""
+
+
+def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
+    """Fits weights to a spec, and empties `arrays` as it goes: a file's content is held once.
+
+    Raises:
+      InputError: as `pretrained.from_state_dict`.
+    """
+    layout = detect(arrays, spec)
+    _drop_unwanted_classifier(layout, spec, arrays)
+    spec = _with_stored_ranks(layout, spec, arrays)
+    table = layout.table(spec, arrays)
+    _check_dtypes(table, arrays)
+    _check_names(layout, spec, table, arrays, strict)
+    model = create_abstract(spec)
+    own = functional.split(model)[1]
+    rows = [row for row in table if all(source in arrays for source in row.sources)]
+    with _advising(sizes_in(layout, spec, arrays)):
+        for row in rows:
+            _check_shapes(row, arrays, own[row.target].shape)
+        parameters = _read(rows, arrays, spec, own)
+    _replace_classifier_of_other_classes(parameters, spec)
+    missing = own.keys() - parameters.keys()
+    classifiers = {name for name in missing if _is_of_classifier(name)}
+    parameters |= {name: jnp.zeros(own[name].shape, own[name].dtype) for name in classifiers}
+    parameters |= _fresh(spec, missing - classifiers)
+    return functional.with_parameters(model, parameters)
+
+
+@contextlib.contextmanager
+def _advising(fields: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to an error which fields of the spec should have other values."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}{advice(fields)}") from error
+
+
+def _drop_unwanted_classifier(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> None:
+    if spec.num_classes == 0:
+        for row in layout.table(dataclasses.replace(spec, num_classes=1), arrays):
+            if _is_of_classifier(row.target):
+                for source in row.sources:
+                    arrays.pop(source, None)
+
+
+def _read(
+    rows: Table, arrays: dict[str, np.ndarray], spec: Spec, own: Parameters
+) -> dict[str, jax.Array]:
+    """The parameters of these rows; a source goes when no row needs it any more."""
+    parameters, resampled, not_finite = dict[str, jax.Array](), list[str](), set[str]()
+    rows_left = Counter(source for row in rows for source in row.sources)
+    for row in rows:
+        array = row.read([arrays[source] for source in row.sources])
+        rows_left.subtract(row.sources)
+        for source in row.sources:
+            if not rows_left[source]:
+                del arrays[source]
+        if not np.isfinite(array).all():
+            not_finite.update(row.sources)
+        elif array.shape != own[row.target].shape and _holds_positions(row.target):
+            array = _resampled(row, array, own[row.target].shape, spec)
+            resampled.append(row.target)
+        parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
+    if not_finite:
+        warnings.warn(
+            f"weights that are NaN or infinite as float32: {few(not_finite)}",
+            NotFiniteWarning,
+            stacklevel=5,
+        )
+    if resampled:
+        log.info("interpolated to the spec's size: %s", few(resampled))
+    return parameters
+
+
+def _with_stored_ranks(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> Spec:
+    """The spec with the ranks of the file's factor pairs."""
+    factored = layout.table(spec.with_ranks((1,) * len(spec.layers)), arrays)
+    sources = {row.target: row.sources[0] for row in factored}
+    downs = [arrays.get(sources[f"{layer.name}.down"]) for layer in spec.layers]
+    stored = tuple(None if down is None else (*down.shape, 0)[0] for down in downs)
+    if stored == spec.ranks:
+        return spec
+    if all(rank is None for rank in spec.ranks):
+        return spec.with_ranks(stored)
+    for layer, rank, wanted in zip(spec.layers, stored, spec.ranks, strict=True):
+        if rank != wanted:
+            raise InputError(
+                f"{layer.name} is {_described(rank)} in the file and {_described(wanted)} in the "
+                f"spec; a dense spec takes the ranks of the file"
+            )
+    return spec
+
+
+def _described(rank: int | None) -> str:
+    return "one dense matrix" if rank is None else f"a pair of factors of rank {rank}"
+
+
+def _check_dtypes(table: Table, arrays: Mapping[str, np.ndarray]) -> None:
+    for source in (source for row in table for source in row.sources if source in arrays):
+        if arrays[source].dtype.name not in _DTYPES:
+            raise InputError(
+                f"{source} is {arrays[source].dtype}; quantised weights are not read, only "
+                f"{', '.join(_DTYPES)}"
+            )
+
+
+def _check_names(
+    layout: Layout, spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool
+) -> None:
+    missing, unexpected = misfits(table, arrays)
+    classifier = {s for row in table if _is_of_classifier(row.target) for s in row.sources}
+    is_all = not (missing - classifier or unexpected)
+    if classifier and classifier <= missing and (is_all or not strict):
+        warnings.warn(
+            f"the weights have no classifier ({few(classifier)}): a new one of zeros for "
+            f"{spec.num_classes} classes takes its place",
+            stacklevel=4,
+        )
+        missing = missing - classifier
+    if not missing and not unexpected:
+        return
+    found = f"missing {few(missing)}; unexpected {few(unexpected)}"
+    if not strict:
+        warnings.warn(
+            f"weights that do not fit the spec: {found}. Missing ones keep random values, "
+            f"unexpected ones are ignored",
+            stacklevel=4,
+        )
+        return
+    hint = advice(fields_to_set(layout, spec, arrays))
+    raise InputError(f"the weights do not fit the spec: {found}{hint}")
+
+
+def _is_of_classifier(target: str) -> bool:
+    return target.partition(".")[0] in CLASSIFIERS
+
+
+def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    """Compares shapes as they are in the file, before any of them is flattened or joined.
+
+    Positions may be more or fewer, and so may classes.
+    """
+    wanted = row.shapes(shape)
+    free = 0 if _holds_positions(row.target) else -1 if _is_of_classifier(row.target) else None
+    longer = list(shape)
+    if free is not None:
+        longer[free] += 1
+    for source, lengths in row.shapes(tuple(longer)).items():
+        fits = len(arrays[source].shape) == len(lengths) and all(
+            found == one or one != other
+            for found, one, other in zip(arrays[source].shape, wanted[source], lengths, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"{source} has shape {arrays[source].shape} in the file, and {wanted[source]} in "
+                f"the spec"
+            )
+
+
+def _holds_positions(target: str) -> bool:
+    return target in _POS_EMBEDS or target.endswith(_BIAS_TABLE)
+
+
+def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) -> np.ndarray:
+    """Positions [n, D] taken to the number that the spec has, float32 of this shape."""
+    try:
+        if row.target.endswith(_BIAS_TABLE):
+            return resample_relative_position_table(array, (math.isqrt(shape[0]) + 1) // 2)
+        has_prefix = isinstance(spec, ViTSpec) and spec.positions == "all"
+        num_prefix_tokens = spec.num_prefix_tokens if has_prefix else 0
+        return resample_pos_embed(array, num_prefix_tokens, spec.image_size // spec.patch_size)
+    except InputError as error:
+        raise InputError(
+            f"{row.sources[0]} cannot be interpolated from {array.shape} to {shape}: {error}"
+        ) from error
+
+
+def _replace_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
+    """Starts other classes as equally likely, so that the first steps do not spoil the features."""
+    for name in CLASSIFIERS:
+        kernel = parameters.get(f"{name}.kernel")
+        if kernel is not None and kernel.shape[-1] != spec.num_classes:
+            warnings.warn(
+                f"{name} has {kernel.shape[-1]} classes in the weights and {spec.num_classes} in "
+                f"the spec: a new one of zeros takes its place",
+                stacklevel=4,
+            )
+            parameters[f"{name}.kernel"] = jnp.zeros((len(kernel), spec.num_classes), kernel.dtype)
+            parameters[f"{name}.bias"] = jnp.zeros(spec.num_classes, kernel.dtype)
+
+
+def _fresh(spec: Spec, names: Iterable[str]) -> dict[str, jax.Array]:
+    """Random values of these parameters; compiled, so that no others are ever made."""
+    names = sorted(names)
+    if not names:
+        return {}
+
+    @jax.jit
+    def make():
+        parameters = functional.split(create(spec))[1]
+        return {name: parameters[name] for name in names}
+
+    return make()

@@ -1,0 +1,185 @@
+"""What counts as an image of a dataset, and that a listing ends whatever links there are."""
+
+import logging
+import os
+import pathlib
+import unicodedata
+
+import numpy as np
+import pytest
+
+from flora_jax.data import splits
+from flora_jax.data.image_folder import image_folder, unlabelled_folder
+from tests.helpers.pictures import keys, save
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def as_torchvision_lists(root: pathlib.Path, split: str) -> list[str]:
+    """What is in a split without links and hidden things, in the order of torchvision."""
+    return [
+        pathlib.Path(folder, name).relative_to(root).as_posix()
+        for kind in sorted((root / split).iterdir())
+        if not kind.is_symlink()
+        for folder, _, files in sorted(os.walk(kind))
+        for name in sorted(files)
+    ]
+
+
+def test_hidden_things_and_other_files_are_left_out_and_counted(pets, caplog):
+    train, before = pets / "train", keys(image_folder(pets, "train"))
+    for name in (".git/0.png", "__MACOSX/cat/0.png", "cat/.thumbs/0.png", "dog/._0.png"):
+        save(train / name)
+    for name in ("cat/Thumbs.db", "dog/desktop.ini", ".DS_Store", "dog/readme", "dog/a.GIF"):
+        (train / name).touch()
+    for name in ("cat/b.gif", "cat/c.txt"):
+        (train / name).touch()
+    save(train / "stray.png")
+    os.mkfifo(train / "cat/pipe.png")
+    with caplog.at_level(logging.INFO, "flora_jax"):
+        for _ in range(2):  # listed, and from the cache
+            source = image_folder(pets, "train")
+            assert keys(source) == before
+            assert source.class_names == ("cat", "dog")
+            assert source.left_out == {
+                "hidden": 7,
+                ".gif": 2,
+                ".txt": 1,
+                "no suffix": 1,
+                "no file": 1,
+                "outside the classes": 1,
+            }
+    assert caplog.messages[-1] == (
+        f"{train}: 12 images of 2 classes; left out: 7 hidden, 2 .gif, 1 .txt, 1 no file, "
+        f"1 no suffix, 1 outside the classes"
+    )
+
+
+def test_what_is_left_out_has_a_bounded_number_of_kinds(pets):
+    for i in range(40):
+        (pets / f"val/dog/core.{i}").touch()
+    left_out = image_folder(pets, "val").left_out
+    assert sum(left_out.values()) == 40
+    assert left_out["other"] > 20
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".TIF", ".Ppm", ".WebP"])
+def test_every_suffix_of_torchvision(suffix, tmp_path):
+    picture = np.full((6, 4), 200, np.uint8)
+    save(tmp_path / f"train/a/x{suffix}", picture)
+    image = image_folder(tmp_path, "train")[0]["image"]
+    assert image.shape == (6, 4, 3)
+    assert abs(image.astype(int) - 200).max() < 8
+
+
+def test_a_folder_named_like_an_image_is_a_folder(pets):
+    save(pets / "train/cat/holiday.jpeg/1.png")
+    save(pets / "train/zoo.png/lion.webp/2.png")
+    source = image_folder(pets, "train")
+    assert keys(source) == as_torchvision_lists(pets, "train")
+    assert source.classes == ("cat", "dog", "zoo.png")
+
+
+LINKS = {
+    "to itself": ("cat/again", "."),
+    "to the class above": ("cat/a/up", ".."),
+    "to the split": ("cat/all", ".."),
+    "to the dataset, another split in it": ("dog/all", "../.."),
+    "to the whole disk": ("dog/disk", "/"),
+    "to another class": ("cat/others", "../dog"),
+    "to a folder of another class": ("cat/others", "../dog/b"),
+    "to itself as a class": ("everything", "."),
+    "to an image beside it": ("dog/9.png", "0.png"),
+    "to an image of another class": ("cat/9.png", "../dog/b/0.png"),
+}
+
+
+@pytest.mark.parametrize("link, target", LINKS.values(), ids=LINKS)
+def test_no_link_lists_an_image_twice(link, target, pets):
+    for folder in ("cat/a", "dog/b"):
+        save(pets / "train" / folder / "0.png")
+    expected = as_torchvision_lists(pets, "train")
+    (pets / "train" / link).symlink_to(target)
+    for _ in range(2):
+        source = image_folder(pets, "train")
+        assert keys(source) == expected
+        assert source.left_out == {"listed before": 1}
+
+
+def test_links_out_of_the_dataset_are_followed_once(pets, tmp_path):
+    for name in ("more/1.png", "more/deep/2.png", "single.png"):
+        save(tmp_path / "elsewhere" / name)
+    train, elsewhere = pets / "train", tmp_path / "elsewhere"
+    (elsewhere / "more/deep/back").symlink_to(train / "dog")
+    (elsewhere / "more/deep/round").symlink_to(elsewhere / "more")
+    (train / "emu").symlink_to(elsewhere / "more/deep")  # a class, before a folder in a class
+    (train / "cat/more").symlink_to(elsewhere / "more")
+    (train / "cat/x.png").symlink_to(elsewhere / "single.png")
+    (train / "dog/y.png").symlink_to(elsewhere / "single.png")
+    source = image_folder(pets, "train")
+    added = sorted(set(keys(source)) - set(as_torchvision_lists(pets, "train")))
+    assert added == ["train/cat/more/1.png", "train/emu/2.png"]
+    assert "train/cat/x.png" in keys(source)
+    assert "train/dog/y.png" not in keys(source)
+    save(elsewhere / "more/3.png")  # the index is stale
+    assert len(image_folder(pets, "train")) == len(source) + 1
+
+
+def test_two_class_folders_that_are_one_are_refused(pets):
+    (pets / "train/puppy").symlink_to("dog")
+    with pytest.raises(ValueError, match=r"class folder .*/puppy: .* a link to a folder that is"):
+        image_folder(pets, "train")
+
+
+def test_a_link_to_nothing_is_an_image_once_its_disk_is_back(pets, tmp_path):
+    (pets / "val/cat/9.png").symlink_to(tmp_path / "disk/9.png")
+    (pets / "val/cat/more").symlink_to(tmp_path / "disk/more")
+    assert keys(image_folder(pets, "val"))[2:] == [
+        *("val/cat/9.png", "val/dog/0.png", "val/dog/1.png")
+    ]
+    for name in ("9.png", "more/1.png"):
+        save(tmp_path / "disk" / name)
+    assert len(image_folder(pets, "val")) == 6
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_class_is_one_in_both_forms_of_unicode(form, tmp_path):
+    """Composed letters sort behind z, decomposed ones do not: labels are those of train."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    names = {"Ångström": 1, "zoo": 2, "Übung": 3}
+    for name, red in names.items():
+        for split, spelled in (("train", form), ("val", other)):
+            picture = np.full((3, 5, 3), (red, 0, 0), np.uint8)
+            for i in range(4):
+                path = unicodedata.normalize(spelled, f"{split}/{name}/{i}.png")
+                save(tmp_path / "set" / path, picture)
+    loaded = splits.load_splits(f"folder:{tmp_path}/set", 0.5)
+    assert set(loaded.class_names) == {unicodedata.normalize("NFC", name) for name in names}
+    for part in (loaded.train, loaded.heldout, loaded.test):
+        assert sorted(set(part.labels)) == [0, 1, 2]
+        for example in (part[i] for i in range(len(part))):
+            name = unicodedata.normalize("NFC", loaded.class_names[example["label"]])
+            assert names[name] == example["image"][0, 0, 0]
+
+
+def test_both_forms_of_a_name_in_one_split(tmp_path):
+    for form in ("NFC", "NFD"):
+        save(tmp_path / "train" / unicodedata.normalize(form, "é") / f"{form}.png")
+    save(tmp_path / "train/f/0.png")
+    source = image_folder(tmp_path, "train")
+    assert source.classes == ("é", "f")
+    assert source.labels.tolist() == [0, 1, 0]
+
+
+def test_images_of_no_class_in_a_tree_with_links(pets):
+    (pets / "train/cat/round").symlink_to(pets)
+    save(pets / ".cache/0.png")
+    save(pets / "top.png")
+    for _ in range(2):
+        source = unlabelled_folder(pets)
+        assert sorted(keys(source)) == sorted(
+            path.relative_to(pets).as_posix()
+            for path in pets.rglob("[!.]*.png")
+            if not any(part.startswith(".") for part in path.relative_to(pets).parts)
+        )
+        assert source.left_out == {"hidden": 1, "listed before": 1}

@@ -1,0 +1,52 @@
+"""Learning from the teacher's tokens beside its predictions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh
+from flora_jax.models import functional
+from flora_jax.training.step import feature_error, initial_state, make_step, task_loss
+from tests.helpers.training import NORMALIZATION, SETTINGS, batch_of
+
+SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+
+
+def test_the_error_is_a_share_of_the_targets_square():
+    target = jnp.array([[[3.0, 4.0], [0.0, 2.0]]])
+    assert feature_error(target, target) == 0
+    assert feature_error(jnp.zeros_like(target), target) == pytest.approx(1.0)
+    assert feature_error(target + jnp.array([[[3.0, 4.0], [0.0, 0.0]]]), target) == pytest.approx(
+        0.5
+    )
+
+
+def test_it_is_added_to_the_soft_targets():
+    student, teacher = flora.create(SPEC, seed=1), flora.create(SPEC, seed=2)
+    batch = batch_of(0)
+    images = NORMALIZATION(jnp.asarray(batch["image"]))
+    soft = task_loss(student(images), jax.nn.softmax(teacher(images)))
+    error = feature_error(student.features(images), teacher.features(images))
+    structure, parameters = functional.split(student)
+    teacher_structure, teacher_parameters = functional.split(teacher)
+    for weight in (0.0, 0.7):
+        settings = dataclasses.replace(SETTINGS, distill_features=weight)
+        step = make_step(structure, settings, NORMALIZATION, make_mesh(), teacher_structure)
+        state = initial_state(structure, parameters, settings)
+        _, metrics = step(state, batch, None, teacher_parameters)
+        np.testing.assert_allclose(metrics[0], soft + weight * error, rtol=1e-5)
+
+
+def test_tokens_that_left_are_refused():
+    features = jnp.ones((2, 5, 4))
+    with pytest.raises(ValueError, match=r"features have shape \(4, 4\), the teacher's \(5, 4\)"):
+        feature_error(features[:, :4], features)
+
+
+def test_a_teacher_is_needed_in_every_step():
+    with pytest.raises(ValueError, match="distill_features needs a teacher in every step"):
+        flora.Recipe(distill_features=1.0, stored_predictions=True)
