@@ -89,7 +89,8 @@ def test_a_name_that_cannot_be_used_is_refused_and_shown(path, message):
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_checkpoints_in_a_folder_of_any_name(name, tmp_path):
+def test_checkpoints_in_a_folder_of_any_name(name, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # has the links
     check_can_hold_a_run(tmp_path / name / "run")
     assert names(tmp_path) == []  # nothing is left behind
     folder = tmp_path / name / "checkpoints"

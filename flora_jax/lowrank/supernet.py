@@ -93,11 +93,11 @@ def factorize(
     short_of_rank = []
 
     def factors(layer: LinearShape, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        moment = None if calibration is None else calibration.moment_of(layer)
-        for what, values in {"kernel": kernel, "second moment of its input": moment}.items():
-            if values is not None and not np.isfinite(values).all():  # LAPACK might never return
-                raise InputError(f"{layer.name} cannot be factorised: its {what} is not finite")
-        if calibration is not None and moment is not None:
+        _check_finite(layer, "kernel", kernel)
+        moment = None
+        if calibration is not None:
+            moment = calibration.moment_of(layer)
+            _check_finite(layer, "second moment of its input", moment)
             if not calibration.is_full_rank(layer, moment):
                 short_of_rank.append(layer.name)
             moment = calibration.shrunk(moment)
@@ -133,6 +133,11 @@ def _num_threads(layers: Sequence[LinearShape]) -> int:
     """As many as there are cores, and as have room for a moment and what becomes of it."""
     needed = 4 * 8 * max(layer.in_features for layer in layers) ** 2
     return max(1, min(os.cpu_count() or 1, _BYTES_OF_THREADS // needed))
+
+
+def _check_finite(layer: LinearShape, what: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():  # of which LAPACK might never return
+        raise InputError(f"{layer.name} cannot be factorised: its {what} is not finite")
 
 
 def svd_factors(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from flora_jax.cluster.processes import is_first
 from flora_jax.errors import InputError
 from flora_jax.stages.images import Images
 from flora_jax.stages.settings import Settings
@@ -25,12 +26,16 @@ _SAME_GATE = 0.05
 
 
 def say_doubts(settings: Settings, images: Images) -> None:
-    """Logs a warning for each setting that is unlikely to be meant."""
-    for doubt in (
+    """The first process logs a warning for each setting that is unlikely to be meant.
+
+    All processes call it together.
+    """
+    doubts = (
         *_of_pixels(settings, images),
         *_of_heldout(settings, images),
         *_of_learning_rates(settings, len(images.train)),
-    ):
+    )
+    for doubt in doubts if is_first() else ():
         log.warning("%s", doubt)
 
 
