@@ -5,26 +5,24 @@ its `image_shape`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from flora_jax.data.geometry import (
     affine,
-    eval_resize_crop,
     horizontal_flip,
     match_channels,
     random_resized_crop,
-    resize,
     shift,
 )
 from flora_jax.data.pixels import color_jitter, random_erasing
+from flora_jax.data.preprocessing import Crop, Shape
 from flora_jax.data.randaugment import MAX_MAGNITUDE, rand_augment
 from flora_jax.errors import InputError, did_you_mean, unknown
-
-Shape = tuple[int, int, int]
 
 
 class TrainTransform(Protocol):
@@ -44,33 +42,10 @@ class TrainTransform(Protocol):
 class EvalTransform(Protocol):
     """Image uint8 [H, W, C] -> uint8 `image_shape`."""
 
-    image_shape: Shape
+    @property
+    def image_shape(self) -> Shape: ...
 
     def __call__(self, image: np.ndarray) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-    """The whole image, resized."""
-
-    image_shape: Shape
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        return match_channels(resize(image, self.image_shape[0]), self.image_shape[2])
-
-
-@dataclasses.dataclass(frozen=True)
-class _CentreCrop:
-    image_shape: Shape
-    crop_pct: float = 0.875
-
-    def __post_init__(self):
-        if not 0 < self.crop_pct <= 1:
-            raise InputError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        cropped = eval_resize_crop(image, self.image_shape[0], self.crop_pct)
-        return match_channels(cropped, self.image_shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +53,11 @@ class _Shift:
     image_shape: Shape
     pixels: int = 1
 
-    evaluation: ClassVar = _Fit
+    crop_mode: ClassVar = "squash"
     least_side: ClassVar = None
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return _Fit(self.image_shape)(shift(image, rng, self.pixels))
+        return Crop(self.image_shape, crop_mode="squash")(shift(image, rng, self.pixels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +67,7 @@ class _Digits:
     translate_pixels: float = 1.0
     scale: tuple[float, float] = (0.9, 1.1)
 
-    evaluation: ClassVar = _Fit
+    crop_mode: ClassVar = "squash"
     least_side: ClassVar = None
 
     def __post_init__(self):
@@ -102,7 +77,7 @@ class _Digits:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         moved = affine(image, rng, self.degrees, self.translate_pixels, self.scale)
-        return _Fit(self.image_shape)(moved)
+        return Crop(self.image_shape, crop_mode="squash")(moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +86,7 @@ class _Inception:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
-    evaluation: ClassVar = _CentreCrop
+    crop_mode: ClassVar = None  # the settings choose
 
     def __post_init__(self):
         _check_range("scale", self.scale, highest=1)
@@ -189,10 +164,13 @@ def train_transform(name: str, image_shape: Shape, **settings) -> TrainTransform
 def eval_transform(name: str, image_shape: Shape, **settings) -> EvalTransform:
     """The fixed transform that goes with a recipe.
 
-    The whole image resized to fit for "digits" and "shift"; resize and central crop (setting:
-    crop_pct) for "inception" and "deit". Arguments and errors as in `train_transform`.
+    The whole image resized to fit for "digits" and "shift"; what a `Crop` of these settings does
+    (crop_pct, crop_mode, interpolation) for "inception" and "deit". Arguments and errors as in
+    `train_transform`.
     """
-    return _build(_recipe(name).evaluation, image_shape, settings)
+    if (crop_mode := _recipe(name).crop_mode) is None:
+        return _build(Crop, image_shape, settings)
+    return _build(functools.partial(Crop, crop_mode=crop_mode), image_shape, settings, accepted=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +186,11 @@ class Augmentation:
     def evaluation(self, image_shape: Shape) -> EvalTransform:
         return eval_transform(self.name, image_shape)
 
+    @property
+    def crop_mode(self) -> str | None:
+        """The crop mode of a `Crop` that goes with it; None: any."""
+        return _recipe(self.name).crop_mode
+
 
 def _recipe(name: str):
     if name not in _RECIPES:
@@ -215,11 +198,12 @@ def _recipe(name: str):
     return _RECIPES[name]
 
 
-def _build(transform, image_shape: Shape, settings: dict):
+def _build(transform, image_shape: Shape, settings: dict, accepted: Sequence[str] | None = None):
     height, width, _ = image_shape
     if height != width:
         raise InputError(f"image_shape must be square, (size, size, channels), got {image_shape}")
-    accepted = [field.name for field in dataclasses.fields(transform)][1:]
+    if accepted is None:
+        accepted = [field.name for field in dataclasses.fields(transform)][1:]
     for name in settings:
         if name not in accepted:
             raise InputError(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from flora_jax.errors import InputError
 
-BICUBIC = Image.Resampling.BICUBIC
+INTERPOLATIONS = tuple(method.name.lower() for method in Image.Resampling)
 BILINEAR = Image.Resampling.BILINEAR
 AFFINE = Image.Transform.AFFINE
 
@@ -96,17 +96,19 @@ def horizontal_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image at size x size, bicubic; the same array when it has that size already."""
+def resize(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """The whole image at size x size; the same array when it has that size already."""
     if image.shape[:2] == (size, size):
         return image
-    return _to_array(_to_pillow(image).resize((size, size), BICUBIC))
+    return _to_array(_to_pillow(image).resize((size, size), _method(interpolation)))
 
 
-def eval_resize_crop(image: np.ndarray, size: int, crop_pct: float = 0.875) -> np.ndarray:
+def eval_resize_crop(
+    image: np.ndarray, size: int, crop_pct: float = 0.875, interpolation: str = "bicubic"
+) -> np.ndarray:
     """The central size x size square of the image, whose short side is first made size/crop_pct.
 
-    Bicubic. At 224 the short side becomes 256, as DeiT and Swin are evaluated. Of an image over
+    At 224 the short side becomes 256, as DeiT and Swin are evaluated. Of an image over
     100 times as long as wide, which would take gigabytes when resized, only the part that stays
     is resized, to nearly the same pixels.
     """
@@ -119,8 +121,9 @@ def eval_resize_crop(image: np.ndarray, size: int, crop_pct: float = 0.875) -> n
     if max(height, width) > 100 * min(height, width):
         x, y = width / resized_width, height / resized_height
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return _to_array(picture.resize((size, size), BICUBIC, box))
-    return _to_array(picture.resize((resized_width, resized_height), BICUBIC).crop(box))
+        return _to_array(picture.resize((size, size), _method(interpolation), box))
+    resized = picture.resize((resized_width, resized_height), _method(interpolation))
+    return _to_array(resized.crop(box))
 
 
 def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -137,6 +140,10 @@ def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
             f"accepted: 1 or {channels} channels"
         )
     return np.repeat(image, channels, axis=2)
+
+
+def _method(interpolation: str) -> Image.Resampling:
+    return Image.Resampling[interpolation.upper()]
 
 
 def _to_pillow(image: np.ndarray) -> Image.Image:

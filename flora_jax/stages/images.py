@@ -29,7 +29,8 @@ class Images:
 
     def __init__(self, settings: Settings):
         data, self._settings = settings.data, settings
-        self._image_shape = network_spec(settings).image_shape
+        spec = network_spec(settings)
+        self._crop = data.preprocessing(spec.image_size).crop(spec.in_channels)
         self.splits: Splits = load_splits(
             data.name,
             heldout_fraction=data.heldout_fraction,
@@ -39,7 +40,7 @@ class Images:
             heldout_split=data.heldout_split or None,
             on_bad_image=data.on_bad_image,
             classes=data.classes,
-            least_side=data.augmentation.train(self._image_shape).least_side,
+            least_side=data.augmentation.train(spec.image_shape).least_side,
             max_megapixels=data.max_megapixels,
         )
 
@@ -74,8 +75,7 @@ class Images:
         data = self._settings.data
         size = min(data.eval_batch_size, len(source))
         size = -(-size // jax.device_count()) * jax.device_count()
-        transform = data.augmentation.evaluation(self._image_shape)
-        found = EvaluationSet(eval_batches(source, transform, size), data.normalization)
+        found = EvaluationSet(eval_batches(source, self._crop, size), data.normalization)
         if skipped := len(source) - found.num_images:
             log.warning(
                 "%d of %d images cannot be decoded and count in no mean", skipped, len(source)
@@ -103,9 +103,8 @@ class Images:
         seed = self._settings.seed_of(purpose)
         order = np.random.default_rng(seed).permutation(len(self.train))[:number]
         data, source = self._settings.data, subset(self.train, np.sort(order))
-        transform = data.augmentation.evaluation(self._image_shape)
         size = min(data.eval_batch_size, BATCH_SIZE)
-        for batch in eval_batches(source, transform, size, data.num_threads):
+        for batch in eval_batches(source, self._crop, size, data.num_threads):
             is_image = true_in_all(batch["mask"] > 0)
             if is_image.any():
                 yield batch["image"][is_image], batch["label"][is_image]

@@ -65,8 +65,10 @@ def has_run(folder: epath.PathLike | None) -> bool:
 def saved_settings(folder: epath.Path) -> Settings:
     """The settings that the run in this folder was made with."""
     config = read_json(folder / CONFIG_FILE)
-    # Versions that did not say so factorised by the plain SVD.
-    return Settings.from_config({"calibration": {"images": 0}} | config)
+    # Versions that did not say so factorised by the plain SVD, and ignored transparency.
+    config = {"calibration": {"images": 0}} | config
+    config["data"] = {"background": ()} | config.get("data", {})
+    return Settings.from_config(config)
 
 
 def network_spec(settings: Settings) -> Spec:

@@ -12,6 +12,7 @@ from typing import Any
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.decoding import MAX_MEGAPIXELS
 from flora_jax.data.normalize import Normalization
+from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, check_at_least, check_between, check_known
 from flora_jax.lowrank.calibration import SHRINKAGE
 from flora_jax.lowrank.space import RankSpace
@@ -22,6 +23,8 @@ from flora_jax.training.settings import Recipe
 
 BUDGETS = ("macs", "latency")
 Window = tuple[float, float]
+
+_PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "background")
 
 # timm turns the published colour jitter of 0.4 off where RandAugment is on.
 _DEIT_AUGMENTATION = {
@@ -46,7 +49,9 @@ class DataSettings:
       max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
         a bad image.
       classes: some of the dataset's, numbered anew; empty: all.
-      mean, std: of the pixels, one a channel.
+      mean, std, crop_pct, crop_mode, interpolation, background: as in `Preprocessing`; what is not
+        random is done to an image with them. The augmentations of small pictures, "digits" and
+        "shift", have a crop mode of their own.
       num_threads: that prepare training batches.
       num_workers: processes that prepare training batches in place of threads.
     """
@@ -62,6 +67,10 @@ class DataSettings:
     augmentation: Augmentation = Augmentation("deit", _DEIT_AUGMENTATION)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    background: tuple[int, ...] = (255, 255, 255)
     eval_batch_size: int = 256
     num_threads: int = 16
     num_workers: int = 0
@@ -71,7 +80,14 @@ class DataSettings:
         check_between(self, 0, math.inf, "max_megapixels")
         check_at_least(self, 1, "eval_batch_size")
         check_at_least(self, 0, "num_threads", "num_workers")
-        Normalization(self.mean, self.std)  # checks them
+        self.preprocessing(1)  # checks what it takes
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """What becomes of a picture before a network that takes images of this size."""
+        shared = {name: getattr(self, name) for name in _PREPROCESSING}
+        if self.augmentation.crop_mode:
+            shared["crop_mode"] = self.augmentation.crop_mode
+        return Preprocessing(image_size, **shared)
 
     @property
     def normalization(self) -> Normalization:

@@ -45,7 +45,6 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     else:  # a slimmed model's shape is not known yet
         check_macs_budget(settings, spec, spec)
     data.augmentation.train(spec.image_shape)
-    data.augmentation.evaluation(spec.image_shape)
     make_mesh(settings.fsdp)
     images = Images(settings)
     if not images.splits.num_classes:

@@ -1,0 +1,94 @@
+"""What becomes of a picture before a network sees it, where nothing is random."""
+
+import dataclasses
+
+import numpy as np
+
+from flora_jax.data.geometry import INTERPOLATIONS, eval_resize_crop, match_channels, resize
+from flora_jax.data.normalize import Normalization
+from flora_jax.errors import InputError, check_known
+
+CROP_MODES = ("center", "squash")
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Image uint8 [H, W, C], C 1 or that of `image_shape` -> uint8 `image_shape`.
+
+    Attributes:
+      image_shape: (size, size, channels).
+      crop_pct: share of the short side that stays, where the mode is "center".
+      crop_mode: "center" resizes the short side and cuts out the central square; "squash" resizes
+        the whole image, whatever its ratio.
+      interpolation: one of INTERPOLATIONS, by their names in Pillow.
+
+    Raises:
+      InputError: a value out of range or unknown; names it.
+    """
+
+    image_shape: Shape
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    def __post_init__(self):
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+        check_known(self, "crop_mode", CROP_MODES)
+        check_known(self, "interpolation", INTERPOLATIONS)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        size, channels = self.image_shape[0], self.image_shape[2]
+        if self.crop_mode == "squash":
+            return match_channels(resize(image, size, self.interpolation), channels)
+        cropped = eval_resize_crop(image, size, self.crop_pct, self.interpolation)
+        return match_channels(cropped, channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """All that a model wants done to a picture; it goes with the model wherever that goes.
+
+    Attributes:
+      image_size: side in pixels of what the network takes.
+      mean, std: of the pixels in 0..1, one a channel.
+      crop_pct, crop_mode, interpolation: as in `Crop`.
+      background: red, green and blue in 0..255 that show through transparent pixels; empty:
+        transparency is ignored, as torchvision does.
+
+    Raises:
+      InputError: a value out of range or unknown; names it.
+    """
+
+    image_size: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    background: tuple[int, ...] = (255, 255, 255)
+
+    def __post_init__(self):
+        self.crop(3)  # checks what it takes
+        Normalization(self.mean, self.std)
+        check_background(self.background)
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.mean, self.std)
+
+    def crop(self, in_channels: int) -> Crop:
+        """The resizing and cutting, for a network of so many input channels."""
+        shape = (self.image_size, self.image_size, in_channels)
+        return Crop(shape, self.crop_pct, self.crop_mode, self.interpolation)
+
+
+def check_background(background: tuple[int, ...]) -> None:
+    """Raises InputError where it is neither empty nor three numbers in 0..255."""
+    is_colour = len(background) == 3 and all(0 <= value <= 255 for value in background)
+    if len(background) and not is_colour:
+        raise InputError(
+            f"background must be red, green and blue in 0..255, such as (255, 255, 255) for "
+            f"white, or () to ignore transparency; got {background}"
+        )
