@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import platform
+import re
 import sys
 import traceback
 
@@ -23,7 +24,9 @@ from ml_collections import config_flags
 
 from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
-from flora_jax.errors import UserError
+from flora_jax.commands.evaluate import evaluate
+from flora_jax.commands.predict import predict
+from flora_jax.errors import InputError, UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
 from flora_jax.preflight.topology import check_topology, use_compiler_only
@@ -32,6 +35,7 @@ from flora_jax.stages.run import Run, has_run
 from flora_jax.stages.settings import Settings
 
 _DEFAULT_CONFIG = "digits"
+_OF_A_MODEL = ("predict", "evaluate")  # flags that need neither a config nor the folder of a run
 # A default file would be read here at once, and the overrides meant for another file applied to it.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run; any field can be set: --config.section.key=value"
@@ -46,6 +50,15 @@ _CHECK_PREDICTIONS = flags.DEFINE_bool(
 _CHECK_TOPOLOGY = flags.DEFINE_string(
     "check_topology", None, "Whether the run fits a TPU slice, such as v5e:4x4; no TPU is needed."
 )
+_PREDICT = flags.DEFINE_string(
+    "predict", None, "Folder of a model that says what is in the pictures given behind the flags."
+)
+_EVALUATE = flags.DEFINE_string(
+    "evaluate", None, "Folder of a model whose accuracy on the images of --data is measured."
+)
+_DATA = flags.DEFINE_string("data", None, "For --evaluate: folder:PATH or tfds:NAME.")
+_SPLIT = flags.DEFINE_string("split", None, "For --evaluate: a split other than the test split.")
+_JSON = flags.DEFINE_bool("json", False, "For --predict and --evaluate: print JSON.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first of several processes."
 )
@@ -60,7 +73,7 @@ _TRACEBACK = flags.DEFINE_bool(
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
+    if len(arguments) > 1 and _PREDICT.value is None:
         raise app.UsageError(f"unexpected arguments: {' '.join(arguments[1:])}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
@@ -71,7 +84,14 @@ def main(arguments: list[str]) -> None:
             use_compiler_only()
         _show_log()
         _configure_jax()
-        if _CHECK_TOPOLOGY.value:
+        if _PREDICT.value is not None:
+            if predict(_PREDICT.value, arguments[1:], _JSON.value):
+                sys.exit(1)
+        elif _EVALUATE.value is not None:
+            if not _DATA.value:
+                raise InputError("--evaluate needs --data=folder:PATH or --data=tfds:NAME")
+            evaluate(_EVALUATE.value, _DATA.value, _SPLIT.value, _JSON.value)
+        elif _CHECK_TOPOLOGY.value:
             settings = Settings.from_config(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
         elif _CHECK_PREDICTIONS.value:
@@ -97,10 +117,12 @@ def main(arguments: list[str]) -> None:
 def run() -> None:
     """Parses the flags and runs what they say."""
     flags.register_multi_flags_validator(
-        ["workdir", "check_topology"],
-        lambda values: values["workdir"] or values["check_topology"],
+        ["workdir", "check_topology", *_OF_A_MODEL],
+        lambda values: any(values.values()),
         "--workdir must be given, the folder of the run.",
     )
+    flags.mark_flags_as_mutual_exclusive(_OF_A_MODEL)
+    flags.FLAGS.set_gnu_getopt()  # flags may stand behind the pictures
     app.run(main, flags_parser=_parse_flags)
 
 
@@ -124,6 +146,8 @@ def _with_config_file(arguments: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-config")
     parser.add_argument("--workdir", "-workdir")
+    if any(re.match(f"--?({'|'.join(_OF_A_MODEL)})(=|$)", argument) for argument in others):
+        return arguments
     known, others = parser.parse_known_args(others)
     workdir = known.workdir and os.fspath(user_path(known.workdir))
     if workdir is not None:

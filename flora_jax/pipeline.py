@@ -21,7 +21,7 @@ from flora_jax.stages.changes import (
     stages_to_redo,
     tidy_once,
 )
-from flora_jax.stages.class_names import name_models_once, name_run_once
+from flora_jax.stages.companions import describe_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run, has_run, saved_settings
@@ -141,7 +141,7 @@ def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
             log.info("%s: starts", name)
             started = time.monotonic()
             STAGE_FUNCTIONS[name](this_run, images)
-            name_models_once(this_run.folder, name, images.splits.class_names)
+            describe_models_once(this_run, name, images.splits.class_names)
             done[name] = {"seconds": round(time.monotonic() - started, 3)}
             write_json_once(this_run.folder / DONE_FILE, done)
         if not this_run.settings.keep_checkpoints:

@@ -25,6 +25,7 @@ from flora_jax.stages.budget import (
     load_latency_table,
     load_uniform_ranks,
 )
+from flora_jax.stages.companions import report_models_once
 from flora_jax.stages.doubts import doubt_heldout
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_regular_space
@@ -82,6 +83,10 @@ def evaluate(run: Run, images: Images) -> None:
         "skipped_test_images": len(images.splits.test) - test_set.num_images,
     }
     write_json_once(run.folder / "result.json", result)
+    folders = {name: path for _, name, path, _ in models}
+    labels = "the dataset" if images.splits.num_classes else "the dense model"
+    about = {"test_images": test_set.num_images, "labels_of": labels}
+    report_models_once(run, entries, folders, about)
 
 
 @by_the_first

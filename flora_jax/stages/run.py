@@ -19,7 +19,9 @@ Folder of a run:
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
   result.json, test_images.safetensors, report.png
   config.json, images.json      the settings, and the signature of the images
-  classes.json      the names of the classes by label, here and beside each finished model
+  classes.json      the names of the classes by label, here and beside each finished model, with
+                    preprocessing.json, what it wants of pictures, and evaluation.json, how it did
+                    on the test images
 """
 
 import dataclasses

@@ -1,0 +1,168 @@
+"""A finished model from a folder, whoever wrote it, ready for pictures of any size."""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.data.normalize import Normalization
+from flora_jax.data.preprocessing import Crop, Preprocessing, Shape
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.files import matching
+from flora_jax.io.paths import user_path
+from flora_jax.models import functional
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.weights.class_names import CLASSES_FILE, read_class_names
+from flora_jax.weights.config import CONFIG_FILE, read_spec
+from flora_jax.weights.folder import SPEC_FILE
+from flora_jax.weights.preprocessing import PREPROCESSING_FILE, read_preprocessing
+from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
+
+_MOST_IMAGES = 64  # of a batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A model with what it wants of pictures.
+
+    Attributes:
+      class_names: of its logits; empty where nobody has named them.
+    """
+
+    network: Network
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: epath.PathLike) -> "Classifier":
+        """Reads a folder of our own, of Hugging Face or of timm.
+
+        Where nothing says what is done to pictures, the log says what is assumed. A network whose
+        pictures are prepared at another size than its own is interpolated to that.
+
+        Raises:
+          MissingFileError: there is no model in the folder.
+          InputError: it is no classifier, or as `read_preprocessing`, `read_class_names` and
+            `from_pretrained`.
+        """
+        folder = user_path(path)
+        _check_is_model(folder)
+        spec, preprocessing = read_spec(folder), read_preprocessing(folder)
+        if not spec.num_classes:
+            raise InputError(
+                f"{folder} has no classifier, so it knows no classes: it gives features. A run on "
+                f"labelled pictures puts one on it: --config.pretrained={folder} "
+                f"--config.data.name=folder:PATH, of a compressed model with --config=transfer"
+            )
+        names = read_class_names(folder)
+        if names and len(names) != spec.num_classes:
+            raise InputError(
+                f"{folder} has {len(names)} names of classes for {spec.num_classes} classes; "
+                f"{folder / CLASSES_FILE} can list others"
+            )
+        if preprocessing is None:
+            preprocessing = _assumed(folder, spec)
+        if len(preprocessing.mean) not in (1, spec.in_channels):
+            raise InputError(
+                f"{folder} wants {len(preprocessing.mean)} means of pixels, but its network takes "
+                f"{spec.in_channels} channels"
+            )
+        if preprocessing.image_size != spec.image_size:
+            log.info(
+                "%s: the network of %d pixels is interpolated to the %d of its preprocessing",
+                *(folder, spec.image_size, preprocessing.image_size),
+            )
+            spec = dataclasses.replace(spec, image_size=preprocessing.image_size)
+        return cls(from_pretrained(folder, spec), preprocessing, names)
+
+    @property
+    def num_classes(self) -> int:
+        return self.network.spec.num_classes
+
+    def name(self, label: int) -> str:
+        """Of a class; its number where it has no name."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    @property
+    def transform(self) -> "Channels":
+        """Image uint8 [H, W, C] -> uint8 [size, size, channels of the network]."""
+        return Channels(self.preprocessing.crop(self.network.spec.in_channels))
+
+    def log_probabilities(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Makes a function: images uint8 [B, H, W, C] -> float32 [B, num_classes].
+
+        It is compiled for each B, a multiple of the number of devices.
+        """
+        structure, parameters = functional.split(self.network)
+        mesh = make_mesh()
+        parameters, normalization = replicate(parameters, mesh), self.preprocessing.normalization
+        run = functools.partial(_run, structure, normalization, mesh, parameters)
+        return lambda images: jax.device_get(run(spread(images, mesh)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """A crop that takes colours, too, where the network takes grey ones."""
+
+    crop: Crop
+
+    @property
+    def image_shape(self) -> Shape:
+        return self.crop.image_shape
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        if self.image_shape[2] == 1 and image.shape[2] == 3:
+            image = np.array(Image.fromarray(image).convert("L"))[..., None]
+        return self.crop(image)
+
+
+def batch_size(num_images: int) -> int:
+    """Of so many images, as few as make one batch, and a multiple of the number of devices."""
+    size = min(_MOST_IMAGES, num_images)
+    return -(-size // jax.device_count()) * jax.device_count()
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def _run(structure, normalization: Normalization, mesh, parameters, images):
+    """Logarithms of the probabilities [B, classes] of images uint8, whole on every device."""
+
+    def on_one_device(parameters, images):
+        logits = functional.merge(structure, parameters)(normalization(images))
+        return jax.lax.all_gather(jax.nn.log_softmax(logits), AXES, tiled=True)
+
+    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, images)
+
+
+def _check_is_model(folder: epath.Path) -> None:
+    files = (SPEC_FILE, *HUGGING_FACE_FILES)
+    if any((folder / file).exists() for file in files):
+        if not (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
+            raise MissingFileError(f"{folder} has weights, but no {CONFIG_FILE} that says of what")
+        return
+    if not folder.is_dir():
+        what = "is a file: give the folder that it is in" if folder.exists() else "is not there"
+        raise MissingFileError(f"{folder} {what}")
+    inside = [str(file.parent.relative_to(folder)) for file in matching(folder, f"*/{SPEC_FILE}")]
+    hint = f"inside it are {', '.join(inside)}" if inside else f"looked for {', '.join(files)}"
+    raise MissingFileError(f"{folder} is no folder of a model; {hint}")
+
+
+def _assumed(folder: epath.Path, spec: Spec) -> Preprocessing:
+    preprocessing = Preprocessing(spec.image_size)
+    if spec.in_channels != 3:
+        preprocessing = Preprocessing(spec.image_size, mean=(0.5,), std=(0.5,))
+    log.warning(
+        "%s does not say what it wants of pictures; assumed, and to be changed in %s: %s",
+        *(folder, PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preprocessing))),
+    )
+    return preprocessing

@@ -1,0 +1,175 @@
+"""flora_jax --evaluate=FOLDER --data=DATASET: how good a model is on labelled pictures."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+from etils import epath
+
+from flora_jax.commands.classifier import Classifier, batch_size
+from flora_jax.commands.labels import matched
+from flora_jax.data.batches import eval_batches
+from flora_jax.data.image_folder import image_folder
+from flora_jax.data.labels import check_labels
+from flora_jax.data.sources import SkippingSource, Source, tfds
+from flora_jax.data.splits import load_splits
+from flora_jax.errors import InputError
+from flora_jax.io.paths import as_text, user_path
+from flora_jax.timing import describe_device
+
+_TOP = 5
+_MOST_PAIRS = 3
+_MOST_LINES = 40  # of a table of classes
+_THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of labelled images; shares lie in 0..1.
+
+    Attributes:
+      images: how many were evaluated.
+      skipped: how many could not be decoded.
+      top1: share whose class comes first.
+      top5: share whose class is among the first five; None where there are no more classes.
+      log_likelihood: of the right class, the mean.
+      ms_per_image: milliseconds of the network on `device` in batches of `batch_size`.
+      classes: {"name", "top1" (None without images), "images"} of each class of the model.
+      confused: the commonest mistakes: {"class", "taken_for", "images"}.
+    """
+
+    images: int
+    skipped: int
+    top1: float
+    top5: float | None
+    log_likelihood: float
+    ms_per_image: float
+    batch_size: int
+    device: str
+    classes: list[dict]
+    confused: list[dict]
+
+
+def evaluate(
+    folder: epath.PathLike, data: str, split: str | None = None, as_json: bool = False
+) -> None:
+    """Prints how good the model in a folder is on a dataset.
+
+    Args:
+      folder: of the model, as in `Classifier.open`.
+      data: the dataset, as in `load_splits`.
+      split: of it; None: its test split.
+      as_json: print one JSON object.
+
+    Raises:
+      InputError: as `Classifier.open`, `load_splits` and `matched`.
+    """
+    source = load_source(data, split)
+    classifier = Classifier.open(folder)
+    found = evaluated(classifier, source, data)
+    if as_json:
+        about = {"model": str(folder), "data": data, "split": split}
+        print(json.dumps(about | dataclasses.asdict(found)))
+    else:
+        print(_text(found))
+
+
+def load_source(data: str, split: str | None = None) -> Source:
+    """The labelled images of one split. Raises as `load_splits`."""
+    kind, _, place = data.partition(":")
+    if kind == "tfds":
+        return tfds(place, split or "validation")
+    if kind == "folder" and (split or (user_path(place) / "val").is_dir()):
+        return image_folder(place, split or "val")
+    if split:
+        raise InputError(f"--split needs a dataset with splits, tfds: or folder:, not {data}")
+    return load_splits(data).test
+
+
+def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
+    """Runs the model over every image of the source that can be decoded, once.
+
+    Raises:
+      InputError: the images have no labels, no image can be decoded, or as `matched`.
+    """
+    if not source.num_classes:
+        raise InputError(f"{data} has no labels, so nothing can be right or wrong in it")
+    num_classes = classifier.num_classes
+    label_of = matched(classifier.class_names, num_classes, source.class_names, data)
+    check_labels(source.labels, num_classes, data)
+    run, size = classifier.log_probabilities(), batch_size(len(source))
+    run(np.zeros((size, *classifier.transform.image_shape), np.uint8))  # compiles
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    log_likelihoods, ranks, seconds, num_batches = [], [], 0.0, 0
+    source = SkippingSource(source)
+    for batch in eval_batches(source, classifier.transform, size, _THREADS):
+        started = time.perf_counter()
+        rows = run(batch["image"])
+        seconds, num_batches = seconds + time.perf_counter() - started, num_batches + 1
+        is_image = batch["mask"] > 0
+        rows, labels = rows[is_image], label_of[batch["label"][is_image]]
+        right = np.take_along_axis(rows, labels[:, None], axis=1)
+        log_likelihoods.append(right[:, 0])
+        ranks.append((rows > right).sum(axis=1))
+        np.add.at(confusion, (labels, rows.argmax(axis=1)), 1)
+    num_images = int(confusion.sum())
+    return Evaluation(
+        images=num_images,
+        skipped=len(source) - num_images,
+        top1=float(confusion.trace() / num_images),
+        top5=float((np.concatenate(ranks) < _TOP).mean()) if num_classes > _TOP else None,
+        log_likelihood=float(np.concatenate(log_likelihoods).mean(dtype=np.float64)),
+        ms_per_image=1000 * seconds / (num_batches * size),
+        batch_size=size,
+        device=describe_device(),
+        **_by_class(classifier, confusion),
+    )
+
+
+def _by_class(classifier: Classifier, confusion: np.ndarray) -> dict[str, list[dict]]:
+    """Classes and commonest mistakes, of counts int [right class, class that comes first]."""
+    totals, right = confusion.sum(axis=1).tolist(), confusion.diagonal().tolist()
+    classes = [
+        {"name": classifier.name(i), "top1": right[i] / n if n else None, "images": n}
+        for i, n in enumerate(totals)
+    ]
+    mistakes = confusion - np.diag(np.diag(confusion))
+    worst = np.argsort(-mistakes, axis=None, kind="stable")[:_MOST_PAIRS]
+    pairs = [divmod(int(place), len(mistakes)) for place in worst]
+    confused = [
+        {
+            "class": classifier.name(label),
+            "taken_for": classifier.name(predicted),
+            "images": int(mistakes[label, predicted]),
+        }
+        for label, predicted in pairs
+        if mistakes[label, predicted]
+    ]
+    return {"classes": classes, "confused": confused}
+
+
+def _text(found: Evaluation) -> str:
+    skipped = f", {found.skipped} more could not be decoded" if found.skipped else ""
+    top5 = "" if found.top5 is None else f", top-5 {found.top5:.2%}"
+    lines = [
+        f"{found.images} images{skipped}",
+        f"top-1 {found.top1:.2%}{top5}, log-likelihood {found.log_likelihood:.4f}",
+        f"{found.ms_per_image:.3g} ms an image in batches of {found.batch_size} on {found.device}",
+        "",
+    ]
+    classes = [entry for entry in found.classes if entry["images"]]
+    if len(classes) > _MOST_LINES:
+        classes = sorted(classes, key=lambda entry: entry["top1"])[:_MOST_LINES]
+        lines.append(f"the {_MOST_LINES} worst of {len(found.classes)} classes:")
+    width = max(len(as_text(entry["name"])) for entry in classes)
+    lines += [
+        f"{as_text(entry['name']):<{width}}  {entry['top1']:7.2%} of {entry['images']}"
+        for entry in classes
+    ]
+    for pair in found.confused:
+        names = as_text(pair["class"]), as_text(pair["taken_for"])
+        lines.append(
+            "most often confused: {} taken for {}, {} times".format(*names, pair["images"])
+        )
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""flora_jax --predict=FOLDER pictures...: what a model makes of pictures."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from flora_jax.commands.classifier import Channels, Classifier, batch_size
+from flora_jax.data.decoding import BadImageError, decode_rgb
+from flora_jax.data.folder_index import read_index
+from flora_jax.errors import InputError
+from flora_jax.io.paths import absolute, as_text, user_path
+
+MOST_CLASSES = 5
+_THREADS = 8
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of a picture, the first of them first, with their probabilities."""
+
+    picture: epath.Path
+    classes: list[tuple[str, float]]
+
+
+def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = False) -> int:
+    """Prints a line a picture: its name and its likeliest classes.
+
+    A picture that cannot be decoded is a line on stderr.
+
+    Args:
+      folder: of the model, as in `Classifier.open`.
+      pictures: files, and folders that are searched for pictures.
+      as_json: print JSON objects.
+
+    Returns:
+      How many pictures could not be decoded.
+
+    Raises:
+      InputError: no picture is given, or a folder without any; or as `Classifier.open`.
+    """
+    paths = list(_files(pictures))
+    if not paths:
+        raise InputError(
+            f"no pictures: give files or folders, such as --predict={folder} photos/ cat.jpg"
+        )
+    num_bad = 0
+    for found in predictions(Classifier.open(folder), paths):
+        if isinstance(found, BadImageError):
+            num_bad += 1
+            print(f"error: {found}", file=sys.stderr, flush=True)
+        else:
+            print(_json(found) if as_json else _line(found), flush=True)
+    return num_bad
+
+
+def predictions(
+    classifier: Classifier, paths: Sequence[epath.Path]
+) -> Iterator[Prediction | BadImageError]:
+    """What becomes of each picture, in their order; a bad one gives its error."""
+    run, transform, size = (
+        classifier.log_probabilities(),
+        classifier.transform,
+        batch_size(len(paths)),
+    )
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(paths), size):
+            part = paths[start : start + size]
+            images = list(pool.map(lambda path: _read(path, transform), part))
+            batch = np.zeros((size, *transform.image_shape), np.uint8)
+            for place, image in zip(batch, images, strict=False):
+                if not isinstance(image, BadImageError):
+                    place[:] = image
+            rows = np.exp(run(batch))
+            for path, image, row in zip(part, images, rows, strict=False):
+                yield image if isinstance(image, BadImageError) else _top(classifier, path, row)
+
+
+def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
+    for path in map(user_path, pictures):
+        if path.is_dir():
+            for inside, names in sorted(read_index(absolute(path), False, None).images.items()):
+                yield from (path / inside / name for name in names)
+        else:
+            yield path
+
+
+def _read(path: epath.Path, transform: Channels) -> np.ndarray | BadImageError:
+    try:
+        return transform(decode_rgb(path.read_bytes(), os.fspath(path)))
+    except BadImageError as error:
+        return error
+    except OSError as error:
+        return BadImageError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _top(classifier: Classifier, path: epath.Path, probabilities: np.ndarray) -> Prediction:
+    best = np.argsort(-probabilities, kind="stable")[:MOST_CLASSES]
+    return Prediction(path, [(classifier.name(i), float(probabilities[i])) for i in best])
+
+
+def _line(found: Prediction) -> str:
+    classes = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
+    return f"{as_text(os.fspath(found.picture))}: {classes}"
+
+
+def _json(found: Prediction) -> str:
+    classes = [{"name": name, "probability": round(share, 6)} for name, share in found.classes]
+    return json.dumps({"picture": as_text(os.fspath(found.picture)), "classes": classes})
