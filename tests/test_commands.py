@@ -165,7 +165,7 @@ def test_a_hugging_face_folder_at_the_size_of_its_preprocessing(tmp_path, data, 
 
 def test_folders_that_are_no_classifier(tmp_path, folder):
     headless = dataclasses.replace(SPEC, num_classes=0, blocks=())
-    saved(tmp_path / "run/headless", flora.create(headless, seed=0), names=())
+    saved(tmp_path / "run/headless", random_model(headless), names=())
     with pytest.raises(ValueError, match=r"no classifier.*--config.pretrained="):
         Classifier.open(tmp_path / "run/headless")
     model = random_model(SPEC)
@@ -176,6 +176,10 @@ def test_folders_that_are_no_classifier(tmp_path, folder):
     saved(tmp_path / "run/supernet", flora.Supernet(network, supernet.space))
     with pytest.raises(ValueError, match=r"holds a supernet.*extract a model first"):
         Classifier.open(tmp_path / "run/supernet")
+    unfitted = functional.split(model)[1] | {"head.kernel": np.zeros((8, 7), np.float32)}
+    saved(tmp_path / "unfitted", functional.with_parameters(model, unfitted))
+    with pytest.raises(ValueError, match=r"weights in .*/unfitted have no classifier"):
+        Classifier.open(tmp_path / "unfitted")
     with pytest.raises(FileNotFoundError, match="inside it are headless, supernet"):
         Classifier.open(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="nowhere is not there"):

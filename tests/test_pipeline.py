@@ -54,6 +54,13 @@ def test_result_compares_dense_uniform_and_subnet(finished_run):
         model = flora.load(finished_run / name)
         assert flora.macs(model.spec) == result[name]["macs"]
         assert flora.num_params(model.spec) == result[name]["params"]
+        wanted = Run.open(finished_run).settings.data.preprocessing(model.spec.image_size)
+        assert flora.read_preprocessing(finished_run / name) == wanted
+        evaluation = json.loads((finished_run / name / "evaluation.json").read_text())
+        about = {"dataset": "digits", "test_images": 450, "labels_of": "the dataset"}
+        assert about.items() <= evaluation.items()
+        for key in ("top1", "log_likelihood", "macs", "params"):
+            assert evaluation[key] == result[name][key]
         # 450 test images: top-1 is a whole number of them.
         assert (result[name]["top1"] * 450) == pytest.approx(round(result[name]["top1"] * 450))
 

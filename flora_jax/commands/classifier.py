@@ -20,6 +20,7 @@ from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
+from flora_jax.training.probe import has_no_classifier
 from flora_jax.weights.class_names import CLASSES_FILE, read_class_names
 from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.folder import SPEC_FILE
@@ -27,6 +28,10 @@ from flora_jax.weights.preprocessing import PREPROCESSING_FILE, read_preprocessi
 from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
 
 _MOST_IMAGES = 64  # of a batch
+_HOW_TO_CLASSIFY = (
+    "A run on labelled pictures puts one on it: --config.pretrained=FOLDER "
+    "--config.data.name=folder:PATH, of a compressed model with --config=transfer"
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +65,8 @@ class Classifier:
         spec, preprocessing = read_spec(folder), read_preprocessing(folder)
         if not spec.num_classes:
             raise InputError(
-                f"{folder} has no classifier, so it knows no classes: it gives features. A run on "
-                f"labelled pictures puts one on it: --config.pretrained={folder} "
-                f"--config.data.name=folder:PATH, of a compressed model with --config=transfer"
+                f"{folder} has no classifier, so it knows no classes: it gives features. "
+                f"{_HOW_TO_CLASSIFY}"
             )
         names = read_class_names(folder)
         if names and len(names) != spec.num_classes:
@@ -83,7 +87,10 @@ class Classifier:
                 *(folder, spec.image_size, preprocessing.image_size),
             )
             spec = dataclasses.replace(spec, image_size=preprocessing.image_size)
-        return cls(from_pretrained(folder, spec), preprocessing, names)
+        network = from_pretrained(folder, spec)
+        if has_no_classifier(network):
+            raise InputError(f"the weights in {folder} have no classifier. {_HOW_TO_CLASSIFY}")
+        return cls(network, preprocessing, names)
 
     @property
     def num_classes(self) -> int:

@@ -18,9 +18,9 @@ PREPROCESSING_FILE = "preprocessing.json"
 def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
     """Reads what the model in a folder wants done to pictures, or None where nothing says so.
 
-    Looked for, in this order: our own `preprocessing.json`, the `processor_config.json` or
-    `preprocessor_config.json` of transformers, `pretrained_cfg` in the `config.json` of timm. What
-    a file leaves out has the default it has in the library that wrote the file.
+    Looked for, in this order: our own `preprocessing.json`, `pretrained_cfg` in the `config.json`
+    of timm, the `processor_config.json` or `preprocessor_config.json` of transformers. What a file
+    leaves out has the default it has in the library that wrote the file.
 
     Raises:
       InputError: broken JSON, a field of the wrong type, or something to be done that a
@@ -32,11 +32,11 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
         return _own(Fields.read(path))
     config = folder / CONFIG_FILE
     fields = Fields.read(config) if config.exists() else None
-    model_type = fields.text("model_type", "") if fields else ""
-    if processor := hugging_face.processor_in(folder):
-        return _checked(processor, hugging_face.read(processor, model_type))
     if fields and "architecture" in fields:
         return _checked(fields, _timm(fields))
+    if processor := hugging_face.processor_in(folder):
+        model_type = fields.text("model_type", "") if fields else ""
+        return _checked(processor, hugging_face.read(processor, model_type))
     return None
 
 

@@ -162,6 +162,13 @@ def test_pixels_are_those_of_timm(tmp_path):
         np.testing.assert_allclose(read.normalization(read.crop(3)(image)), expected, atol=1e-5)
 
 
+def test_timm_within_transformers(tmp_path):
+    """A timm network that transformers has saved goes by timm's part of config.json."""
+    written(tmp_path, config=TIMM | {"model_type": "timm_wrapper", "crop_pct": 0.5})
+    written(tmp_path, preprocessor_config={"image_processor_type": "TimmWrapperImageProcessor"})
+    assert flora.read_preprocessing(tmp_path).crop_pct == 0.5
+
+
 def test_own_file_comes_first_and_back_as_it_was(tmp_path):
     ours = Preprocessing(20, (0.4,), (0.3,), 0.7, "squash", "box", (1, 2, 3))
     written(tmp_path, preprocessor_config=VIT, config={"model_type": "vit"})
