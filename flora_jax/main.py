@@ -26,10 +26,12 @@ from flora_jax.cluster import processes
 from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
+from flora_jax.preflight.plan import plan
 from flora_jax.preflight.topology import check_topology, use_compiler_only
+from flora_jax.stages.open_config import settings_of
 from flora_jax.stages.predictions import check_predictions
-from flora_jax.stages.run import Run, has_run
-from flora_jax.stages.settings import Settings
+from flora_jax.stages.run import Run, done_stages, has_run
+from flora_jax.stages.validation import check
 
 _DEFAULT_CONFIG = "digits"
 # A default file would be read here at once, and the overrides meant for another file applied to it.
@@ -45,6 +47,9 @@ _CHECK_PREDICTIONS = flags.DEFINE_bool(
 )
 _CHECK_TOPOLOGY = flags.DEFINE_string(
     "check_topology", None, "Whether the run fits a TPU slice, such as v5e:4x4; no TPU is needed."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what would run, how long it takes and what it leaves, and stop."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first of several processes."
@@ -72,10 +77,14 @@ def main(arguments: list[str]) -> None:
         _show_log()
         _configure_jax()
         if _CHECK_TOPOLOGY.value:
-            settings = Settings.from_config(_CONFIG.value)
+            settings = settings_of(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
+        elif _DRY_RUN.value:
+            this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
+            done = done_stages(this_run)
+            print(plan(this_run.settings, check(this_run.settings, done), this_run.folder, done))
         elif _CHECK_PREDICTIONS.value:
-            settings = Settings.from_config(_CONFIG.value)
+            settings = settings_of(_CONFIG.value)
             check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
         else:
             if _PROFILE.value:
@@ -97,8 +106,8 @@ def main(arguments: list[str]) -> None:
 def run() -> None:
     """Parses the flags and runs what they say."""
     flags.register_multi_flags_validator(
-        ["workdir", "check_topology"],
-        lambda values: values["workdir"] or values["check_topology"],
+        ["workdir", "check_topology", "dry_run"],
+        lambda values: any(values.values()),
         "--workdir must be given, the folder of the run.",
     )
     app.run(main, flags_parser=_parse_flags)
