@@ -1,5 +1,6 @@
 from . import slim as slim
 from .data.normalize import Normalization as Normalization
+from .data.preprocessing import Preprocessing as Preprocessing
 from .evaluation import EvaluationSet as EvaluationSet
 from .evaluation import HeldOut as HeldOut
 from .evaluation import evaluate as evaluate
@@ -32,5 +33,6 @@ from .weights.config import read_spec as read_spec
 from .weights.export import export_timm as export_timm
 from .weights.folder import load as load
 from .weights.folder import save as save
+from .weights.preprocessing import read_preprocessing as read_preprocessing
 from .weights.pretrained import from_pretrained as from_pretrained
 from .weights.pretrained import from_state_dict as from_state_dict

@@ -8,7 +8,7 @@ from flora_jax.data.geometry import INTERPOLATIONS, eval_resize_crop, match_chan
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, check_known
 
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "squash_center")
 Shape = tuple[int, int, int]
 
 
@@ -18,9 +18,9 @@ class Crop:
 
     Attributes:
       image_shape: (size, size, channels).
-      crop_pct: share of the short side that stays, where the mode is "center".
+      crop_pct: share of a side that stays, where the mode is not "squash".
       crop_mode: "center" resizes the short side and cuts out the central square; "squash" resizes
-        the whole image, whatever its ratio.
+        the whole image, whatever its ratio; "squash_center" does so and cuts out the centre.
       interpolation: one of INTERPOLATIONS, by their names in Pillow.
 
     Raises:
@@ -42,6 +42,8 @@ class Crop:
         size, channels = self.image_shape[0], self.image_shape[2]
         if self.crop_mode == "squash":
             return match_channels(resize(image, size, self.interpolation), channels)
+        if self.crop_mode == "squash_center":
+            image = resize(image, int(size / self.crop_pct), self.interpolation)
         cropped = eval_resize_crop(image, size, self.crop_pct, self.interpolation)
         return match_channels(cropped, channels)
 

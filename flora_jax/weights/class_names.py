@@ -1,0 +1,51 @@
+"""The names of the classes that a model in a folder knows, whoever wrote them down."""
+
+import re
+
+from etils import epath
+
+from flora_jax.io.files import read_json
+from flora_jax.io.paths import user_path
+from flora_jax.weights.config import CONFIG_FILE
+from flora_jax.weights.fields import Fields
+
+CLASSES_FILE = "classes.json"
+
+
+def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
+    """Reads the names of a model's classes in the order of its logits; empty where none are known.
+
+    Looked for, in this order: our own `classes.json`; in a `config.json` the `id2label` of
+    transformers or the `label_names` of timm. The names that transformers makes up where nobody
+    gave any, LABEL_0 and so on, are none.
+
+    Raises:
+      InputError: broken JSON, something else than names, or a number without one; names the file.
+    """
+    folder = user_path(folder)
+    if (path := folder / CLASSES_FILE).exists():
+        return _names(Fields(path, {"names": read_json(path)}), "names")
+    if not (path := folder / CONFIG_FILE).exists():
+        return ()
+    fields = Fields.read(path)
+    if "architecture" not in fields:
+        names = _names(fields, "id2label")
+        return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+    for inner in (fields, fields.within("pretrained_cfg")):
+        for key in ("label_names", "labels"):
+            if names := _names(inner, key):
+                return names
+    return ()
+
+
+def _names(fields: Fields, key: str) -> tuple[str, ...]:
+    """Those of a list, or of an object by number."""
+    names = fields.get(key, [])
+    if isinstance(names, dict):
+        numbers = [str(number) for number in range(len(names))]
+        if set(names) != set(numbers):
+            raise fields.error(key, f"a name for each number from 0 to {len(names) - 1}")
+        names = [names[number] for number in numbers]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.error(key, "a list of names")
+    return tuple(names)
