@@ -94,6 +94,18 @@ def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
 
 
 @pytest.mark.parametrize(
+    ("names", "is_trained"),
+    [(("Blue", "green", "red"), False), (("red", "green", "blue"), True), ((), False)],
+)
+def test_a_classifier_of_other_names_is_trained(pictures, tmp_path, names, is_trained):
+    spec = dataclasses.replace(modern.SPECS["hf_dinov2"], num_classes=3)
+    flora.save(flora.create(spec), tmp_path)
+    if names:
+        (tmp_path / "classes.json").write_text(json.dumps(names))
+    assert settings_of(config_of(tmp_path, pictures)).train_pretrained == is_trained
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("pretrained", None, r"nothing to start from: give --config\.pretrained=FOLDER"),

@@ -20,6 +20,7 @@ from flora_jax.models.spec_json import spec_to_json
 from flora_jax.stages import rules
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.settings import Settings
+from flora_jax.weights.class_names import read_class_names
 from flora_jax.weights.config import read_spec, spec_of_config
 from flora_jax.weights.preprocessing import read_preprocessing
 
@@ -50,13 +51,16 @@ def closed(config: Mapping) -> dict[str, Any]:
         if not _get(values, name):
             raise InputError(f"nothing to start from: give --config.{name}={example}")
     weights, preprocessing = _read_weights(values["pretrained"], values["model"])
-    num_images, num_classes = _count(values["data"])
+    num_images, class_names = _count(values["data"])
+    num_classes = len(class_names)
     spec = dataclasses.replace(
         weights,
         image_size=size or preprocessing.image_size,
         num_classes=num_classes or weights.num_classes,
     )
-    has_classifier = weights.num_classes == spec.num_classes
+    has_classifier = weights.num_classes == spec.num_classes and _same(
+        read_class_names(values["pretrained"]), class_names
+    )
     share = values["data"]["heldout_fraction"] or rules.heldout_fraction(num_images, num_classes)
     num_train = round((1 - share) * num_images)
     found: dict[str, Any] = {
@@ -101,8 +105,8 @@ def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
     return spec, preprocessing
 
 
-def _count(data: Mapping) -> tuple[int, int]:
-    """How many images there are to train and to search with, and of how many classes."""
+def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
+    """How many images there are to train and to search with, and the names of their classes."""
     splits = load_splits(
         data["name"],
         data_dir=data["data_dir"] or None,
@@ -110,7 +114,12 @@ def _count(data: Mapping) -> tuple[int, int]:
         heldout_split=data["heldout_split"] or None,
         classes=tuple(data["classes"]),
     )
-    return len(splits.train) + len(splits.heldout), splits.num_classes
+    return len(splits.train) + len(splits.heldout), splits.class_names
+
+
+def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether the classes that the weights know are these, as far as names are known."""
+    return not (known and names) or list(map(str.lower, known)) == list(map(str.lower, names))
 
 
 def _stages(spec: Spec, num_classes: int) -> tuple[str, ...]:
