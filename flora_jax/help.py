@@ -14,6 +14,7 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
   --stage=NAME          this stage only; with --redo again, although it is done
+  --dry_run             what would run, how long it takes, what it leaves on disk; and stops
   --predict=FOLDER PICTURES...   a line a picture; FOLDER is ours, of Hugging Face or of timm
   --evaluate=FOLDER --data=folder:PATH|tfds:NAME   accuracy; --split=NAME: not the test split
   --json                of --predict and --evaluate: JSON for programs

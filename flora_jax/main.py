@@ -26,13 +26,15 @@ from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
 from flora_jax.commands.evaluate import evaluate
 from flora_jax.commands.predict import predict
-from flora_jax.errors import InputError, UserError
+from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
+from flora_jax.preflight.plan import plan
 from flora_jax.preflight.topology import check_topology, use_compiler_only
+from flora_jax.stages.open_config import settings_of
 from flora_jax.stages.predictions import check_predictions
-from flora_jax.stages.run import Run, has_run
-from flora_jax.stages.settings import Settings
+from flora_jax.stages.run import Run, done_stages, has_run
+from flora_jax.stages.validation import check
 
 _DEFAULT_CONFIG = "digits"
 _OF_A_MODEL = ("predict", "evaluate")  # flags that need neither a config nor the folder of a run
@@ -49,6 +51,9 @@ _CHECK_PREDICTIONS = flags.DEFINE_bool(
 )
 _CHECK_TOPOLOGY = flags.DEFINE_string(
     "check_topology", None, "Whether the run fits a TPU slice, such as v5e:4x4; no TPU is needed."
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what would run, how long it takes and what it leaves, and stop."
 )
 _PREDICT = flags.DEFINE_string(
     "predict", None, "Folder of a model that says what is in the pictures given behind the flags."
@@ -88,14 +93,16 @@ def main(arguments: list[str]) -> None:
             if predict(_PREDICT.value, arguments[1:], _JSON.value):
                 sys.exit(1)
         elif _EVALUATE.value is not None:
-            if not _DATA.value:
-                raise InputError("--evaluate needs --data=folder:PATH or --data=tfds:NAME")
             evaluate(_EVALUATE.value, _DATA.value, _SPLIT.value, _JSON.value)
         elif _CHECK_TOPOLOGY.value:
-            settings = Settings.from_config(_CONFIG.value)
+            settings = settings_of(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
+        elif _DRY_RUN.value:
+            this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
+            done = done_stages(this_run)
+            print(plan(this_run.settings, check(this_run.settings, done), this_run.folder, done))
         elif _CHECK_PREDICTIONS.value:
-            settings = Settings.from_config(_CONFIG.value)
+            settings = settings_of(_CONFIG.value)
             check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
         else:
             if _PROFILE.value:
@@ -117,11 +124,16 @@ def main(arguments: list[str]) -> None:
 def run() -> None:
     """Parses the flags and runs what they say."""
     flags.register_multi_flags_validator(
-        ["workdir", "check_topology", *_OF_A_MODEL],
+        ["workdir", "check_topology", "dry_run", *_OF_A_MODEL],
         lambda values: any(values.values()),
         "--workdir must be given, the folder of the run.",
     )
     flags.mark_flags_as_mutual_exclusive(_OF_A_MODEL)
+    flags.register_multi_flags_validator(
+        ["data", "split", "evaluate"],
+        lambda values: bool(values["data"]) == bool(values["evaluate"]) >= bool(values["split"]),
+        "--evaluate=FOLDER and --data=folder:PATH or tfds:NAME come together, --split with them.",
+    )
     flags.FLAGS.set_gnu_getopt()  # flags may stand behind the pictures
     app.run(main, flags_parser=_parse_flags)
 

@@ -24,13 +24,19 @@ from flora_jax.stages.changes import (
 from flora_jax.stages.companions import describe_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
-from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run, has_run, saved_settings
-from flora_jax.stages.settings import Settings
+from flora_jax.stages.open_config import settings_of
+from flora_jax.stages.run import (
+    CONFIG_FILE,
+    DONE_FILE,
+    IMAGES_FILE,
+    Run,
+    done_stages,
+    has_run,
+    saved_settings,
+)
 from flora_jax.stages.validation import check
 
 log = logging.getLogger(__name__)
-
-DONE_FILE = "stages.json"
 
 
 def run(
@@ -53,14 +59,14 @@ def run(
         one that is not done yet.
       StorageError: `workdir` cannot hold a run.
     """
-    settings = Settings.from_config(config)
+    settings = settings_of(config)
     if stage is not None and stage not in settings.stages:
         raise InputError(unknown("stage", stage, settings.stages))
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
     this_run = Run(settings, user_path(workdir))
     check_can_hold_a_run(this_run.folder)
-    images = check(settings, _done(this_run))
+    images = check(settings, done_stages(this_run))
     with _held(this_run.folder):
         to_redo = _stages_to_redo(this_run, images)
         if stage is not None:
@@ -98,7 +104,7 @@ def _claim_once(this_run: Run, images: Images, to_redo: list[str]) -> None:
         changes = listed(changes_between(saved, current))
         why = f", because the config has changed:{changes}" if changes else ""
         log.info("%s are done anew%s", ", ".join(to_redo), why)
-        done = {name: of for name, of in _done(this_run).items() if name not in to_redo}
+        done = {name: of for name, of in done_stages(this_run).items() if name not in to_redo}
         write_json(this_run.folder / DONE_FILE, done)
         put_aside(this_run.folder, to_redo)
     is_known = has_run(this_run.folder) and saved_settings(this_run.folder) == this_run.settings
@@ -118,21 +124,15 @@ def _configs(this_run: Run, images: Images) -> tuple[dict, dict]:
     return saved, current
 
 
-def _done(this_run: Run) -> dict[str, dict]:
-    """The stages that are done, with the seconds that each took."""
-    path = this_run.folder / DONE_FILE
-    return read_json(path) if path.exists() else {}
-
-
 def _check_earlier_are_done(this_run: Run, stage: str, to_redo: list[str]) -> None:
-    stages, done = this_run.settings.stages, _done(this_run)
+    stages, done = this_run.settings.stages, done_stages(this_run)
     for earlier in stages[: stages.index(stage)]:
         if earlier not in done or earlier in to_redo:
             raise RunError(f"stage {stage!r} needs {earlier!r}, which is not done yet")
 
 
 def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
-    done = _done(this_run)
+    done = done_stages(this_run)
     wait_for_all("stages.json is read")
     for name in stages:
         if name in done and name != "report":

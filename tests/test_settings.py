@@ -10,7 +10,7 @@ from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.stages.settings import Settings
 
 
-@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("name", sorted(set(configs.names()) - {"yours"}))
 def test_every_config_is_settings_and_back(name):
     settings = Settings.from_config(
         importlib.import_module(f"flora_jax.configs.{name}").get_config()

@@ -37,7 +37,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.stages.settings import Settings
 from flora_jax.weights import folder
 
-CONFIG_FILE, IMAGES_FILE = "config.json", "images.json"
+CONFIG_FILE, IMAGES_FILE, DONE_FILE = "config.json", "images.json", "stages.json"
 INHERITED = "inherited"
 
 
@@ -62,6 +62,12 @@ class Run:
 def has_run(folder: epath.PathLike | None) -> bool:
     """Whether a run was started in this folder."""
     return folder is not None and (user_path(folder) / CONFIG_FILE).exists()
+
+
+def done_stages(run: Run) -> dict[str, dict]:
+    """The stages that are done, with the seconds that each took."""
+    path = run.folder / DONE_FILE
+    return read_json(path) if path.exists() else {}
 
 
 def saved_settings(folder: epath.Path) -> Settings:

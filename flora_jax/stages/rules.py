@@ -1,0 +1,48 @@
+"""What a good run takes, by the number of images: the rules of `configs/yours.py`.
+
+They pass through what was measured on 2,000 drawings of 12 classes and a DINOv2 ViT-S/14
+(docs/results.md): batches of 64, eight epochs, learning rates of 3e-4 and 5e-4 for 512 images.
+"""
+
+import math
+
+_MEASURED_IMAGES, _MEASURED_EPOCHS, _MEASURED_BATCH = 2000, 8.0, 64
+_FEWEST_EPOCHS, _MOST_EPOCHS = 5.0, 40.0
+_LEAST_BATCH, _BATCHES_AN_EPOCH = 8, 8
+_HELD_OUT_A_CLASS, _HELD_OUT_IN_ALL = 30, 300
+_ENOUGH_FOR_TOP1 = 5000
+
+
+def epochs(num_images: int) -> float:
+    """As the inverse square root of the number of images, so that few are seen more often."""
+    wanted = _MEASURED_EPOCHS * math.sqrt(_MEASURED_IMAGES / num_images)
+    return round(min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS), 1)
+
+
+def batch_size(num_images: int, num_devices: int) -> int:
+    """64, 256 from 20,000 images on, 1,024 from 200,000 on; at least eight batches an epoch.
+
+    A multiple of the number of devices.
+    """
+    wanted = _MEASURED_BATCH
+    for threshold, larger in ((20_000, 256), (200_000, 1024)):
+        if num_images >= threshold:
+            wanted = larger
+    fits = 2 ** int(math.log2(max(num_images / _BATCHES_AN_EPOCH, _LEAST_BATCH)))
+    return -(-min(wanted, fits) // num_devices) * num_devices
+
+
+def learning_rate(measured: float, batch_size: int) -> float:
+    """For 512 images: the rate of a step grows as the square root of the batch, as Adam wants."""
+    return float(f"{measured * math.sqrt(_MEASURED_BATCH / batch_size):.2g}")
+
+
+def heldout_fraction(num_images: int, num_classes: int) -> float:
+    """Thirty images a class and 300 in all, but a quarter at most and a fiftieth at least."""
+    wanted = max(_HELD_OUT_A_CLASS * num_classes, _HELD_OUT_IN_ALL) / num_images
+    return round(min(max(wanted, 0.02), 0.25), 3)
+
+
+def metric(num_heldout: int) -> str:
+    """The likelihood, which says more on few images, until there are enough for top-1."""
+    return "top1" if num_heldout >= _ENOUGH_FOR_TOP1 else "log_likelihood"

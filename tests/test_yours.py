@@ -1,0 +1,179 @@
+"""One's own weights and pictures in one command: what is left open follows from them."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flora_jax as flora
+from flora_jax.configs import yours
+from flora_jax.preflight.plan import plan
+from flora_jax.stages import rules
+from flora_jax.stages.open_config import settings_of
+from flora_jax.stages.validation import check
+from tests.helpers import modern
+from tests.helpers.commands import run_flora
+from tests.helpers.pictures import save
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A headless DINOv2 as transformers saves it."""
+    folder = tmp_path_factory.mktemp("dinov2")
+    (folder / "config.json").write_text(json.dumps(modern.config("hf_dinov2")["config"]))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "BitImageProcessor",
+                "size": {"shortest_edge": 48},
+                "crop_size": {"height": 42, "width": 42},
+                "resample": 2,
+                "image_mean": [0.4, 0.5, 0.6],
+                "image_std": [0.2, 0.25, 0.3],
+            }
+        )
+    )
+    save_file(modern.arrays("hf_dinov2"), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes of noise in their own colour and stripes, without train and val."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label, name in enumerate(("red", "green", "blue")):
+        for i in range(40):
+            picture = rng.integers(0, 160, size=(40, 56, 3), dtype=np.uint8)
+            picture[..., label] += 95
+            save(folder / ("val" if i < 10 else "train") / name / f"{i}.png", picture)
+    return folder
+
+
+def config_of(weights, pictures, **changes):
+    config = yours.get_config()
+    config.pretrained, config.data.name = str(weights), f"folder:{pictures}"
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+def test_all_follows_from_weights_and_pictures(weights, pictures):
+    settings = settings_of(config_of(weights, pictures))
+    assert settings.model == dataclasses.replace(modern.SPECS["hf_dinov2"], num_classes=3)
+    data = settings.data
+    assert (data.mean, data.std) == ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    assert (data.crop_pct, data.crop_mode, data.interpolation) == (42 / 48, "center", "bilinear")
+    assert settings.train_pretrained
+    assert settings.metric == "log_likelihood"
+    assert data.heldout_fraction == 0.25
+    assert settings.pretrain.batch_size == 8
+    assert "filter" not in settings.stages
+    assert {"pretrain", "supernet", "search"} < set(settings.stages)
+
+
+def test_what_is_said_stands(weights, pictures):
+    config = config_of(weights, pictures, image_size=28, metric="top1", train_pretrained=False)
+    config.finetune.epochs, config.data.mean = 1.0, (0.1, 0.1, 0.1)
+    settings = settings_of(config)
+    assert settings.model.image_size == 28
+    assert (settings.metric, settings.train_pretrained) == ("top1", False)
+    assert (settings.finetune.epochs, settings.data.mean) == (1.0, (0.1, 0.1, 0.1))
+    assert settings.supernet.epochs == rules.epochs(68)
+
+
+def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
+    config = config_of(weights, pictures)
+    config.data.name = f"images:{pictures}"
+    settings = settings_of(config)
+    assert settings.model.num_classes == 0
+    assert not settings.train_pretrained
+    assert "search" in settings.stages
+
+
+@pytest.mark.parametrize(
+    ("names", "is_trained"),
+    [(("Blue", "green", "red"), False), (("red", "green", "blue"), True), ((), False)],
+)
+def test_a_classifier_of_other_names_is_trained(pictures, tmp_path, names, is_trained):
+    spec = dataclasses.replace(modern.SPECS["hf_dinov2"], num_classes=3)
+    flora.save(flora.create(spec), tmp_path)
+    if names:
+        (tmp_path / "classes.json").write_text(json.dumps(names))
+    assert settings_of(config_of(tmp_path, pictures)).train_pretrained == is_trained
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pretrained", None, r"nothing to start from: give --config\.pretrained=FOLDER"),
+        ("image_size", 40, "image_size 40 is not a multiple of patch_size 14; .* 42"),
+        ("model", "vit_small_patch14_dino", "unknown kind of vit: 'dino'"),
+    ],
+)
+def test_what_cannot_be(weights, pictures, field, value, message):
+    config = config_of(weights, pictures)
+    config[field] = value
+    with pytest.raises(ValueError, match=message):
+        settings_of(config)
+
+
+def test_without_a_word_about_pictures_the_usual_is_assumed(weights, pictures, tmp_path, caplog):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(weights / name)
+    with caplog.at_level(logging.WARNING, "flora_jax"):
+        settings = settings_of(config_of(tmp_path, pictures))
+    assert "assumed are mean (0.485, 0.456, 0.406)" in caplog.text
+    assert settings.data.std == (0.229, 0.224, 0.225)
+
+
+def test_a_compressed_model_is_no_start(weights, pictures, tmp_path):
+    spec = flora.read_spec(weights)
+    ranks = (3,) * len(spec.layers)
+    flora.save(flora.create(spec.with_ranks(ranks)), tmp_path)
+    with pytest.raises(ValueError, match="holds a compressed model; a dense one is needed"):
+        settings_of(config_of(tmp_path, pictures))
+
+
+@pytest.mark.parametrize("num_images", [24, 100, 2000, 50_000, 1_281_167])
+def test_rules_make_recipes(num_images):
+    batch = rules.batch_size(num_images, num_devices=3)
+    assert batch % 3 == 0
+    assert 5 <= rules.epochs(num_images) <= 40
+    assert num_images // batch >= 2
+    assert 0.02 <= rules.heldout_fraction(num_images, 2) <= 0.25
+    assert rules.learning_rate(3e-4, 64) == 3e-4
+    at_measured = rules.learning_rate(3e-4, 256) * 256, rules.learning_rate(3e-4, 64) * 64
+    assert at_measured[0] == 2 * at_measured[1]
+
+
+def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
+    settings = settings_of(config_of(weights, pictures))
+    lines = plan(settings, check(settings), tmp_path, {"pretrain": {}}).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[1:] if line and line[0].islower()}
+    assert list(rows)[: len(settings.stages)] == list(settings.stages)
+    assert rows["pretrain"][-1] == "done"
+    steps = settings.supernet.settings(len(check(settings).train)).steps
+    assert rows["supernet"][-2] == f"{steps:,}"
+    assert rows["search"][1] == "96"
+    assert "on disk at most" in lines[-1]
+
+
+@pytest.mark.slow
+def test_from_pictures_to_a_subnet_in_one_command(weights, pictures, tmp_path):
+    done = run_flora(
+        tmp_path / "run",
+        f"--config.pretrained={weights}",
+        f"--config.data.name=folder:{pictures}",
+        "--config.budget.macs=(0.6,0.8)",
+        "--config.space.ratios=(0.25,0.5,1.0)",
+        *(f"--config.{name}.epochs=3.0" for name in ("supernet", "finetune")),
+        config="yours",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
+    assert result["dense"]["top1"] > 0.9
+    assert result["subnet"]["macs"] < 0.8 * result["dense"]["macs"]
