@@ -1,15 +1,23 @@
 """From the bytes of a picture to its pixels."""
 
 import io
+import logging
+import threading
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from flora_jax.errors import InputError
 
+WHITE = (255, 255, 255)
+
 MAX_MEGAPIXELS = 179.0  # where Pillow stops, too
 # Pillow's own limit belongs to the process, and its error cannot say what lifts it.
 Image.MAX_IMAGE_PIXELS = None
+
+_unsaid = threading.Lock()  # free until the log has said where transparent pictures are put
+
+log = logging.getLogger(__name__)
 
 
 class BadImageError(InputError):
@@ -21,17 +29,20 @@ def decode_rgb(
     name: str,
     least_side: int | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    background: tuple[int, ...] = WHITE,
 ) -> np.ndarray:
     """The pixels of an encoded image of any kind that Pillow reads, uint8 [H, W, 3].
 
-    As torchvision reads images, EXIF rotation and transparency are ignored. Unlike there, 16-bit
-    grey is scaled to 8 bits, not clipped.
+    As torchvision reads images, EXIF rotation is ignored. Unlike there, 16-bit grey is scaled to 8
+    bits, not clipped, and what is transparent shows the background.
 
     Args:
       name: of the image, for the error.
       least_side: pixels that the short side needs. A JPEG that is twice, four or eight times as
         large is decoded at 1/2, 1/4 or 1/8 of its size, which is quicker; None: at full size.
       max_megapixels: millions of pixels that are decoded at most.
+      background: red, green and blue in 0..255 behind a transparent image; the log says so at the
+        first one. Empty: transparency is ignored, as torchvision does.
 
     Raises:
       BadImageError: not an image, a damaged one, or one that is too large; the message starts with
@@ -44,15 +55,47 @@ def decode_rgb(
                 picture.draft(None, (least_side, least_side))
             # A progressive JPEG is held whole until it is scaled.
             _check_size(size if "progressive" in picture.info else picture.size, max_megapixels)
-            if picture.mode.startswith("I"):
-                grey = (np.asarray(picture) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
-                return np.asarray(picture.convert("RGBA").convert("RGB"))
-            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            opaque = _opaque(picture)
+            if len(background) and picture.has_transparency_data:
+                return _on_background(opaque, _alpha(picture), background, name)
+            return np.asarray(opaque)
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise BadImageError(f"{name} cannot be decoded: {reason}") from error
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """The picture in RGB, without its transparency."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P":  # straight to RGB, Pillow warns of a transparent palette
+        return picture.convert("RGBA").convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _alpha(picture: Image.Image) -> Image.Image:
+    """How opaque each pixel of a picture with transparency is, in 0..255."""
+    transparent = picture.info.get("transparency")
+    if picture.mode.startswith("I"):  # one grey is transparent, which Pillow does not convert
+        return Image.fromarray(np.where(np.asarray(picture) == transparent, 0, 255).astype("u1"))
+    return picture.convert("RGBA").getchannel("A")
+
+
+def _on_background(
+    opaque: Image.Image, alpha: Image.Image, background: tuple[int, ...], name: str
+) -> np.ndarray:
+    if alpha.getextrema() == (255, 255):
+        return np.asarray(opaque)
+    if _unsaid.acquire(blocking=False):
+        log.info(
+            "%s is transparent: it and others are put on the background %s, which data.background "
+            "changes; () ignores transparency",
+            name,
+            "white" if tuple(background) == WHITE else tuple(background),
+        )
+    page = Image.new("RGB", opaque.size, tuple(background))
+    page.paste(opaque, mask=alpha)
+    return np.asarray(page)
 
 
 def _check_size(size: tuple[int, int], max_megapixels: float) -> None:

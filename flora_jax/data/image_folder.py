@@ -12,7 +12,7 @@ import unicodedata
 import numpy as np
 from etils import epath
 
-from flora_jax.data.decoding import MAX_MEGAPIXELS, BadImageError, decode_rgb
+from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE, BadImageError, decode_rgb
 from flora_jax.data.folder_index import Index, class_of, contents, read_index
 from flora_jax.data.sources import DerivedSource, Example
 from flora_jax.errors import InputError
@@ -41,13 +41,17 @@ class ImageFolderSource:
         index: Index,
         least_side: int | None = None,
         max_megapixels: float = MAX_MEGAPIXELS,
+        background: tuple[int, ...] = WHITE,
     ):
         """Takes the index of the folder root/split; the rest is as in `decode_rgb`."""
         self.split = split
         self.left_out = index.left_out
         self._root = root
         self._decode = functools.partial(
-            decode_rgb, least_side=least_side, max_megapixels=max_megapixels
+            decode_rgb,
+            least_side=least_side,
+            max_megapixels=max_megapixels,
+            background=background,
         )
         # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
         folders = sorted(index.images, key=lambda folder: (class_of(folder), folder))
@@ -101,6 +105,7 @@ def image_folder(
     cache_dir: epath.PathLike | None = None,
     least_side: int | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    background: tuple[int, ...] = WHITE,
 ) -> ImageFolderSource:
     """The images at root/split/CLASS/**/*.jpeg, with any suffix that torchvision reads.
 
@@ -112,7 +117,7 @@ def image_folder(
       root: local folder or URL (gs://...) of the dataset.
       split: folder inside it, e.g. "train" or "val".
       cache_dir: as in `read_index`.
-      least_side, max_megapixels: as in `decode_rgb`.
+      least_side, max_megapixels, background: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
@@ -126,7 +131,7 @@ def image_folder(
         if not path.is_dir():
             raise InputError(f"no folder {path}; {contents(path.parent)}")
     index = read_index(folder, by_class=True, cache_dir=cache_dir)
-    source = ImageFolderSource(root, split, index, least_side, max_megapixels)
+    source = ImageFolderSource(root, split, index, least_side, max_megapixels, background)
     _log(folder, source, f"images of {source.num_classes} classes")
     return source
 
@@ -156,6 +161,7 @@ def unlabelled_folder(
     least_side: int | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     cache_dir: epath.PathLike | None = None,
+    background: tuple[int, ...] = WHITE,
 ) -> UnlabelledSource:
     """All images in a folder and those inside it, of no class; keys are paths inside it.
 
@@ -168,7 +174,7 @@ def unlabelled_folder(
     index = read_index(root, by_class=False, cache_dir=cache_dir)
     one_class = {f"./{inside}".removesuffix("/."): n for inside, n in index.images.items()}
     images = ImageFolderSource(
-        root, ".", Index(one_class, index.left_out), least_side, max_megapixels
+        root, ".", Index(one_class, index.left_out), least_side, max_megapixels, background
     )
     _log(root, images, "images")
     return UnlabelledSource(images)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 from etils import epath
 
-from flora_jax.data.decoding import MAX_MEGAPIXELS, BadImageError, decode_rgb
+from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE, BadImageError, decode_rgb
 from flora_jax.data.labels import stored_labels
 from flora_jax.errors import InputError
 from flora_jax.io.paths import user_path
@@ -161,13 +161,17 @@ class TfdsSource:
         records: Any,
         least_side: int | None,
         max_megapixels: float = MAX_MEGAPIXELS,
+        background: tuple[int, ...] = WHITE,
     ):
         self.name = name
         self.split = split
         self.left_out: dict[str, int] = {}
         self._records = records
         self._decode = functools.partial(
-            decode_rgb, least_side=least_side, max_megapixels=max_megapixels
+            decode_rgb,
+            least_side=least_side,
+            max_megapixels=max_megapixels,
+            background=background,
         )
 
     @property
@@ -201,6 +205,7 @@ def tfds(
     data_dir: str | None = None,
     least_side: int | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    background: tuple[int, ...] = WHITE,
 ) -> TfdsSource:
     """A split of a TFDS image classification dataset that was built in ArrayRecord format.
 
@@ -208,7 +213,7 @@ def tfds(
       name: TFDS name, e.g. "imagenet2012" or "imagenet2012:5.1.0".
       split: TFDS split, e.g. "train" or "train[:10%]".
       data_dir: folder that holds the datasets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-      least_side, max_megapixels: as in `decode_rgb`.
+      least_side, max_megapixels, background: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
@@ -246,4 +251,4 @@ def tfds(
     label = records.dataset_info.features["label"]
     if not isinstance(label, tensorflow_datasets.features.ClassLabel):
         raise InputError(f"{name!r} has no classes: its label is no ClassLabel, but {label}")
-    return TfdsSource(name, split, records, least_side, max_megapixels)
+    return TfdsSource(name, split, records, least_side, max_megapixels, background)

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from flora_jax.data import sources
+from flora_jax.data.decoding import WHITE
 from flora_jax.data.image_folder import ImageFolderSource, image_folder, unlabelled_folder
 from flora_jax.data.labels import check_labels
+from flora_jax.data.preprocessing import check_background
 from flora_jax.errors import InputError, few
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
@@ -141,6 +143,7 @@ def load_splits(
     least_side: int | None = None,
     max_megapixels: float = sources.MAX_MEGAPIXELS,
     heldout_split: str | None = None,
+    background: tuple[int, ...] = WHITE,
 ) -> Splits:
     """The splits of a dataset.
 
@@ -158,7 +161,7 @@ def load_splits(
         `eval_batches` counts it nowhere.
       least_side: pixels that the short side of a training or held-out image needs; a larger JPEG
         of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
-      max_megapixels: as in `decode_rgb`.
+      max_megapixels, background: as in `decode_rgb`.
       heldout_split: the split that is searched with, in place of a share of the training images: of
         TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
 
@@ -168,6 +171,7 @@ def load_splits(
         single class, or two images with one key.
     """
     _check_fraction(heldout_fraction)
+    check_background(background)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
     rest: sources.Source
@@ -179,16 +183,17 @@ def load_splits(
         wanted += [(heldout_split, least_side)] if heldout_split else []
         if kind == "tfds":
             rest, test, *own = (
-                sources.tfds(place, split, data_dir, side, max_megapixels) for split, side in wanted
+                sources.tfds(place, split, data_dir, side, max_megapixels, background)
+                for split, side in wanted
             )
         else:
-            rest, test, *own = _folder_splits(place, wanted, max_megapixels)
+            rest, test, *own = _folder_splits(place, wanted, max_megapixels, background)
     elif heldout_split:
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
     elif name == "digits":
         rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
     elif kind == "images":
-        every_image = unlabelled_folder(place, least_side, max_megapixels)
+        every_image = unlabelled_folder(place, least_side, max_megapixels, background=background)
         rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
     else:
         kind = "folder" if "/" in name else "tfds"
@@ -215,12 +220,14 @@ def load_splits(
 
 
 def _folder_splits(
-    root: str, wanted: Sequence[tuple[str, int | None]], max_megapixels: float
+    root: str,
+    wanted: Sequence[tuple[str, int | None]],
+    max_megapixels: float,
+    background: tuple[int, ...],
 ) -> list[ImageFolderSource]:
     """Splits (name, least side) of a folder, all with the labels of the first."""
     train, *others = (
-        image_folder(root, split, least_side=side, max_megapixels=max_megapixels)
-        for split, side in wanted
+        image_folder(root, split, None, side, max_megapixels, background) for split, side in wanted
     )
     for other in others:
         if set(train.classes) != set(other.classes):

@@ -42,6 +42,7 @@ class Images:
             classes=data.classes,
             least_side=data.augmentation.train(spec.image_shape).least_side,
             max_megapixels=data.max_megapixels,
+            background=data.background,
         )
 
     @property

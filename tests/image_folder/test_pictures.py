@@ -1,10 +1,14 @@
 """Decoding pictures of every kind."""
 
+import io
+import logging
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from flora_jax.data import augment, splits
+from flora_jax.data import augment, decoding, splits
 from flora_jax.data.image_folder import image_folder
 from tests.helpers.pictures import save
 
@@ -47,11 +51,95 @@ KINDS = {
 @pytest.mark.parametrize("name, picture, expected, options", KINDS.values(), ids=KINDS)
 def test_every_kind_of_picture_becomes_rgb(name, picture, expected, options, tmp_path):
     save(tmp_path / "train/a" / name, picture, **options)
-    image = image_folder(tmp_path, "train")[0]["image"]
+    image = image_folder(tmp_path, "train", background=())[0]["image"]
     if expected is None:
         expected = np.array(picture.convert("RGB"))
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, expected)
+
+
+def on_page(alpha, page, drawn=COLOUR):
+    """What is to be seen of `drawn` [8, 32, 3] with alpha uint8 [8, 32] in front of a colour."""
+    share = alpha[..., None] / 255
+    return share * drawn + (1 - share) * np.array(page)
+
+
+ONE_IS_CLEAR = np.where(RAMP == 9, 0, 255)
+TRANSPARENT = {
+    "rgba": ("x.png", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
+    "webp": ("x.webp", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {"lossless": True}),
+    "tiff": ("x.tif", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
+    "grey with alpha": (
+        "x.png",
+        Image.merge("LA", [Image.fromarray(RAMP[::-1].copy()), Image.fromarray(RAMP)]),
+        on_page(RAMP, (9, 200, 30), GREY[::-1]),
+        {},
+    ),
+    "palette": (
+        "x.png",
+        PALETTE,
+        on_page(np.array(PALETTE), (9, 200, 30), np.array(PALETTE.convert("RGB"))),
+        {"transparency": bytes(range(256))},
+    ),
+    "one clear grey": (
+        "x.png",
+        RAMP,
+        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
+        {"transparency": 9},
+    ),
+    "one clear grey of 16 bits": (
+        "x.png",
+        RAMP.astype(np.uint16) * 256 + 77,
+        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
+        {"transparency": 9 * 256 + 77},
+    ),
+    "one clear colour": (
+        "x.png",
+        COLOUR,
+        on_page(ONE_IS_CLEAR, (9, 200, 30)),
+        {"transparency": tuple(map(int, COLOUR[0, 9]))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name, picture, expected, options", TRANSPARENT.values(), ids=TRANSPARENT)
+def test_what_is_transparent_shows_the_background(name, picture, expected, options, tmp_path):
+    save(tmp_path / "train/a" / name, picture, **options)
+    image = image_folder(tmp_path, "train", background=(9, 200, 30))[0]["image"]
+    np.testing.assert_allclose(image, expected, atol=1)
+
+
+def test_the_log_says_once_where_transparent_pictures_are_put(caplog, monkeypatch):
+    monkeypatch.setattr(decoding, "_unsaid", threading.Lock())
+    caplog.set_level(logging.INFO)
+
+    def decode(name, alpha, **options):
+        content = io.BytesIO()
+        Image.new("RGBA", (4, 3), (10, 20, 30, alpha)).save(content, "PNG")
+        return decoding.decode_rgb(content.getvalue(), name, **options)[0, 0].tolist()
+
+    assert decode("opaque", 255) == [10, 20, 30]
+    assert decode("ignored", 0, background=()) == [10, 20, 30]
+    assert not caplog.messages
+    assert decode("clear", 0) == [255, 255, 255]
+    assert decode("other", 0, background=(1, 2, 3)) == [1, 2, 3]
+    (line,) = caplog.messages
+    assert "clear" in line
+    assert "white" in line
+    assert "data.background" in line
+
+
+def test_every_part_of_a_folder_shows_the_background(tmp_path):
+    for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
+        save(tmp_path / f"{name}.png", Image.new("RGBA", (4, 3), (10, 20, 30, 0)))
+    for background, seen in (((1, 2, 3), [1, 2, 3]), ((), [10, 20, 30])):
+        loaded = splits.load_splits(f"folder:{tmp_path}", 0.5, background=background)
+        for part in (loaded.train, loaded.heldout, loaded.test):
+            assert part[0]["image"][0, 0].tolist() == seen
+        every = splits.load_splits(f"images:{tmp_path}", 0.5, background=background)
+        assert every.train[0]["image"][0, 0].tolist() == seen
+    with pytest.raises(ValueError, match="background must be red, green and blue"):
+        splits.load_splits(f"folder:{tmp_path}", 0.5, background=(256, 0, 0))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
