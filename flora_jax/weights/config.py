@@ -7,10 +7,10 @@ from etils import epath
 
 from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
-from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.weights import hugging_face_config, timm_config
 from flora_jax.weights.folder import SPEC_FILE, load_spec
+from flora_jax.weights.hub import local_folder
 
 CONFIG_FILE = "config.json"
 
@@ -18,11 +18,13 @@ CONFIG_FILE = "config.json"
 def read_spec(folder: epath.PathLike) -> Spec:
     """Reads what network a folder holds: one of our own, of transformers or of timm.
 
+    The folder may be `hf:owner/name` of the hub, as for `from_pretrained`.
+
     Raises:
       MissingFileError: neither a spec.json nor a config.json is there.
       InputError: a network that this library cannot build; says why.
     """
-    folder = user_path(folder)
+    folder = local_folder(folder)
     if (folder / SPEC_FILE).exists():
         return load_spec(folder)
     path = folder / CONFIG_FILE
@@ -33,6 +35,12 @@ def read_spec(folder: epath.PathLike) -> Spec:
         return spec_of_config(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def describes_itself(path: epath.PathLike) -> bool:
+    """Whether this is a folder, or a repository of the hub, that `read_spec` can read."""
+    path = local_folder(path)
+    return any((path / name).exists() for name in (SPEC_FILE, CONFIG_FILE))
 
 
 def spec_of_config(config: Any) -> Spec:
