@@ -11,6 +11,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.weights import hugging_face_config, timm_config
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.strangers import what_is_in
 
 CONFIG_FILE = "config.json"
 
@@ -29,7 +30,9 @@ def read_spec(folder: epath.PathLike) -> Spec:
         return load_spec(folder)
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
+        raise MissingFileError(
+            f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}: {what_is_in(folder)}"
+        )
     config = read_json(path)
     try:
         return spec_of_config(config)
@@ -52,6 +55,10 @@ def spec_of_config(config: Any) -> Spec:
     """
     if not isinstance(config, Mapping):
         raise UnknownNetworkError("expected an object with fields")
+    if "_class_name" in config:
+        raise UnknownNetworkError(
+            f"{config['_class_name']} is a model of diffusers, no vision transformer"
+        )
     if _is_timm(config):
         return timm_config.spec_of_config(config)
     return hugging_face_config.spec_of_config(config)

@@ -14,9 +14,10 @@ from flora_jax.weights.beside import check_description
 from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.fit import fitted
-from flora_jax.weights.hub import local_folder
 from flora_jax.weights.folder import SPEC_FILE, load_model
+from flora_jax.weights.hub import local_folder
 from flora_jax.weights.state_dict import read_state_dict
+from flora_jax.weights.strangers import what_is_in
 
 HUGGING_FACE_FILES = (
     "model.safetensors",
@@ -98,7 +99,7 @@ def _file_in(folder: epath.Path) -> epath.Path:
         if (folder / name).exists():
             return folder / name
     expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
-    raise MissingFileError(f"{folder} has no weights; looked for {expected}")
+    raise MissingFileError(f"{folder} has no weights; looked for {expected}: {what_is_in(folder)}")
 
 
 def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Network:
