@@ -1,8 +1,12 @@
-"""A finished model, slimmed or low-rank or both, on other classes.
+"""Any model on other classes: a finished one, slimmed or low-rank or both, or one as published.
 
     python -m flora_jax.main --config=configs/transfer.py --workdir=runs/transfer \
         --config.pretrained=runs/deit_b/subnet --config.data.name=tfds:oxford_flowers102 \
         --config.model.num_classes=102
+
+The weights give the shape, whoever wrote their folder: --config.pretrained=hf:facebook/dinov2-base
+takes it from the hub (pip install 'flora_jax[hub]'). A file that stands alone takes the shape of
+the config's `model`, a DeiT-B.
 
 On a laptop, in seconds, from a model of configs/digits_slim.py that was trained on the digits 0 to
 4 (--config.data.classes="(0,1,2,3,4)" --config.model.num_classes=5) to the digits 5 to 9:

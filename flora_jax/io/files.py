@@ -143,5 +143,5 @@ def read_json(path: epath.PathLike):
     path = epath.Path(path)
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error

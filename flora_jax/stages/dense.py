@@ -1,4 +1,4 @@
-"""Where a run begins: the uncompressed model, or a finished one on its way to another dataset."""
+"""Where a run begins: the uncompressed model, or any model on its way to another dataset."""
 
 import logging
 
@@ -43,10 +43,11 @@ def pretrain(run: Run, images: Images) -> None:
 
 
 def transfer(run: Run, images: Images) -> None:
-    """Fine-tunes a finished model, compressed or not, on this dataset with a new classifier.
+    """Fine-tunes a model, compressed or not, on this dataset with a new classifier.
 
-    The shape is that of the model in the folder `pretrained`; of the config's `model` section only
-    num_classes counts.
+    The shape is that of the model in the folder `pretrained`, which a run or `flora_jax.save`
+    wrote, or Hugging Face or timm; of the config's `model` section only num_classes counts. A file
+    that stands alone has the shape of that section.
     """
     model = _with_classifier(run, images, from_pretrained(run.settings.pretrained, run.spec))
     folder.save_description_once(model, run.folder / "transfer/training")

@@ -36,6 +36,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.stages.settings import Settings
 from flora_jax.weights import folder
+from flora_jax.weights.config import describes_itself, read_spec
 
 CONFIG_FILE, IMAGES_FILE, DONE_FILE = "config.json", "images.json", "stages.json"
 INHERITED = "inherited"
@@ -80,11 +81,14 @@ def saved_settings(folder: epath.Path) -> Settings:
 
 
 def network_spec(settings: Settings) -> Spec:
-    """The spec of the dense model, or of the finished one that is transferred to other classes."""
-    if "transfer" not in settings.stages:
+    """The spec of the dense model; of a transfer that of the weights, with the other classes.
+
+    A file that stands alone does not say its own: it is the config's.
+    """
+    if "transfer" not in settings.stages or not describes_itself(settings.pretrained):
         return settings.model
-    finished = folder.load_spec(settings.pretrained)
-    return dataclasses.replace(finished, num_classes=settings.model.num_classes)
+    given = read_spec(settings.pretrained)
+    return dataclasses.replace(given, num_classes=settings.model.num_classes)
 
 
 def load_dense(run: Run) -> Network:

@@ -11,7 +11,6 @@ import jax
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
-from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
@@ -22,7 +21,7 @@ from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.training.settings import Recipe
 from flora_jax.weights.fit import NotFiniteWarning
-from flora_jax.weights.folder import SPEC_FILE
+from flora_jax.weights.hub import local_folder
 from flora_jax.weights.pretrained import from_pretrained
 
 _LATENCY_SLACK = 1.25  # how far five rounds may be off
@@ -84,12 +83,9 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
     if not reads or reads[0] in done:
         return
-    place = user_path(path or "none")
-    if "transfer" in settings.stages and not (place / SPEC_FILE).exists():
-        raise MissingFileError(
-            f"transfer needs the folder of a finished model: pretrained={path!r}"
-        )
-    if path and not place.exists():
+    if "transfer" in settings.stages and not path:
+        raise InputError("transfer needs weights: set pretrained to their file or folder")
+    if path and not local_folder(path).exists():
         raise MissingFileError(f"pretrained: no file or folder {path}")
     if path:
         with warnings.catch_warnings():

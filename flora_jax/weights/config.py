@@ -7,10 +7,11 @@ from etils import epath
 
 from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
-from flora_jax.io.paths import user_path
 from flora_jax.models.spec import Spec
 from flora_jax.weights import hugging_face_config, timm_config
 from flora_jax.weights.folder import SPEC_FILE, load_spec
+from flora_jax.weights.hub import local_folder
+from flora_jax.weights.strangers import what_is_in
 
 CONFIG_FILE = "config.json"
 
@@ -18,21 +19,31 @@ CONFIG_FILE = "config.json"
 def read_spec(folder: epath.PathLike) -> Spec:
     """Reads what network a folder holds: one of our own, of transformers or of timm.
 
+    The folder may be `hf:owner/name` of the hub, as for `from_pretrained`.
+
     Raises:
       MissingFileError: neither a spec.json nor a config.json is there.
       InputError: a network that this library cannot build; says why.
     """
-    folder = user_path(folder)
+    folder = local_folder(folder)
     if (folder / SPEC_FILE).exists():
         return load_spec(folder)
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
+        raise MissingFileError(
+            f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}: {what_is_in(folder)}"
+        )
     config = read_json(path)
     try:
         return spec_of_config(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def describes_itself(path: epath.PathLike) -> bool:
+    """Whether this is a folder, or a repository of the hub, that `read_spec` can read."""
+    path = local_folder(path)
+    return any((path / name).exists() for name in (SPEC_FILE, CONFIG_FILE))
 
 
 def spec_of_config(config: Any) -> Spec:
@@ -44,6 +55,10 @@ def spec_of_config(config: Any) -> Spec:
     """
     if not isinstance(config, Mapping):
         raise UnknownNetworkError("expected an object with fields")
+    if "_class_name" in config:
+        raise UnknownNetworkError(
+            f"{config['_class_name']} is a model of diffusers, no vision transformer"
+        )
     if _is_timm(config):
         return timm_config.spec_of_config(config)
     return hugging_face_config.spec_of_config(config)

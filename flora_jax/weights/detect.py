@@ -18,6 +18,7 @@ from flora_jax.weights.layouts import (
     timm_vit,
 )
 from flora_jax.weights.rows import Table
+from flora_jax.weights.strangers import check_is_no_adapter
 
 # Counted or computed, not learned, or of what is no part of the images' network: a token that
 # training put in the place of patches, a layer behind the features, a network for texts.
@@ -58,8 +59,9 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
     """The layout that these names are in, whatever stands before them.
 
     Raises:
-      InputError: none of LAYOUTS, or one of another family than the spec's.
+      InputError: none of LAYOUTS, one of another family than the spec's, or an adapter's names.
     """
+    check_is_no_adapter(keys)
     for layout in LAYOUTS:
         if any(re.search(rf"(^|\.)({layout.signature})", key) for key in keys):
             break

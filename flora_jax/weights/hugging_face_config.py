@@ -7,6 +7,20 @@ from flora_jax.errors import InputError, UnknownNetworkError, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.json_kinds import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    SIZE,
+    SIZE_OR_SIZES,
+    SIZES,
+    TEXT,
+    TEXTS,
+    Kind,
+    check_kinds,
+)
+from flora_jax.weights.strangers import kind_of_model
 
 Config = Mapping[str, Any]
 
@@ -30,6 +44,33 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 _CLASSIFIER = "ForImageClassification"
+_KINDS: dict[str, Kind] = {
+    "architectures": TEXTS,
+    "hidden_act": TEXT,
+    "id2label": OBJECT,
+    "rope_parameters": OBJECT,
+    "vision_config": OBJECT,
+    "depths": SIZES,
+    "num_heads": SIZE_OR_SIZES,
+    "image_size": SIZE_OR_SIZES,
+    "patch_size": SIZE_OR_SIZES,
+    **dict.fromkeys(("num_labels", "num_register_tokens"), COUNT),
+    **dict.fromkeys(("layer_norm_eps", "mlp_ratio", "rope_theta"), NUMBER),
+    **dict.fromkeys(
+        (
+            *("embed_dim", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+            *("intermediate_size", "num_channels", "window_size"),
+        ),
+        SIZE,
+    ),
+    **dict.fromkeys(
+        (
+            *("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+            *("use_swiglu_ffn", "use_gated_mlp", "use_absolute_embeddings", "vision_use_head"),
+        ),
+        FLAG,
+    ),
+}
 
 
 def spec_of_config(config: Config) -> Spec:
@@ -41,12 +82,21 @@ def spec_of_config(config: Config) -> Spec:
 
     Raises:
       UnknownNetworkError: another model_type.
-      InputError: a network that this library cannot build; says why.
+      InputError: a network that this library cannot build, or a field of another kind of value
+        than transformers writes; says which.
     """
     model_type = config.get("model_type")
-    if model_type not in _READERS:
+    if not isinstance(model_type, str) or model_type not in _READERS:
+        if kind := kind_of_model(str(model_type)):
+            raise UnknownNetworkError(
+                f"model_type {model_type!r} is {kind}; read are vision transformers: "
+                f"{', '.join(_READERS)}"
+            )
         raise UnknownNetworkError(unknown("model_type", str(model_type), _READERS))
-    return _READERS[model_type](_said(config))
+    said = _said(config)
+    check_kinds(said, _KINDS)
+    check_kinds(_said(said.get("vision_config", {})), _KINDS, at="vision_config.")
+    return _READERS[model_type](said)
 
 
 def says(config: Config, field: str) -> bool:
@@ -117,7 +167,8 @@ def _dinov3(config: Config) -> ViTSpec:
             "query_bias, key_bias and value_bias are {}, {} and {}; query and value must be alike, "
             "and only with them can the key have one".format(*biases)
         )
-    rope = config.get("rope_parameters") or {}
+    rope = _said(config.get("rope_parameters", {}))
+    check_kinds(rope, _KINDS, at="rope_parameters.")
     sizes = _sizes(config, hidden_size=384, num_attention_heads=6, layer_norm_eps=1e-5)
     return ViTSpec(
         **sizes | {"qkv_bias": biases[0]},

@@ -7,7 +7,6 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingFileError
-from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
@@ -16,7 +15,9 @@ from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.fit import fitted
 from flora_jax.weights.folder import SPEC_FILE, load_model
+from flora_jax.weights.hub import local_folder
 from flora_jax.weights.state_dict import read_state_dict
+from flora_jax.weights.strangers import what_is_in
 
 HUGGING_FACE_FILES = (
     "model.safetensors",
@@ -33,7 +34,8 @@ def from_pretrained(
 
     Args:
       path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of PyTorch (needs torch); a
-        folder written by `flora_jax.save`; or a Hugging Face folder, in one file or several.
+        folder written by `flora_jax.save`; a Hugging Face folder, in one file or several; or
+        `hf:owner/name` of the hub (needs huggingface_hub), and after it perhaps `@revision`.
       spec: the model to make; a folder that says what it holds, in our `spec.json` or in the
         `config.json` of Hugging Face or timm, needs none. How the weights are fitted to it, and
         what strict means, says `from_state_dict`. What stands beside the weights must not
@@ -41,11 +43,12 @@ def from_pretrained(
 
     Raises:
       MissingFileError: nothing to read at `path`.
-      MissingPackageError: a PyTorch file, and torch is not installed.
+      MissingPackageError: a PyTorch file, and torch is not installed; likewise the hub.
+      StorageError: the hub cannot be reached, and the cache does not hold the repository.
       InputError: not a file of weights, no spec, one that the file beside the weights contradicts,
         or weights that do not fit it; names the file.
     """
-    path = user_path(path)
+    path = local_folder(path)
     is_own = (path / SPEC_FILE).exists()
     if not is_own and path.is_dir():
         folder, path = path, _file_in(path)
@@ -96,7 +99,7 @@ def _file_in(folder: epath.Path) -> epath.Path:
         if (folder / name).exists():
             return folder / name
     expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
-    raise MissingFileError(f"{folder} has no weights; looked for {expected}")
+    raise MissingFileError(f"{folder} has no weights; looked for {expected}: {what_is_in(folder)}")
 
 
 def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Network:

@@ -11,6 +11,7 @@ from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.files import on_disk, read_json
 from flora_jax.io.paths import user_path
 from flora_jax.weights.pytorch import read_pytorch
+from flora_jax.weights.strangers import check_content, kind_of_file
 
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _INDEX_SUFFIX = ".index.json"
@@ -46,11 +47,13 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
     suffixes = (".safetensors", *PYTORCH_SUFFIXES)
     if path.suffix not in suffixes:
+        kind = f" but {found}" if (found := kind_of_file(path)) else ""
         raise InputError(
-            f"{path.name} is no file of weights: its name must end in {', '.join(suffixes)}"
+            f"{path.name} is no file of weights{kind}: its name must end in {', '.join(suffixes)}"
         )
     read = _read_safetensors if path.suffix == ".safetensors" else read_pytorch
     with on_disk(path) as file:
+        check_content(file, str(path))
         arrays = read(file)
     for name, array in arrays.items():
         if array.dtype.itemsize == 2 and array.dtype.kind in "fV":  # V: ml_dtypes' bfloat16

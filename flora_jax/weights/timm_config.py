@@ -9,6 +9,20 @@ from flora_jax.errors import InputError, UnknownNetworkError
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.json_kinds import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    SIZE,
+    SIZE_OR_SIZES,
+    SIZES,
+    TEXT,
+    Kind,
+    check_kinds,
+    or_null,
+)
+from flora_jax.weights.strangers import kind_of_model
 
 _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP ratio
     "tiny": (192, 12, 3, 4),
@@ -30,6 +44,27 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
 _PLAIN = re.compile(r"(vit|deit3?)_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)")
 _SWIN = re.compile(r"swin_([a-z]+)_patch(\d+)_window(\d+)_(\d+)")
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
+_KINDS: dict[str, Kind] = {
+    "model_args": OBJECT,
+    "pretrained_cfg": OBJECT,
+    "input_size": SIZES,
+    "depths": SIZES,
+    "init_values": or_null(NUMBER),
+    "act_layer": or_null(TEXT),
+    **dict.fromkeys(("fc_norm", "use_fc_norm"), or_null(FLAG)),
+    **dict.fromkeys(("architecture", "global_pool"), TEXT),
+    **dict.fromkeys(("num_classes", "reg_tokens", "num_reg_tokens"), COUNT),
+    **dict.fromkeys(("embed_dim", "depth", "in_chans"), SIZE),
+    **dict.fromkeys(("img_size", "patch_size", "window_size", "num_heads"), SIZE_OR_SIZES),
+    **dict.fromkeys(("mlp_ratio", "layer_norm_eps"), NUMBER),
+    **dict.fromkeys(
+        (
+            *("qkv_bias", "class_token", "no_embed_class", "pre_norm", "swiglu_mlp"),
+            *("use_abs_pos_emb", "ape", "patch_norm", "absolute_pos_embed"),
+        ),
+        FLAG,
+    ),
+}
 # Arguments of training, or of other sizes at run time, which change no network.
 _WITHOUT_EFFECT = re.compile(
     r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
@@ -45,11 +80,16 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
 
     Raises:
       UnknownNetworkError: an architecture or an argument that is not known here.
-      InputError: a network that this library cannot build; says why.
+      InputError: a network that this library cannot build, or a field of another kind of value
+        than timm writes; says which.
     """
-    name = str(config.get("architecture", "")).partition(".")[0]
-    arguments = dict(config.get("model_args") or {})
-    pretrained = config.get("pretrained_cfg") or {}
+    config = {key: value for key, value in config.items() if value is not None}
+    check_kinds(config, _KINDS)
+    name = config.get("architecture", "").partition(".")[0]
+    arguments = dict(config.get("model_args", {}))
+    check_kinds(arguments, _KINDS, at="model_args.")
+    pretrained = {k: v for k, v in config.get("pretrained_cfg", {}).items() if v is not None}
+    check_kinds(pretrained, _KINDS, at="pretrained_cfg.")
     for key in ("num_classes", "global_pool"):
         if key in config:
             arguments.setdefault(key, config[key])
@@ -62,6 +102,10 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
         return _swin(match, name, arguments)
     match = _PLAIN.fullmatch(name)
     if match is None or match[2] not in _SIZES:
+        if kind := kind_of_model(name):
+            raise UnknownNetworkError(
+                f"architecture {name!r} is {kind}; read are vision transformers"
+            )
         raise UnknownNetworkError(
             f"unknown architecture {name!r}; known of timm: vit_*, deit_*, deit3_* and swin_* with "
             f"plain blocks, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
@@ -136,6 +180,7 @@ def _renamed(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _vit(arguments: dict[str, Any]) -> ViTSpec:
     """A spec out of timm's arguments."""
+    check_kinds(arguments, {"num_heads": SIZE}, at="model_args.")
     is_rotary = arguments.get("rope", False)
     pool = arguments.get("global_pool", "token")
     if pool not in _POOLS:
@@ -166,7 +211,7 @@ def _vit(arguments: dict[str, Any]) -> ViTSpec:
         rope_theta=100.0 if is_rotary else None,
         pre_norm=pre_norm,
         patch_bias=not pre_norm,
-        activation="silu" if is_gated else arguments.get("act_layer", "gelu"),
+        activation="silu" if is_gated else arguments.get("act_layer") or "gelu",
         gated_mlp=is_gated,
         layer_norm_eps=arguments.get("layer_norm_eps", 1e-6),
         layer_scale=arguments.get("init_values") is not None,
@@ -182,7 +227,7 @@ def _swin(match: re.Match, name: str, arguments: dict[str, Any]) -> SwinSpec:
     } | arguments
     fields |= {key: _side(fields, key) for key in ("img_size", "window_size", "patch_size")}
     fields.pop("global_pool", None)
-    if (activation := fields.pop("act_layer", "gelu")) != "gelu":
+    if (activation := fields.pop("act_layer", None) or "gelu") != "gelu":
         raise InputError(f"act_layer is {activation!r}, but a Swin has 'gelu' here")
     names = {"img_size": "image_size", "in_chans": "in_channels", "ape": "absolute_pos_embed"}
     fields = {names.get(key, key): value for key, value in fields.items()}

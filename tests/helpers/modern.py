@@ -81,3 +81,14 @@ def images(name) -> np.ndarray:
 @functools.cache
 def model(name):
     return flora.from_state_dict(arrays(name), SPECS[name])
+
+
+@functools.cache
+def output(name) -> np.ndarray:
+    """What the model makes of its images."""
+    return np.asarray(model(name)(images(name)))
+
+
+def shallow(name, depth) -> flora.ViTSpec:
+    """A spec of this kind for what takes long to compile and needs no golden weights."""
+    return _like(SPECS[name], depth=depth)

@@ -137,8 +137,8 @@ def test_token_gates_of_a_swin_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"pretrained": "nowhere"}, "no file or folder nowhere|needs the folder"),
-        ({"pretrained": ""}, "transfer needs the folder of a finished model"),
+        ({"pretrained": "nowhere"}, "no file or folder nowhere"),
+        ({"pretrained": ""}, "transfer needs weights: set pretrained"),
         ({"finetune.distill": True}, "nobody teaches the new classes"),
         ({"stages": ("transfer", "filter")}, "transfer stands alone, without filter"),
         ({"data.classes": (1, 1, 2)}, r"classes \(1, 1, 2\) must be different ones of 0\.\.9"),
