@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
             if predict(_PREDICT.value, arguments[1:], _JSON.value):
                 sys.exit(1)
         elif _EVALUATE.value is not None:
-            evaluate(_EVALUATE.value, _DATA.value, _SPLIT.value, _JSON.value)
+            evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
         elif _CHECK_TOPOLOGY.value:
             settings = settings_of(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))

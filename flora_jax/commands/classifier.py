@@ -16,7 +16,6 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Crop, Preprocessing, Shape
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import matching
-from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
@@ -24,6 +23,7 @@ from flora_jax.training.probe import has_no_classifier
 from flora_jax.weights.class_names import CLASSES_FILE, read_class_names
 from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.folder import SPEC_FILE
+from flora_jax.weights.hub import local_folder
 from flora_jax.weights.preprocessing import PREPROCESSING_FILE, read_preprocessing
 from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
 
@@ -50,7 +50,7 @@ class Classifier:
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Classifier":
-        """Reads a folder of our own, of Hugging Face or of timm.
+        """Reads a folder of our own, of Hugging Face or of timm, or `hf:owner/name` of the hub.
 
         Where nothing says what is done to pictures, the log says what is assumed. A network whose
         pictures are prepared at another size than its own is interpolated to that.
@@ -60,7 +60,7 @@ class Classifier:
           InputError: it is no classifier, or as `read_preprocessing`, `read_class_names` and
             `from_pretrained`.
         """
-        folder = user_path(path)
+        folder = local_folder(path)
         _check_is_model(folder)
         spec, preprocessing = read_spec(folder), read_preprocessing(folder)
         if not spec.num_classes:

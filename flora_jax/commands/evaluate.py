@@ -10,6 +10,7 @@ from etils import epath
 from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.commands.labels import matched
 from flora_jax.data.batches import eval_batches
+from flora_jax.data.decoding import WHITE
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.sources import SkippingSource, Source, tfds
@@ -65,8 +66,8 @@ def evaluate(
     Raises:
       InputError: as `Classifier.open`, `load_splits` and `matched`.
     """
-    source = load_source(data, split)
     classifier = Classifier.open(folder)
+    source = load_source(data, split, classifier.preprocessing.background)
     found = evaluated(classifier, source, data)
     if as_json:
         about = {"model": str(folder), "data": data, "split": split}
@@ -75,16 +76,16 @@ def evaluate(
         print(_text(found))
 
 
-def load_source(data: str, split: str | None = None) -> Source:
-    """The labelled images of one split. Raises as `load_splits`."""
+def load_source(data: str, split: str | None = None, background: tuple[int, ...] = WHITE) -> Source:
+    """The labelled images of one split. Arguments and errors as in `load_splits`."""
     kind, _, place = data.partition(":")
     if kind == "tfds":
-        return tfds(place, split or "validation")
+        return tfds(place, split or "validation", background=background)
     if kind == "folder" and (split or (user_path(place) / "val").is_dir()):
-        return image_folder(place, split or "val")
+        return image_folder(place, split or "val", background=background)
     if split:
         raise InputError(f"--split needs a dataset with splits, tfds: or folder:, not {data}")
-    return load_splits(data).test
+    return load_splits(data, background=background).test
 
 
 def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:

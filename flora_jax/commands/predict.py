@@ -1,5 +1,6 @@
 """flora_jax --predict=FOLDER pictures...: what a model makes of pictures."""
 
+import functools
 import json
 import os
 import sys
@@ -67,10 +68,11 @@ def predictions(
         classifier.transform,
         batch_size(len(paths)),
     )
+    read = functools.partial(_read, transform, classifier.preprocessing.background)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), size):
             part = paths[start : start + size]
-            images = list(pool.map(lambda path: _read(path, transform), part))
+            images = list(pool.map(read, part))
             batch = np.zeros((size, *transform.image_shape), np.uint8)
             for place, image in zip(batch, images, strict=False):
                 if not isinstance(image, BadImageError):
@@ -89,9 +91,12 @@ def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
             yield path
 
 
-def _read(path: epath.Path, transform: Channels) -> np.ndarray | BadImageError:
+def _read(
+    transform: Channels, background: tuple[int, ...], path: epath.Path
+) -> np.ndarray | BadImageError:
     try:
-        return transform(decode_rgb(path.read_bytes(), os.fspath(path)))
+        pixels = decode_rgb(path.read_bytes(), os.fspath(path), background=background)
+        return transform(pixels)
     except BadImageError as error:
         return error
     except OSError as error:

@@ -5,9 +5,9 @@ import re
 from etils import epath
 
 from flora_jax.io.files import read_json
-from flora_jax.io.paths import user_path
 from flora_jax.weights.config import CONFIG_FILE
 from flora_jax.weights.fields import Fields
+from flora_jax.weights.hub import local_folder
 
 CLASSES_FILE = "classes.json"
 
@@ -22,7 +22,7 @@ def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
     Raises:
       InputError: broken JSON, something else than names, or a number without one; names the file.
     """
-    folder = user_path(folder)
+    folder = local_folder(folder)
     if (path := folder / CLASSES_FILE).exists():
         return _names(Fields(path, {"names": read_json(path)}), "names")
     if not (path := folder / CONFIG_FILE).exists():

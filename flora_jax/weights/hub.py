@@ -17,8 +17,8 @@ PREFIX = "hf:"
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # What it takes to read a network, or to say why it cannot be read; other files stay where they are.
 _DESCRIPTIONS = (
-    *(SPEC_FILE, "config.json", "preprocessor_config.json"),
-    *("adapter_config.json", "model_index.json"),
+    *(SPEC_FILE, "config.json", "preprocessor_config.json", "processor_config.json"),
+    *("preprocessing.json", "classes.json", "adapter_config.json", "model_index.json"),
 )
 _SAFETENSORS = (WEIGHTS_FILE, "model-*.safetensors", "model.safetensors.index.json")
 _PYTORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")

@@ -11,6 +11,7 @@ from flora_jax.io.paths import user_path
 from flora_jax.weights import hugging_face_preprocessing as hugging_face
 from flora_jax.weights.config import CONFIG_FILE
 from flora_jax.weights.fields import Fields, is_whole
+from flora_jax.weights.hub import local_folder
 
 PREPROCESSING_FILE = "preprocessing.json"
 
@@ -26,7 +27,7 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
       InputError: broken JSON, a field of the wrong type, or something to be done that a
         `Preprocessing` cannot say; names the file and the field.
     """
-    folder = user_path(folder)
+    folder = local_folder(folder)
     path = folder / PREPROCESSING_FILE
     if path.exists():
         return _own(Fields.read(path))
