@@ -115,6 +115,14 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
     np.testing.assert_allclose(ours, expected.transpose(1, 2, 0), atol=1e-5)
 
 
+def test_squash_and_cut():
+    """As DeiT's processor and timm's squash do: both sides to 110, then the central 98."""
+    image = picture(70, 131)
+    expected = Image.fromarray(image).resize((110, 110), Image.Resampling.BILINEAR)
+    crop = Preprocessing(98, crop_pct=98 / 110, crop_mode="squash_center", interpolation="bilinear")
+    np.testing.assert_array_equal(crop.crop(3)(image), expected.crop((6, 6, 104, 104)))
+
+
 TIMM = {"architecture": "vit_base_patch16_224.orig", "num_classes": 1000}
 
 
