@@ -13,6 +13,8 @@ from flora_jax.errors import InputError
 from flora_jax.io.files import read_json, user_cache_dir, write_json
 from flora_jax.io.paths import is_url
 
+OUTSIDE = "outside the classes"
+
 _FORMAT = 2  # of the file that keeps an index
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx", ".txt")
@@ -98,7 +100,7 @@ def _scan(folder: epath.Path, by_class: bool) -> tuple[Index, dict[str, Stamp]]:
     tree.follow_links([place for place in tree.found if place != "."])
     tree.drop_linked_twice()
     if by_class:
-        tree.left_out["outside the classes"] += len(tree.found["."].images)
+        tree.left_out[OUTSIDE] += len(tree.found["."].images)
         tree.found["."].images = []
     _check_not_empty(folder, tree.found, inside if by_class else [])
     stamps = {place: listing.stamp for place, listing in tree.found.items()}

@@ -9,7 +9,7 @@ from etils import epath
 
 from flora_jax.data import sources
 from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE
-from flora_jax.data.folder_index import check_folder, contents
+from flora_jax.data.folder_index import OUTSIDE, check_folder, contents
 from flora_jax.data.image_folder import ImageFolderSource, image_folder
 from flora_jax.data.listing import SUFFIXES, is_hidden, names_in
 from flora_jax.errors import InputError, few
@@ -86,13 +86,29 @@ def open_folder(
             raise InputError(
                 f"{train.split} and {other.split} in {layout.root} must have the same class "
                 f"folders; only in {train.split}: {_missing(train.classes, other.classes)}; "
-                f"only in {other.split}: {_missing(other.classes, train.classes)}{too_deep(train)}"
+                f"only in {other.split}: {_missing(other.classes, train.classes)}{_too_deep(train)}"
             )
     numbered = test.numbered_as(train.classes) if test else None
     return train, numbered, [other.numbered_as(train.classes) for other in own]
 
 
-def too_deep(train: sources.Source) -> str:
+def check_several_classes(name: str, images: sources.Source) -> None:
+    """Raises InputError for a dataset of a single class; says where others may be."""
+    if images.num_classes != 1:
+        return
+    (single,), (kind, _, place) = images.class_names, name.partition(":")
+    hint = _too_deep(images)
+    if hint and images.key(0).startswith(f"{single}/"):
+        hint += f"; did you mean '{kind}:{absolute(user_path(place)) / single}'?"
+    if outside := images.left_out.get(OUTSIDE):
+        hint = f"; {outside} images lie outside the class folders" + hint
+    raise InputError(
+        f"{name} has a single class, {single!r}, of which nothing can be learnt: at least 2 are "
+        f"needed, or 'images:{place if kind == 'folder' else 'PATH'}' without any{hint}"
+    )
+
+
+def _too_deep(train: sources.Source) -> str:
     """A hint where all images lie in the folders of a single class folder, as classes would."""
     folders = {posixpath.dirname(train.key(i)) for i in range(len(train))}
     if train.num_classes != 1 or len(folders) < 2:

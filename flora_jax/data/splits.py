@@ -18,7 +18,7 @@ from flora_jax.data import sources
 from flora_jax.data.content_split import check_enough, say_split, split_by_content
 from flora_jax.data.copies import copies_in
 from flora_jax.data.decoding import WHITE
-from flora_jax.data.folder_layout import find_layout, open_folder, too_deep
+from flora_jax.data.folder_layout import check_several_classes, find_layout, open_folder
 from flora_jax.data.image_folder import ImageFolderSource, unlabelled_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
@@ -218,11 +218,7 @@ def load_splits(
     if classes:
         rest, *own = (_of_classes(source, classes) for source in (rest, *own))
         test = None if test is None else _of_classes(test, classes)
-    if rest.num_classes == 1:
-        raise InputError(
-            f"{name} has a single class, {rest.class_names[0]!r}, of which nothing can be learnt: "
-            f"at least 2 are needed, or 'images:PATH' without any{too_deep(rest)}"
-        )
+    check_several_classes(name, rest)
     if test is None:
         shares = [(TEST_FRACTION, TEST_SEED)] + ([] if own else [(heldout_fraction, seed)])
         by_content = _split_by_content(folder, rest, shares)

@@ -32,9 +32,9 @@ def moths(tmp_path):
     """40 scenes in two classes, some of them with copies, one of which is in the other class."""
     folder = tmp_path / "moths"
     for i in range(40):
-        picture = scene(i, (160, 120))
+        picture = scene(i, (96, 72))
         here, other = ("hawk", "silk") if i % 2 else ("silk", "hawk")
-        save(folder / here / f"{i}.png", picture)
+        save(folder / here / f"{i}.png", picture, compress_level=1)
         if i in COPIED:
             save(folder / here / f"{i}-small.png", smaller(picture))
             save(folder / here / f"{i}-worse.jpg", picture, quality=60)
@@ -156,7 +156,7 @@ def test_what_was_found_is_kept_until_a_file_changes(moths, cache, caplog, monke
     assert parts(splits.load_splits(f"folder:{moths}")) == first
     assert not looked_at
 
-    save(moths / "silk/2.png", scene(1, (150, 110)))  # now a copy of one of the other class
+    save(moths / "silk/2.png", scene(1, (90, 70)))  # now a copy of one of the other class
     assert any({"1.png", "2.png"} <= part for part in parts(splits.load_splits(f"folder:{moths}")))
     assert looked_at == ["silk/2.png"]
     (file,) = (cache.parent / "copies").glob("*.bin")
