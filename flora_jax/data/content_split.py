@@ -14,6 +14,8 @@ import numpy as np
 from flora_jax.data.copies import Copies
 from flora_jax.errors import InputError, few
 
+_PURPOSES = {"training": "to train on", "held-out": "to search with", "test": "to report on"}
+
 log = logging.getLogger(__name__)
 
 Counts = collections.Counter[int]  # images of each class
@@ -112,16 +114,16 @@ def say_split(
     log.info(
         "%s is split here: %s; %d groups of near-duplicates, %d images, are kept together",
         place,
-        ", ".join(f"{len(indices)} images {purpose}" for purpose, indices in parts.items()),
+        ", ".join(f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items()),
         (sizes > 1).sum(),
         sizes[sizes > 1].sum(),
     )
-    for purpose, indices in parts.items():
+    for part, indices in parts.items():
         lacking = sorted(set(range(len(class_names))) - set(labels[indices].tolist()))
         if lacking:
             log.warning(
                 "no image %s of %s: their images are copies of too few pictures",
-                purpose,
+                _PURPOSES[part],
                 few([class_names[label] for label in lacking]),
             )
 

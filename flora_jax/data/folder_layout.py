@@ -4,13 +4,13 @@ import dataclasses
 import logging
 import posixpath
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
 from flora_jax.data import sources
-from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE
 from flora_jax.data.folder_index import OUTSIDE, check_folder, contents
-from flora_jax.data.image_folder import ImageFolderSource, image_folder
+from flora_jax.data.image_folder import image_folder
 from flora_jax.data.listing import SUFFIXES, is_hidden, names_in
 from flora_jax.errors import InputError, few
 from flora_jax.io.paths import absolute, user_path
@@ -61,35 +61,37 @@ def find_layout(place: str, test_split: str | None = None) -> Layout:
 
 
 def open_folder(
-    layout: Layout,
-    heldout_split: str | None = None,
-    least_side: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    background: tuple[int, ...] = WHITE,
-) -> tuple[ImageFolderSource, ImageFolderSource | None, list[ImageFolderSource]]:
-    """The images to train on, to report on, and to search with where `heldout_split` names them.
+    root: epath.Path,
+    wanted: dict[str, str | None],
+    least_side: int | None,
+    decoding: dict[str, Any],
+) -> dict[str, sources.Source]:
+    """The images of the splits that are wanted, all with the labels of "training".
 
-    All have the labels of the first. The rest is as in `load_splits`.
+    Args:
+      root: the folder.
+      wanted: the folder of each part inside it; None: none. "test" is decoded at full size.
+      least_side, decoding: for `image_folder`.
 
     Raises:
       InputError: as `image_folder`, or the splits have different classes.
     """
-
-    def opened(split: str, side: int | None) -> ImageFolderSource:
-        return image_folder(layout.root, split, None, side, max_megapixels, background)
-
-    train = opened(layout.train, least_side)
-    test = opened(layout.test, None) if layout.test else None
-    own = [opened(heldout_split, least_side)] if heldout_split else []
-    for other in filter(None, (test, *own)):
+    opened = {
+        part: image_folder(
+            root, split, least_side=None if part == "test" else least_side, **decoding
+        )
+        for part, split in wanted.items()
+        if split
+    }
+    train = opened["training"]
+    for other in opened.values():
         if set(train.classes) != set(other.classes):
             raise InputError(
-                f"{train.split} and {other.split} in {layout.root} must have the same class "
-                f"folders; only in {train.split}: {_missing(train.classes, other.classes)}; "
+                f"{train.split} and {other.split} in {root} must have the same class folders; "
+                f"only in {train.split}: {_missing(train.classes, other.classes)}; "
                 f"only in {other.split}: {_missing(other.classes, train.classes)}{_too_deep(train)}"
             )
-    numbered = test.numbered_as(train.classes) if test else None
-    return train, numbered, [other.numbered_as(train.classes) for other in own]
+    return {part: source.numbered_as(train.classes) for part, source in opened.items()}
 
 
 def check_several_classes(name: str, images: sources.Source) -> None:

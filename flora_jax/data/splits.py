@@ -10,7 +10,7 @@ reported once.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -181,87 +181,97 @@ def load_splits(
     check_background(background)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
-    rest: sources.Source
-    test: sources.Source | None
-    own: Sequence[sources.Source] = ()
+    decoding = {"max_megapixels": max_megapixels, "background": background}
+    opened = _open(name, data_dir, test_split, heldout_split, least_side, decoding)
+    if num_classes := opened["training"].num_classes:
+        for part, source in opened.items():
+            check_labels(source.labels, num_classes, f"the {part} split of {name}")
+    parts = {
+        part: _of_classes(source, classes) if classes else source for part, source in opened.items()
+    }
+    check_several_classes(name, parts["training"])
+    if "test" not in parts:
+        shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
+        missing = {part: share for part, share in shares.items() if part not in parts}
+        parts |= _split_by_content(opened["training"], parts["training"], missing)
+    if "held-out" not in parts:
+        train, heldout = hold_out(parts["training"], heldout_fraction, seed)
+        parts |= {"training": train, "held-out": heldout}
+    ordered = [parts[part] for part in ("training", "held-out", "test")]
+    if on_bad_image == "skip":
+        return Splits(*map(sources.SkippingSource, ordered))
+    return Splits(*ordered)
+
+
+def _open(
+    name: str,
+    data_dir: str | None,
+    test_split: str | None,
+    heldout_split: str | None,
+    least_side: int | None,
+    decoding: dict[str, Any],
+) -> dict[str, sources.Source]:
+    """The "training", "test" and "held-out" images of a dataset, where they are apart already."""
     kind, _, place = name.partition(":")
-    layout = find_layout(place, test_split) if kind == "folder" and place else None
     if heldout_split and not (place and kind in ("folder", "tfds")):
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
-    if layout:
-        folder, test, own = open_folder(
-            layout, heldout_split, least_side, max_megapixels, background
-        )
-        rest = folder
-    elif kind == "tfds" and place:
-        wanted = [("train", least_side), (test_split or "validation", None)]
-        wanted += [(heldout_split, least_side)] if heldout_split else []
-        rest, test, *own = (
-            sources.tfds(place, split, data_dir, side, max_megapixels, background)
-            for split, side in wanted
-        )
-    elif name == "digits":
-        rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
+    if kind == "folder" and place:
+        layout = find_layout(place, test_split)
+        wanted = {"training": layout.train, "test": layout.test, "held-out": heldout_split}
+        return open_folder(layout.root, wanted, least_side, decoding)
+    if kind == "tfds" and place:
+        wanted = {
+            "training": "train",
+            "test": test_split or "validation",
+            "held-out": heldout_split,
+        }
+        return {
+            part: sources.tfds(
+                place, split, data_dir, None if part == "test" else least_side, **decoding
+            )
+            for part, split in wanted.items()
+            if split
+        }
+    if name == "digits":
+        whole: sources.Source = sources.digits()
     elif kind == "images" and place:
-        every_image = unlabelled_folder(place, least_side, max_megapixels, background=background)
-        rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
+        whole = unlabelled_folder(place, least_side, **decoding)
     else:
         raise InputError(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
             f"classes, 'images:PATH'{_likely(name)}"
         )
-    if rest.num_classes:
-        parts = {"training": [rest], "test": [] if test is None else [test], "held-out": own}
-        for part, opened in parts.items():
-            for source in opened:
-                check_labels(source.labels, rest.num_classes, f"the {part} split of {name}")
-    if classes:
-        rest, *own = (_of_classes(source, classes) for source in (rest, *own))
-        test = None if test is None else _of_classes(test, classes)
-    check_several_classes(name, rest)
-    if test is None:
-        shares = [(TEST_FRACTION, TEST_SEED)] + ([] if own else [(heldout_fraction, seed)])
-        by_content = _split_by_content(folder, rest, shares)
-        (rest, test), own = by_content[:2], own or by_content[2:]
-    train, heldout = (rest, *own) if own else hold_out(rest, heldout_fraction, seed)
-    if on_bad_image == "skip":
-        return Splits(*map(sources.SkippingSource, (train, heldout, test)))
-    return Splits(train, heldout, test)
+    training, test = hold_out(whole, TEST_FRACTION, TEST_SEED)
+    return {"training": training, "test": test}
 
 
 def _split_by_content(
-    folder: ImageFolderSource, chosen: sources.Source, shares: Sequence[tuple[float, int]]
-) -> list[Subset]:
-    """Splits the images of a folder, or of some of its classes, that has no split to report on.
+    folder: sources.Source, chosen: sources.Source, shares: dict[str, tuple[float, int]]
+) -> dict[str, Subset]:
+    """Takes parts, by their shares, out of the chosen images of a folder; the rest is "training".
 
-    Args:
-      folder: all of its images.
-      chosen: those of the classes that are taken.
-      shares: as in `split_by_content`, of the test split and perhaps of the held-out one.
-
-    Returns:
-      The images to train on, to report on, and to search with where there is a second share.
+    Images of "test" are decoded at full size.
     """
-    part = chosen if isinstance(chosen, Subset) else subset(folder, range(len(folder)))
-    check_enough(part.labels, part.class_names, f"{folder.folder}", len(shares) + 1)
-    copies = copies_in(folder).at(part.indices)
-    found = split_by_content(part.labels, copies, shares)
-    purposes = ("to train on", "to report on", "to search with")
-    named = dict(zip(purposes, found, strict=False))
-    say_split(f"{folder.folder}", part.labels, part.class_names, copies, named)
-    train, test, *heldout = (
-        dataclasses.replace(part, indices=part.indices[indices]) for indices in found
-    )
-    whole = dataclasses.replace(test, source=folder.with_least_side(None))
-    return [train, whole, *heldout]
+    assert isinstance(folder, ImageFolderSource)  # only a folder may lack a split
+    place = os.fspath(folder.folder)
+    whole = chosen if isinstance(chosen, Subset) else subset(folder, range(len(folder)))
+    check_enough(whole.labels, whole.class_names, place, len(shares) + 1)
+    copies = copies_in(folder).at(whole.indices)
+    found = split_by_content(whole.labels, copies, list(shares.values()))
+    parts = dict(zip(("training", *shares), found, strict=True))
+    say_split(place, whole.labels, whole.class_names, copies, parts)
+    subsets = {
+        part: dataclasses.replace(whole, indices=whole.indices[indices])
+        for part, indices in parts.items()
+    }
+    full_size = folder.with_least_side(None)
+    return subsets | {"test": dataclasses.replace(subsets["test"], source=full_size)}
 
 
 def _likely(name: str) -> str:
     """A hint for a name without its kind."""
-    if not name.rpartition(":")[2]:
-        return ""
     kind = "folder" if "/" in name or os.path.exists(name) else "tfds"
-    return f" (did you mean '{kind}:{name}'?)"
+    return f" (did you mean '{kind}:{name}'?)" if name.rpartition(":")[2] else ""
 
 
 def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
