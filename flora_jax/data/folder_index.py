@@ -13,7 +13,11 @@ from flora_jax.errors import InputError
 from flora_jax.io.files import read_json, user_cache_dir, write_json
 from flora_jax.io.paths import is_url
 
+OUTSIDE = "outside the classes"
+
 _FORMAT = 2  # of the file that keeps an index
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx", ".txt")
 _MOST_KINDS = 12  # of what is left out that are counted one by one
 
 log = logging.getLogger(__name__)
@@ -88,14 +92,15 @@ def _scan(folder: epath.Path, by_class: bool) -> tuple[Index, dict[str, Stamp]]:
     tree = Tree(folder)
     inside = tree.enter_top()
     if by_class and not inside:
+        hint = f"; images:{folder} takes pictures without classes" * bool(tree.found["."].images)
         raise InputError(
-            f"no class folder in {folder}: expected {folder}/CLASS/*.jpeg; {contents(folder)}"
+            f"no class folder in {folder}: expected {folder}/CLASS/*.jpeg; {contents(folder)}{hint}"
         )
     tree.enter(inside)
     tree.follow_links([place for place in tree.found if place != "."])
     tree.drop_linked_twice()
     if by_class:
-        tree.left_out["outside the classes"] += len(tree.found["."].images)
+        tree.left_out[OUTSIDE] += len(tree.found["."].images)
         tree.found["."].images = []
     _check_not_empty(folder, tree.found, inside if by_class else [])
     stamps = {place: listing.stamp for place, listing in tree.found.items()}
@@ -130,6 +135,23 @@ def _by_kind(left_out: collections.Counter[str]) -> dict[str, int]:
 def class_of(inside: str) -> str:
     """The class folder that a path inside a split begins with."""
     return inside.split("/", 1)[0]
+
+
+def check_folder(path: epath.Path) -> None:
+    """Raises InputError unless this is a folder; says what to do with an archive, or a file."""
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise InputError(f"no folder {path}; {contents(path.parent)}")
+    name = path.name.lower()
+    if name.endswith(_ARCHIVES):
+        raise InputError(f"{path} is an archive: unpack it, and give the folder that it makes")
+    kind = "a single picture" if name.endswith(SUFFIXES) else "a file"
+    hint = "; tables of labels are not read: sort the pictures by class" * name.endswith(_TABLES)
+    raise InputError(
+        f"{path} is {kind}: expected a folder of pictures, PATH/{{train,val}}/CLASS/*.jpeg or "
+        f"PATH/CLASS/*.jpeg, or images:PATH without classes{hint}"
+    )
 
 
 def contents(folder: epath.Path, most: int = 10) -> str:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import errno
-import functools
 import logging
 import os
 import posixpath
@@ -13,9 +12,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE, BadImageError, decode_rgb
-from flora_jax.data.folder_index import Index, class_of, contents, read_index
+from flora_jax.data.folder_index import Index, check_folder, class_of, read_index
 from flora_jax.data.sources import DerivedSource, Example
-from flora_jax.errors import InputError
 from flora_jax.io.paths import absolute, user_path
 
 # What links to nothing or in a circle, files of somebody else and folders raise.
@@ -47,12 +45,8 @@ class ImageFolderSource:
         self.split = split
         self.left_out = index.left_out
         self._root = root
-        self._decode = functools.partial(
-            decode_rgb,
-            least_side=least_side,
-            max_megapixels=max_megapixels,
-            background=background,
-        )
+        self._least_side, self._max_megapixels = least_side, max_megapixels
+        self._background = background
         # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
         folders = sorted(index.images, key=lambda folder: (class_of(folder), folder))
         # The same name may be spelled in two ways, by Linux and by a Mac.
@@ -85,6 +79,34 @@ class ImageFolderSource:
         other.labels = number[self.labels]
         return other
 
+    def with_least_side(self, least_side: int | None) -> "ImageFolderSource":
+        """The same images, of which large JPEGs are decoded at another size."""
+        other = copy.copy(self)
+        other._least_side = least_side
+        return other
+
+    @property
+    def folder(self) -> epath.Path:
+        """That of the split."""
+        return self._root / self.split
+
+    @property
+    def decoding(self) -> str:
+        """Tells the pixels of an image from those that other settings make of it."""
+        return f"{self._background} {self._max_megapixels}"
+
+    def path(self, index: int) -> epath.Path:
+        return self._root / self.key(index)
+
+    def encoded(self, index: int) -> bytes:
+        """Content of a file; raises BadImageError where there is none, OSError for a bad disk."""
+        return _read(self.path(index))
+
+    def decoded(self, index: int, encoded: bytes) -> np.ndarray:
+        """The pixels uint8 [H, W, 3] of that content; raises BadImageError."""
+        name = os.fspath(self.path(index))
+        return decode_rgb(encoded, name, self._least_side, self._max_megapixels, self._background)
+
     def key(self, index: int) -> str:
         """The path inside the dataset's folder, with forward slashes."""
         return self._keys[index]
@@ -94,8 +116,7 @@ class ImageFolderSource:
 
     def __getitem__(self, index: int) -> Example:
         """Reads an image; raises BadImageError where it is no whole one, OSError for a bad disk."""
-        path = self._root / self.key(index)
-        image = self._decode(_read(path), os.fspath(path))
+        image = self.decoded(index, self.encoded(index))
         return {"image": image, "label": int(self.labels[index]), "key": self.key(index)}
 
 
@@ -115,7 +136,7 @@ def image_folder(
 
     Args:
       root: local folder or URL (gs://...) of the dataset.
-      split: folder inside it, e.g. "train" or "val".
+      split: folder inside it, e.g. "train" or "val"; "." where the class folders lie in root.
       cache_dir: as in `read_index`.
       least_side, max_megapixels, background: as in `decode_rgb`.
 
@@ -127,9 +148,8 @@ def image_folder(
     """
     root = absolute(user_path(root))
     folder = root / split
-    for path in (root, folder):
-        if not path.is_dir():
-            raise InputError(f"no folder {path}; {contents(path.parent)}")
+    check_folder(root)
+    check_folder(folder)
     index = read_index(folder, by_class=True, cache_dir=cache_dir)
     source = ImageFolderSource(root, split, index, least_side, max_megapixels, background)
     _log(folder, source, f"images of {source.num_classes} classes")
@@ -169,8 +189,7 @@ def unlabelled_folder(
       InputError: there is no such folder, no image in it, or as `read_index`.
     """
     root = absolute(user_path(root))
-    if not root.is_dir():
-        raise InputError(f"no folder {root}; {contents(root.parent)}")
+    check_folder(root)
     index = read_index(root, by_class=False, cache_dir=cache_dir)
     one_class = {f"./{inside}".removesuffix("/."): n for inside, n in index.images.items()}
     images = ImageFolderSource(

@@ -174,7 +174,7 @@ def _list(folder: epath.Path) -> Listing:
         raise InputError(f"cannot read the folder {folder}: {error}") from error
     listing = Listing(_stamp(status), _identity(status))
     for entry in found:
-        if _is_hidden(entry.name):
+        if is_hidden(entry.name):
             listing.left_out["hidden"] += 1
         elif entry.is_symlink():
             _add_link(listing, entry)
@@ -212,7 +212,7 @@ def _list_url(folder: epath.Path) -> Listing:
     """What is named like an image is not looked at, which would be a request for each."""
     listing = Listing()
     for name in names_in(folder):
-        if _is_hidden(name):
+        if is_hidden(name):
             listing.left_out["hidden"] += 1
         elif name.lower().endswith(SUFFIXES):
             listing.images.append(name)
@@ -223,7 +223,8 @@ def _list_url(folder: epath.Path) -> Listing:
     return listing
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a system hides such a file or folder, or put it there for itself."""
     return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 

@@ -1,26 +1,30 @@
 """Which images are trained on, searched with and reported on.
 
 An image belongs to a split by the hash of its key, so a split is the same for ever, on every
-machine and whatever the order of the images. The architecture search scores on `heldout`, which
-is taken out of the training images; `test` is reported once.
+machine and whatever the order of the images. A folder without a split to report on is split by the
+contents of the images (`content_split`), so that copies of one picture stay together. The
+architecture search scores on `heldout`, which is taken out of the training images; `test` is
+reported once.
 """
 
 import dataclasses
 import hashlib
-import posixpath
-from collections.abc import Sequence
+import os
+from typing import Any
 
 import numpy as np
 
 from flora_jax.data import sources
+from flora_jax.data.content_split import check_enough, say_split, split_by_content
+from flora_jax.data.copies import copies_in
 from flora_jax.data.decoding import WHITE
-from flora_jax.data.image_folder import ImageFolderSource, image_folder, unlabelled_folder
+from flora_jax.data.folder_layout import check_several_classes, find_layout, open_folder
+from flora_jax.data.image_folder import ImageFolderSource, unlabelled_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
-from flora_jax.errors import InputError, few
+from flora_jax.errors import InputError
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
-_TEST_SPLITS = {"tfds": "validation", "folder": "val"}
 TEST_SEED = 0  # not the user's seed: the reported images never change
 
 
@@ -148,13 +152,15 @@ def load_splits(
     """The splits of a dataset.
 
     Args:
-      name: "digits", "tfds:NAME" for a TFDS dataset with a "train" split, or "folder:PATH" for
-        images at PATH/{train,val}/CLASS/*.jpeg (see `image_folder`), or "images:PATH" for
-        any images in a folder, which have no labels; a quarter of them is the test split.
+      name: "digits", "tfds:NAME" for a TFDS dataset with a "train" split, "folder:PATH" for
+        images at PATH/{train,val}/CLASS/*.jpeg (see `image_folder`), or "images:PATH" for any
+        images in a folder, which have no labels; a quarter of them is the test split, as it is of
+        images at PATH/CLASS/*.jpeg or PATH/train/CLASS/*.jpeg alone, by their contents.
       heldout_fraction: share of the training images that is held out for the search.
       seed: picks the held-out images; the test images do not depend on it.
       data_dir: folder of the TFDS datasets; None: the TFDS default.
-      test_split: the split that is reported on; None: "validation" of TFDS, "val" of a folder.
+      test_split: the split that is reported on; None: "validation" of TFDS, "val" of a folder, or
+        the only one of "test", "valid" and "validation" that lies there instead.
       classes: the classes to take, numbered anew from 0; empty for all.
       on_bad_image: "raise" BadImageError when an image that cannot be decoded is read, or "skip"
         it: each source is a `SkippingSource`, which takes the next good image of the same split;
@@ -167,91 +173,105 @@ def load_splits(
 
     Raises:
       InputError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
-        on disk, a folder whose two splits have different classes, labels that are no class, a
-        single class, or two images with one key.
+        on disk, a folder whose two splits have different classes or that cannot be split since a
+        class has too few images, labels that are no class, a single class, or two images with one
+        key.
     """
     _check_fraction(heldout_fraction)
     check_background(background)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
-    rest: sources.Source
-    test: sources.Source
-    own: Sequence[sources.Source] = ()
+    decoding = {"max_megapixels": max_megapixels, "background": background}
+    opened = _open(name, data_dir, test_split, heldout_split, least_side, decoding)
+    if num_classes := opened["training"].num_classes:
+        for part, source in opened.items():
+            check_labels(source.labels, num_classes, f"the {part} split of {name}")
+    parts = {
+        part: _of_classes(source, classes) if classes else source for part, source in opened.items()
+    }
+    check_several_classes(name, parts["training"])
+    if "test" not in parts:
+        shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
+        missing = {part: share for part, share in shares.items() if part not in parts}
+        parts |= _split_by_content(opened["training"], parts["training"], missing)
+    if "held-out" not in parts:
+        train, heldout = hold_out(parts["training"], heldout_fraction, seed)
+        parts |= {"training": train, "held-out": heldout}
+    ordered = [parts[part] for part in ("training", "held-out", "test")]
+    if on_bad_image == "skip":
+        return Splits(*map(sources.SkippingSource, ordered))
+    return Splits(*ordered)
+
+
+def _open(
+    name: str,
+    data_dir: str | None,
+    test_split: str | None,
+    heldout_split: str | None,
+    least_side: int | None,
+    decoding: dict[str, Any],
+) -> dict[str, sources.Source]:
+    """The "training", "test" and "held-out" images of a dataset, where they are apart already."""
     kind, _, place = name.partition(":")
-    if kind in _TEST_SPLITS:
-        wanted = [("train", least_side), (test_split or _TEST_SPLITS[kind], None)]
-        wanted += [(heldout_split, least_side)] if heldout_split else []
-        if kind == "tfds":
-            rest, test, *own = (
-                sources.tfds(place, split, data_dir, side, max_megapixels, background)
-                for split, side in wanted
-            )
-        else:
-            rest, test, *own = _folder_splits(place, wanted, max_megapixels, background)
-    elif heldout_split:
+    if heldout_split and not (place and kind in ("folder", "tfds")):
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
-    elif name == "digits":
-        rest, test = hold_out(sources.digits(), TEST_FRACTION, TEST_SEED)
-    elif kind == "images":
-        every_image = unlabelled_folder(place, least_side, max_megapixels, background=background)
-        rest, test = hold_out(every_image, TEST_FRACTION, TEST_SEED)
+    if kind == "folder" and place:
+        layout = find_layout(place, test_split)
+        wanted = {"training": layout.train, "test": layout.test, "held-out": heldout_split}
+        return open_folder(layout.root, wanted, least_side, decoding)
+    if kind == "tfds" and place:
+        wanted = {
+            "training": "train",
+            "test": test_split or "validation",
+            "held-out": heldout_split,
+        }
+        return {
+            part: sources.tfds(
+                place, split, data_dir, None if part == "test" else least_side, **decoding
+            )
+            for part, split in wanted.items()
+            if split
+        }
+    if name == "digits":
+        whole: sources.Source = sources.digits()
+    elif kind == "images" and place:
+        whole = unlabelled_folder(place, least_side, **decoding)
     else:
-        kind = "folder" if "/" in name else "tfds"
         raise InputError(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
-            f"classes, 'images:PATH' (did you mean '{kind}:{name}'?)"
+            f"classes, 'images:PATH'{_likely(name)}"
         )
-    if rest.num_classes:
-        check_labels(rest.labels, rest.num_classes, f"the training split of {name}")
-        check_labels(test.labels, rest.num_classes, f"the test split of {name}")
-        for source in own:
-            check_labels(source.labels, rest.num_classes, f"the held-out split of {name}")
-    if classes:
-        rest, test, *own = (_of_classes(source, classes) for source in (rest, test, *own))
-    if rest.num_classes == 1:
-        raise InputError(
-            f"{name} has a single class, {rest.class_names[0]!r}, of which nothing can be learnt: "
-            f"at least 2 are needed, or 'images:PATH' without any{_too_deep(rest)}"
-        )
-    train, heldout = (rest, *own) if own else hold_out(rest, heldout_fraction, seed)
-    if on_bad_image == "skip":
-        return Splits(*map(sources.SkippingSource, (train, heldout, test)))
-    return Splits(train, heldout, test)
+    training, test = hold_out(whole, TEST_FRACTION, TEST_SEED)
+    return {"training": training, "test": test}
 
 
-def _folder_splits(
-    root: str,
-    wanted: Sequence[tuple[str, int | None]],
-    max_megapixels: float,
-    background: tuple[int, ...],
-) -> list[ImageFolderSource]:
-    """Splits (name, least side) of a folder, all with the labels of the first."""
-    train, *others = (
-        image_folder(root, split, None, side, max_megapixels, background) for split, side in wanted
-    )
-    for other in others:
-        if set(train.classes) != set(other.classes):
-            raise InputError(
-                f"train and {other.split} in {root} must have the same class folders; "
-                f"only in train: {_missing(train.classes, other.classes)}; "
-                f"only in {other.split}: {_missing(other.classes, train.classes)}{_too_deep(train)}"
-            )
-    return [train, *(other.numbered_as(train.classes) for other in others)]
+def _split_by_content(
+    folder: sources.Source, chosen: sources.Source, shares: dict[str, tuple[float, int]]
+) -> dict[str, Subset]:
+    """Takes parts, by their shares, out of the chosen images of a folder; the rest is "training".
+
+    Images of "test" are decoded at full size.
+    """
+    assert isinstance(folder, ImageFolderSource)  # only a folder may lack a split
+    place = os.fspath(folder.folder)
+    whole = chosen if isinstance(chosen, Subset) else subset(folder, range(len(folder)))
+    check_enough(whole.labels, whole.class_names, place, len(shares) + 1)
+    copies = copies_in(folder).at(whole.indices)
+    found = split_by_content(whole.labels, copies, list(shares.values()))
+    parts = dict(zip(("training", *shares), found, strict=True))
+    say_split(place, whole.labels, whole.class_names, copies, parts)
+    subsets = {
+        part: dataclasses.replace(whole, indices=whole.indices[indices])
+        for part, indices in parts.items()
+    }
+    full_size = folder.with_least_side(None)
+    return subsets | {"test": dataclasses.replace(subsets["test"], source=full_size)}
 
 
-def _too_deep(train: sources.Source) -> str:
-    """A hint where all images lie in the folders of a single class folder, as classes would."""
-    folders = {posixpath.dirname(train.key(i)) for i in range(len(train))}
-    if train.num_classes != 1 or len(folders) < 2:
-        return ""
-    names = few({posixpath.basename(folder) for folder in folders})
-    return f"; the classes seem to be one folder too deep: {train.class_names[0]} holds {names}"
-
-
-def _missing(classes: tuple[str, ...], others: tuple[str, ...], most: int = 5) -> str:
-    names = sorted(set(classes) - set(others))
-    shown = ", ".join(map(repr, names[:most])) or "none"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _likely(name: str) -> str:
+    """A hint for a name without its kind."""
+    kind = "folder" if "/" in name or os.path.exists(name) else "tfds"
+    return f" (did you mean '{kind}:{name}'?)" if name.rpartition(":")[2] else ""
 
 
 def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flora_jax.configs import digits
 from flora_jax.data import augment, decoding, splits
 from flora_jax.data.image_folder import image_folder
+from flora_jax.stages.images import Images
+from flora_jax.stages.settings import Settings
 from tests.helpers.pictures import save
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -138,6 +141,11 @@ def test_every_part_of_a_folder_shows_the_background(tmp_path):
             assert part[0]["image"][0, 0].tolist() == seen
         every = splits.load_splits(f"images:{tmp_path}", 0.5, background=background)
         assert every.train[0]["image"][0, 0].tolist() == seen
+        config = digits.get_config()
+        changes = {"data.name": f"folder:{tmp_path}", "data.background": background}
+        config.update_from_flattened_dict({**changes, "data.heldout_fraction": 0.5})
+        of_a_run = Images(Settings.from_config(config))
+        assert of_a_run.train[0]["image"][0, 0].tolist() == seen
     with pytest.raises(ValueError, match="background must be red, green and blue"):
         splits.load_splits(f"folder:{tmp_path}", 0.5, background=(256, 0, 0))
 

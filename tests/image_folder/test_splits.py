@@ -42,7 +42,7 @@ def test_another_test_split(pets):
     (pets / "val").rename(pets / "test")
     assert len(splits.load_splits(f"folder:{pets}", 0.5, test_split="test").test) == 4
     with pytest.raises(ValueError, match=r"no folder .*val; .*holds: test, train"):
-        splits.load_splits(f"folder:{pets}", 0.5)
+        splits.load_splits(f"folder:{pets}", 0.5, test_split="val")
 
 
 def test_held_out_images_of_ones_own(pets, tmp_path):
