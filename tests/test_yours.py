@@ -48,7 +48,7 @@ def pictures(tmp_path_factory):
         for i in range(40):
             picture = rng.integers(0, 160, size=(40, 56, 3), dtype=np.uint8)
             picture[..., label] += 95
-            save(folder / ("val" if i < 10 else "train") / name / f"{i}.png", picture)
+            save(folder / name / f"{i}.png", picture)
     return folder
 
 
