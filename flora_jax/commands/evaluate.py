@@ -98,6 +98,8 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
         raise InputError(f"{data} has no labels, so nothing can be right or wrong in it")
     num_classes = classifier.num_classes
     label_of = matched(classifier.class_names, num_classes, source.class_names, data)
+    if not classifier.class_names:
+        classifier = dataclasses.replace(classifier, class_names=source.class_names)
     check_labels(source.labels, num_classes, data)
     run, size = classifier.log_probabilities(), batch_size(len(source))
     run(np.zeros((size, *classifier.transform.image_shape), np.uint8))  # compiles
