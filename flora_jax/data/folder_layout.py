@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -17,6 +17,7 @@ from flora_jax.io.paths import absolute, user_path
 
 _TEST_NAMES = ("test", "valid", "validation")  # taken where there is no val
 _SPLIT_NAMES = {*_TEST_NAMES, "train", "training", "val", "testing", "dev", "eval"}
+_LOOKED_INTO = 8  # folders in which splits may lie
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _too_deep(train: sources.Source) -> str:
 
 def _other_than_val(root: epath.Path) -> str | None:
     found = [name for name in _TEST_NAMES if (root / name).is_dir()]
-    usable = [name for name in found if _folders(root / name)]
+    usable = [name for name in found if any(_folders(root / name))]
     if len(usable) > 1:
         raise InputError(
             f"{root} holds {' and '.join(usable)} but no val: name the one to report on with "
@@ -137,13 +138,11 @@ def _other_than_val(root: epath.Path) -> str | None:
 
 def _is_class(folder: epath.Path) -> bool:
     """Whether the folder is a class of that name, such as trains beside cars, and no split."""
-    if _folders(folder):
-        return False
-    return bool(set(_folders(folder.parent)) - _SPLIT_NAMES)
+    return not any(_folders(folder)) and bool(set(_folders(folder.parent)) - _SPLIT_NAMES)
 
 
 def _check_class_folders(root: epath.Path) -> None:
-    names, folders = names_in(root), _folders(root)
+    names, folders = names_in(root), list(_folders(root))
     if not folders and any(name.lower().endswith(SUFFIXES) for name in names):
         raise InputError(
             f"{root} holds pictures, but no class folders: expected {root}/CLASS/*.jpeg; "
@@ -155,7 +154,7 @@ def _check_class_folders(root: epath.Path) -> None:
             f"{root} holds {few(folders)}, which seem to be splits and not classes: name the one "
             f"to train on train, and the one to report on val"
         )
-    for name in folders:
+    for name in folders[:_LOOKED_INTO]:
         if (root / name / "train").is_dir() and (
             len(folders) == 1 or (root / name / "val").is_dir()
         ):
@@ -167,12 +166,12 @@ def _check_class_folders(root: epath.Path) -> None:
         log.warning("%s is split, and val beside it not used: folder:%s is", root, root.parent)
 
 
-def _folders(folder: epath.Path) -> list[str]:
-    return [
-        name
-        for name in names_in(folder)
-        if not is_hidden(name) and not name.lower().endswith(SUFFIXES) and (folder / name).is_dir()
-    ]
+def _folders(folder: epath.Path) -> Iterator[str]:
+    """Names of the folders in one, each looked at when it is asked for: a request at a URL."""
+    for name in names_in(folder):
+        is_picture = name.lower().endswith(SUFFIXES)
+        if not is_hidden(name) and not is_picture and (folder / name).is_dir():
+            yield name
 
 
 def _missing(classes: Sequence[str], others: Sequence[str], most: int = 5) -> str:

@@ -2,9 +2,8 @@
 
 An image belongs to a split by the hash of its key, so a split is the same for ever, on every
 machine and whatever the order of the images. A folder without a split to report on is split by the
-contents of the images (`content_split`), so that copies of one picture stay together. The
-architecture search scores on `heldout`, which is taken out of the training images; `test` is
-reported once.
+contents of the images (`content_split`), so that copies stay together. The architecture search
+scores on `heldout`, which is taken out of the training images; `test` is reported once.
 """
 
 import dataclasses
@@ -195,8 +194,8 @@ def load_splits(
         missing = {part: share for part, share in shares.items() if part not in parts}
         parts |= _split_by_content(opened["training"], parts["training"], missing)
     if "held-out" not in parts:
-        train, heldout = hold_out(parts["training"], heldout_fraction, seed)
-        parts |= {"training": train, "held-out": heldout}
+        training = parts["training"]
+        parts["training"], parts["held-out"] = hold_out(training, heldout_fraction, seed)
     ordered = [parts[part] for part in ("training", "held-out", "test")]
     if on_bad_image == "skip":
         return Splits(*map(sources.SkippingSource, ordered))
@@ -264,8 +263,8 @@ def _split_by_content(
         part: dataclasses.replace(whole, indices=whole.indices[indices])
         for part, indices in parts.items()
     }
-    full_size = folder.with_least_side(None)
-    return subsets | {"test": dataclasses.replace(subsets["test"], source=full_size)}
+    subsets["test"] = dataclasses.replace(subsets["test"], source=folder.with_least_side(None))
+    return subsets
 
 
 def _likely(name: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from flora_jax.data import splits
 from flora_jax.data.image_folder import image_folder
 from tests.helpers.pictures import keys, save
 
@@ -141,3 +142,10 @@ def test_an_object_store(pets, cache, monkeypatch):
     bucket.put(str(pets / "train/cat/0.png"), "gs://bucket/pets/train/cat/9.png")
     assert len(image_folder("gs://bucket/pets", "train")) == 13  # no times there: no cache
     assert len(list(cache.glob("*.json"))) == 1
+    bucket.put(str(pets / "train"), "gs://bucket/unsplit", recursive=True)
+    found, expected = (
+        splits.load_splits(f"folder:{place}", 0.3)
+        for place in ("gs://bucket/unsplit", pets / "train")
+    )
+    assert keys(found.test) == keys(expected.test)
+    assert keys(found.heldout) == keys(expected.heldout)
