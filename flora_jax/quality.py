@@ -61,7 +61,7 @@ class Metric:
 
 TOP1 = Metric("top1", "top-1 accuracy", "top-1 %", "is_correct", in_percent=True)
 LOG_LIKELIHOOD = Metric("log_likelihood", "log-likelihood", "log-likelihood", "log_likelihood")
-COSINE = Metric("cosine", "cosine to the dense model's features", "cosine", "cosine")
+COSINE = Metric("cosine", "cosine to the dense model", "cosine", "cosine")
 RELATIVE_ERROR = Metric(
     "relative_error",
     "relative error of the features",
