@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flora_jax.models.spec import Spec
+from flora_jax.quality import quality_of
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.settings import Settings
 
@@ -28,6 +29,8 @@ def as_config(settings: Settings) -> ConfigDict:
     config = ConfigDict(settings.to_config())
     if config.slim.tokens is None:  # where the network's tokens can leave
         config.slim.tokens = placeholder(bool)
+    if config.metric == quality_of(settings.model).shown.name:
+        config.metric = ""  # the first one that the network, in the end, is measured by
     return config
 
 

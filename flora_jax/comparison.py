@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from flora_jax.quality import METRICS
+
 Interval = tuple[float, float, float]  # the difference, and the ends of its 95 % interval
 
 _RESAMPLES = 2000
-_MEASURES = {"top1": "is_correct", "log_likelihood": "log_likelihood"}
 _BASELINES = {"subnet": ("uniform", "allocated"), "allocated": ("uniform",)}
 
 
@@ -33,16 +34,16 @@ def paired_interval(differences: np.ndarray) -> Interval:
 def compare(
     results: Mapping[str, Mapping[str, np.ndarray]], pairs: Iterable[tuple[str, str]]
 ) -> dict[str, dict[str, dict[str, Interval]]]:
-    """Differences between models in accuracy and in log-likelihood, with intervals.
+    """Differences between models in each metric that was measured, with intervals.
 
     Args:
-      results: {model: {"is_correct": bool or float [n], "log_likelihood": float [n]}}, of the same
-        images in the same order.
+      results: {model: {"is_correct": bool or float [n], "log_likelihood": float [n]}}, or with the
+        values that another metric has of each image; of the same images in the same order.
       pairs: (model, the other that it is compared with).
 
     Returns:
       {model: {other: {"top1": (difference, low, high), "log_likelihood": the same}}}, model minus
-      other, top-1 as a share.
+      other, top-1 as a share; for other values the metrics that they are of.
 
     Raises:
       KeyError: a pair names a model without results.
@@ -51,8 +52,11 @@ def compare(
     for model, other in pairs:
         ours, theirs = results[model], results[other]
         compared.setdefault(model, {})[other] = {
-            measure: paired_interval(np.subtract(ours[name], theirs[name], dtype=np.float64))
-            for measure, name in _MEASURES.items()
+            metric.name: paired_interval(
+                np.subtract(ours[metric.of_image], theirs[metric.of_image], dtype=np.float64)
+            )
+            for metric in METRICS
+            if metric.of_image in ours
         }
     return compared
 

@@ -1,14 +1,13 @@
-"""Accuracy and likelihood over a set of images that stays on the device."""
+"""How good models are over a set of images that stays on the devices."""
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
@@ -20,6 +19,8 @@ from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.quality import AGREEMENT, CLASSIFICATION, Quality
 
 
 class EvaluationSet:
@@ -33,6 +34,8 @@ class EvaluationSet:
       is_image: bool [B of all batches together], False for what only fills up the last batch and
         for images that could not be decoded.
       num_images: how many are not masked.
+      quality: what is measured of a model: what it says about the labels, or, of a set that
+        `compared_with` made, how like another's its features are.
 
     Raises:
       InputError: there is no image.
@@ -40,6 +43,8 @@ class EvaluationSet:
 
     def __init__(self, batches: Iterable[dict[str, np.ndarray]], normalization: Normalization):
         self.mesh = mesh = make_mesh()
+        self.quality: Quality = CLASSIFICATION
+        self._reference: Callable[[jax.Array], Any] | None = None
         self._normalize = jax.jit(normalization)
         images, labels, masks = [], [], []
         for batch in batches:
@@ -69,39 +74,50 @@ class EvaluationSet:
             start += len(old)
         return other
 
-    @property
-    def batches(self) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
-        """Normalised images [B, H, W, C], labels [B], mask [B].
+    def compared_with(self, reference: Network) -> "EvaluationSet":
+        """The same images, by which models are measured beside this one: how like features are.
 
-        The mask is 0 where there is no image, as in `is_image`.
+        It runs once a batch, for all models that are measured together; its features are never
+        kept, for those of few images would be larger than the images.
+        """
+        structure, parameters = functional.split(reference)
+        parameters = replicate(parameters, self.mesh)
+        other = copy.copy(self)
+        other.quality = AGREEMENT
+        other._reference = functools.partial(_outputs, structure, AGREEMENT, self.mesh, parameters)
+        return other
+
+    @property
+    def batches(self) -> Iterator[tuple[jax.Array, Any, jax.Array]]:
+        """Normalised images [B, H, W, C], what they are measured by, mask [B].
+
+        That is labels [B], or the outputs of the network that models are compared with. The mask is
+        0 where there is no image, as in `is_image`.
         """
         for images, labels, mask in self._batches:
-            yield self._normalize(images), labels, mask
+            normalised = self._normalize(images)
+            target = labels if self._reference is None else self._reference(normalised)
+            yield normalised, target, mask
 
 
-METRICS = ("top1", "log_likelihood")
+@jax.jit(static_argnums=(0, 1, 2))
+def _outputs(structure, quality: Quality, mesh, parameters, images):
+    """What is measured of a model for normalised images, split over the devices as they are."""
+
+    def on_one_device(parameters, images):
+        return quality.of(functional.merge(structure, parameters), images)
+
+    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), SPLIT)(parameters, images)
 
 
-def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of the right class: logits [B, classes], labels [B] -> float32 [B]."""
-    return -optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def sum_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sums the METRICS of logits [B, classes], labels [B], mask [B] over B: float32 [1, 2]."""
-    is_correct = logits.argmax(-1) == labels
-    metrics = jnp.stack([is_correct.astype(jnp.float32), _log_likelihood(logits, labels)])
-    return jnp.sum(metrics * mask[None], axis=1)[None]
-
-
-@jax.jit(static_argnums=(0, 1))
-def sum_model_metrics(structure, mesh, parameters, batch, genes):
-    """Sums the METRICS of a model over a batch, a row for each device [devices, 2]."""
+@jax.jit(static_argnums=(0, 1, 2))
+def sum_model_metrics(structure, quality: Quality, mesh, parameters, batch, genes):
+    """Sums the metrics of a model over a batch, a row for each device [devices, M]."""
 
     def on_one_device(parameters, batch, genes):
-        images, labels, mask = batch
-        logits = functional.merge(structure, parameters, genes)(images)
-        return sum_metrics(logits, labels, mask)
+        images, target, mask = batch
+        outputs = quality.of(functional.merge(structure, parameters, genes), images)
+        return quality.sums(outputs, target, mask)
 
     run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), SPLIT)
     return run(parameters, batch, genes)
@@ -117,9 +133,10 @@ def sum_over_devices(sums: list[list[jax.Array]]) -> np.ndarray:
     return multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64)
 
 
-def means(sums: list[list[jax.Array]], num_images: int) -> dict[str, np.ndarray]:
-    """Turns the sums [devices, 2] of each model's batches into the METRICS, each float64 [P]."""
-    return dict(zip(METRICS, sum_over_devices(sums).T / num_images, strict=True))
+def means(sums: list[list[jax.Array]], images: EvaluationSet) -> dict[str, np.ndarray]:
+    """Turns the sums [devices, M] of each model's batches into the metrics, each float64 [P]."""
+    names = [metric.name for metric in images.quality.metrics]
+    return dict(zip(names, sum_over_devices(sums).T / images.num_images, strict=True))
 
 
 def evaluate(
@@ -130,15 +147,21 @@ def evaluate(
     The likelihood is the finer measure: on few images it predicts a subnet's accuracy on other
     images better than the accuracy itself (docs/decisions.md).
 
+    Of images `compared_with` a network: the cosine between the model's outputs (pooled features, or
+    logits) and that network's, and the squared error of the normalised tokens, each as a share of
+    its target's square.
+
     Args:
       model: a plain model, or a supernet.
       genes: of the supernet, int [P, L].
 
     Returns:
-      {"top1": float64 [P], "log_likelihood": float64 [P]}, P = 1 for a plain model.
+      {"top1": float64 [P], "log_likelihood": float64 [P]}, or {"cosine": float64 [P],
+      "relative_error": float64 [P]}; P = 1 for a plain model.
 
     Raises:
-      InputError: the model has no classifier, or the labels are none of its classes.
+      InputError: labels are none of the model's classes, it has no classifier, or its features have
+        another shape than those that they are compared with.
       ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
     population: Sequence[np.ndarray | None] = [None]
@@ -147,18 +170,25 @@ def evaluate(
         model = model.network
     elif genes is not None:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
-    _check_classes(model, evaluation_set)
+    check_measures(model.spec, evaluation_set)
     structure, parameters = functional.split(model)
-    mesh = evaluation_set.mesh
-    parameters = replicate(parameters, mesh)
-    run = functools.partial(sum_model_metrics, structure, mesh, parameters)
-    sums = [[run(batch, one) for batch in evaluation_set.batches] for one in population]
-    return means(sums, evaluation_set.num_images)
+    mesh, quality = evaluation_set.mesh, evaluation_set.quality
+    run = functools.partial(
+        sum_model_metrics, structure, quality, mesh, replicate(parameters, mesh)
+    )
+    sums: list[list[jax.Array]] = [[] for _ in population]
+    for batch in evaluation_set.batches:
+        for own, one in zip(sums, population, strict=True):
+            own.append(run(batch, one))
+    return means(sums, evaluation_set)
 
 
-def _check_classes(model: Network, evaluation_set: EvaluationSet) -> None:
-    model.spec.check_classifies("top1")
-    check_labels(evaluation_set.labels, model.spec.num_classes, "the evaluation set")
+def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
+    """Raises InputError unless the images can say how good a network of this spec is."""
+    if evaluation_set.quality is AGREEMENT:
+        return
+    spec.check_classifies("top1", "measure it with EvaluationSet.compared_with(the dense model)")
+    check_labels(evaluation_set.labels, spec.num_classes, "the evaluation set")
 
 
 def top1(
@@ -169,18 +199,20 @@ def top1(
     Returns:
       A float; float64 [P] for a population of genes [P, L].
     """
+    if evaluation_set.quality is AGREEMENT:
+        raise InputError("top1 is of labels, and these images compare features: call evaluate")
     values = evaluate(model, evaluation_set, genes)["top1"]
     return values if np.ndim(genes) == 2 else float(values[0])
 
 
-@jax.jit(static_argnums=(0, 1))
-def _predict(structure, mesh, parameters, batch):
-    """Top class int32 [B] and log-likelihood float32 [B] of a batch, whole on every device."""
+@jax.jit(static_argnums=(0, 1, 2))
+def _of_images(structure, quality: Quality, mesh, parameters, batch):
+    """What is kept of each image of a batch, {name: [B]}, whole on every device."""
 
     def on_one_device(parameters, batch):
-        images, labels, _ = batch
-        logits = functional.merge(structure, parameters)(images)
-        found = logits.argmax(-1), _log_likelihood(logits, labels)
+        images, target, _ = batch
+        outputs = quality.of(functional.merge(structure, parameters), images)
+        found = quality.of_images(outputs, target)
         return jax.lax.all_gather(found, AXES, tiled=True)
 
     return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, batch)
@@ -193,23 +225,20 @@ def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, 
 
     Returns:
       {"is_correct": bool [n], "log_likelihood": float32 [n] of the right class,
-      "predicted": int32 [n], the class that comes first}, n = evaluation_set.num_images.
+      "predicted": int32 [n], the class that comes first}, n = evaluation_set.num_images; of images
+      `compared_with` a network {"cosine": float32 [n], "relative_error": float32 [n]}.
 
     Raises:
-      InputError: the model has no classifier, or the labels are none of its classes.
+      InputError: as `evaluate`.
     """
-    _check_classes(model, evaluation_set)
+    check_measures(model.spec, evaluation_set)
     structure, parameters = functional.split(model)
-    mesh = evaluation_set.mesh
-    run = functools.partial(_predict, structure, mesh, replicate(parameters, mesh))
+    mesh, quality = evaluation_set.mesh, evaluation_set.quality
+    run = functools.partial(_of_images, structure, quality, mesh, replicate(parameters, mesh))
     found = jax.device_get([run(batch) for batch in evaluation_set.batches])
-    predicted, log_likelihood = (
-        np.concatenate(batches)[evaluation_set.is_image] for batches in zip(*found, strict=True)
-    )
     return {
-        "is_correct": predicted == evaluation_set.labels,
-        "log_likelihood": log_likelihood,
-        "predicted": predicted,
+        name: np.concatenate([batch[name] for batch in found])[evaluation_set.is_image]
+        for name in found[0]
     }
 
 
@@ -217,18 +246,20 @@ def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, 
 class HeldOut:
     """Looks at a model while it trains: an evaluator of `train`.
 
-    It yields "heldout_top1" and "heldout_log_likelihood", the deciding one first; of a supernet
-    these of its full rank, and with "_middle" and "_smallest" behind them of two subnets.
+    It yields "heldout_" and each metric's name, the deciding one first; of a supernet these of its
+    full rank, and with "_middle" and "_smallest" behind them of two subnets. Where less is better
+    it yields "heldout_score" before, for the greatest first value marks the best parameters.
 
     Attributes:
       images: that the model is not trained on.
       space: of the supernet whose network is trained; None for a plain model.
-      decides: one of METRICS, by which the best parameters are chosen.
+      decides: a metric of the images, by which the best parameters are chosen; empty: the
+        log-likelihood, or the cosine of images that are compared with a network.
     """
 
     images: EvaluationSet
     space: RankSpace | None = None
-    decides: str = "log_likelihood"
+    decides: str = ""
 
     def __call__(self, network: Network) -> Iterator[tuple[str, float]]:
         if self.space is None:
@@ -237,6 +268,10 @@ class HeldOut:
             space, subnets = self.space, ["", "_middle", "_smallest"]
             genes = np.stack([space.full_rank_genes, space.middle_genes, space.cheapest_genes])
             found = evaluate(Supernet(network, space), self.images, genes)
-        for metric in sorted(METRICS, key=lambda metric: metric != self.decides):
-            for subnet, value in zip(subnets, found[metric].tolist(), strict=True):
-                yield f"heldout_{metric}{subnet}", value
+        quality = self.images.quality
+        deciding = quality.metric(self.decides)
+        if not deciding.more_is_better:
+            yield "heldout_score", float(deciding.score(found[deciding.name])[0])
+        for metric in sorted(quality.metrics, key=lambda metric: metric != deciding):
+            for subnet, value in zip(subnets, found[metric.name].tolist(), strict=True):
+                yield f"heldout_{metric.name}{subnet}", value

@@ -23,12 +23,13 @@ from flora_jax.data.batches import Batches, eval_batches, train_batches
 from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import ArraySource
-from flora_jax.errors import InputError, unknown
-from flora_jax.evaluation import METRICS, EvaluationSet, HeldOut, evaluate
+from flora_jax.errors import InputError
+from flora_jax.evaluation import EvaluationSet, HeldOut, evaluate
 from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
 from flora_jax.search import evolution, filter
 from flora_jax.search.block_scores import local_supernet, score_block
 from flora_jax.search.evolution import EvolutionSettings, Window
@@ -44,11 +45,12 @@ _EVALUATION_BATCH = 256
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images in memory, of the size that the model takes.
+    """Images in memory, of the size that the model takes.
 
     Attributes:
       images: uint8 [n, H, W, C].
-      labels: int [n], classes from 0.
+      labels: int [n], classes from 0; None where there are none: a teacher says what to learn, and
+        a network without classes is measured by its teacher's features.
       normalization: what the model wants of pixels; ImageNet's by default.
       augmentation: of training, as in `train_transform`; by default none.
 
@@ -58,7 +60,7 @@ class ImageSet:
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None = None
     normalization: Normalization = Normalization()
     augmentation: Augmentation = Augmentation("shift", {"pixels": 0})
 
@@ -68,6 +70,8 @@ class ImageSet:
                 f"images must be uint8 [n, H, W, C], got {self.images.dtype} of shape "
                 f"{self.images.shape}"
             )
+        if self.labels is None:
+            return
         if self.labels.shape != self.images.shape[:1]:
             raise InputError(f"{len(self.images)} images have labels of shape {self.labels.shape}")
         check_labels(self.labels, np.iinfo(np.int32).max, "the images")
@@ -103,8 +107,10 @@ class ImageSet:
 
     @property
     def _source(self) -> ArraySource:
-        labels = self.labels.astype(np.int32)
-        return ArraySource("memory", self.images, labels, num_classes=int(labels.max()) + 1)
+        labels = np.full(len(self), -1) if self.labels is None else self.labels
+        return ArraySource(
+            "memory", self.images, labels.astype(np.int32), num_classes=int(labels.max()) + 1
+        )
 
 
 def train(
@@ -123,18 +129,20 @@ def train(
     Args:
       recipe: by default that of FLORA's supernet, which takes 150 epochs.
       directory: receives checkpoints/ and metrics.jsonl.
-      teacher: its predictions are the targets; None: the labels are.
+      teacher: its predictions are the targets, or its features where the model has no classes;
+        None: the labels are.
       heldout: looked at once every `recipe.evaluate_epochs`; its metrics go to metrics.jsonl.
       law: of `RankSpace.sample`, by which the subnets of a supernet are drawn.
 
     Raises:
-      InputError: more images in a batch than there are, labels that are no class of the model, or
-        all of one class and no teacher.
+      InputError: more images in a batch than there are, no teacher and labels that are no class of
+        the model or all of one class, or no teacher of a model without classes.
       NonFiniteLossError, Stopped: as `flora_jax.training.loop.train`.
     """
     space = model.space if isinstance(model, Supernet) else None
+    spec = (model if space is None else space).spec
     if teacher is None:
-        _check_classes(images.labels, (model if space is None else space).spec.num_classes)
+        _check_teaches(images, spec)
     trained = train_network(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),
@@ -144,14 +152,30 @@ def train(
         normalization=images.normalization,
         draw_genes=None if space is None else space_law(space, law, seed),
         teacher=teacher,
-        evaluators=[HeldOut(heldout.on_devices, space)] if heldout is not None else (),
+        evaluators=() if heldout is None else [HeldOut(_measured(heldout, spec, teacher), space)],
         evaluate_every=recipe.evaluate_every(len(images)),
     )
     return cast(Model, trained if space is None else Supernet(trained, space))
 
 
-def _check_classes(labels: np.ndarray, num_classes: int) -> None:
-    check_labels(labels, num_classes, "the images")
+def _measured(images: ImageSet, spec: Spec, teacher: Network | None) -> EvaluationSet:
+    """What a network of this spec is measured by: labels, or its teacher's features."""
+    if spec.num_classes:
+        return images.on_devices
+    if teacher is None:
+        raise InputError(
+            "a network without classes is measured by its teacher's features: give the "
+            "uncompressed network as teacher="
+        )
+    return images.on_devices.compared_with(teacher)
+
+
+def _check_teaches(images: ImageSet, spec: Spec) -> None:
+    spec.check_classifies("training without a teacher", "give the uncompressed network as teacher=")
+    if images.labels is None:
+        raise InputError("images without labels teach nothing: give a teacher, or labels")
+    labels = images.labels
+    check_labels(labels, spec.num_classes, "the images")
     if len(labels) and (labels == labels[0]).all():
         raise InputError(f"all images are of the class {labels[0]}, of which nothing can be learnt")
 
@@ -178,7 +202,7 @@ def filter_space(
       directory: receives a training of each block.
       drop: share of each block's triples to drop.
     """
-    scores = []
+    measured, scores = _measured(heldout, supernet.space.spec, teacher), []
     for block in range(supernet.space.num_blocks):
         local = train(
             local_supernet(supernet, block),
@@ -189,7 +213,8 @@ def filter_space(
             law="uniform",
             seed=seed,
         )
-        scores.append(score_block(local, block, heldout.on_devices)["log_likelihood"])
+        found = score_block(local, block, measured)
+        scores.append(found[measured.quality.ranks_by])
     kept, _ = filter.filter_space(supernet.space, scores, np.atleast_1d(macs).tolist(), drop)
     return kept
 
@@ -201,7 +226,8 @@ def evolve(
     settings: EvolutionSettings = EvolutionSettings(),
     *,
     directory: epath.PathLike,
-    metric: str = "log_likelihood",
+    metric: str = "",
+    teacher: Network | None = None,
     first: np.ndarray | None = None,
     seed: int = 0,
 ) -> Candidate:
@@ -211,22 +237,25 @@ def evolve(
       macs: (least, most) of the whole network.
       settings: sizes of the search; the defaults are FLORA's.
       directory: receives history.jsonl, from which an interrupted search goes on.
-      metric: "top1" or "log_likelihood".
+      metric: "top1" or "log_likelihood"; of a network without classes "cosine" or
+        "relative_error". Empty: the log-likelihood, or the cosine.
+      teacher: the uncompressed network, whose features those of subnets are compared with; it is
+        needed where there are no classes.
       first: genes int32 [F, L] to begin with, such as those of `allocate`.
 
     Returns:
       The best candidate; its `genes` are what `extract` takes.
     """
-    if metric not in METRICS:
-        raise InputError(unknown("metric", metric, METRICS))
+    space = supernet.space
+    images = _measured(heldout, space.spec, teacher)
+    deciding, shown = images.quality.metric(metric), images.quality.shown.name
 
     def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = evaluate(supernet, heldout.on_devices, genes)
-        return found[metric], found["top1"]
+        found = evaluate(supernet, images, genes)
+        return deciding.score(found[deciding.name]), found[shown]
 
     history = user_path(directory) / "history.jsonl"
-    space = supernet.space
     [best] = evolution.evolve(
-        space, score, space.macs_cost, [macs], settings, seed, history, first=first
+        space, score, space.macs_cost, [macs], settings, seed, history, first=first, shown=shown
     )
     return best

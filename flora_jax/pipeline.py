@@ -76,7 +76,7 @@ def run(
         check_with_results(this_run, to_redo)
         wait_for_all("the folder is looked at")
         _claim_once(this_run, images, to_redo)
-        name_run_once(this_run.folder, images.splits.class_names)
+        name_run_once(this_run.folder, images.class_names)
         _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
@@ -141,7 +141,7 @@ def _run_stages(this_run: Run, images: Images, stages: Iterable[str]) -> None:
             log.info("%s: starts", name)
             started = time.monotonic()
             STAGE_FUNCTIONS[name](this_run, images)
-            describe_models_once(this_run, name, images.splits.class_names)
+            describe_models_once(this_run, name, images.class_names)
             done[name] = {"seconds": round(time.monotonic() - started, 3)}
             write_json_once(this_run.folder / DONE_FILE, done)
         if not this_run.settings.keep_checkpoints:

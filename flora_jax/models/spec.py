@@ -156,6 +156,11 @@ class Spec(abc.ABC):
         return 0
 
     @property
+    def pools_prefix(self) -> bool:
+        """Whether what is pooled is a normalised prefix token, or the mean of two."""
+        return False
+
+    @property
     @abc.abstractmethod
     def why_tokens_stay(self) -> str | None:
         """Why no token may leave between blocks; None where they may."""
@@ -211,11 +216,16 @@ class Spec(abc.ABC):
         )
         return dataclasses.replace(self, blocks=blocks)
 
-    def check_classifies(self, what: str) -> None:
-        """Raises InputError where the network has no classifier; `what` needs one."""
+    def check_classifies(self, what: str, instead: str = "") -> None:
+        """Raises InputError where the network has no classifier; `what` needs one.
+
+        Args:
+          instead: what can be done without one.
+        """
         if not self.num_classes:
             raise InputError(
                 f"{what} needs a classifier, but this network gives features: num_classes is 0"
+                + (f"; {instead}" if instead else "")
             )
 
     def macs(self) -> int:

@@ -175,6 +175,10 @@ class ViTSpec(Spec):
         return self.pool == "mean" and self.fc_norm
 
     @property
+    def pools_prefix(self) -> bool:
+        return self.pool == "token"
+
+    @property
     def pooled_dim(self) -> int:
         """Width of what is classified."""
         return self.embed_dim * (2 if self.pool == "token_and_mean" else 1)

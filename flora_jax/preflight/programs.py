@@ -25,6 +25,7 @@ from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.preflight import hlo
+from flora_jax.quality import AGREEMENT, quality_of
 from flora_jax.slim.gates import SparsityPenalty, abstract_gated
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
@@ -167,17 +168,20 @@ def compile_evaluation(
     structure, parameters = functional.split(training.network)
     images = -(-settings.data.eval_batch_size // mesh.size)
     size = images * mesh.size
-    batch = (
-        _Shape((size, *training.spec.image_shape), jnp.float32),
-        _Shape((size,), jnp.int32),
-        _Shape((size,), jnp.float32),
-    )
+    pixels = _Shape((size, *training.spec.image_shape), jnp.float32)
+    quality, target = quality_of(training.spec), _Shape((size,), jnp.int32)
+    if quality is AGREEMENT:
+        dense, weights = functional.split(create_abstract(training.spec))
+        target = jax.eval_shape(
+            lambda w, x: quality.of(functional.merge(dense, w), x), weights, pixels
+        )
+    batch = (pixels, target, _Shape((size,), jnp.float32))
     arguments = (
         _placed(parameters, mesh, lambda _: WHOLE),
         _placed(batch, mesh, lambda _: SPLIT),
         _placed(_genes(training), mesh, lambda _: WHOLE),
     )
-    program = _compile(sum_model_metrics.lower(structure, mesh, *arguments), images)
+    program = _compile(sum_model_metrics.lower(structure, quality, mesh, *arguments), images)
     resident = -(-num_heldout // size) * images * math.prod(training.spec.image_shape)
     return dataclasses.replace(program, resident=resident, total=program.total + resident)
 

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from flora_jax.io.files import replacing
+from flora_jax.quality import TOP1, Metric
 from flora_jax.report.trade_off import legend_below, plot_trade_off
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
@@ -122,12 +123,15 @@ def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
     legend_below(ax)
 
 
-def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> None:
-    """Held-out accuracy while each stage trains, over the share of the stage that is done.
+def plot_accuracies(
+    ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]], metric: Metric = TOP1
+) -> None:
+    """Held-out quality while each stage trains, over the share of the stage that is done.
 
     Args:
-      accuracies: {stage: {subnet: (steps [E], top1 [E] in 0..1)}}; a stage has the colour that
-        `plot_curves` gives it where it gets the same stages, and each of its subnets a line style.
+      accuracies: {stage: {subnet: (steps [E], top1 [E] in 0..1, or the metric)}}; a stage has the
+        colour that `plot_curves` gives it where it gets the same stages, and each of its subnets a
+        line style.
     """
     if not any(accuracies.values()):
         ax.set_axis_off()
@@ -135,10 +139,10 @@ def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> 
         return
     for i, (stage, subnets) in enumerate(accuracies.items()):
         last_step = max((steps[-1] for steps, _ in subnets.values()), default=1)
-        for style, (subnet, (steps, top1)) in zip(LINE_STYLES, subnets.items(), strict=False):
+        for style, (subnet, (steps, values)) in zip(LINE_STYLES, subnets.items(), strict=False):
             ax.plot(
                 100 * np.asarray(steps) / last_step,
-                100 * np.asarray(top1),
+                metric.scale * np.asarray(values),
                 color=COLORS[i % len(COLORS)],
                 linestyle=style,
                 lw=1,
@@ -146,11 +150,11 @@ def plot_accuracies(ax: Axes, accuracies: Mapping[str, Mapping[str, Curve]]) -> 
                 label=f"{stage} {subnet}".strip(),
             )
     ax.set_xlabel("share of the stage (%)")
-    every_value = np.concatenate([top1 for s in accuracies.values() for _, top1 in s.values()])
-    low, high = 100 * np.quantile(every_value, (0.1, 1))  # a beginning would hide the end
+    every_value = np.concatenate([found for s in accuracies.values() for _, found in s.values()])
+    low, high = metric.scale * np.quantile(every_value, (0.1, 1))  # a beginning would hide the end
     if low < high:
         ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-    ax.set_ylabel("held-out top-1 accuracy (%)")
+    ax.set_ylabel(f"held-out {metric.label}")
     legend_below(ax)
 
 
@@ -164,6 +168,7 @@ def report_figure(
     *,
     accuracies: Mapping[str, Mapping[str, Curve]] | None = None,
     uniform_ratios: Sequence[float] | None = None,
+    metric: Metric = TOP1,
     title: str = "",
 ) -> Figure:
     """All plots as one picture; arguments as in the functions that draw them.
@@ -176,11 +181,12 @@ def report_figure(
     figure = Figure(figsize=(15, 1.6 * sum(heights)), layout=padded_layout())
     grid = figure.add_gridspec(len(heights), 3, width_ratios=(3, 2, 2), height_ratios=heights)
     trade_off, training, quality = (figure.add_subplot(grid[0, i]) for i in range(3))
-    plot_trade_off(trade_off, candidates, points, windows)
-    trade_off.set_title("Accuracy against cost", loc="left")
+    plot_trade_off(trade_off, candidates, points, windows, metric)
+    what = "Accuracy" if metric is TOP1 else "Agreement"
+    trade_off.set_title(f"{what} against cost", loc="left")
     plot_curves(training, curves)
     training.set_title("Loss while training", loc="left")
-    plot_accuracies(quality, accuracies or {})
+    plot_accuracies(quality, accuracies or {}, metric)
     quality.set_title("Quality while training", loc="left")
     for i, (name, own_ranks) in enumerate(ranks.items()):
         ax = figure.add_subplot(grid[1 + i, :])

@@ -1,15 +1,16 @@
 """The models of a run side by side, as plain text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flora_jax.comparison import Interval, budget_name, kind_of
+from flora_jax.quality import AGREEMENT, CLASSIFICATION, RELATIVE_ERROR, TOP1, Metric
 
 DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _FIRST_ROWS = ("dense", "slim", "uniform", "allocated", "subnet")
-_OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement")
-_FIELDS = ("top1", "macs", "params")
+_OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement", "relative error")
+_COSTS = ("macs", "params")
 
 
 def count_unit(n: float) -> tuple[int, str]:
@@ -43,10 +44,10 @@ def named_entries(result: Mapping) -> dict[str, Any]:
     return named
 
 
-def in_points(difference: Interval) -> Interval:
-    """A difference of shares, with its interval, in percentage points."""
-    share, low, high = difference
-    return 100 * share, 100 * low, 100 * high
+def in_points(difference: Interval, metric: Metric = TOP1) -> Interval:
+    """A difference with its interval as the metric is shown: of shares in percentage points."""
+    mean, low, high = difference
+    return metric.scale * mean, metric.scale * low, metric.scale * high
 
 
 def difference_text(difference: Interval, digits: int = 2) -> str:
@@ -55,31 +56,33 @@ def difference_text(difference: Interval, digits: int = 2) -> str:
 
 
 def comparison_table(result: Mapping) -> str:
-    """Accuracy and cost of every model of result.json, and its change against the first one.
+    """Quality and cost of every model of result.json, and its change against the first one.
 
     Args:
-      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, at least one; a list
-        of such entries, each with its "budget", for several budgets. Where all have "ms",
-        milliseconds, these are shown; "against" and "agreement" are where some entry has them.
-        Entries and keys of another form are ignored.
+      result: {model: {"top1": share in 0..1, "macs": int, "params": int}}, or with "cosine" and
+        "relative_error" in the place of "top1", at least one; a list of such entries, each with its
+        "budget", for several budgets. Where all have "ms", milliseconds, these are shown; "against"
+        and "agreement" are where some entry has them. Entries and keys of another form are ignored.
 
     Returns:
       One line a model: dense, slim, uniform, allocated, subnet, then the others in the order
-      given. "change" and its interval are in percentage points of top-1, as is the difference to
-      uniform; "agreement" is how often a model predicts the same class as the dense one.
+      given. "change" and its interval are in percentage points of top-1, or of the cosine, as is
+      the difference to uniform; "agreement" is how often a model predicts the same class as the
+      dense one.
 
     Raises:
       ValueError: no entry has all its numbers.
     """
+    entries = {n: entry for n, entry in named_entries(result).items() if isinstance(entry, Mapping)}
+    metric = _metric_of(entries.values())
+    fields = (metric.name, *_COSTS)
     models = {
-        name: entry
-        for name, entry in named_entries(result).items()
-        if isinstance(entry, Mapping) and all(field in entry for field in _FIELDS)
+        name: entry for name, entry in entries.items() if all(field in entry for field in fields)
     }
     if not models:
-        raise ValueError(f"no entry has {', '.join(_FIELDS)}; entries: {', '.join(result)}")
+        raise ValueError(f"no entry has {', '.join(fields)}; entries: {', '.join(result)}")
     names = sorted(models, key=_place)
-    rows = [_row(name, models[name], names[0], models[names[0]]) for name in names]
+    rows = [_row(metric, name, models[name], names[0], models[names[0]]) for name in names]
     if all("ms" in entry for entry in models.values()):
         for name, row in zip(names, rows, strict=True):
             row |= _latency_cells(models[name], models[names[0]])
@@ -98,30 +101,38 @@ def _place(name: str) -> int:
     return _FIRST_ROWS.index(kind) if kind in _FIRST_ROWS else len(_FIRST_ROWS)
 
 
-def _row(name: str, model: Mapping, first_name: str, first: Mapping) -> dict[str, str]:
+def _metric_of(entries: Iterable[Mapping]) -> Metric:
+    """The metric that models are shown by."""
+    is_of_features = any(AGREEMENT.shown.name in entry for entry in entries)
+    return (AGREEMENT if is_of_features else CLASSIFICATION).shown
+
+
+def _row(
+    metric: Metric, name: str, model: Mapping, first_name: str, first: Mapping
+) -> dict[str, str]:
     """The cells of a model by the title of their column."""
-    compared = model is not first
-    against = _points_against(model)
+    compared, digits = model is not first, metric.digits
+    against = {
+        other: in_points(differences[metric.name], metric)
+        for other, differences in model.get("against", {}).items()
+    }
+    change = metric.scale * (model[metric.name] - first[metric.name])
+    error = model.get(RELATIVE_ERROR.name)
     uniform = next((other for other in against if kind_of(other) == "uniform"), None)
     return {
         "model": name,
-        "top-1 %": f"{100 * model['top1']:.2f}",
-        "change": _signed(100 * (model["top1"] - first["top1"])) if compared else "",
-        "95 % interval": _interval_text(against[first_name]) if first_name in against else "",
-        "against uniform (95 %)": difference_text(against[uniform]) if uniform else "",
+        metric.column: f"{metric.scale * model[metric.name]:.{digits}f}",
+        "change": _signed(change, digits) if compared else "",
+        "95 % interval": (
+            _interval_text(against[first_name], digits) if first_name in against else ""
+        ),
+        "against uniform (95 %)": difference_text(against[uniform], digits) if uniform else "",
+        "relative error": "" if error is None else f"{error:.{RELATIVE_ERROR.digits}f}",
         "agreement": f"{100 * model['agreement']:.2f} %" if "agreement" in model else "",
         "MACs": human_count(model["macs"]),
         "fewer MACs": _saving(model["macs"], first["macs"]) if compared else "",
         "params": human_count(model["params"]),
         "fewer params": _saving(model["params"], first["params"]) if compared else "",
-    }
-
-
-def _points_against(model: Mapping) -> dict[str, Interval]:
-    """Differences in percentage points of top-1 to each model that it was compared with."""
-    return {
-        other: in_points(differences["top1"])
-        for other, differences in model.get("against", {}).items()
     }
 
 

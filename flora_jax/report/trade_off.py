@@ -1,4 +1,4 @@
-"""Accuracy against cost: what a search has scored, and the models that came out of it."""
+"""Quality against cost: what a search has scored, and the models that came out of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,6 +8,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from flora_jax.comparison import kind_of
+from flora_jax.quality import TOP1, Metric
 from flora_jax.report.table import count_unit
 
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
@@ -19,20 +20,24 @@ def plot_trade_off(
     candidates: Mapping[str, Sequence[float]],
     points: Mapping[str, tuple[float, float]],
     windows: Sequence[tuple[float, float]],
+    metric: Metric = TOP1,
 ) -> None:
-    """Accuracy against cost of everything the search scored and of the models evaluated.
+    """Quality against cost of everything the search scored and of the models evaluated.
 
     Args:
       candidates: {"macs": [P] (or "ms", milliseconds, where these were the budget), "top1": [P]
-        in 0..1 on the held-out split, "generation": [P]}; P is 0 where nothing was searched.
+        in 0..1 on the held-out split (or another metric), "generation": [P]}; P is 0 where nothing
+        was searched.
       points: {label: (cost, top1 in 0..1 on the test split)}, such as dense, uniform and subnet;
         those of one kind at several budgets, such as "subnet 0.55", are joined to a front.
       windows: the cost (lo, hi) of each budget.
+      metric: that the models are shown by.
     """
     cost_name, window_name = ("ms", "latency") if "ms" in candidates else ("macs", "MAC")
-    cost, top1, generation = (np.asarray(candidates[k]) for k in (cost_name, "top1", "generation"))
+    columns = (cost_name, metric.name, "generation")
+    cost, values, generation = (np.asarray(candidates[column]) for column in columns)
     point_cost = np.array([point[0] for point in points.values()])
-    point_top1 = 100 * np.array([point[1] for point in points.values()])
+    shown = metric.scale * np.array([point[1] for point in points.values()])
     unit, label = 1, "latency (ms)"
     if cost_name == "macs":
         unit, symbol = count_unit(max([*cost, *point_cost, windows[-1][1]]))
@@ -42,15 +47,15 @@ def plot_trade_off(
         label_once = f"{window_name} window{'s' * (len(windows) > 1)}" if i == 0 else None
         ax.axvspan(low / unit, high / unit, color="0.92", zorder=0, label=label_once)
     if len(cost):
-        _scatter_candidates(ax, cost / unit, 100 * top1, generation)
+        _scatter_candidates(ax, cost / unit, metric.scale * values, generation)
     colors = _point_colors(points)
     for members in _by_kind(points).values():
         if len(members) > 1:
-            front_cost, front_top1 = np.array([points[name] for name in members]).T
-            ax.plot(front_cost / unit, 100 * front_top1, color=colors[members[0]], zorder=3)
+            front_cost, values = np.array([points[name] for name in members]).T
+            ax.plot(front_cost / unit, metric.scale * values, color=colors[members[0]], zorder=3)
     ax.scatter(
         point_cost / unit,
-        point_top1,
+        shown,
         s=150,
         marker="*",
         c=[colors[name] for name in points],
@@ -59,9 +64,11 @@ def plot_trade_off(
         label="models (test split)",
     )
     ax.margins(x=0.1, y=0.15)
-    _label_points(ax, list(points), point_cost / unit, point_top1, list(colors.values()))
+    form = "{:.1f} %" if metric.in_percent else "{:.3f}"
+    texts = [f"{name} {form.format(y)}" for name, y in zip(points, shown, strict=True)]
+    _label_points(ax, texts, point_cost / unit, shown, list(colors.values()))
     ax.set_xlabel(label)
-    ax.set_ylabel("top-1 accuracy (%)")
+    ax.set_ylabel(metric.label)
     legend_below(ax)
 
 
@@ -73,16 +80,16 @@ def legend_below(ax: Axes) -> None:
 
 
 def _scatter_candidates(
-    ax: Axes, cost: np.ndarray, top1: np.ndarray, generation: np.ndarray
+    ax: Axes, cost: np.ndarray, quality: np.ndarray, generation: np.ndarray
 ) -> None:
-    """What the search scored: cost in the axis' unit, top1 in percent."""
+    """What the search scored: cost in the axis' unit, quality as it is shown."""
     scatter = ax.scatter(
-        cost, top1, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
+        cost, quality, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
     )
-    on_front = front(cost, top1)
+    on_front = front(cost, quality)
     ax.plot(
         cost[on_front],
-        top1[on_front],
+        quality[on_front],
         color="0.2",
         linewidth=1.2,
         drawstyle="steps-post",
@@ -130,7 +137,7 @@ def _label_points(
     for position, i in enumerate(np.argsort(-y)):
         on_left, color = x[i] < middle, colors[i]
         ax.annotate(
-            f"{labels[i]} {y[i]:.1f} %",
+            labels[i],
             (x[i], y[i]),
             xytext=(18 if on_left else -18, _LINE_HEIGHT * ((len(y) - 1) / 2 - position)),
             textcoords="offset points",

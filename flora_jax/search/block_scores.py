@@ -6,20 +6,22 @@ once for each choice of the qkv rank. Every function here is compiled once per b
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import SPLIT, WHOLE, on_each_device, replicate
-from flora_jax.evaluation import EvaluationSet, means, sum_metrics
+from flora_jax.evaluation import EvaluationSet, check_measures, means
 from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import LAYERS_PER_BLOCK
+from flora_jax.quality import CLASSIFICATION
 
-# (logits [B, classes], target, mask [B]) -> sums over the images, float32 [1, M].
-Measure = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (outputs of the network, target, mask [B]) -> sums over the images, float32 [1, M].
+Measure = Callable[[Any, Any, jax.Array], jax.Array]
 
 
 def local_supernet(supernet: Supernet, block: int) -> Supernet:
@@ -36,38 +38,47 @@ def score_block(
     """Metrics of each kept triple of `block`, others at full rank, in the order of `kept[block]`.
 
     Returns:
-      {"top1": float64 [K], "log_likelihood": float64 [K]}
+      As `flora_jax.evaluate`, with K in the place of P.
 
     Raises:
-      InputError: the network has no classifier.
+      InputError: as `flora_jax.evaluate`.
       ValueError: the network has no such block.
     """
-    space = supernet.space
-    space.spec.check_classifies("scoring rank triples")
+    space, quality = supernet.space, evaluation_set.quality
+    check_measures(space.spec, evaluation_set)
     if not 0 <= block < space.num_blocks:
         raise ValueError(f"block {block} lies outside 0..{space.num_blocks - 1}")
-    scorer = BlockScorer(supernet, evaluation_set.mesh)
+    scorer = BlockScorer(supernet, evaluation_set.mesh, quality.outputs)
     batches, others = evaluation_set.batches, space.full_rank_genes
-    sums = scorer.sums(block, space.kept[block], others, batches, sum_metrics)
-    return means(sums, evaluation_set.num_images)
+    sums = scorer.sums(block, space.kept[block], others, batches, quality.sums)
+    return means(sums, evaluation_set)
 
 
 class BlockScorer:
-    """The parts of a supernet, each compiled as a function of its own genes and a batch."""
+    """The parts of a supernet, each compiled as a function of its own genes and a batch.
 
-    def __init__(self, supernet: Supernet, mesh: Mesh):
+    Args:
+      outputs: what becomes of the last block's tokens, as in `Quality`.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        mesh: Mesh,
+        outputs: Callable[[Network, jax.Array], Any] = CLASSIFICATION.outputs,
+    ):
         network = replicated(supernet.network, mesh)
         compiled = functools.partial(compiled_method, mesh=mesh)
         self._mesh = mesh
         self._embed = compiled(network, type(network).embed)
-        self._classify = compiled(network, type(network).classify)
+        self._outputs = compiled(network, outputs)
         self._whole = [compiled(block, type(block).__call__) for block in network.blocks]
         self._attention = [compiled(block, type(block).attention_half) for block in network.blocks]
         self._mlp = [compiled(block, type(block).mlp_half) for block in network.blocks]
 
     def logits(self, images: jax.Array, genes: np.ndarray) -> jax.Array:
         """images float32 [B, H, W, C], genes int32 [L] -> logits [B, classes]."""
-        return self._classify(None, self._run(0, self._embed(None, images), genes))
+        return self._outputs(None, self._run(0, self._embed(None, images), genes))
 
     def sums(
         self,
@@ -97,7 +108,7 @@ class BlockScorer:
             }
             for k, triple in enumerate(triples):
                 x = self._run(block + 1, self._mlp[block](triple, attended[triple[0]]), others)
-                found = _measured(measure, self._mesh, self._classify(None, x), target, mask)
+                found = _measured(measure, self._mesh, self._outputs(None, x), target, mask)
                 sums[k].append(found)
         return sums
 
@@ -123,7 +134,11 @@ def replicated(network: Network, mesh: Mesh) -> Network:
 
 
 def compiled_method(module, method: Callable, mesh: Mesh) -> Callable:
-    """The method as a function of the module's genes (None where it has none) and a batch."""
+    """The method as a function of the module's genes (None where it has none) and a batch.
+
+    Args:
+      method: or any function of the module and a batch.
+    """
     structure, parameters = functional.split(module)
     return functools.partial(_run, structure, method, mesh, parameters)
 
@@ -138,5 +153,5 @@ def _run(structure, method, mesh, parameters, genes, batch):
 
 
 @jax.jit(static_argnums=(0, 1))
-def _measured(measure, mesh, logits, target, mask):
-    return on_each_device(measure, mesh, SPLIT, SPLIT)(logits, target, mask)
+def _measured(measure, mesh, outputs, target, mask):
+    return on_each_device(measure, mesh, SPLIT, SPLIT)(outputs, target, mask)

@@ -30,6 +30,7 @@ from flora_jax.search.proposals import cross_blocks, mutate
 log = logging.getLogger(__name__)
 
 Window = tuple[float, float]
+Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 # Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
 _BATCH = 256
@@ -73,7 +74,7 @@ class EvolutionSettings:
 
 def evolve(
     space: RankSpace,
-    score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    score: Score,
     cost: Cost,
     windows: Sequence[Window],
     settings: EvolutionSettings,
@@ -82,6 +83,7 @@ def evolve(
     on_generation: Callable[[int, list[Candidate]], None] | None = None,
     *,
     first: np.ndarray | None = None,
+    shown: str = "top1",
 ) -> list[Candidate]:
     """Searches for the best subnet of each window; continues the history where there is one.
 
@@ -90,8 +92,8 @@ def evolve(
 
     Args:
       space: the kept triples to search.
-      score: genes int32 [P, L] -> (score float [P], top1 float [P]) of inherited subnets on
-        held-out images; the two may be the same.
+      score: genes int32 [P, L] -> (score float [P], what is shown of them float [P]) of inherited
+        subnets on held-out images; the two may be the same.
       cost: of a candidate, such as `space.macs_cost`.
       windows: least and most cost of a legal candidate for each budget, in ascending order; they
         may touch, but not overlap.
@@ -102,6 +104,7 @@ def evolve(
         not for generations read from the history.
       first: genes int32 [F, L] that the first generation takes before random ones, in this order,
         as far as they are kept, lie in a window and fit its population.
+      shown: the metric that `score` gives beside the score.
 
     Returns:
       For each window the candidate of the highest score inside it; among equals the cheaper one,
@@ -129,7 +132,7 @@ def evolve(
             if len(genes) == 0:
                 log.info("generation %d: no unseen subnet is left in any window", generation)
                 break
-            members = _scored(score, cost, genes, generation)
+            members = _scored(score, cost, genes, generation, shown)
             candidates += members
             if lines is not None:
                 lines.append([history.to_record(generation, members)], durable=True)
@@ -192,14 +195,17 @@ def _unseen(
                 yield row
 
 
-def _scored(score: Callable, cost: Cost, genes: np.ndarray, generation: int) -> list[Candidate]:
-    scores, top1 = (np.asarray(values, np.float64) for values in score(genes))
-    for values in (scores, top1):
+def _scored(
+    score: Score, cost: Cost, genes: np.ndarray, generation: int, shown: str
+) -> list[Candidate]:
+    scores, others = (np.asarray(values, np.float64) for values in score(genes))
+    for values in (scores, others):
         if values.shape != (len(genes),) or not np.isfinite(values).all():
             raise ValueError(f"score must return {len(genes)} finite numbers, got {values}")
-    columns = (genes.tolist(), cost(genes).tolist(), scores.tolist(), top1.tolist())
+    columns = (genes.tolist(), cost(genes).tolist(), scores.tolist(), others.tolist())
     return [
-        Candidate(generation, tuple(row), *values) for row, *values in zip(*columns, strict=True)
+        Candidate(generation, tuple(row), price, value, {shown: other})
+        for row, price, value, other in zip(*columns, strict=True)
     ]
 
 

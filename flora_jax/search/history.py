@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -12,7 +13,7 @@ from flora_jax.io.json_lines import read_lines
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = ("genes", "cost", "score", "top1")
+_COLUMNS = ("genes", "cost", "score")  # beside those of the metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,19 @@ class Candidate:
       genes: L of them.
       cost: in the unit of the search, which the first line of its history names.
       score: what the search maximises.
-      top1: accuracy in 0..1 on the same images.
+      metrics: what is shown of it, on the same images, by name, such as "top1" in 0..1.
     """
 
     generation: int
     genes: tuple[int, ...]
     cost: int
     score: float
-    top1: float
+    metrics: Mapping[str, float]
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in 0..1, of a network with classes."""
+        return self.metrics["top1"]
 
 
 def read_history(path: epath.PathLike) -> list[Candidate]:
@@ -67,7 +73,8 @@ def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candi
 def to_record(generation: int, members: list[Candidate]) -> dict:
     """The line of a generation."""
     columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
-    return {"generation": generation, **columns}
+    metrics = {name: [c.metrics[name] for c in members] for name in members[0].metrics}
+    return {"generation": generation, **columns, **metrics}
 
 
 def _search_of(path: epath.PathLike, lines: list[bytes]) -> dict:
@@ -94,9 +101,15 @@ def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
     """The candidates of a line of this generation, None for anything else."""
     try:
         record = json.loads(line)
-        columns = zip(*(record[name] for name in _COLUMNS), strict=True)
-        members = [Candidate(generation, tuple(genes), *values) for genes, *values in columns]
-        is_next = record["generation"] == generation
-    except (ValueError, KeyError, TypeError):
+        is_next = record.pop("generation") == generation
+        columns = zip(*(record.pop(name) for name in _COLUMNS), strict=True)
+        metrics = [
+            dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True)
+        ]
+        members = [
+            Candidate(generation, tuple(genes), cost, score, own)
+            for (genes, cost, score), own in zip(columns, metrics, strict=True)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return members if is_next else None

@@ -9,6 +9,7 @@ from flora_jax.models.factory import create
 from flora_jax.models.network import Network
 from flora_jax.stages.doubts import check_not_chance
 from flora_jax.stages.images import Images
+from flora_jax.stages.measured import evaluators
 from flora_jax.stages.run import Run
 from flora_jax.stages.training import train_stage
 from flora_jax.training.probe import fit_classifier, has_no_classifier
@@ -33,10 +34,10 @@ def pretrain(run: Run, images: Images) -> None:
             settings.pretrain,
             "pretrain",
             images.train,
-            evaluators=images.evaluators(),
+            evaluators=evaluators(run, images),
         )
     folder.save_once(model, run.folder / "dense")
-    if images.splits.num_classes:
+    if images.are_labelled:
         share = float(top1(model, images.heldout_set))
         log.info("dense model: %.2f %% top-1 held-out", 100 * share)
         check_not_chance(settings, share, images.heldout_set.num_images)
@@ -57,7 +58,7 @@ def transfer(run: Run, images: Images) -> None:
         run.settings.finetune,
         "transfer/training",
         images.train,
-        evaluators=images.evaluators(),
+        evaluators=evaluators(run, images),
     )
     folder.save_once(model, run.folder / "transfer")
 
@@ -65,7 +66,7 @@ def transfer(run: Run, images: Images) -> None:
 def _with_classifier(run: Run, images: Images, model: Network) -> Network:
     """Fits a classifier that has no weights yet to some training images."""
     number, normalization = run.settings.probe_images, run.settings.data.normalization
-    if not number or not images.splits.num_classes or not has_no_classifier(model):
+    if not number or not images.are_labelled or not has_no_classifier(model):
         return model
     batches = images.labelled(number, "probe")
     model = fit_classifier(model, ((normalization(jnp.asarray(i)), y) for i, y in batches))

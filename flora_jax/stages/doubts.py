@@ -59,7 +59,7 @@ def _rounded(values: np.ndarray) -> tuple[float, ...]:
 
 def _of_heldout(settings: Settings, images: Images):
     """Held-out images too few to rank subnets by."""
-    classes = images.splits.num_classes
+    classes = images.splits.num_classes if images.are_labelled else 0
     number = len(images.splits.heldout)
     ranks_subnets = {"filter", "search"} & set(settings.stages)
     if ranks_subnets and classes and number < max(_FEW_A_CLASS * classes, _FEW_IN_ALL):

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.cluster.processes import StopRequest, wait_for_all
-from flora_jax.evaluation import evaluate as evaluate_metrics
+from flora_jax.evaluation import evaluate
 from flora_jax.io.files import read_json, write_json_once
 from flora_jax.io.json_lines import read_lines
 from flora_jax.lowrank.space import RankSpace
@@ -38,6 +38,7 @@ from flora_jax.stages.budget import (
     winners_file,
 )
 from flora_jax.stages.images import Images
+from flora_jax.stages.measured import evaluators, heldout
 from flora_jax.stages.run import (
     Run,
     load_base,
@@ -59,7 +60,8 @@ def filter_candidates(run: Run, images: Images) -> None:
     settings, base, part = run.settings.filter, load_base(run), images.filter_part()
     space = run.settings.space.of(base.spec)
     inherited = Supernet(load_inherited(run).network, space)
-    scores = []
+    heldout_set, scores = heldout(run, images), []
+    metric, shown = heldout_set.quality.metric(run.settings.metric), heldout_set.quality.shown.name
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
         for block in range(space.num_blocks):
             name = f"filter/block_{block:02d}"
@@ -72,11 +74,11 @@ def filter_candidates(run: Run, images: Images) -> None:
                 local = train_supernet(
                     run, local, settings.train, name, part, draw_genes=draw_genes, teacher=base
                 )
-                metrics = score_block(local, block, images.heldout_set)
+                metrics = score_block(local, block, heldout_set)
                 write_json_once(scores_file, {name: m.tolist() for name, m in metrics.items()})
             metrics = read_json(scores_file)
-            scores.append(np.asarray(metrics[run.settings.metric]))
-            progress.update(best_top1=max(metrics["top1"]))
+            scores.append(metric.score(np.asarray(metrics[metric.name])))
+            progress.update(1, **{f"best_{shown}": max(metrics[shown])})
     budgets = [budget.window[1] for budget in macs_budgets(run.settings, run.spec)]
     kept, prices = filter_space(space, scores, budgets, settings.drop)
     write_json_once(
@@ -99,7 +101,7 @@ def train_whole_supernet(run: Run, images: Images) -> None:
         images.train,
         draw_genes=draw_genes,
         teacher=base,
-        evaluators=images.evaluators(supernet.space),
+        evaluators=evaluators(run, images, supernet.space),
     )
     folder.save_trained_once(supernet, run.folder / "supernet")
 
@@ -161,9 +163,12 @@ def search(run: Run, images: Images) -> None:
     history = run.folder / "search/history.jsonl"
     total, start = settings.generations, max(0, len(read_lines(history)) - 1)  # behind the header
 
+    heldout_set = heldout(run, images)
+    metric, shown = heldout_set.quality.metric(run.settings.metric), heldout_set.quality.shown.name
+
     def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        metrics = evaluate_metrics(supernet, images.heldout_set, genes)
-        return metrics[run.settings.metric], metrics["top1"]
+        metrics = evaluate(supernet, heldout_set, genes)
+        return metric.score(metrics[metric.name]), metrics[shown]
 
     if start:
         log.info("search: goes on at generation %d of %d", start, total)
@@ -173,7 +178,8 @@ def search(run: Run, images: Images) -> None:
     ):
 
         def on_generation(generation: int, members: list[Candidate]) -> None:
-            progress.update(best_top1=max(member.top1 for member in members))
+            best = max(member.metrics[shown] for member in members)
+            progress.update(1, **{f"best_{shown}": best})
             if stop_request.is_set():
                 raise stop_request.stopped(
                     f"search is saved at generation {generation + 1} of {total}"
@@ -189,6 +195,7 @@ def search(run: Run, images: Images) -> None:
             history,
             on_generation,
             first=_first_genes(run, space),
+            shown=shown,
         )
     found = [
         {
@@ -196,7 +203,7 @@ def search(run: Run, images: Images) -> None:
             "genes": best.genes,
             "macs": int(space.macs(best.genes)),
             "score": best.score,
-            "top1": best.top1,
+            **best.metrics,
             "ranks": space.ranks(best.genes).tolist(),
         }
         for best in winners
@@ -270,9 +277,9 @@ def finetune(run: Run, images: Images) -> None:
         if not recipe.epochs:
             return model
         folder.save_description_once(model, run.folder / name)
-        evaluators = images.evaluators()
+        looks = evaluators(run, images)
         return train_stage(
-            run, model, recipe, name, images.train, teacher=teacher, evaluators=evaluators
+            run, model, recipe, name, images.train, teacher=teacher, evaluators=looks
         )
 
     for budget in load_budgets(run):

@@ -13,12 +13,10 @@ from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, hold_out, load_splits, subset
-from flora_jax.evaluation import EvaluationSet, HeldOut
+from flora_jax.evaluation import EvaluationSet
 from flora_jax.lowrank.calibration import BATCH_SIZE
-from flora_jax.lowrank.space import RankSpace
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
-from flora_jax.training.loop import Evaluator
 
 log = logging.getLogger(__name__)
 _SIZES = 16  # so many images' sizes tell a dataset from a smaller copy of it
@@ -48,6 +46,16 @@ class Images:
     @property
     def train(self) -> Source:
         return self.splits.train
+
+    @property
+    def are_labelled(self) -> bool:
+        """Whether there are labels, and a network that has classes."""
+        return bool(self.splits.num_classes and self._settings.model.num_classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the network's classes; none where it has no classes."""
+        return tuple(self.splits.class_names) if self.are_labelled else ()
 
     @functools.cached_property
     def signature(self) -> str:
@@ -82,15 +90,6 @@ class Images:
                 "%d of %d images cannot be decoded and count in no mean", skipped, len(source)
             )
         return found
-
-    def evaluators(self, space: RankSpace | None = None) -> list[Evaluator]:
-        """What looks at a model while it trains, at a supernet of this space or a plain one.
-
-        Nothing where the images have no labels.
-        """
-        if not self.splits.num_classes:
-            return []
-        return [HeldOut(self.heldout_set, space, self._settings.metric)]
 
     def without_augmentation(self, number: int, purpose: str) -> Iterator[np.ndarray]:
         """Batches uint8 [B, H, W, C] of at most so many training images, the same on each call.

@@ -15,6 +15,7 @@ from flora_jax.io.files import matching, read_json, replacing, write_json_once
 from flora_jax.io.json_lines import read_records
 from flora_jax.io.paths import as_text
 from flora_jax.models.spec import Spec
+from flora_jax.quality import Metric, Quality, quality_of
 from flora_jax.report import plots, slim_plots, table
 from flora_jax.search.history import read_history
 from flora_jax.search.latency import measure_networks
@@ -28,6 +29,7 @@ from flora_jax.stages.budget import (
 from flora_jax.stages.companions import report_models_once
 from flora_jax.stages.doubts import doubt_heldout
 from flora_jax.stages.images import Images
+from flora_jax.stages.measured import measured
 from flora_jax.stages.run import Run, load_regular_space
 from flora_jax.stages.slim import DECISION_FILE
 from flora_jax.timing import median_ratio
@@ -36,33 +38,29 @@ from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
 TEST_IMAGES_FILE = "test_images.safetensors"
-TOP1 = "heldout_top1"  # in the metrics of a training
 PerImage = dict[str, np.ndarray]
 
 
 def evaluate(run: Run, images: Images) -> None:
     """Measures all finished models on the test split, the only look at it."""
-    test_set = images.evaluation_set(images.splits.test)
+    test_set = measured(run, images, images.evaluation_set(images.splits.test))
     entries, specs, found = {}, {}, {}
     models = list(finished_models(run))
     for _, name, path, budget in models:
         model = folder.load_model(run.folder / path)
         specs[name], found[name] = model.spec, evaluate_images(model, test_set)
-        if name == "dense" and not images.splits.num_classes:
-            log.info("the images have no labels: the dense model's predictions stand for them")
-            test_set = test_set.relabelled(found[name]["predicted"])
-            found[name] = evaluate_images(model, test_set)
-        entries[name] = _entry(specs[name], found[name])
-        if name == "dense" and run.settings.pretrained and images.splits.num_classes:
+        entries[name] = _entry(specs[name], test_set.quality, found[name])
+        if name == "dense" and run.settings.pretrained and images.are_labelled:
             heldout = images.heldout_set
             share = float(top1(model, heldout))
             doubt_heldout(share, heldout.num_images, entries[name]["top1"], test_set.num_images)
         if budget is not None:
             entries[name]["budget"] = budget.shares
-    save_images_once(run.folder / TEST_IMAGES_FILE, test_set.labels, found)
+    labels = test_set.labels if run.spec.num_classes else None
+    save_images_once(run.folder / TEST_IMAGES_FILE, labels, found)
     for name, against in compare(found, baseline_pairs(found)).items():
         entries[name]["against"] = against
-        if "dense" in against:
+        if "dense" in against and run.spec.num_classes:
             entries[name]["agreement"] = _agreement(found[name], found["dense"])
     if run.settings.spends_latency:
         for name, ms in _milliseconds(run, specs).items():
@@ -74,7 +72,7 @@ def evaluate(run: Run, images: Images) -> None:
         else:
             result.setdefault(kind, []).append(entries[name])
     result[table.DATA] = {
-        "classes": list(images.splits.train.class_names),
+        "classes": list(images.class_names),
         "left_out": {
             "train": images.splits.train.left_out,
             "test": images.splits.test.left_out,
@@ -90,29 +88,29 @@ def evaluate(run: Run, images: Images) -> None:
 
 
 @by_the_first
-def save_images_once(path: epath.Path, labels: np.ndarray, found: dict[str, PerImage]) -> None:
+def save_images_once(
+    path: epath.Path, labels: np.ndarray | None, found: dict[str, PerImage]
+) -> None:
     """Writes what each model makes of each image. Raises as `replacing`.
 
     Args:
       labels: int32 [n]; stored as "label".
       found: {model: what `evaluate_images` gives}; stored as "model/is_correct" (uint8 [n]),
-        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]).
+        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]), or as "model/cosine"
+        and "model/relative_error" (float32 [n]).
     """
-    tensors = {"label": labels}
+    tensors = {} if labels is None else {"label": labels}
     for model, values in found.items():
-        tensors |= {f"{model}/{name}": value for name, value in values.items()}
-        tensors[f"{model}/is_correct"] = values["is_correct"].astype(np.uint8)
+        for name, value in values.items():
+            is_bool = value.dtype == bool
+            tensors[f"{model}/{name}"] = value.astype(np.uint8) if is_bool else value
     with replacing(path) as partial:
         partial.write_bytes(safetensors.save(tensors))
 
 
-def _entry(spec: Spec, found: PerImage) -> dict:
-    return {
-        "top1": float(found["is_correct"].mean()),
-        "log_likelihood": float(found["log_likelihood"].mean(dtype=np.float64)),
-        "macs": spec.macs(),
-        "params": spec.num_params(),
-    }
+def _entry(spec: Spec, quality: Quality, found: PerImage) -> dict:
+    means = {m.name: float(found[m.of_image].mean(dtype=np.float64)) for m in quality.metrics}
+    return means | {"macs": spec.macs(), "params": spec.num_params()}
 
 
 def _agreement(ours: PerImage, theirs: PerImage) -> float:
@@ -178,24 +176,25 @@ def _search_figure(run: Run, result: dict) -> Figure:
         budget.name("subnet"): folder.load_spec(run.folder / "extract" / budget.folder("subnet"))
         for budget in budgets
     }
-    metrics = _metrics(run.folder)
+    metrics, shown = _metrics(run.folder), quality_of(run.spec).shown
     uniform_ratios = None
     if run.settings.uniform_baseline != "none":
         uniform_ratios = [r[0] / full_ranks[0] for r in load_uniform_ranks(run, space)]
     return plots.report_figure(
         candidates={
             cost: [candidate.cost / unit for candidate in candidates],
-            "top1": [candidate.top1 for candidate in candidates],
+            shown.name: [candidate.metrics[shown.name] for candidate in candidates],
             "generation": [candidate.generation for candidate in candidates],
         },
         points={
-            name: (row[cost], row["top1"]) for name, row in table.named_entries(result).items()
+            name: (row[cost], row[shown.name]) for name, row in table.named_entries(result).items()
         },
         windows=[(low / unit, high / unit) for low, high in windows],
         ranks={name: spec.ranks for name, spec in subnets.items()},
         full_ranks=full_ranks,
         curves=_loss_curves(metrics),
-        accuracies=_accuracies(metrics),
+        accuracies=_looks(metrics, shown),
+        metric=shown,
         uniform_ratios=uniform_ratios,
         title=f"{as_text(run.folder.name)}: "
         + ", ".join(table.human_count(spec.macs()) for spec in subnets.values())
@@ -222,14 +221,15 @@ def _loss_curves(metrics: dict[str, list[dict]]) -> dict[str, plots.Curve]:
     return curves
 
 
-def _accuracies(metrics: dict[str, list[dict]]) -> dict[str, dict[str, plots.Curve]]:
-    """Held-out top-1 by step, of a plain model under "" and of a supernet by subnet."""
+def _looks(metrics: dict[str, list[dict]], shown: Metric) -> dict[str, dict[str, plots.Curve]]:
+    """A held-out metric by step, of a plain model under "" and of a supernet by subnet."""
+    prefix = f"heldout_{shown.name}"
     found: dict[str, dict[str, plots.Curve]] = {}
     for stage, records in metrics.items():
         found[stage] = {}
-        evaluated = [record for record in records if TOP1 in record]
+        evaluated = [record for record in records if prefix in record]
         steps = [record["step"] + 1 for record in evaluated]
-        for key in (key for key in (evaluated or [{}])[0] if key.startswith(TOP1)):
-            subnet = key.removeprefix(TOP1).removeprefix("_")
+        for key in (key for key in (evaluated or [{}])[0] if key.startswith(prefix)):
+            subnet = key.removeprefix(prefix).removeprefix("_")
             found[stage][subnet] = (steps, [record[key] for record in evaluated])
     return found

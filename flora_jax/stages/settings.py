@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 
 from flora_jax.errors import InputError, check_at_least, check_known, unknown
-from flora_jax.evaluation import METRICS
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import deit
+from flora_jax.quality import quality_of
 from flora_jax.search.laws import SUPERNET_LAWS
 from flora_jax.stages.config_tree import from_mapping, to_mapping
 from flora_jax.stages.names import FLORA_STAGES, STAGES
@@ -50,7 +50,8 @@ class Settings:
       uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
         supernet and fine-tuning together; "none" leaves it out.
-      metric: what filter and search maximise on the held-out images: top1 or log_likelihood.
+      metric: what filter and search rank by on the held-out images: top1 or log_likelihood; of a
+        network without classes cosine or relative_error. Empty: the first of these.
 
     Raises:
       InputError: a value that makes no sense; names it, and what would be accepted.
@@ -75,7 +76,7 @@ class Settings:
     allocation: AllocationSettings = AllocationSettings()
     supernet_law: str = "low_rank_aware"
     uniform_baseline: str = "supernet"
-    metric: str = "top1"
+    metric: str = ""
     filter: FilterSettings = FilterSettings()
     supernet: Recipe = Recipe()
     search: SearchSettings = SearchSettings()
@@ -86,7 +87,8 @@ class Settings:
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
         check_known(self, "supernet_law", SUPERNET_LAWS)
-        check_known(self, "metric", METRICS)
+        quality = quality_of(self.model)
+        object.__setattr__(self, "metric", quality.metric(self.metric or quality.shown.name).name)
         if self.pretrain.distill:
             raise InputError("pretrain.distill must be False: the dense model has no teacher")
         if "transfer" in self.stages and self.finetune.distill:

@@ -11,6 +11,7 @@ from flora_jax.slim.masks import write_decision_once
 from flora_jax.stages.budget import check_macs_budget
 from flora_jax.stages.doubts import doubt_gates
 from flora_jax.stages.images import Images
+from flora_jax.stages.measured import evaluators
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.stages.sections import SlimSettings
 from flora_jax.stages.training import train_stage
@@ -47,7 +48,7 @@ def slim_down(run: Run, images: Images) -> None:
         "slim/retrain",
         images.train,
         teacher=dense,
-        evaluators=images.evaluators(),
+        evaluators=evaluators(run, images),
     )
     folder.save_once(small, run.folder / "slim")
 
@@ -64,7 +65,7 @@ def train_gates(run: Run, images: Images, dense: Network) -> slim.Gated:
         images.train,
         teacher=dense,
         penalty=settings.penalty,
-        evaluators=images.evaluators(),
+        evaluators=evaluators(run, images),
     )
     gated = dataclasses.replace(gated, network=network)
     doubt_gates(gated.gates())

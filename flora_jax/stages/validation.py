@@ -38,7 +38,6 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     """
     _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
-    spec.check_classifies("a run")
     if "slim" in settings.stages:
         abstract_gated(spec, settings.slim.attention, settings.slim.tokens)
     else:  # a slimmed model's shape is not known yet
@@ -46,7 +45,9 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     data.augmentation.train(spec.image_shape)
     make_mesh(settings.fsdp)
     images = Images(settings)
-    if not images.splits.num_classes:
+    if not spec.num_classes:
+        _check_learns_features(settings)
+    elif not images.splits.num_classes:
         _check_needs_no_labels(settings)
     elif images.splits.num_classes != spec.num_classes:
         raise InputError(
@@ -75,6 +76,26 @@ def _check_needs_no_labels(settings: Settings) -> None:
             f"{settings.data.name} has no labels, but {', '.join(sorted(stages))} need them: give "
             f"weights with pretrained= and leave these stages out, or use folder:PATH"
         )
+
+
+def _check_learns_features(settings: Settings) -> None:
+    """A network without classes has nothing to learn from but the dense model's features."""
+    stages = {"transfer", "slim"} & set(settings.stages)
+    if settings.trains_dense:
+        stages.add("pretrain")
+    if stages:
+        raise InputError(
+            f"model.num_classes is 0, but {', '.join(sorted(stages))} need classes to learn: give "
+            f"weights with pretrained=, leave train_pretrained=False, and leave transfer and slim "
+            f"out"
+        )
+    for name, recipe, _ in settings.trainings(0):
+        for field, needed in (("distill", True), ("stored_predictions", False)):
+            if getattr(recipe, field) != needed:
+                raise InputError(
+                    f"{name}.{field} must be {needed}: model.num_classes is 0, and such a network "
+                    f"learns the features of its teacher in every step"
+                )
 
 
 def _check_weights(settings: Settings, done: Container[str]) -> None:

@@ -61,7 +61,8 @@ def train(
         learning rate; now and then images a second and what the evaluators find.
       name: what the progress display calls the stage.
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
-      teacher: its soft predictions on the same images are the targets; None: the labels are.
+      teacher: its soft predictions on the same images are the targets, or its features where the
+        model has no classes; None: the labels are.
       penalty: of the parameters, added to the loss.
       mesh: the devices to train on; by default all, every one with whole parameters.
       evaluators: each gets the model as it is, and yields (name, value) pairs; all processes call
@@ -74,13 +75,14 @@ def train(
       with the best ones where `settings.result` is "best".
 
     Raises:
-      InputError: the network has no classifier, or the folder holds a longer training.
+      InputError: the network has no classes and no teacher, it has classes and its teacher has
+        none, or the folder holds a longer training.
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
       Stopped: the process was told to end (SIGTERM, Ctrl-C); the step it was at is saved.
     """
     # What runs.
     directory = epath.Path(directory)
-    model.spec.check_classifies(f"training {name}")
+    _check_can_learn(model, teacher, name)
     structure, parameters = functional.split(model)
     teacher_structure, teacher_parameters = functional.split(teacher) if teacher else (None, None)
     mesh = mesh or make_mesh()
@@ -154,6 +156,15 @@ def train(
             if stops:
                 raise stop_request.stopped(f"{name} is saved at step {done} of {settings.steps}")
         return _result(structure, state, mesh, best if settings.result == "best" else None)
+
+
+def _check_can_learn(model: Network, teacher: Network | None, name: str) -> None:
+    if teacher is None:
+        model.spec.check_classifies(
+            f"training {name} without a teacher", "give the uncompressed network as its teacher"
+        )
+    elif model.spec.num_classes:
+        teacher.spec.check_classifies(f"teaching {name} its classes")
 
 
 def _result(

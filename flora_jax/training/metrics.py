@@ -14,6 +14,7 @@ from flora_jax.cluster.processes import is_first
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models.functional import Parameters
+from flora_jax.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.training.settings import TrainSettings
 
@@ -64,7 +65,7 @@ class MetricsFile:
 
         Returns:
           What a progress display has room for: the mean loss, the last step's other values, and of
-          what was found the accuracies where there are any.
+          what was found the accuracies or cosines where there are any.
         """
         self._records[-1] |= found
         if self._file is not None:
@@ -73,7 +74,11 @@ class MetricsFile:
         last = self._records[-1]
         shown = {"loss": loss, "lr": last["learning_rate"], "images/s": last["images_per_second"]}
         self._records, self._since = [], self._clock()
-        return shown | ({name: v for name, v in found.items() if "top1" in name} or found)
+        return shown | ({name: v for name, v in found.items() if _is_shown(name)} or found)
+
+
+def _is_shown(name: str) -> bool:
+    return any(quality.shown.name in name for quality in (CLASSIFICATION, AGREEMENT))
 
 
 class BestParameters:

@@ -23,10 +23,11 @@ class Hyperparameters:
       ema_decay: decay of an exponential moving average of the parameters, which is then the
         result of the stage; 0 for none.
       distill_features: weight, beside a teacher's soft targets, of how far the tokens after the
-        last norm are from the teacher's: squared error as a share of their square; 0 for none.
+        last norm are from the teacher's: squared error as a share of their square; 0 for none. Of a
+        network without classes it is the whole loss, and 0 stands for 1.
       label_smoothing: share of the target mass spread over all classes (not with a teacher).
       mixup, cutmix: parameters of the Beta distributions that images of a batch are mixed by; 0
-        for none.
+        for none. A teacher sees the mixed images.
       rematerialize: keep the blocks' outputs alone for the backward pass and compute the rest
         again: less memory for a third more multiply-adds.
       log_every, checkpoint_every: steps. The two newest checkpoints stay.
@@ -116,7 +117,8 @@ class Recipe(Hyperparameters):
       learning_rate, warmup_learning_rate, min_learning_rate: for 512 images of a batch; they are
         scaled by batch_size / 512.
       repeats: times that an image comes in a row, each time augmented anew.
-      distill: soft targets from the model before; False: the labels.
+      distill: soft targets from the model before, or its features where it has no classes; False:
+        the labels.
       stored_predictions: the teacher runs once, before training, and its top 100 classes of every
         augmented image are kept on disk (ImageNet: 0.5 GB an epoch); False: it runs in every step.
       evaluate_epochs: epochs between two evaluations on the held-out images; 0 for none.

@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
-from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.loop import Loop
+from flora_jax.models.spec import Spec
+from flora_jax.quality import relative_error
 from flora_jax.training.mixing import mix
 from flora_jax.training.optimizer import make_optimizer
 from flora_jax.training.parallel import data_parallel
@@ -99,14 +100,20 @@ def _forward(
 
 def feature_error(features: jax.Array, target: jax.Array) -> jax.Array:
     """Squared error of features [B, N, D], a token's as a share of its target's square; mean."""
-    if features.shape != target.shape:
-        raise InputError(
-            f"features have shape {features.shape[1:]}, the teacher's {target.shape[1:]}: a "
-            f"network whose tokens leave cannot learn from them, set distill_features to 0"
-        )
-    wide, wide_target = features.astype(jnp.float32), target.astype(jnp.float32)
-    error = jnp.square(wide - wide_target).sum(-1)
-    return (error / (jnp.square(wide_target).sum(-1) + 1e-6)).mean()
+    return relative_error(features, target).mean()
+
+
+def features_loss(
+    outputs: tuple[jax.Array, jax.Array], taught: tuple[jax.Array, jax.Array], spec: Spec
+) -> jax.Array:
+    """All that a network without classes learns from a teacher: (pooled [B, D], tokens [B, N, D]).
+
+    A pooled feature that is none of the tokens counts as one more: the weights of an attention pool
+    would learn nothing from the tokens, and only decay.
+    """
+    (pooled, tokens), (target_pooled, target_tokens) = outputs, taught
+    error = feature_error(tokens, target_tokens)
+    return error if spec.pools_prefix else error + feature_error(pooled, target_pooled)
 
 
 @functools.lru_cache(maxsize=32)
@@ -138,13 +145,18 @@ def make_step(
         forward = jax.checkpoint(forward, policy=blocks_alone)
 
     def loss(parameters, images, targets, genes, teacher_parameters):
-        logits, features = forward(parameters, images, genes)
+        outputs = logits, features = forward(parameters, images, genes)
         extra = jnp.float32(0) if penalty is None else penalty(parameters)
         if teacher_structure is not None:
-            taught, target = _forward(teacher_structure, teacher_parameters, images, run=run)
-            targets = _probabilities(taught)
+            taught = _forward(teacher_structure, teacher_parameters, images, run=run)
+            spec = functional.merge(structure, parameters).spec
+            if not spec.num_classes:
+                return (settings.distill_features or 1.0) * features_loss(
+                    outputs, taught, spec
+                ) + extra
+            targets = _probabilities(taught[0])
             if settings.distill_features:
-                extra += settings.distill_features * feature_error(features, target)
+                extra += settings.distill_features * feature_error(features, taught[1])
         return task_loss(logits, targets) + extra
 
     def loss_and_gradient(parameters, images, targets, genes, teacher_parameters):
@@ -169,6 +181,8 @@ def make_step(
                 raise ValueError("a step learns from a teacher or stored predictions, not both")
             return soft_targets(batch["target_probs"], batch["target_index"], num_classes)
         labels = jax.nn.one_hot(batch["label"], num_classes)
+        if not num_classes:  # the features of a teacher are all there is to learn
+            return labels
         return optax.smooth_labels(labels, settings.label_smoothing)
 
     @functools.partial(jax.jit, donate_argnums=0)
