@@ -90,6 +90,7 @@ def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
     settings = settings_of(config)
     assert settings.model.num_classes == 0
     assert not settings.train_pretrained
+    assert settings.metric == "cosine"
     assert "search" in settings.stages
 
 

@@ -17,6 +17,7 @@ from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
+from flora_jax.quality import COSINE
 from flora_jax.stages import rules
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.settings import Settings
@@ -68,7 +69,7 @@ def closed(config: Mapping) -> dict[str, Any]:
         "stages": _stages(spec, num_classes),
         "data.heldout_fraction": share,
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
-        "metric": rules.metric(num_images - num_train),
+        "metric": rules.metric(num_images - num_train) if spec.num_classes else COSINE.name,
     }
     for name in _OF_THE_PICTURES:
         found[f"data.{name}"] = getattr(preprocessing, name)
