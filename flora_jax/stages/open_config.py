@@ -78,11 +78,9 @@ def closed(config: Mapping) -> dict[str, Any]:
         found[f"{name}.batch_size"] = batch
         found[f"{name}.epochs"] = rules.epochs(num_train)
         found[f"{name}.learning_rate"] = rules.learning_rate(rate, batch)
-    log.info(
-        "%s: %s",
-        values["pretrained"],
-        f"{_what(spec)}; its classifier {'stays' if has_classifier else 'is trained first'}",
-    )
+    log.info("%s: %s", values["pretrained"], _what(spec))
+    if spec.num_classes:
+        log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
     for name, value in found.items():
         if _get(values, name) is None:
             _set(values, name, value)

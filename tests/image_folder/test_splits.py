@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from flora_jax.data import augment, batches, splits
 from flora_jax.data.image_folder import image_folder
-from tests.helpers.commands import run_flora
 from tests.helpers.pictures import keys, not_an_image, save
 
 
@@ -131,25 +129,3 @@ def test_batches_of_a_folder(pets):
     (one, other) = batches.eval_batches(loaded.test, evaluation, 3)
     assert one["label"].tolist() + other["label"].tolist() == [0, 0, 1, 1, 0, 0]
     assert other["mask"].tolist() == [1, 0, 0]
-
-
-@pytest.mark.slow
-def test_the_whole_method_on_a_folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 40), ("val", 10)):
-        for label, name in enumerate(("dark", "light")):
-            for i in range(count):
-                picture = rng.integers(0, 128, size=(24, 24, 3), dtype=np.uint8) + 127 * label
-                save(tmp_path / "set" / split / name / f"{i}.jpeg", picture.astype(np.uint8))
-    done = run_flora(
-        tmp_path / "run",
-        f"--config.data.name=folder:{tmp_path}/set",
-        "--config.data.augmentation.name=inception",
-        "--config.model.num_classes=2",
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
-    assert result["dense"]["top1"] == 1.0
-    assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
-    assert list((tmp_path / "cache/flora_jax/index").glob("*.json"))
