@@ -170,7 +170,7 @@ def test_the_metric_is_one_of_the_network():
         with pytest.raises(
             ValueError, match=f"{name}' does not fit .* without classes.*{nearest}'"
         ):
-            Settings(model=headless, metric=name)
+            AGREEMENT.metric(name)
         with pytest.raises(ValueError, match=f"does not fit a network with classes.*'{name}'"):
             CLASSIFICATION.metric(nearest)
     with pytest.raises(ValueError, match=r"'cosin' is unknown; .*did you mean 'cosine'"):

@@ -10,7 +10,7 @@ import numpy as np
 from flora_jax.errors import InputError, check_at_least, check_known, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import deit
-from flora_jax.quality import quality_of
+from flora_jax.quality import METRICS, quality_of
 from flora_jax.search.laws import SUPERNET_LAWS
 from flora_jax.stages.config_tree import from_mapping, to_mapping
 from flora_jax.stages.names import FLORA_STAGES, STAGES
@@ -87,8 +87,8 @@ class Settings:
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
         check_known(self, "supernet_law", SUPERNET_LAWS)
-        quality = quality_of(self.model)
-        object.__setattr__(self, "metric", quality.metric(self.metric or quality.shown.name).name)
+        object.__setattr__(self, "metric", self.metric or quality_of(self.model).shown.name)
+        check_known(self, "metric", tuple(metric.name for metric in METRICS))
         if self.pretrain.distill:
             raise InputError("pretrain.distill must be False: the dense model has no teacher")
         if "transfer" in self.stages and self.finetune.distill:

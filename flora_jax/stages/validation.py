@@ -12,6 +12,7 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.models.spec import Spec
+from flora_jax.quality import quality_of
 from flora_jax.search.latency import measure_networks
 from flora_jax.slim.gates import abstract_gated
 from flora_jax.stages.budget import check_macs_budget
@@ -38,6 +39,7 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     """
     _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
+    quality_of(spec).metric(settings.metric)
     if "slim" in settings.stages:
         abstract_gated(spec, settings.slim.attention, settings.slim.tokens)
     else:  # a slimmed model's shape is not known yet
