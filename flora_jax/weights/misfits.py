@@ -31,7 +31,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
     "fc_norm": (True, False),
 }
 _AT_ONCE = 2  # options that are changed together, such as pool and class_token
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:(?:res)?blocks|layers?)\.(\d+)\.")
 
 
 def misfits(table: Table, keys: Collection[str]) -> tuple[set[str], set[str]]:
