@@ -103,8 +103,9 @@ def _read(
         if not np.isfinite(array).all():
             not_finite.update(row.sources)
         elif array.shape != own[row.target].shape and _holds_positions(row.target):
-            array = _resampled(row, array, own[row.target].shape, spec)
-            resampled.append(row.target)
+            wanted = own[row.target].shape
+            resampled.append(f"{row.target} ({len(array)} to {wanted[0]})")
+            array = _resampled(row, array, wanted, spec)
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if not_finite:
         warnings.warn(
