@@ -40,8 +40,8 @@ class Settings:
       profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       model: the dense network.
-      pretrained: weights in any layout that `flora_jax.from_pretrained` reads, `hf:owner/name` of
-        the Hugging Face hub; empty: train from scratch.
+      pretrained: weights in any layout that `flora_jax.from_pretrained` reads, on disk or as
+        `hf:owner/name` of the Hugging Face hub; empty: train from scratch.
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
       probe_images: training images that the classifier of new classes is fitted to, a linear probe
         of the pretrained features, before any training; 0: it starts with zeros.

@@ -12,6 +12,7 @@ from flora_jax.weights.copies import names_within
 from flora_jax.weights.layouts import (
     hugging_face_swin,
     hugging_face_vit,
+    open_clip_vit,
     own,
     timm,
     timm_swin,
@@ -21,12 +22,16 @@ from flora_jax.weights.rows import Table
 from flora_jax.weights.strangers import check_is_no_adapter
 
 # Counted or computed, not learned, or of what is no part of the images' network: a token that
-# training put in the place of patches, a layer behind the features, a network for texts.
+# training put in the place of patches, a layer behind the features, a norm of local crops, a
+# network for texts.
 _NO_WEIGHT = re.compile(
     r"(^|\.)((relative_position_index|attn_mask|position_ids|num_batches_tracked|n_averaged"
-    r"|mask_token|logit_scale|logit_bias)$"
-    r"|(pooler\.dense|text_model|text_projection|visual_projection)\.)"
+    r"|mask_token|logit_scale|logit_bias|rope_embed\.periods|qkv\.bias_mask)$"
+    r"|(pooler\.dense|text_model|text_projection|visual_projection|local_cls_norm)\.)"
+    r"|(^|\.)visual\.head\.|^proj$"  # OpenCLIP's last projection
 )
+# What of OpenCLIP's files is of the images' network.
+_OF_IMAGES = re.compile(r"(\w+\.)*?visual\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ LAYOUTS = (
     Layout("timm Swin", "swin", r"layers\.\d+\.blocks\.\d+\.", timm_swin),
     Layout("flora_jax Swin", "swin", r"blocks\.\d+\.attn\.relative_position_bias_table$", own),
     Layout("flora_jax ViT", "vit", r"blocks\.\d+\.attn\.proj\.kernel$", own),
+    Layout("OpenCLIP ViT", "vit", r"transformer\.resblocks\.\d+\.", open_clip_vit),
     Layout("timm ViT", "vit", r"blocks\.\d+\.", timm_vit),
 )
 
@@ -81,6 +87,7 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
 
 def without_prefix(arrays: Mapping[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
     """The arrays under the names of their layout, without what wrappers put before (`copies`)."""
+    arrays = {key: a for key, a in arrays.items() if _OF_IMAGES.match(key)} or arrays
     table = detect(arrays, spec).table(spec, arrays)
     names = names_within(arrays, [source for row in table for source in row.sources])
     return {name: arrays[key] for key, name in names.items()}

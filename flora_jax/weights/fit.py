@@ -43,7 +43,7 @@ def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
       InputError: as `pretrained.from_state_dict`.
     """
     layout = detect(arrays, spec)
-    _drop_unwanted_classifier(layout, spec, arrays)
+    _drop_unused(layout, spec, arrays)
     spec = _with_stored_ranks(layout, spec, arrays)
     table = layout.table(spec, arrays)
     _check_dtypes(table, arrays)
@@ -72,7 +72,15 @@ def _advising(fields: Mapping[str, Any]) -> Iterator[None]:
         raise InputError(f"{error}{advice(fields)}") from error
 
 
-def _drop_unwanted_classifier(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> None:
+def _drop_unused(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> None:
+    """Drops what a file holds and its network, or the spec's, does not use."""
+    unused = [name for name, array in arrays.items() if array.size == 0]  # such as no registers
+    if "classifier.weight" in arrays and isinstance(spec, ViTSpec) and spec.pool == "mean":
+        # SiglipForImageClassification keeps its encoder's attention pool, and averages.
+        pools = [name.removesuffix("probe") for name in arrays if name.endswith("head.probe")]
+        unused += [name for name in arrays for pool in pools if name.startswith(pool)]
+    for name in unused:
+        del arrays[name]
     if spec.num_classes == 0:
         for row in layout.table(dataclasses.replace(spec, num_classes=1), arrays):
             if _is_of_classifier(row.target):
@@ -95,8 +103,9 @@ def _read(
         if not np.isfinite(array).all():
             not_finite.update(row.sources)
         elif array.shape != own[row.target].shape and _holds_positions(row.target):
-            array = _resampled(row, array, own[row.target].shape, spec)
-            resampled.append(row.target)
+            wanted = own[row.target].shape
+            resampled.append(f"{row.target} ({len(array)} to {wanted[0]})")
+            array = _resampled(row, array, wanted, spec)
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if not_finite:
         warnings.warn(

@@ -31,7 +31,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
     "fc_norm": (True, False),
 }
 _AT_ONCE = 2  # options that are changed together, such as pool and class_token
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:(?:res)?blocks|layers?)\.(\d+)\.")
 
 
 def misfits(table: Table, keys: Collection[str]) -> tuple[set[str], set[str]]:
@@ -72,7 +72,8 @@ def fields_to_set(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) 
 def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Sizes that the shapes and numbers of a file show, where they are not those of the spec.
 
-    How many heads a ViT has, no shape shows.
+    How many heads a ViT has, no shape shows; where a width cannot have the spec's, they are those
+    of as many dimensions.
     """
     table = layout.table(spec, arrays)
     shapes = {
@@ -90,6 +91,7 @@ def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> di
             0 if "reg_token" not in shapes else spec.num_registers,
         )
         found |= _positions(spec, shapes.get("pos_embed", ()))
+        found |= _to_make_a_network(spec, found, shapes.get("pos_embed", ()))
     elif isinstance(spec, SwinSpec):
         firsts = itertools.accumulate((0, *spec.depths[:-1]))
         tables = [f"blocks.{first}.attn.relative_position_bias_table" for first in firsts]
@@ -113,6 +115,23 @@ def _positions(spec: ViTSpec, shape: tuple[int, ...]) -> dict[str, str]:
     if with_prefix == patches:
         return {}
     return {"positions": "all" if with_prefix else "patches"}
+
+
+def _to_make_a_network(
+    spec: ViTSpec, found: Mapping[str, Any], positions: tuple[int, ...]
+) -> dict[str, int]:
+    """The image size and the heads that other patches and another width need."""
+    patch_size, embed_dim = found.get("patch_size"), found.get("embed_dim")
+    changes: dict[str, int] = {}
+    if patch_size and spec.image_size % patch_size:
+        prefix = spec.num_prefix_tokens if spec.positions == "all" else 0
+        patches = positions[-2] - prefix if len(positions) > 1 else 0
+        grid = math.isqrt(patches) if _is_square(patches) else spec.image_size // patch_size
+        changes["image_size"] = max(grid, 1) * patch_size
+    head_dim = spec.embed_dim // spec.num_heads
+    if embed_dim and embed_dim % spec.num_heads and embed_dim % head_dim == 0:
+        changes["num_heads"] = embed_dim // head_dim
+    return changes
 
 
 def _is_square(number: int) -> bool:

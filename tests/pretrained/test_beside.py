@@ -118,6 +118,7 @@ def test_another_resolution_is_interpolated(vit, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "flora_jax"):
         assert from_pretrained(tmp_path, larger).spec == larger
     assert "image_size is 12, and 20 in the spec" in caplog.text
+    assert "interpolated to the spec's size: pos_embed (10 to 26)" in caplog.text
     with pytest.raises(ValueError, match=r"layer_norm_eps is 1e-06, and 0\.001 in"):
         from_pretrained(
             tmp_path / "model.safetensors", dataclasses.replace(VIT, layer_norm_eps=1e-3)

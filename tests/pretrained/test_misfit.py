@@ -165,6 +165,11 @@ def test_other_ranks_than_the_specs(vit, subnets):
         ({"embed_dim": 16}, "set embed_dim=8 in the spec"),
         ({"patch_size": 2, "embed_dim": 4}, "set embed_dim=8, patch_size=4 in the spec"),
         ({"in_channels": 3}, "set in_channels=2 in the spec"),
+        ({"image_size": 10, "patch_size": 5}, "set patch_size=4, image_size=12 in the spec"),
+        (
+            {"embed_dim": 12, "num_heads": 3, "depth": 3},
+            "set embed_dim=8, depth=2, num_heads=2 in the spec",
+        ),
         ({"depth": 1, "distilled": True}, "set distilled=False, depth=2 in the spec"),
         ({"num_registers": 4}, "set num_registers=0 in the spec"),
         ({"positions": "patches"}, "set positions='all' in the spec"),

@@ -11,6 +11,8 @@ from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.layouts.tables import (
     BIAS_TABLE,
+    OF_PATCHES,
+    WithPosition,
     blocks,
     downsampling,
     linear,
@@ -57,26 +59,6 @@ _ENCODER = re.compile(
 )
 _FIRST_NORM = r"((?:\w+\.)*?)0\.(layernorm_before|norm1|layer_norm1)\.weight$"
 _ADDING_FIRST_AXIS = Change(lambda array: array[None], lambda array: array[0])
-
-
-class _WithPosition(Row):
-    """A class token whose position is stored with those of the patches, and is added to it.
-
-    The row of the patches' positions is the one that knows their shape, and writes them.
-    """
-
-    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        token, positions = (array.astype(np.float32) for array in arrays)
-        return super()._whole([token]) + positions[0, :1]
-
-    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        return {self.sources[0]: self.change.write(array)}
-
-
-# Positions [1, 1 + N, D] -> of the patches alone [N, D].
-_OF_PATCHES = Change(
-    lambda array: array[0, 1:], lambda array: np.concatenate([0 * array[:1], array])[None]
-)
 
 
 def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
@@ -148,8 +130,8 @@ def _embeddings(spec: ViTSpec, at: str, keys: Collection[str]) -> Table:
     registers = f"{at}.register_tokens"
     if registers in keys and positions in keys and spec.positions == "patches":
         # DINOv2 adds positions first: the registers that come after have none.
-        class_row = _WithPosition("cls_token", (token, positions), token_change)
-        positions_change = _OF_PATCHES
+        class_row = WithPosition("cls_token", (token, positions), token_change)
+        positions_change = OF_PATCHES
     elif f"{at}.distillation_token" in keys and not spec.distilled:
         registers = f"{at}.distillation_token"
     return [

@@ -31,6 +31,26 @@ class ScaledRow(Row):
         return own._parts(array) | {self.sources[-1]: np.ones(array.shape[-1], array.dtype)}
 
 
+class WithPosition(Row):
+    """A class token whose position is stored with those of the patches, and is added to it.
+
+    The row of the patches' positions is the one that knows their shape, and writes them.
+    """
+
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        token, positions = (array.astype(np.float32) for array in arrays)
+        return super()._whole([token]) + positions[0, :1]
+
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        return {self.sources[0]: self.change.write(array)}
+
+
+# Positions [1, 1 + N, D] -> of the patches alone [N, D].
+OF_PATCHES = Change(
+    lambda array: array[0, 1:], lambda array: np.concatenate([0 * array[:1], array])[None]
+)
+
+
 def linear(
     ours: str, *theirs: str, kernel: Change = TRANSPOSED, biases: Sequence[str] = ()
 ) -> Table:

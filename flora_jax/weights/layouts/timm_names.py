@@ -1,13 +1,18 @@
-"""The names of timm, of the releases it follows, and of the published subnets."""
+"""The names of timm, of the releases that it reads itself, and of the published subnets."""
 
+import dataclasses
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
 
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.layouts.tables import (
     BIAS_TABLE,
+    OF_PATCHES,
+    WithPosition,
     blocks,
     downsampling,
     linear,
@@ -26,24 +31,34 @@ _SWIN = _VIT | {BIAS_TABLE: BIAS_TABLE}
 _VIT_SCALES = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}
 _EVA_SCALES = {"attn.proj": "gamma_1", "mlp.fc2": "gamma_2"}
 
+# What timm, DINOv2 and DINOv3 call the registers.
+_REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
+
 # Each table lists what any spec of the family may have; the rows that this spec lacks drop out.
 # The `keys` of a file choose between spellings; without them it is the current one.
 
 
 def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    """timm's ViT, DeiT and EVA, and the DeiT release."""
-    is_eva, is_subnet = spec.rope_theta is not None, _is_subnet(spec, keys)
+    """timm's ViT, DeiT and EVA, and the releases of DeiT, DINOv2 and DINOv3."""
+    is_subnet = _is_subnet(spec, keys)
     names = dict(_VIT)
-    is_split = any(key.endswith(".mlp.fc1_g.weight") for key in keys) if keys else is_eva
-    if spec.gated_mlp and is_split and not is_subnet:
-        names["mlp.fc1"] = "mlp.fc1_g mlp.fc1_x"
-    biases = () if spec.k_bias or is_subnet else ("attn.q_bias", "attn.v_bias")
-    return present_in(
+    if spec.gated_mlp and not is_subnet:
+        names |= _gated(spec, keys)
+    is_masked = not spec.k_bias and not is_subnet and "storage_tokens" in keys  # DINOv3's release
+    biases = () if spec.k_bias or is_subnet or is_masked else ("attn.q_bias", "attn.v_bias")
+    registers = next((name for name in _REGISTERS if name in keys), "reg_token")
+    class_row = Row("cls_token", ("cls_token",), WITHOUT_FIRST_AXIS)
+    positions = Row("pos_embed", ("pos_embed",), WITHOUT_FIRST_AXIS)
+    if registers == "register_tokens" and spec.positions == "patches":
+        # DINOv2 adds positions first: the registers that come after have none.
+        class_row = WithPosition("cls_token", ("cls_token", "pos_embed"), WITHOUT_FIRST_AXIS)
+        positions = Row("pos_embed", ("pos_embed",), OF_PATCHES)
+    table = present_in(
         spec,
-        Row("cls_token", ("cls_token",), WITHOUT_FIRST_AXIS),
+        class_row,
         Row("dist_token", ("dist_token",), WITHOUT_FIRST_AXIS),
-        Row("reg_token", ("reg_token",), WITHOUT_FIRST_AXIS),
-        Row("pos_embed", ("pos_embed",), WITHOUT_FIRST_AXIS),
+        Row("reg_token", (registers,), WITHOUT_FIRST_AXIS),
+        positions,
         *linear("patch_embed.proj", "patch_embed.proj", kernel=patch_kernel(spec)),
         *norm("norm_pre", "norm_pre"),
         *norm("norm", "fc_norm" if spec.normalises_pooled else "norm"),
@@ -65,6 +80,7 @@ def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
             scales=_scales(spec, keys),
         ),
     )
+    return [_masked(row) for row in table] if is_masked else table
 
 
 def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
@@ -86,6 +102,36 @@ def timm(spec: Spec) -> Table:
     """timm's current names; a compressed layer has those of the published subnets."""
     tables: dict[str, Callable[..., Table]] = {"vit": timm_vit, "swin": timm_swin}
     return tables[spec.family](spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutKey(Row):
+    """The biases of query and value, which DINOv3 stores with a key's that it masks out."""
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {self.sources[0]: (shape[0] // 2 * 3,)}
+
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        query, _, value = np.split(arrays[0], 3)
+        return np.concatenate([query, value])
+
+
+def _masked(row: Row) -> Row:
+    return _WithoutKey(row.target, row.sources) if row.target.endswith("attn.qkv.bias") else row
+
+
+def _gated(spec: ViTSpec, keys: Collection[str]) -> dict[str, str]:
+    """The two layers of a gated MLP: the first as one or two, the second."""
+    spellings = (
+        {"mlp.fc1": "mlp.fc1_g mlp.fc1_x", "mlp.fc2": "mlp.fc2"},
+        {"mlp.fc1": "mlp.w1 mlp.w2", "mlp.fc2": "mlp.w3"},
+        {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"},
+        {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"},
+    )
+    if not keys:
+        return spellings[0 if spec.rope_theta is not None else -1]
+    found = (s for s in spellings if f"blocks.0.{s['mlp.fc1'].split()[0]}.weight" in keys)
+    return next(found, spellings[-1])
 
 
 def _scales(spec: ViTSpec, keys: Collection[str]) -> dict[str, str] | None:
