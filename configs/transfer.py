@@ -1,4 +1,4 @@
-"""Any model on other classes: a finished one, slimmed or low-rank or both, or one as published.
+"""Any model on other classes: finished, slimmed, low-rank, or as published.
 
     python -m flora_jax.main --config=configs/transfer.py --workdir=runs/transfer \
         --config.pretrained=runs/deit_b/subnet --config.data.name=tfds:oxford_flowers102 \

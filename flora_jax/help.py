@@ -7,17 +7,14 @@ _TEXT = """\
 Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Slim.
 
   flora_jax --config=digits --workdir=runs/digits     runs a config's stages, or goes on with them
-  flora_jax --config=deit_b --config.seed=1 ...       any field of a config can be set
-  flora_jax --predict=runs/digits/subnet photos/      what is in pictures, by a finished model
-  flora_jax --evaluate=runs/digits/subnet --data=digits    how good it is on labelled pictures
+  flora_jax --config=yours --config.pretrained=...    any field of a config can be set
+  flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
+  flora_jax --evaluate=FOLDER --data=folder:PATH      how good it is on labelled ones; --json, --split
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
   --stage=NAME          this stage only; with --redo again, although it is done
   --dry_run             what would run, how long it takes, what it leaves on disk; and stops
-  --predict=FOLDER PICTURES...   a line a picture; FOLDER is ours, of Hugging Face or of timm
-  --evaluate=FOLDER --data=folder:PATH|tfds:NAME   accuracy; --split=NAME: not the test split
-  --json                of --predict and --evaluate: JSON for programs
   --check_topology=v5e:4x4    does it fit a TPU slice? needs no TPU and no --workdir
   --check_predictions   compares stored predictions with a fresh pass of their teacher
   --profile=STEP        a JAX profile of this step of every training

@@ -68,7 +68,7 @@ def test_the_advised_learning_rate_is_enough(said):
         (0.14, {}, None),
         (0.1, {"refuse_near_chance": False}, None),
         (0.1, {"stages": ("pretrain", "evaluate")}, None),
-        (0.0, {"model.num_classes": 0}, None),
+        (0.0, {"model.num_classes": 0, "metric": "cosine"}, None),
     ],
 )
 def test_a_model_that_guesses_is_not_compressed(top1, changes, refusal):

@@ -40,7 +40,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _are(fits: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))
+    return lambda value: (
+        isinstance(value, list | tuple) and len(value) >= least and all(map(fits, value))
+    )
 
 
 _are_whole = _are(_is_whole, least=1)
