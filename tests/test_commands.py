@@ -27,7 +27,7 @@ from flora_jax.data.splits import subset
 from flora_jax.evaluation import EvaluationSet, evaluate_images
 from flora_jax.lowrank.supernet import abstract_supernet
 from flora_jax.models import functional
-from flora_jax.weights.preprocessing import save_preprocessing
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers import modern
 from tests.helpers.commands import ROOT
 from tests.helpers.weights import random_model

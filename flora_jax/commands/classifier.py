@@ -20,11 +20,11 @@ from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.training.probe import has_no_classifier
-from flora_jax.weights.class_names import CLASSES_FILE, read_class_names
-from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.folder import SPEC_FILE
 from flora_jax.weights.hub import local_folder
-from flora_jax.weights.preprocessing import PREPROCESSING_FILE, read_preprocessing
+from flora_jax.weights.metadata.class_names import CLASSES_FILE, read_class_names
+from flora_jax.weights.metadata.preprocessing import PREPROCESSING_FILE, read_preprocessing
+from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
 from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
 
 _MOST_IMAGES = 64  # of a batch

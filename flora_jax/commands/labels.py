@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flora_jax.errors import InputError, few
-from flora_jax.weights.class_names import CLASSES_FILE
+from flora_jax.weights.metadata.class_names import CLASSES_FILE
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from flora_jax.errors import differences, listed
 from flora_jax.io.files import matching, read_json, write_json
 from flora_jax.stages.changes import outputs
 from flora_jax.stages.run import Run
-from flora_jax.weights.class_names import CLASSES_FILE
 from flora_jax.weights.folder import SPEC_FILE, load_spec
-from flora_jax.weights.preprocessing import save_preprocessing
+from flora_jax.weights.metadata.class_names import CLASSES_FILE
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 
 EVALUATION_FILE = "evaluation.json"
 

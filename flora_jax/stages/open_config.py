@@ -21,9 +21,9 @@ from flora_jax.quality import COSINE
 from flora_jax.stages import rules
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.settings import Settings
-from flora_jax.weights.class_names import read_class_names
-from flora_jax.weights.config import read_spec, spec_of_config
-from flora_jax.weights.preprocessing import read_preprocessing
+from flora_jax.weights.metadata.class_names import read_class_names
+from flora_jax.weights.metadata.preprocessing import read_preprocessing
+from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.stages.settings import Settings
 from flora_jax.weights import folder
-from flora_jax.weights.config import describes_itself, read_spec
+from flora_jax.weights.metadata.spec import describes_itself, read_spec
 
 CONFIG_FILE, IMAGES_FILE, DONE_FILE = "config.json", "images.json", "stages.json"
 INHERITED = "inherited"

@@ -15,8 +15,8 @@ from flora_jax.errors import InputError, UnknownNetworkError
 from flora_jax.io.files import read_json
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.config import CONFIG_FILE, says, spec_of_config
 from flora_jax.weights.folder import SPEC_FILE, WEIGHTS_FILE, load_spec
+from flora_jax.weights.metadata.spec import CONFIG_FILE, says, spec_of_config
 
 log = logging.getLogger(__name__)
 

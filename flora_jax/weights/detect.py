@@ -18,8 +18,8 @@ from flora_jax.weights.layouts import (
     timm_swin,
     timm_vit,
 )
+from flora_jax.weights.metadata.strangers import check_is_no_adapter
 from flora_jax.weights.rows import Table
-from flora_jax.weights.strangers import check_is_no_adapter
 
 # Counted or computed, not learned, or of what is no part of the images' network: a token that
 # training put in the place of patches, a layer behind the features, a norm of local crops, a

@@ -11,13 +11,13 @@ from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.weights.beside import check_description
-from flora_jax.weights.config import CONFIG_FILE, read_spec
 from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.fit import fitted
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
+from flora_jax.weights.metadata.strangers import what_is_in
 from flora_jax.weights.state_dict import read_state_dict
-from flora_jax.weights.strangers import what_is_in
 
 HUGGING_FACE_FILES = (
     "model.safetensors",

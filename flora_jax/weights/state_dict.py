@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.files import on_disk, read_json
 from flora_jax.io.paths import user_path
+from flora_jax.weights.metadata.strangers import check_content, kind_of_file
 from flora_jax.weights.pytorch import read_pytorch
-from flora_jax.weights.strangers import check_content, kind_of_file
 
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _INDEX_SUFFIX = ".index.json"

@@ -10,8 +10,8 @@ from PIL import Image
 
 import flora_jax as flora
 from flora_jax.data.preprocessing import Preprocessing
-from flora_jax.weights.class_names import read_class_names
-from flora_jax.weights.preprocessing import save_preprocessing
+from flora_jax.weights.metadata.class_names import read_class_names
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 
 STANDARD = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -200,7 +200,7 @@ def test_nothing_said(tmp_path):
         ({"size": {"shortest_edge": 96}}, "do_center_crop is false"),
         ({"resample": "bicubic"}, r"resample must be a number of Pillow's: 0 \(nearest\)"),
         ({"resample": 7}, "resample must be a number of Pillow's"),
-        ({"image_mean": "0.5"}, "image_mean must be a list of numbers, got '0.5'"),
+        ({"image_mean": "0.5"}, "image_mean must be a list of numbers of at least 0, got '0.5'"),
         ({"image_std": [58.4, 57.1, 57.4]}, "std must lie in .*did you mean"),
         ({"do_resize": False}, "do_resize is false"),
         ({"do_rescale": False}, "do_rescale is false"),

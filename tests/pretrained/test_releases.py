@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.weights import layouts
-from flora_jax.weights.config import read_spec
+from flora_jax.weights.metadata.spec import read_spec
 from tests.helpers import modern
 from tests.helpers.weights import assert_same, random_model, written
 

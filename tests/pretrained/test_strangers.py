@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.errors import InputError, MissingFileError
-from flora_jax.weights.config import read_spec, spec_of_config
+from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 from flora_jax.weights.pretrained import from_pretrained
 from tests.helpers import modern
 from tests.helpers.weights import VIT

@@ -8,10 +8,11 @@ from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, did_you_mean
 from flora_jax.io.files import write_json
 from flora_jax.io.paths import user_path
-from flora_jax.weights import hugging_face_preprocessing as hugging_face
-from flora_jax.weights.config import CONFIG_FILE
-from flora_jax.weights.fields import Fields, is_whole
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.metadata import image_processors
+from flora_jax.weights.metadata.fields import Fields
+from flora_jax.weights.metadata.kinds import is_whole
+from flora_jax.weights.metadata.spec import CONFIG_FILE
 
 PREPROCESSING_FILE = "preprocessing.json"
 
@@ -35,9 +36,9 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
     fields = Fields.read(config) if config.exists() else None
     if fields and "architecture" in fields:
         return _checked(fields, _timm(fields))
-    if processor := hugging_face.processor_in(folder):
+    if processor := image_processors.processor_in(folder):
         model_type = fields.text("model_type", "") if fields else ""
-        return _checked(processor, hugging_face.read(processor, model_type))
+        return _checked(processor, image_processors.read(processor, model_type))
     return None
 
 
@@ -53,7 +54,7 @@ def _own(fields: Fields) -> Preprocessing:
             hint = did_you_mean(name, defaults)
             raise InputError(f"{fields.where}: unknown field {name!r}{hint}")
     background = fields.get("background", list(Preprocessing.background))
-    if not isinstance(background, list) or not all(map(is_whole, background)):
+    if not isinstance(background, list) or not all(is_whole(each, 0) for each in background):
         raise fields.error("background", "a list of whole numbers")
     values = {
         "image_size": fields.side("image_size"),

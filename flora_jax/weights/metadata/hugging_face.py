@@ -7,7 +7,7 @@ from flora_jax.errors import InputError, UnknownNetworkError, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.json_kinds import (
+from flora_jax.weights.metadata.kinds import (
     COUNT,
     FLAG,
     NUMBER,
@@ -20,7 +20,7 @@ from flora_jax.weights.json_kinds import (
     Kind,
     check_kinds,
 )
-from flora_jax.weights.strangers import kind_of_model
+from flora_jax.weights.metadata.strangers import kind_of_model
 
 Config = Mapping[str, Any]
 

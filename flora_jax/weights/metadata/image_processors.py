@@ -7,7 +7,8 @@ from etils import epath
 from PIL import Image
 
 from flora_jax.errors import InputError, did_you_mean
-from flora_jax.weights.fields import Fields, is_whole
+from flora_jax.weights.metadata.fields import Fields
+from flora_jax.weights.metadata.kinds import is_whole
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -161,7 +162,7 @@ def _size(fields: Fields, name: str, default: dict[str, int], is_square: bool) -
     known = ({"height", "width"}, {"shortest_edge"})
     if not isinstance(value, dict) or set(value) not in known:
         raise fields.error(name, "a number, a height and a width, or a shortest_edge")
-    if not all(is_whole(side) and side > 0 for side in value.values()):
+    if not all(is_whole(side) for side in value.values()):
         raise fields.error(name, "whole numbers of pixels")
     if len(set(value.values())) > 1:
         raise fields.error(name, "a square")
@@ -188,7 +189,7 @@ def _normalization(fields: Fields, defaults: dict[str, Any]) -> dict[str, tuple[
 def _interpolation(fields: Fields, default: int) -> str:
     number = fields.get("resample", default)
     known = {int(method): method.name.lower() for method in Image.Resampling}
-    if not is_whole(number) or number not in known:
+    if not is_whole(number, 0) or number not in known:
         names = ", ".join(f"{key} ({name})" for key, name in sorted(known.items()))
         raise fields.error("resample", f"a number of Pillow's: {names}")
     return known[number]

@@ -7,6 +7,7 @@ from etils import epath
 
 from flora_jax.errors import InputError
 from flora_jax.io.files import read_json
+from flora_jax.weights.metadata.kinds import FLAG, NUMBER, NUMBERS, TEXT, Kind, is_whole
 
 
 class Fields:
@@ -55,45 +56,30 @@ class Fields:
         return Fields(f"{self.where}: {name}", inner)
 
     def text(self, name: str, default: str) -> str:
-        value = self.get(name, default)
-        if not isinstance(value, str):
-            raise self.error(name, "a string")
-        return value
+        return self._checked(name, default, TEXT)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise self.error(name, "true or false")
-        return value
+        return self._checked(name, default, FLAG)
 
     def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if not _is_number(value):
-            raise self.error(name, "a number")
-        return value
+        return self._checked(name, default, NUMBER)
 
     def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """A list of numbers, or one."""
         value = self.get(name, default)
-        values = (value,) if _is_number(value) else value
-        if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
-            raise self.error(name, "a list of numbers")
-        return tuple(values)
+        return (value,) if NUMBER.fits(value) else tuple(self._checked(name, default, NUMBERS))
+
+    def _checked(self, name: str, default: Any, kind: Kind) -> Any:
+        value = self.get(name, default)
+        if not kind.fits(value):
+            raise self.error(name, kind.title)
+        return value
 
     def side(self, name: str, default: int | None = None) -> int:
         """A number of pixels, or a list of equal ones: pictures are square here."""
         value = self.get(name, default)
         sides = set(value) if isinstance(value, list | tuple) and value else {value}
         (side, *others) = sides
-        if others or not is_whole(side) or side < 1:
+        if others or not is_whole(side):
             raise self.error(name, "the side of a square in whole pixels")
         return int(side)
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number, of JSON's and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,10 +8,10 @@ from etils import epath
 from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
 from flora_jax.models.spec import Spec
-from flora_jax.weights import hugging_face_config, timm_config
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.hub import local_folder
-from flora_jax.weights.strangers import what_is_in
+from flora_jax.weights.metadata import hugging_face, timm
+from flora_jax.weights.metadata.strangers import what_is_in
 
 CONFIG_FILE = "config.json"
 
@@ -60,13 +60,13 @@ def spec_of_config(config: Any) -> Spec:
             f"{config['_class_name']} is a model of diffusers, no vision transformer"
         )
     if _is_timm(config):
-        return timm_config.spec_of_config(config)
-    return hugging_face_config.spec_of_config(config)
+        return timm.spec_of_config(config)
+    return hugging_face.spec_of_config(config)
 
 
 def says(config: Mapping, field: str) -> bool:
     """Whether a config.json itself says a field of its spec: timm's do, by the architecture."""
-    return _is_timm(config) or hugging_face_config.says(config, field)
+    return _is_timm(config) or hugging_face.says(config, field)
 
 
 def _is_timm(config: Mapping) -> bool:

@@ -9,7 +9,7 @@ from flora_jax.errors import InputError, UnknownNetworkError
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.json_kinds import (
+from flora_jax.weights.metadata.kinds import (
     COUNT,
     FLAG,
     NUMBER,
@@ -22,7 +22,7 @@ from flora_jax.weights.json_kinds import (
     check_kinds,
     or_null,
 )
-from flora_jax.weights.strangers import kind_of_model
+from flora_jax.weights.metadata.strangers import kind_of_model
 
 _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP ratio
     "tiny": (192, 12, 3, 4),

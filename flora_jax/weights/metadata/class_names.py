@@ -5,9 +5,9 @@ import re
 from etils import epath
 
 from flora_jax.io.files import read_json
-from flora_jax.weights.config import CONFIG_FILE
-from flora_jax.weights.fields import Fields
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.metadata.fields import Fields
+from flora_jax.weights.metadata.spec import CONFIG_FILE
 
 CLASSES_FILE = "classes.json"
 

@@ -31,7 +31,8 @@ def check_kinds(config: Mapping[str, Any], kinds: Mapping[str, Kind], at: str = 
             raise InputError(f"{at}{name} is {config[name]!r}; expected {kind.title}")
 
 
-def _is_whole(value: Any, least: int = 1) -> bool:
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether it is a whole number of JSON, no truth value, and at least this."""
     return type(value) is int and value >= least
 
 
@@ -45,15 +46,16 @@ def _are(fits: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
     )
 
 
-_are_whole = _are(_is_whole, least=1)
+_are_whole = _are(is_whole, least=1)
 
-COUNT = Kind("a whole number of at least 0", lambda value: _is_whole(value, 0))
-SIZE = Kind("a whole number of at least 1", _is_whole)
+COUNT = Kind("a whole number of at least 0", lambda value: is_whole(value, 0))
+SIZE = Kind("a whole number of at least 1", is_whole)
 SIZES = Kind("a list of whole numbers of at least 1", _are_whole)
 SIZE_OR_SIZES = Kind(
-    "a whole number of at least 1 or a list of such", lambda v: _is_whole(v) or _are_whole(v)
+    "a whole number of at least 1 or a list of such", lambda v: is_whole(v) or _are_whole(v)
 )
 NUMBER = Kind("a number of at least 0", _is_number)
+NUMBERS = Kind("a list of numbers of at least 0", _are(_is_number))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 TEXTS = Kind("a list of strings", _are(lambda value: isinstance(value, str)))
