@@ -29,10 +29,10 @@ from .search.allocation import allocate as allocate
 from .search.evolution import EvolutionSettings as EvolutionSettings
 from .stages.settings import Settings as Settings
 from .training.settings import Recipe as Recipe
-from .weights.metadata.spec import read_spec as read_spec
 from .weights.export import export_timm as export_timm
 from .weights.folder import load as load
 from .weights.folder import save as save
 from .weights.metadata.preprocessing import read_preprocessing as read_preprocessing
+from .weights.metadata.spec import read_spec as read_spec
 from .weights.pretrained import from_pretrained as from_pretrained
 from .weights.pretrained import from_state_dict as from_state_dict
