@@ -5,8 +5,8 @@
 
 The runs must have the same budgets and test images. Error bars are paired 95 % intervals of the
 difference to the dense model, over images, seeds pooled image by image. `--others NAME RUN...` adds
-the subnets of other runs under a name. With several budgets it also prints how many
-fewer multiply-adds the subnet needs for what uniform ranks reach, read off the two fronts.
+the subnets of other runs under a name. With several budgets it also prints how many fewer
+multiply-adds the subnet has than uniform ranks that are as good, read off their front.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     is_front = len(fronts["subnet"]["macs"]) > 2  # one budget and dense say nothing of between
     for measure in MEASURES if is_front else ():
         saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
-        print(f"{measure}: the subnet needs {saved} for what uniform ranks reach")
+        print(f"{measure}: MACs of the subnet and of uniform ranks as good: {saved}")
 
 
 def front(runs: list[pathlib.Path], kind: str) -> dict:
@@ -85,25 +85,30 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
 
 
 def fewer_macs(uniform: dict, subnet: dict, measure: str) -> str:
-    """Where the subnet's front reaches what uniform ranks reach, with a bootstrap interval."""
+    """What the subnets save of what uniform ranks need to be as good, with bootstrap intervals.
+
+    Read off the front of uniform ranks, which ends at the dense model; what is better than that
+    counts as if it were as good.
+    """
     size, rng = len(uniform["results"][0][measure]), np.random.default_rng(0)
+    budgets = subnet["macs"][:-1]
 
     def saved(images: np.ndarray) -> np.ndarray:
         ours, theirs = (
-            [result[measure][images].mean() for result in found["results"]]
+            np.array([result[measure][images].mean() for result in found["results"]])
             for found in (subnet, uniform)
         )
-        order = np.argsort(ours)
-        needed = np.interp(theirs[:-1], np.array(ours)[order], subnet["macs"][order])
-        return 100 * (1 - needed / uniform["macs"][:-1])
+        is_better = np.append(True, theirs[1:] > np.maximum.accumulate(theirs)[:-1])
+        needed = np.interp(ours[:-1], theirs[is_better], uniform["macs"][is_better])
+        return 100 * (1 - budgets / np.where(ours[:-1] > theirs.max(), 1, needed))
 
     middle = saved(np.arange(size))
     low, high = np.percentile(
         [saved(rng.integers(size, size=size)) for _ in range(2000)], (2.5, 97.5), axis=0
     )
     return ", ".join(
-        f"{m:.0f} % ({a:.0f}..{b:.0f}) fewer MACs than {100 * share:.0f} %"
-        for m, a, b, share in zip(middle, low, high, uniform["macs"][:-1], strict=True)
+        f"{m:.0f} % ({a:.0f}..{b:.0f}) fewer at {100 * share:.0f} % of the dense model's"
+        for m, a, b, share in zip(middle, low, high, budgets, strict=True)
     )
 
 
