@@ -121,6 +121,13 @@ def test_what_cannot_be(weights, pictures, field, value, message):
         settings_of(config)
 
 
+def test_too_few_pictures(weights, tmp_path):
+    for i in range(6):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", np.full((9, 9, 3), 40 * i, np.uint8))
+    with pytest.raises(ValueError, match=r"leaves 3 images to train with.*at least 8 are needed"):
+        settings_of(config_of(weights, tmp_path))
+
+
 def test_without_a_word_about_pictures_the_usual_is_assumed(weights, pictures, tmp_path, caplog):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(weights / name)
@@ -146,8 +153,8 @@ def test_rules_make_recipes(num_images):
     assert num_images // batch >= 2
     assert 0.02 <= rules.heldout_fraction(num_images, 2) <= 0.25
     assert rules.learning_rate(3e-4, 64) == 3e-4
-    at_measured = rules.learning_rate(3e-4, 256) * 256, rules.learning_rate(3e-4, 64) * 64
-    assert at_measured[0] == 2 * at_measured[1]
+    steps = [rules.learning_rate(3e-4, size) * size / 512 for size in (8, 64, 256)]
+    assert steps == [3.75e-5, 3.75e-5, 7.5e-5]
 
 
 def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):

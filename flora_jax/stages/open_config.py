@@ -64,6 +64,11 @@ def closed(config: Mapping) -> dict[str, Any]:
     )
     share = values["data"]["heldout_fraction"] or rules.heldout_fraction(num_images, num_classes)
     num_train = round((1 - share) * num_images)
+    if num_train < rules.LEAST_IMAGES:
+        raise InputError(
+            f"{values['data']['name']} leaves {num_train} images to train with, beside "
+            f"{num_images - num_train} to choose by; at least {rules.LEAST_IMAGES} are needed"
+        )
     found: dict[str, Any] = {
         "train_pretrained": not has_classifier,
         "stages": _stages(spec, num_classes),

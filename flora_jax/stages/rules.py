@@ -8,7 +8,8 @@ import math
 
 _MEASURED_IMAGES, _MEASURED_EPOCHS, _MEASURED_BATCH = 2000, 8.0, 64
 _FEWEST_EPOCHS, _MOST_EPOCHS = 5.0, 40.0
-_LEAST_BATCH, _BATCHES_AN_EPOCH = 8, 8
+LEAST_IMAGES = 8
+_BATCHES_AN_EPOCH = 8
 _HELD_OUT_A_CLASS, _HELD_OUT_IN_ALL = 30, 300
 _ENOUGH_FOR_TOP1 = 5000
 
@@ -28,13 +29,18 @@ def batch_size(num_images: int, num_devices: int) -> int:
     for threshold, larger in ((20_000, 256), (200_000, 1024)):
         if num_images >= threshold:
             wanted = larger
-    fits = 2 ** int(math.log2(max(num_images / _BATCHES_AN_EPOCH, _LEAST_BATCH)))
+    fits = 2 ** int(math.log2(max(num_images / _BATCHES_AN_EPOCH, LEAST_IMAGES)))
     return -(-min(wanted, fits) // num_devices) * num_devices
 
 
 def learning_rate(measured: float, batch_size: int) -> float:
-    """For 512 images: the rate of a step grows as the square root of the batch, as Adam wants."""
-    return float(f"{measured * math.sqrt(_MEASURED_BATCH / batch_size):.2g}")
+    """For 512 images; `measured` at a batch of 64.
+
+    The rate of a step grows as the square root of a larger batch, as Adam wants it, and stays in a
+    smaller one, for few images make few steps.
+    """
+    share = _MEASURED_BATCH / batch_size
+    return float(f"{measured * (math.sqrt(share) if share < 1 else share):.2g}")
 
 
 def heldout_fraction(num_images: int, num_classes: int) -> float:
