@@ -246,9 +246,9 @@ def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, 
 class HeldOut:
     """Looks at a model while it trains: an evaluator of `train`.
 
-    It yields "heldout_" and each metric's name, the deciding one first; of a supernet these of its
-    full rank, and with "_middle" and "_smallest" behind them of two subnets. Where less is better
-    it yields "heldout_score" before, for the greatest first value marks the best parameters.
+    It yields each metric as `heldout_NAME`, the deciding one first; of a supernet these of its full
+    rank, and with `_middle` and `_smallest` behind them of two subnets. Where less is better it
+    yields "heldout_score" before, for the greatest first value marks the best parameters.
 
     Attributes:
       images: that the model is not trained on.
