@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from flora_jax.data.decoding import WHITE
 from flora_jax.data.geometry import INTERPOLATIONS, eval_resize_crop, match_channels, resize
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, check_known
@@ -64,12 +65,12 @@ class Preprocessing:
     """
 
     image_size: int
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    interpolation: str = "bicubic"
-    background: tuple[int, ...] = (255, 255, 255)
+    mean: tuple[float, ...] = Normalization.mean
+    std: tuple[float, ...] = Normalization.std
+    crop_pct: float = Crop.crop_pct
+    crop_mode: str = Crop.crop_mode
+    interpolation: str = Crop.interpolation
+    background: tuple[int, ...] = WHITE
 
     def __post_init__(self):
         self.crop(3)  # checks what it takes

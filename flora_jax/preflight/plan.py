@@ -14,7 +14,7 @@ from etils import epath
 from flora_jax.io.paths import is_url
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
-from flora_jax.preflight.table import size_text
+from flora_jax.preflight.table import aligned, size_text
 from flora_jax.report.table import human_count
 from flora_jax.search.latency import measure_networks
 from flora_jax.stages.budget import extracted_kinds
@@ -128,14 +128,14 @@ def plan(settings: Settings, images: Images, workdir: epath.Path, done: dict) ->
     spec, work = network_spec(settings), list(work_of(settings, images))
     batch = min(_MOST_IMAGES, settings.data.eval_batch_size)
     ms = np.median(measure_networks({"dense": spec}, batch, rounds=5)["dense"]) / batch
-    rows, total = [["stage", "", "images", "epochs", "steps", "minutes"]], 0.0
+    longest = max(map(len, settings.stages))
+    rows, total = [["stage", "images", "epochs", "steps", "minutes"]], 0.0
     for each in work:
         minutes = 0.0 if each.stage in done else each.passes * ms / 60_000
         total += minutes
         rows.append(
             [
-                each.stage,
-                each.what,
+                f"{each.stage:<{longest}}  {each.what}",
                 f"{each.images:,}" if each.images else "",
                 f"{each.epochs:g}" if each.steps else "",
                 f"{each.steps:,}" if each.steps else "",
@@ -145,7 +145,7 @@ def plan(settings: Settings, images: Images, workdir: epath.Path, done: dict) ->
     splits, needed = images.splits, bytes_of(settings, spec)
     return "\n".join(
         [
-            *_aligned(rows),
+            *aligned(rows),
             "",
             f"{len(splits.train):,} images to train with, {len(splits.heldout):,} to choose by, "
             f"{len(splits.test):,} to report on; {splits.num_classes or 'no'} classes",
@@ -162,13 +162,3 @@ def _free(folder: epath.Path) -> str:
         return ""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return f", where {size_text(shutil.disk_usage(there).free)} are free"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            (*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:]))
-        ).rstrip()
-        for row in rows
-    ]

@@ -49,6 +49,11 @@ def lines_of(columns: list[dict[str, str]]) -> list[str]:
     """The rows of all columns; those of one alone are empty in the others."""
     titles = sorted({t: None for c in columns for t in c}, key=lambda t: t == "compiled in")
     rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """The rows as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return [
         "  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))).rstrip()
