@@ -23,9 +23,9 @@ def get_config():
         config.image_size = placeholder(int)
         for name in ("stages", "pretrained", "train_pretrained", "metric"):
             config[name] = placeholder(type(config[name]))
-        for name in ("name", "heldout_fraction", "mean", "std", "crop_pct", "crop_mode"):
+        for name in ("name", "heldout_fraction", "heldout_by", "mean", "std", "crop_pct"):
             config.data[name] = placeholder(type(config.data[name]))
-        for name in ("interpolation", "num_threads"):
+        for name in ("crop_mode", "interpolation", "num_threads"):
             config.data[name] = placeholder(type(config.data[name]))
         for recipe in (config.pretrain, config.supernet, config.finetune):
             for name in ("epochs", "batch_size", "learning_rate"):
@@ -36,7 +36,7 @@ def get_config():
     config.space.ratios = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
     config.budget.macs = (0.45, 0.5)
     config.supernet_law = "nested"
-    config.allocation.images = 128
+    config.allocation.images = 192
     config.search.update({"generations": 4, "population": 24, "mutants": 10, "crossovers": 6})
     shared = {"warmup_epochs": 0.5, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
     for recipe in (config.pretrain, config.supernet, config.finetune):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.search.allocation import best_within, multiplier_path
+from flora_jax.search.allocation import best_within, multiplier_path, nearly_uniform
 from flora_jax.search.knapsack import least_loss
 from flora_jax.search.sensitivity import Sensitivity
 
@@ -69,8 +69,7 @@ def test_knapsack_below_the_cheapest():
 @pytest.mark.parametrize("measure", ["divergence", "squared_error"])
 def test_drops_are_those_of_the_whole_network(supernet, tiny_images, measure):
     space = supernet.space
-    twice = [tiny_images[:2], tiny_images[2:], tiny_images]
-    sensitivity = Sensitivity(supernet, twice, measure)
+    sensitivity = Sensitivity(supernet, np.repeat(tiny_images, 2, axis=0), measure)
     drops = sensitivity.drops()
     dense = supernet(tiny_images, space.full_rank_genes)
     for layer in range(space.num_layers):
@@ -99,7 +98,7 @@ def test_another_reference(supernet, tiny_model, tiny_images):
 
 def test_drops_around_other_genes_reach_as_far_as_they_are_asked(supernet, tiny_images):
     space = supernet.space
-    sensitivity = Sensitivity(supernet, [tiny_images, tiny_images])
+    sensitivity = Sensitivity(supernet, np.repeat(tiny_images, 2, axis=0))
     genes = np.array([0, 1, 2, 1, 0, 2], np.int32)
     base = sensitivity.loss(genes)
     for layer, drop in enumerate(sensitivity.drops(genes, reach=1)):
@@ -137,6 +136,27 @@ def test_allocation_stays_in_the_kept_triples(tiny_space):
     least, most = space.macs_range()
     genes = best_within(space, drops, space.macs_cost, [least, (least + most) // 2, most])
     assert space.contains(genes).all()
+
+
+def test_nearly_uniform_choices_spend_what_the_common_one_leaves(tiny_space):
+    space, cost = tiny_space, tiny_space.macs_cost
+    drops = [np.array([0.3, 0.1, 0.0])] * 5 + [np.array([0.9, 0.1, 0.0])]
+    common, dearer = space.macs(np.full(6, 0)), space.macs(np.append(np.zeros(5, int), 1))
+    for budget, last in ((common, 0), (dearer, 1)):
+        (genes,) = nearly_uniform(space, drops, cost, budget)
+        np.testing.assert_array_equal(genes, [0, 0, 0, 0, 0, last])
+    (genes,) = nearly_uniform(space, drops, cost, space.macs_range()[1])
+    np.testing.assert_array_equal(genes, space.full_rank_genes)
+    far = space.keep([np.array([[0, 0, 0], [2, 2, 2]])] * 2)
+    assert not nearly_uniform(far, drops, cost, far.macs_range()[1] - 1)
+
+
+def test_single_image_serves_both_ways(supernet, tiny_images):
+    space = supernet.space
+    sensitivity = Sensitivity(supernet, tiny_images[:1])
+    genes = space.full_rank_genes
+    genes[0] = 0
+    np.testing.assert_allclose(sensitivity.drops()[0][0], sensitivity.loss(genes), atol=1e-5)
 
 
 @settings(deadline=None)

@@ -21,9 +21,10 @@ from flora_jax.data.folder_layout import check_several_classes, find_layout, ope
 from flora_jax.data.image_folder import ImageFolderSource, unlabelled_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, unknown
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
+HELD_OUT_BY = ("name", "content")
 TEST_SEED = 0  # not the user's seed: the reported images never change
 
 
@@ -147,6 +148,7 @@ def load_splits(
     max_megapixels: float = sources.MAX_MEGAPIXELS,
     heldout_split: str | None = None,
     background: tuple[int, ...] = WHITE,
+    heldout_by: str = "name",
 ) -> Splits:
     """The splits of a dataset.
 
@@ -171,15 +173,20 @@ def load_splits(
         TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
 
     Raises:
-      InputError: unknown name, class or on_bad_image, fraction not between 0 and 1, dataset not
-        on disk, a folder whose two splits have different classes or that cannot be split since a
-        class has too few images, labels that are no class, a single class, or two images with one
-        key.
+      InputError: unknown name, class, on_bad_image or heldout_by, "content" of what is no folder
+        with classes, fraction not between 0 and 1, dataset not on disk, a folder whose two splits
+        have different classes or that cannot be split since a class has too few images, labels
+        that are no class, a single class, or two images with one key.
     """
     _check_fraction(heldout_fraction)
     check_background(background)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
+    if heldout_by not in HELD_OUT_BY:
+        raise InputError(unknown("heldout_by", heldout_by, HELD_OUT_BY))
+    by_content = heldout_by == "content" and not heldout_split
+    if by_content and not name.startswith("folder:"):
+        raise InputError(f"heldout_by 'content' needs a dataset folder:PATH, not {name}")
     decoding = {"max_megapixels": max_megapixels, "background": background}
     opened = _open(name, data_dir, test_split, heldout_split, least_side, decoding)
     if num_classes := opened["training"].num_classes:
@@ -189,7 +196,7 @@ def load_splits(
         part: _of_classes(source, classes) if classes else source for part, source in opened.items()
     }
     check_several_classes(name, parts["training"])
-    if "test" not in parts:
+    if "test" not in parts or by_content:
         shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
         missing = {part: share for part, share in shares.items() if part not in parts}
         parts |= _split_by_content(opened["training"], parts["training"], missing)
@@ -263,7 +270,8 @@ def _split_by_content(
         part: dataclasses.replace(whole, indices=whole.indices[indices])
         for part, indices in parts.items()
     }
-    subsets["test"] = dataclasses.replace(subsets["test"], source=folder.with_least_side(None))
+    if "test" in subsets:
+        subsets["test"] = dataclasses.replace(subsets["test"], source=folder.with_least_side(None))
     return subsets
 
 

@@ -30,6 +30,7 @@ _TRAIN, _CALIBRATE = 4.5, 3
 _BYTES = 4  # of a parameter
 _CHECKPOINT = 3  # copies of the parameters in it: themselves and AdamW's two moments
 _KEPT_CHECKPOINTS = 2
+_ROUNDS = 6  # of exchanges, from both starts together
 _MOST_IMAGES = 16  # measured at once
 
 
@@ -86,8 +87,9 @@ def work_of(settings: Settings, images: Images) -> Iterator[Work]:
         elif stage == "supernet":
             yield training(stage, "training", settings.supernet, middle, num_train)
         elif stage == "allocate":
-            number = min(settings.allocation.images, num_train)
-            yield Work(stage, "drops and exchanges", number, 1, 0, _allocation(space, number))
+            number = min(settings.allocation.images, num_train + heldout)
+            passes = _allocation(space, number, len(budgets))
+            yield Work(stage, "drops and exchanges", number, 1, 0, passes)
         elif stage == "search":
             found = settings.search.generations * settings.search.population
             passes = found * heldout * sum(budgets)
@@ -105,10 +107,10 @@ def work_of(settings: Settings, images: Images) -> Iterator[Work]:
             yield Work(stage, STAGES[stage], 0, 0, 0, 0)
 
 
-def _allocation(space: RankSpace, images: int) -> float:
-    """Half of the images: half a network for each choice, and four rounds of their neighbours."""
+def _allocation(space: RankSpace, images: int, budgets: int) -> float:
+    """Half of the images: half a network for each choice, and some rounds of their neighbours."""
     choices = sum(map(len, space.choices))
-    return images / 2 * (choices / 2 + 4 * space.num_layers)
+    return images / 2 * (choices / 2 + budgets * _ROUNDS * space.num_layers)
 
 
 def bytes_of(settings: Settings, spec: Spec) -> int:

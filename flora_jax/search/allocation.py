@@ -64,36 +64,62 @@ def allocate_by(
     """Genes int32 [K, L] for budgets of any cost, out of the drops at full rank and what follows.
 
     The drops say where to start. There, drops of choices nearby are measured anew and ranks are
-    exchanged, as long as that makes the whole network better.
+    exchanged, as long as that makes the whole network better. So it goes on from two starts, for
+    exchanges find no way from one to the other.
     """
     space = sensitivity.space
-    with Progress("allocate", total=_ROUNDS * len(budgets), unit="round") as progress:
-        found = []
-        for budget in budgets:
-            genes = _start(sensitivity, drops, cost, budget)
+    with Progress("allocate", total=2 * _ROUNDS * len(budgets), unit="round") as progress:
+
+        def descend(genes: np.ndarray, budget: int) -> np.ndarray:
             for _ in range(_ROUNDS):
                 genes, before = _exchange(sensitivity, genes, cost, budget), genes
                 progress.update(loss=sensitivity.loss(genes))
                 if (genes == before).all():
                     break
-            found.append(genes)
+            return genes
+
+        found = [
+            min(
+                (descend(start, budget) for start in _starts(sensitivity, drops, cost, budget)),
+                key=sensitivity.loss,
+            )
+            for budget in budgets
+        ]
     return np.array(found, np.int32).reshape(-1, space.num_layers)
 
 
-def _start(
+def _starts(
     sensitivity: Sensitivity, drops: list[np.ndarray], cost: Cost, budget: int
-) -> np.ndarray:
-    """The best of: least sum of drops, least sum of their roots, and the same choice everywhere.
+) -> list[np.ndarray]:
+    """The better of least sum of drops and least sum of their roots; and nearly uniform choices.
 
     Drops add up where errors are small and independent, their roots where errors point the same
     way.
     """
     space = sensitivity.space
     roots = [np.sqrt(np.maximum(drop, 0)) for drop in drops]
-    starts = [best_within(space, each, cost, [budget])[0] for each in (drops, roots)]
-    same = [np.minimum(gene, space.full_rank_genes) for gene in range(max(map(len, drops)))]
-    same = [genes for genes in same if cost(genes) <= budget and space.contains(genes)]
-    return min(starts + same[-1:], key=sensitivity.loss)
+    sums = [best_within(space, each, cost, [budget])[0] for each in (drops, roots)]
+    return [min(sums, key=sensitivity.loss), *nearly_uniform(space, drops, cost, budget)]
+
+
+def nearly_uniform(
+    space: RankSpace, drops: list[np.ndarray], cost: Cost, budget: int
+) -> list[np.ndarray]:
+    """The largest common choice inside the budget, and one more where what is left does most.
+
+    None where no common choice is affordable, or the kept triples are not that near to it.
+    """
+    common = [np.minimum(gene, space.full_rank_genes) for gene in range(max(map(len, drops)))]
+    affordable = [genes for genes in common if cost(genes) <= budget]
+    if not affordable:
+        return []
+    near = [
+        np.where(np.isin(np.arange(len(drop)), (gene, gene + 1)), drop, np.inf)
+        for drop, gene in zip(drops, affordable[-1], strict=True)
+    ]
+    genes = best_within(space, near, cost, [budget])[0]
+    is_near = np.isin(genes - affordable[-1], (0, 1)).all()
+    return [genes] if is_near and cost(genes) <= budget else []
 
 
 def _exchange(sensitivity: Sensitivity, genes: np.ndarray, cost: Cost, budget: int) -> np.ndarray:

@@ -81,9 +81,9 @@ class Sensitivity:
             whole = compiled_method(replicated(reference, mesh), type(reference).__call__, mesh)
             self._reference = functools.partial(whole, None)
         every_image = np.concatenate(image_batches(images, self.space.spec))
-        half = len(every_image) // 2
-        self._to_try = self._on_devices(every_image[: half or None])
-        self._to_judge = self._on_devices(every_image[half:])
+        # Every other one, for images often come class by class.
+        self._to_try = self._on_devices(every_image[::2])
+        self._to_judge = self._on_devices(every_image[len(every_image) > 1 :: 2])
         self._losses: dict[tuple[int, ...], float] = {}
 
     def _on_devices(self, images: np.ndarray) -> "_Part":

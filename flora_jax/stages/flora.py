@@ -140,7 +140,7 @@ def allocate(run: Run, images: Images) -> None:
 
 def _sensitivity(run: Run, images: Images, supernet: Supernet) -> Sensitivity:
     number, normalization = run.settings.allocation.images, run.settings.data.normalization
-    batches = images.without_augmentation(number, "allocate")
+    batches = images.unseen(number, "allocate")
     normalized = (np.asarray(normalization(jnp.asarray(batch))) for batch in batches)
     return Sensitivity(supernet, normalized, reference=load_base(run))
 

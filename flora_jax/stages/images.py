@@ -36,6 +36,7 @@ class Images:
             data_dir=data.data_dir or None,
             test_split=data.test_split or None,
             heldout_split=data.heldout_split or None,
+            heldout_by=data.heldout_by,
             on_bad_image=data.on_bad_image,
             classes=data.classes,
             least_side=data.augmentation.train(spec.image_shape).least_side,
@@ -100,11 +101,27 @@ class Images:
 
     def labelled(self, number: int, purpose: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The batches of `without_augmentation`, each with its labels int32 [B]."""
+        return self._some_of(self.train, number, purpose)
+
+    def unseen(self, number: int, purpose: str) -> Iterator[np.ndarray]:
+        """As `without_augmentation`, but held-out images, and training ones if these are too few.
+
+        How far a subnet is from a model that knows its training images by heart, these do not say.
+        """
+        missing = max(0, number - len(self.splits.heldout))
+        parts = [self._some_of(self.splits.heldout, number, purpose)]
+        if missing:
+            parts.append(self.labelled(missing, purpose))
+        return (images for part in parts for images, _ in part)
+
+    def _some_of(
+        self, source: Source, number: int, purpose: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         seed = self._settings.seed_of(purpose)
-        order = np.random.default_rng(seed).permutation(len(self.train))[:number]
-        data, source = self._settings.data, subset(self.train, np.sort(order))
+        order = np.random.default_rng(seed).permutation(len(source))[:number]
+        data, some = self._settings.data, subset(source, np.sort(order))
         size = min(data.eval_batch_size, BATCH_SIZE)
-        for batch in eval_batches(source, self._crop, size, data.num_threads):
+        for batch in eval_batches(some, self._crop, size, data.num_threads):
             is_image = true_in_all(batch["mask"] > 0)
             if is_image.any():
                 yield batch["image"][is_image], batch["label"][is_image]

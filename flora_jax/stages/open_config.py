@@ -73,6 +73,7 @@ def closed(config: Mapping) -> dict[str, Any]:
         "train_pretrained": not has_classifier,
         "stages": _stages(spec, num_classes),
         "data.heldout_fraction": share,
+        "data.heldout_by": rules.heldout_by(values["data"]["name"], num_images),
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
         "metric": rules.metric(num_images - num_train) if spec.num_classes else COSINE.name,
     }

@@ -44,7 +44,7 @@ class DataSettings:
     """Which images a run uses, and how they are prepared.
 
     Attributes:
-      name, data_dir, test_split, heldout_split, on_bad_image, heldout_fraction: as in
+      name, data_dir, test_split, heldout_split, heldout_by, on_bad_image, heldout_fraction: as in
         `load_splits`; an empty data_dir or split stands for the default.
       max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
         a bad image.
@@ -60,6 +60,7 @@ class DataSettings:
     data_dir: str = ""
     test_split: str = ""
     heldout_split: str = ""
+    heldout_by: str = "name"
     on_bad_image: str = "raise"
     max_megapixels: float = MAX_MEGAPIXELS
     classes: tuple[int, ...] = ()
