@@ -68,7 +68,7 @@ def test_all_follows_from_weights_and_pictures(weights, pictures):
     assert (data.crop_pct, data.crop_mode, data.interpolation) == (42 / 48, "center", "bilinear")
     assert settings.train_pretrained
     assert settings.metric == "log_likelihood"
-    assert data.heldout_fraction == 0.25
+    assert (data.heldout_fraction, data.heldout_by) == (0.25, "content")
     assert settings.pretrain.batch_size == 8
     assert "filter" not in settings.stages
     assert {"pretrain", "supernet", "search"} < set(settings.stages)
@@ -90,7 +90,7 @@ def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
     settings = settings_of(config)
     assert settings.model.num_classes == 0
     assert not settings.train_pretrained
-    assert settings.metric == "cosine"
+    assert (settings.metric, settings.data.heldout_by) == ("cosine", "name")
     assert "search" in settings.stages
 
 

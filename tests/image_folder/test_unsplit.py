@@ -105,6 +105,36 @@ def test_some_classes_and_held_out_images_of_ones_own(moths, tmp_path):
     )
 
 
+def test_no_copy_of_a_training_image_is_held_out_by_content(moths, tmp_path):
+    for name in ("hawk", "silk"):
+        save(tmp_path / f"val/{name}/0.png", scene(90))
+    moths.rename(tmp_path / "train")
+    by_name, by_content = (
+        splits.load_splits(f"folder:{tmp_path}", 0.2, heldout_by=by) for by in splits.HELD_OUT_BY
+    )
+    assert keys(by_content.test) == keys(by_name.test)
+    assert len(by_content.train) + len(by_content.heldout) == 70
+
+    def torn_apart(loaded):
+        drawings = [{name.split(".")[0].split("-")[0] for name in part} for part in parts(loaded)]
+        return drawings[0] & drawings[1]
+
+    assert torn_apart(by_name)
+    assert not torn_apart(by_content)
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "message"),
+    [
+        ("digits", "content", "'content' needs a dataset folder:PATH, not digits"),
+        ("digits", "contents", r"unknown heldout_by 'contents'.*did you mean 'content'"),
+    ],
+)
+def test_what_cannot_be_held_out_so(name, by, message):
+    with pytest.raises(ValueError, match=message):
+        splits.load_splits(name, heldout_by=by)
+
+
 def test_plain_pictures_are_copies_of_nothing():
     """Blank pages and flat colours, some with a speck; two equal files are one all the same."""
     flat = [np.full((50, 50, 3), value, np.uint8) for value in range(0, 250, 10)]
