@@ -259,3 +259,9 @@ def test_score_block_keeps_the_order_of_the_kept_triples(supernet, evaluation_se
     every_score = score_block(supernet, 1, evaluation_set)
     for metric in ("top1", "log_likelihood"):
         np.testing.assert_array_equal(some[metric], every_score[metric][rows])
+
+
+def test_a_network_and_a_space_of_other_ranks_are_no_supernet(supernet):
+    other = flora.RankSpace.regular(supernet.space.spec, (0.5, 1.0))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv of the network takes the ranks"):
+        flora.Supernet(supernet.network, other)

@@ -32,11 +32,29 @@ class Supernet:
     """Every rank configuration of a space in one network that shares all weights.
 
     `network` is the model itself. Its genes are slots (`flora_jax.models.functional`), one a
-    searchable layer; where nobody sets them, it is the network of full rank.
+    searchable layer; where nobody sets them, it is the network of full rank. `space` may keep fewer
+    triples than the network was built for.
+
+    Raises:
+      InputError: the network's ranks are others than the space's choices, so that genes would mean
+        other ranks than the space says; names the layer.
     """
 
     network: Network
     space: RankSpace
+
+    def __post_init__(self):
+        built = {
+            ".".join(map(str, path)): module.ranks
+            for path, module in nnx.iter_modules(self.network)
+            if isinstance(module, RankedLinear)
+        }
+        for layer, ranks in zip(self.space.spec.layers, self.space.choices, strict=True):
+            if built.get(layer.name) != ranks:
+                raise InputError(
+                    f"{layer.name} of the network takes the ranks {built.get(layer.name)}, of the "
+                    f"space {ranks}; a supernet of another space is made anew by factorize"
+                )
 
     def __call__(self, images: jax.Array, genes) -> jax.Array:
         """images float32 [B, H, W, C], genes int [L] (may be traced) -> logits [B, classes].
