@@ -16,7 +16,7 @@ import tempfile
 import time
 
 import flora_jax as flora
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 
 LIMIT_SECONDS, LIMIT_GIB = 60, 3
 

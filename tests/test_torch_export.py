@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.torch_models import TOLERANCE, images, randomise, torch, torch_logits
 

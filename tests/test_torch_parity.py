@@ -5,7 +5,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.metadata.spec import spec_of_config
 from flora_jax.weights.pretrained import from_pretrained, from_state_dict
 from tests.helpers.torch_models import TOLERANCE, images, randomise, torch, torch_logits

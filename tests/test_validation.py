@@ -11,7 +11,7 @@ from flora_jax.configs import deit_b, deit_s, deit_t, digits, swin_b, swin_s, sw
 from flora_jax.stages import validation
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.settings import Settings
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
 
 

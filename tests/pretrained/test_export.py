@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import flora_jax as flora
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.pretrained import from_pretrained
 from tests.helpers.weights import VIT, assert_same
 

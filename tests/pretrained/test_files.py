@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax.models import functional
 from flora_jax.weights import layouts
-from flora_jax.weights.export import export_timm
+from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.pretrained import from_pretrained
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers.weights import SWIN, VIT, assert_same, random_model, written

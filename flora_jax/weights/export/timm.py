@@ -1,15 +1,13 @@
-"""Models out: weights under the names that timm gives them."""
+"""Weights under the names that timm gives them."""
 
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from flora_jax.errors import InputError
 from flora_jax.io.files import replacing
-from flora_jax.io.paths import user_path
-from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models import functional
 from flora_jax.models.network import Network
+from flora_jax.weights.export.refusals import check_is_one_network, file_named
 from flora_jax.weights.layouts import timm
 
 
@@ -23,11 +21,8 @@ def export_timm(model: Network, path: epath.PathLike) -> None:
     Raises:
       InputError: the model is a supernet, or `path` does not end in .safetensors.
     """
-    path = user_path(path)
-    if isinstance(model, Supernet):
-        raise InputError("a supernet holds many networks: extract one first, then export it")
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path.name} must end in .safetensors")
+    path = file_named(path, ".safetensors")
+    check_is_one_network(model)
     parameters = functional.split(model)[1]
     arrays: dict[str, np.ndarray] = {}
     for row in timm(model.spec):
