@@ -32,6 +32,8 @@ _NO_WEIGHT = re.compile(
 )
 # What of OpenCLIP's files is of the images' network.
 _OF_IMAGES = re.compile(r"(\w+\.)*?visual\.")
+# A training checkpoint of DINOv2 has its blocks in chunks, numbered on from one to the next.
+_CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(?=\d+\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
 def without_prefix(arrays: Mapping[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
     """The arrays under the names of their layout, without what wrappers put before (`copies`)."""
     arrays = {key: a for key, a in arrays.items() if _OF_IMAGES.match(key)} or arrays
+    arrays = {_CHUNK.sub(r"\1blocks.", key): a for key, a in arrays.items()}
     table = detect(arrays, spec).table(spec, arrays)
     names = names_within(arrays, [source for row in table for source in row.sources])
     return {name: arrays[key] for key, name in names.items()}

@@ -117,6 +117,17 @@ def test_the_masked_bias_of_dinov3s_keys():
     assert_same(flora.from_state_dict(arrays, spec), model)
 
 
+def test_chunks_of_dinov2s_training():
+    spec, arrays = modern.SPECS["timm_dinov2"], modern.arrays("timm_dinov2")
+    chunked = {
+        re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", key): array
+        for key, array in arrays.items()
+    }
+    assert "blocks.0.1.norm1.weight" in chunked
+    teacher = {f"teacher.backbone.{key}": array for key, array in chunked.items()}
+    assert_same(flora.from_state_dict(teacher, spec), flora.from_state_dict(arrays, spec))
+
+
 def test_packed_gates_of_dinov2():
     spec = dataclasses.replace(
         modern.SPECS["timm_dinov2"], gated_mlp=True, activation="silu", mlp_ratio=2, blocks=()
