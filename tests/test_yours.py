@@ -177,7 +177,9 @@ def test_from_pictures_to_a_subnet_in_one_command(weights, pictures, tmp_path):
         f"--config.data.name=folder:{pictures}",
         "--config.budget.macs=(0.6,0.8)",
         "--config.space.ratios=(0.25,0.5,1.0)",
+        "--config.pretrain.epochs=8.0",
         *(f"--config.{name}.epochs=3.0" for name in ("supernet", "finetune")),
+        "--config.search.generations=2",
         config="yours",
     )
     assert done.returncode == 0, done.stderr
