@@ -112,6 +112,9 @@ def save_and_load() -> None:
     model = flora.create(spec)
     flora.save(model, "gs://bucket/model")
     flora.export_timm(model, "gs://bucket/timm.safetensors")
+    for _ in range(2):  # anew, and over it
+        flora.export_torch(model, "gs://bucket/torch")
+    print(sorted(path.name for path in epath.Path("gs://bucket/torch").iterdir()))
     for path in ("gs://bucket/model", "gs://bucket/timm.safetensors"):
         ours, theirs = (functional.split(m)[1] for m in (model, flora.from_pretrained(path, spec)))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -119,7 +122,8 @@ def save_and_load() -> None:
 
 
 def test_models(address):
-    assert output("save_and_load()") == ["same", "same"]
+    exported = "['model.py', 'model.safetensors', 'spec.json']"
+    assert output("save_and_load()") == [exported, "same", "same"]
 
 
 @pytest.mark.faults

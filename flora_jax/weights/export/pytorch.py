@@ -1,0 +1,157 @@
+"""A finished model as a folder that PyTorch opens, without JAX and without this library."""
+
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import tempfile
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from flora_jax.errors import InputError, StorageError, few
+from flora_jax.io.files import read_json, replacing
+from flora_jax.io.paths import is_url, user_path
+from flora_jax.models import functional
+from flora_jax.models.layers import whole_bias
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.models.spec_json import spec_to_json
+from flora_jax.weights.export.refusals import check_is_one_network
+from flora_jax.weights.rows import patch_kernel
+
+log = logging.getLogger(__name__)
+
+SPEC_FILE, WEIGHTS_FILE, CODE_FILE = "spec.json", "model.safetensors", "model.py"
+# Of the largest output. Rounding makes 1e-6 of it; what is computed otherwise, far more than this.
+_TOLERANCE = 1e-4
+# What other names than ours `model.py` has.
+_MODULES = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm"}
+
+
+def export_torch(model: Network, folder: epath.PathLike) -> None:
+    """Writes a model as a folder that runs in PyTorch: it needs torch and safetensors alone.
+
+    `model.py` holds the network as plain torch modules, `spec.json` its shape, `model.safetensors`
+    its weights, float32. `load(folder)` of that file gives a torch module: images float32
+    [B, C, H, W], normalised, to logits [B, num_classes], or to features [B, D] without classes.
+
+    Where torch is installed, the folder's model is compared with this one on random images first;
+    otherwise the log says that it was not. `model.py` is written last: a folder with one is whole.
+    Files of an earlier export are replaced, others in the folder stay.
+
+    Raises:
+      InputError: the model is a supernet, or holds NaN or infinite parameters; the folder is a
+        file, or holds files but no earlier export; or PyTorch computes something else.
+      StorageError: the folder cannot be written.
+    """
+    folder = user_path(folder)
+    check_is_one_network(model)
+    _check_can_hold_an_export(folder)
+    parameters = functional.split(model)[1]
+    arrays = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
+    if strange := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise InputError(f"the model holds parameters that are NaN or infinite: {few(strange)}")
+    code = pathlib.Path(__file__).with_name(f"torch_{model.spec.family}.py")
+    files = {
+        SPEC_FILE: (json.dumps(spec_to_json(model.spec), indent=1) + "\n").encode(),
+        WEIGHTS_FILE: save(_state_dict(arrays, model.spec), metadata={"format": "pt"}),
+        CODE_FILE: code.read_bytes(),
+    }
+    _check_computes_the_same(model, files)
+    (folder / CODE_FILE).unlink(missing_ok=True)
+    for name, content in files.items():
+        with replacing(folder / name) as partial:
+            partial.write_bytes(content)
+
+
+def _check_can_hold_an_export(folder: epath.Path) -> None:
+    if not is_url(folder):  # what is in a bucket has no folders around it
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"{existing} is a file, where a folder is to be written")
+        if not os.access(existing, os.W_OK):
+            raise StorageError(f"{existing} cannot be written: no permission")
+    if not folder.exists() or _is_an_export(folder):
+        return
+    # What is hidden, such as .git, is in nobody's way.
+    if found := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
+        raise InputError(
+            f"{folder} holds {few(found)}, and no earlier export: give an empty or a new folder"
+        )
+
+
+def _is_an_export(folder: epath.Path) -> bool:
+    """Whether an export was begun here; the `spec.json` of `flora_jax.save` is another."""
+    try:
+        description = read_json(folder / SPEC_FILE)
+    except (OSError, InputError):
+        return False
+    return isinstance(description, dict) and "family" in description
+
+
+def _state_dict(parameters: dict[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
+    """Our parameters under the names and in the layouts that `model.py` gives them."""
+    arrays = {}
+    for name, array in parameters.items():
+        module, _, kind = name.rpartition(".")
+        torch_module = _MODULES.get(module, module)
+        if kind == "kernel" and module == "patch_embed.proj":
+            name, array = f"{torch_module}.weight", patch_kernel(spec).write(array)
+        elif kind == "kernel":
+            name, array = f"{torch_module}.weight", array.T
+        elif kind == "scale":
+            name = f"{torch_module}.weight"
+        elif kind == "down":
+            name = f"{torch_module}.down.weight"
+        elif kind == "up":
+            name, array = f"{torch_module}.up.weight", array.T
+        elif kind == "bias":
+            up = parameters.get(f"{module}.up")
+            name = f"{torch_module}.bias" if up is None else f"{torch_module}.up.bias"
+            kernel = parameters.get(f"{module}.kernel", up)
+            if kernel is not None:  # of a norm there is none
+                array = np.asarray(whole_bias(jnp.asarray(array), kernel.shape[1]))
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
+
+
+def _check_computes_the_same(model: Network, files: dict[str, bytes]) -> None:
+    """Raises InputError where PyTorch makes something else of the files than JAX of the model."""
+    try:
+        import torch
+    except ImportError:
+        log.info("the export is not checked, since PyTorch is not installed")
+        return
+    images = np.random.default_rng(0).normal(size=(2, *model.spec.image_shape)).astype(np.float32)
+    structure, parameters = functional.split(model)
+    with jax.default_matmul_precision("highest"):
+        forward = jax.jit(lambda parameters: functional.merge(structure, parameters)(images))
+        expected = np.asarray(forward(parameters))
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in files.items():
+            pathlib.Path(name, file).write_bytes(content)
+        network = _module_of(pathlib.Path(name, CODE_FILE)).load(name)
+        with torch.inference_mode():
+            actual = network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    difference, largest = abs(actual - expected).max(), abs(expected).max()
+    if not difference <= _TOLERANCE * largest:
+        raise InputError(
+            f"nothing was exported: PyTorch computes something else, {difference:.1e} away where "
+            f"the largest output is {largest:.1e}; {_TOLERANCE:g} of that would be rounding"
+        )
+    log.info("in PyTorch the export differs by %.1e of the largest output", difference / largest)
+
+
+def _module_of(path: pathlib.Path) -> types.ModuleType:
+    specification = importlib.util.spec_from_file_location("flora_jax_export", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
