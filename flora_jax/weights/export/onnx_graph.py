@@ -8,6 +8,7 @@ import numpy as np
 # runtimes take (ONNX Runtime from 1.17).
 OPSET = 20
 Value = str  # the name of what a node gives
+Input = Value | np.ndarray | np.generic | list[int]  # all but the first become constants
 
 
 class Graph:
@@ -36,11 +37,11 @@ class Graph:
         self._initializers[full_name] = np.asarray(array, self.dtype, order="C")
         return full_name
 
-    def node(self, operation: str, *inputs: Value | np.ndarray | list[int], **attributes) -> Value:
-        """What an operation gives, the first of its outputs; arrays and lists become constants."""
+    def node(self, operation: str, *inputs: Input, **attributes: Any) -> Value:
+        """What an operation gives."""
         return self.nodes(operation, 1, *inputs, **attributes)[0]
 
-    def nodes(self, operation: str, number: int, *inputs, **attributes) -> list[Value]:
+    def nodes(self, operation: str, number: int, *inputs: Input, **attributes: Any) -> list[Value]:
         """All outputs of an operation that gives several."""
         from onnx import helper  # an optional package: not before it is needed
 

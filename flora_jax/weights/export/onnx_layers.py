@@ -89,7 +89,7 @@ def swap(graph: Graph, x: Value, axes: int, one: int, other: int) -> Value:
 
 def heads(graph: Graph, x: Value, number: int, shape: list[int]) -> list[Value]:
     """Takes [B, N, number*H*d] to as many [B, ..., H, T, d]; `shape` is [..., T, H, d]."""
-    parts = graph.nodes("Split", number, x, axis=-1, num_outputs=number)
+    parts = [x] if number == 1 else graph.nodes("Split", number, x, axis=-1, num_outputs=number)
     by_token = [graph.node("Reshape", part, [0, *shape]) for part in parts]
     return [swap(graph, part, len(shape) + 1, -3, -2) for part in by_token]
 

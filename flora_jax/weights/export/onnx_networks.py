@@ -4,7 +4,7 @@ How a Swin moves its tokens is taken from its own code, as the order in which th
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from flora_jax.models.block import Block
 from flora_jax.models.layers import whole_bias
+from flora_jax.models.mlp import Mlp
 from flora_jax.models.network import Network
 from flora_jax.models.pooling import AttentionPool
 from flora_jax.models.positions import Rotary, tables
@@ -51,10 +52,10 @@ def _block(graph: Graph, block: Block, x: Value) -> Value:
         raise unknown_module(block)
     if block.downsample is not None:
         x = _PARTS[type(block.downsample)](graph.at("downsample"), block.downsample, x)
-    mixed = norm(graph.at("norm1"), block.norm1, x)
-    x = graph.node("Add", x, _PARTS[type(block.attn)](graph.at("attn"), block.attn, mixed))
-    hidden = mlp(graph.at("mlp"), block.mlp, norm(graph.at("norm2"), block.norm2, x))
-    return graph.node("Add", x, hidden)
+    normal = norm(graph.at("norm1"), block.norm1, x)
+    x = graph.node("Add", x, _PARTS[type(block.attn)](graph.at("attn"), block.attn, normal))
+    normal = norm(graph.at("norm2"), block.norm2, x)
+    return graph.node("Add", x, mlp(graph.at("mlp"), cast(Mlp, block.mlp), normal))
 
 
 def _attention(graph: Graph, attention: Attention, x: Value) -> Value:
@@ -176,10 +177,10 @@ def _classify_vit(graph: Graph, model: ViT, x: Value) -> Value:
 def _pooled(graph: Graph, pool: AttentionPool, spec: ViTSpec, tokens: Value) -> Value:
     width, shape = spec.embed_dim, [pool.num_heads, spec.embed_dim // pool.num_heads]
     latent = graph.parameter("latent", pool.latent[...][None])
-    query = heads(graph, linear(graph.at("q"), pool.q, latent), 1, [1, *shape])
+    (query,) = heads(graph, linear(graph.at("q"), pool.q, latent), 1, [1, *shape])
     key_value = linear(graph.at("kv"), pool.kv, tokens)
-    key_value = heads(graph, key_value, 2, [spec.num_tokens, *shape])
-    mixed = merge(graph, attend(graph, query + key_value, [1, *shape], []), [1, *shape])
+    key, value = heads(graph, key_value, 2, [spec.num_tokens, *shape])
+    mixed = merge(graph, attend(graph, [query, key, value], [1, *shape], []), [1, *shape])
     x = linear(graph.at("proj"), pool.proj, graph.node("Reshape", mixed, [0, width]))
     hidden = mlp(graph.at("mlp"), pool.mlp, norm(graph.at("norm"), pool.norm, x))
     return graph.node("Add", x, hidden)

@@ -1,5 +1,7 @@
 """The network as one StableHLO program, weights inside, for whoever has JAX."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from etils import epath
@@ -35,7 +37,7 @@ def export_stablehlo(model: Network, path: epath.PathLike) -> None:
     check_is_one_network(model)
     structure, parameters = functional.split(model)
     # From the host: parameters on several devices would tie the program to as many.
-    constants = {name: np.asarray(value) for name, value in parameters.items()}
+    constants: dict[str, Any] = {name: np.asarray(value) for name, value in parameters.items()}
     check_fits_in_a_file(sum(value.nbytes for value in constants.values()), path)
     forward = jax.jit(lambda images: functional.merge(structure, constants)(images))
 
