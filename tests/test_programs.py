@@ -44,30 +44,44 @@ def slimmed(spec, seed=3):
     return slim.extract(gated, random_masks(spec, rng, gated.has_token_gates))
 
 
+# One of each kind that differs in what is computed.
+KINDS = (
+    *("timm_deit3", "timm_dinov2_registers", "timm_dinov3", "timm_dinov3_swiglu", "timm_clip"),
+    *("timm_siglip", "timm_siglip_gap", "hf_dinov2_classifier", "hf_dinov3", "hf_siglip"),
+)
 NETWORKS = {
     "distilled": lambda: random_model(DISTILLED),
     "no bias": lambda: slimmed(flora.ViTSpec(**TINY, depth=2, qkv_bias=False)),
     "swin": lambda: random_model(SWIN),
     "subnet": lambda: subnet(random_model(DISTILLED)),
     "subnet of a swin": lambda: subnet(random_model(SWIN)),
-    "slim": lambda: slimmed(flora.ViTSpec(**TINY, depth=3)),
+    "slim": lambda: slimmed(flora.ViTSpec(**TINY, depth=2), seed=4),
     "slim swin": lambda: slimmed(TINY_SWIN),
-    "slim, rotary": lambda: slimmed(modern.SPECS["hf_dinov3"]),
-    "slim, registers": lambda: slimmed(modern.SPECS["timm_dinov2_registers"]),
+    "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", depth=2)),
     "subnet of a slim one": lambda: subnet(slimmed(flora.ViTSpec(**TINY, depth=2), seed=5)),
-} | {name: lambda name=name: modern.model(name) for name in modern.SPECS}
+} | {name: lambda name=name: random_model(modern.shallow(name, depth=1)) for name in KINDS}
 
 
-@pytest.mark.parametrize("name", ["subnet", "slim, rotary", "swin", "timm_siglip"])
-def test_stablehlo_is_the_compiled_model(name, tmp_path):
+def compiled(model):
+    """With its weights as constants, as in the file: XLA computes ahead what depends on them alone,
+    and rounds otherwise then."""
+    structure, parameters = functional.split(model)
+    constants = jax.tree.map(np.asarray, parameters)
+    return jax.jit(lambda images: functional.merge(structure, constants)(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"), [("subnet of a slim one", (1, 5)), ("swin", (5,)), ("timm_siglip", (5,))]
+)
+def test_stablehlo_is_the_compiled_model(name, batches, tmp_path):
     model, path = NETWORKS[name](), tmp_path / "m.bin"
     flora.export_stablehlo(model, path)
     exported = jax.export.deserialize(path.read_bytes())
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    compiled = jax.jit(lambda images: model(images))
-    for batch in (1, 5):
+    forward = compiled(model)
+    for batch in batches:
         images = images_of(model.spec, batch)
-        np.testing.assert_array_equal(exported.call(images), compiled(images))
+        np.testing.assert_array_equal(exported.call(images), forward(images))
 
 
 def test_stablehlo_needs_jax_alone(tiny_model, tiny_images, tmp_path):
@@ -80,7 +94,7 @@ def test_stablehlo_needs_jax_alone(tiny_model, tiny_images, tmp_path):
         "assert not {'flora_jax', 'flax'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
-    expected = jax.jit(lambda images: tiny_model(images))(tiny_images)
+    expected = compiled(tiny_model)(tiny_images)
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
 
 
@@ -99,14 +113,14 @@ def run(runtime, path, images):
 def test_onnx_computes_the_same(runtime, name, tmp_path):
     model, path = NETWORKS[name](), tmp_path / "m.onnx"
     flora.export_onnx(model, path)
-    for batch in (1, 5):
-        images = images_of(model.spec, batch)
-        expected = logits(model, images)
-        tolerance = 1e-4 * max(1, abs(expected).max())
-        np.testing.assert_allclose(run(runtime, path, images), expected, rtol=0, atol=tolerance)
+    images = images_of(model.spec, 5)
+    expected = logits(model, images)
+    tolerance = {"rtol": 0, "atol": 1e-4 * max(1, abs(expected).max())}
+    np.testing.assert_allclose(run(runtime, path, images), expected, **tolerance)
+    np.testing.assert_allclose(run(runtime, path, images[3:4]), expected[3:4], **tolerance)
 
 
-@pytest.mark.parametrize("name", ["subnet", "swin", "timm_siglip", "timm_dinov3_swiglu"])
+@pytest.mark.parametrize("name", ["subnet of a slim one", "swin"])
 def test_onnx_in_half(runtime, name, tmp_path):
     model, path = NETWORKS[name](), tmp_path / "m.onnx"
     flora.export_onnx(model, path, dtype="float16")
@@ -171,7 +185,7 @@ def test_what_overflows_in_half_leaves_no_file(runtime, tiny_model, tmp_path):
     structure, parameters = functional.split(tiny_model)
     parameters["blocks.1.mlp.fc1.kernel"] *= 1e6
     model, path = functional.merge(structure, parameters), tmp_path / "m.onnx"
-    with pytest.raises(InputError, match="something else.* by (nan|inf) of the largest, .* 0.02"):
+    with pytest.raises(InputError, match=r"something else.* by (nan|inf) of the largest, .* 0.02"):
         flora.export_onnx(model, path, dtype="float16")
     assert not list(tmp_path.iterdir())
     flora.export_onnx(model, path)
@@ -189,7 +203,7 @@ def test_refusals(ending, tiny_model, tiny_space, tmp_path, monkeypatch):
     export, path = FUNCTIONS[ending], tmp_path / f"m{ending}"
     with pytest.raises(InputError, match="a supernet holds many networks: extract one"):
         export(flora.factorize(tiny_model, tiny_space), path)
-    with pytest.raises(InputError, match="a Gated cannot be exported.* flora.slim.extract"):
+    with pytest.raises(InputError, match=r"a Gated cannot be exported.* flora.slim.extract"):
         export(slim.add_gates(tiny_model), path)
     with pytest.raises(InputError, match=f"model.pt must end in {ending}"):
         export(tiny_model, tmp_path / "model.pt")
@@ -208,7 +222,7 @@ def test_a_path_that_cannot_be_written(ending, tiny_model, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     if ending == ".onnx":
         pytest.importorskip("onnx", reason="writes ONNX files")
-    with pytest.raises(StorageError, match=f"writing .*m{ending} failed: .*Not a directory"):
+    with pytest.raises(StorageError, match=f"writing .*m{ending} failed: .*File exists"):
         FUNCTIONS[ending](tiny_model, tmp_path / f"file/m{ending}")
 
 
@@ -224,11 +238,11 @@ def test_missing_packages(tiny_model, tmp_path, monkeypatch, caplog):
 
 
 def test_gated_layers_are_not_taken_for_plain_ones(runtime, tiny_model, tmp_path):
-    with pytest.raises(InputError, match="a Gated[A-Za-z0-9]+ cannot be written to ONNX"):
+    with pytest.raises(InputError, match=r"a Gated[A-Za-z0-9]+ cannot be written to ONNX"):
         flora.export_onnx(slim.add_gates(tiny_model, tokens=False).network, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_another_dtype(tiny_model, tmp_path):
-    with pytest.raises(InputError, match="unknown dtype 'float61'; .* mean 'float16'"):
+    with pytest.raises(InputError, match=r"unknown dtype 'float61'; .* mean 'float16'"):
         flora.export_onnx(tiny_model, tmp_path / "m.onnx", dtype="float61")

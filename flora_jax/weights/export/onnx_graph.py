@@ -34,7 +34,8 @@ class Graph:
     def parameter(self, name: str, array: Any) -> Value:
         """An initializer under the parameter's own name; `array` may be its transpose."""
         full_name = self._prefix + name
-        self._initializers[full_name] = np.asarray(array, self.dtype, order="C")
+        with np.errstate(over="ignore"):  # what half floats cannot hold, the check refuses
+            self._initializers[full_name] = np.asarray(array).astype(self.dtype, order="C")
         return full_name
 
     def node(self, operation: str, *inputs: Input, **attributes: Any) -> Value:

@@ -24,9 +24,9 @@ def export_stablehlo(model: Network, path: epath.PathLike) -> None:
     """Writes a model as a `.bin` file of `jax.export`, for CPU, CUDA and TPU, any batch size.
 
     `jax.export.deserialize(pathlib.Path(path).read_bytes()).call(images)` needs JAX alone. It takes
-    float32 [B, H, W, C], normalised, and gives what the compiled model does: float32 logits
-    [B, num_classes], or features [B, D] without a classifier. JAX reads such files for at least six
-    months after the version that wrote them.
+    float32 [B, H, W, C], normalised, and gives what the model does, compiled with its weights as
+    constants: float32 logits [B, num_classes], or features [B, D] without a classifier. JAX reads
+    such files for at least six months after the version that wrote them.
 
     Raises:
       InputError: the model is a supernet or no network, `path` does not end in .bin, the weights
