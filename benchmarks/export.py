@@ -17,7 +17,7 @@ import tempfile
 
 import numpy as np
 import onnxruntime
-from common import MODELS, PAUSE, describe_machine, write_json
+from common import PAUSE, describe_machine, write_json
 from subnet import full_size
 
 import flora_jax as flora
