@@ -39,7 +39,10 @@ def export_stablehlo(model: Network, path: epath.PathLike) -> None:
     # From the host: parameters on several devices would tie the program to as many.
     constants: dict[str, Any] = {name: np.asarray(value) for name, value in parameters.items()}
     check_fits_in_a_file(sum(value.nbytes for value in constants.values()), path)
-    forward = jax.jit(lambda images: functional.merge(structure, constants)(images))
+    compute = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
+    # A program inside one: else what depends on weights alone, such as a Swin's biases for each
+    # window, would be computed here and stored in full.
+    forward = jax.jit(lambda images: compute(constants, images))
 
     def program() -> bytes:
         (batch,) = export.symbolic_shape("B")
