@@ -29,7 +29,9 @@ from .search.allocation import allocate as allocate
 from .search.evolution import EvolutionSettings as EvolutionSettings
 from .stages.settings import Settings as Settings
 from .training.settings import Recipe as Recipe
+from .weights.export.onnx import export_onnx as export_onnx
 from .weights.export.pytorch import export_torch as export_torch
+from .weights.export.stablehlo import export_stablehlo as export_stablehlo
 from .weights.export.timm import export_timm as export_timm
 from .weights.folder import load as load
 from .weights.folder import save as save

@@ -177,7 +177,7 @@ def test_what_is_written_without_torch(tmp_path, without_torch, caplog):
     caplog.set_level(logging.INFO, "flora_jax")
     subnet = low_rank(random_model(flora.deit("tiny", image_size=64, depth=2)))
     flora.export_torch(subnet, tmp_path / "new" / "folder")
-    assert "the export is not checked, since PyTorch is not installed" in caplog.text
+    assert "was not run to check it: pip install 'flora_jax[torch]'" in caplog.text
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     written = json.loads((folder / "spec.json").read_text())
@@ -301,13 +301,9 @@ def test_models_that_cannot_be_exported(tiny_model, tiny_space, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_that_computes_something_else_is_refused(
-    tiny_model, tmp_path, monkeypatch, caplog
-):
+def test_an_export_that_computes_something_else_is_refused(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="runs the exported model")
-    caplog.set_level(logging.INFO, "flora_jax")
     flora.export_torch(tiny_model, tmp_path)
-    assert "in PyTorch the export differs by" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -318,6 +314,6 @@ def test_an_export_that_computes_something_else_is_refused(
     right = pytorch._state_dict
     monkeypatch.setattr(pytorch, "_state_dict", wrong)
     for folder in (tmp_path, tmp_path / "new"):
-        with pytest.raises(InputError, match=r"PyTorch computes something else, \d.\de-0\d away"):
+        with pytest.raises(InputError, match=r"something else.*by \d.\de-0\d of the largest"):
             flora.export_torch(tiny_model, folder)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -33,7 +33,7 @@ class Rotary:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, N, d] -> the same, turned; computed in float32."""
-        cos, sin = _tables(self)
+        cos, sin = tables(self)
         wide = x.astype(jnp.float32)
         first, second = jnp.split(wide, 2, axis=-1)
         turned = wide * cos[None] + jnp.concatenate([-second, first], axis=-1) * sin[None]
@@ -41,7 +41,7 @@ class Rotary:
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
+def tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine, float32 [H, N, d]; [1, N, d] where all heads are alike."""
     periods = rotary.theta ** (np.arange(rotary.head_dim // 4) / (rotary.head_dim // 4))
     places = (np.arange(rotary.grid_size) + 0.5) / rotary.grid_size * 2 - 1

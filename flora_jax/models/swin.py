@@ -46,23 +46,23 @@ class WindowAttention(nnx.Module):
         self.relative_position_bias_table = Undecayed(init(rngs.params(), table))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        qkv = self.qkv(self._into_windows(x))
+        qkv = self.qkv(self.into_windows(x))
         qkv = split_heads(qkv, self.window_size**2, self.num_heads)
         bias = self._bias()
         query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
         mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
-        return self._out_of_windows(self.proj(merge_heads(mixed)))
+        return self.out_of_windows(self.proj(merge_heads(mixed)))
 
     def _bias(self) -> jax.Array:
         """The bias [windows, H, T, T]; one window stands for all where none is shifted."""
-        index = _relative_position_index(self.window_size)
+        index = relative_position_index(self.window_size)
         bias = self.relative_position_bias_table[index].transpose(2, 0, 1)[None]
         if self.shift:
-            mask = _shift_mask(self.grid_size, self.window_size, self.shift)
+            mask = shift_mask(self.grid_size, self.window_size, self.shift)
             bias = bias + mask[:, None].astype(bias.dtype)
         return bias
 
-    def _into_windows(self, x: jax.Array) -> jax.Array:
+    def into_windows(self, x: jax.Array) -> jax.Array:
         """Reorders tokens [B*N, D] from row by row to window by window."""
         side, window = self.grid_size, self.window_size
         grid = x.reshape(-1, side, side, x.shape[-1])
@@ -71,7 +71,8 @@ class WindowAttention(nnx.Module):
         windows = grid.reshape(-1, side // window, window, side // window, window, x.shape[-1])
         return windows.swapaxes(2, 3).reshape(x.shape)
 
-    def _out_of_windows(self, x: jax.Array) -> jax.Array:
+    def out_of_windows(self, x: jax.Array) -> jax.Array:
+        """Undoes `into_windows`."""
         side, window = self.grid_size, self.window_size
         windows = x.reshape(-1, side // window, side // window, window, window, x.shape[-1])
         grid = windows.swapaxes(2, 3).reshape(-1, side, side, x.shape[-1])
@@ -81,7 +82,7 @@ class WindowAttention(nnx.Module):
 
 
 @functools.lru_cache
-def _relative_position_index(window_size: int) -> np.ndarray:
+def relative_position_index(window_size: int) -> np.ndarray:
     """[T, T]: the row of the table that holds the bias between two tokens of a window."""
     row, column = np.divmod(np.arange(window_size**2), window_size)
     rows, columns = row[:, None] - row, column[:, None] - column
@@ -89,7 +90,7 @@ def _relative_position_index(window_size: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def _shift_mask(grid_size: int, window_size: int, shift: int) -> np.ndarray:
+def shift_mask(grid_size: int, window_size: int, shift: int) -> np.ndarray:
     """float32 [windows, T, T]: 0 between neighbours, _HIDDEN between tokens met by wrapping."""
     position = np.arange(grid_size)
     region = (position >= grid_size - window_size).astype(int) + (position >= grid_size - shift)
@@ -109,11 +110,14 @@ class PatchMerging(nnx.Module):
         self.reduction = Linear(4 * stage.width, 2 * stage.width, bias_features=0, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.reduction(self.norm(self.side_by_side(x)))
+
+    def side_by_side(self, x: jax.Array) -> jax.Array:
+        """Puts four patches into one row: [B*N, C] -> [B*N/4, 4C]."""
         half, channels = self.grid_size // 2, x.shape[-1]
         grid = x.reshape(-1, half, 2, half, 2, channels)
         # The published order of the four: down the left column, then down the right one.
-        merged = grid.transpose(0, 1, 3, 4, 2, 5).reshape(-1, 4 * channels)
-        return self.reduction(self.norm(merged))
+        return grid.transpose(0, 1, 3, 4, 2, 5).reshape(-1, 4 * channels)
 
 
 class Swin(Network):

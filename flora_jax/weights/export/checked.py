@@ -1,0 +1,58 @@
+"""Programs that compute what the model does, or no file at all."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+
+from flora_jax.errors import InputError
+from flora_jax.io.files import replacing
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+
+_BATCH = 2
+Forward = Callable[[np.ndarray], np.ndarray]
+
+
+def write_program(path: epath.Path, make: Callable[[], bytes], check: Callable[[bytes], None]):
+    """Makes the bytes of a program and writes them; `path` is there once they pass the check.
+
+    Raises:
+      StorageError: the file cannot be written, which shows before the program is made.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(b"")
+        partial.write_bytes(make())
+        check(partial.read_bytes())
+
+
+def exactly(model: Network) -> Forward:
+    """The model's function, in float32 throughout; elsewhere than on CPU the default is less."""
+    forward = jax.jit(lambda images: model(images))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(forward(images))
+
+    return run
+
+
+def check_computes(written: Forward, model: Forward, spec: Spec, tolerance: float) -> None:
+    """Compares two functions of images [B, H, W, C] on two random ones.
+
+    Raises:
+      InputError: they differ by more than `tolerance` of the largest output, or of 1 where all are
+        smaller, or the model's own outputs are not finite.
+    """
+    shape = (_BATCH, *spec.image_shape)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    expected = model(images)
+    if not np.isfinite(expected).all():
+        raise InputError("the model's outputs are NaN or infinite on random images")
+    difference = np.abs(written(images) - expected).max() / max(1, np.abs(expected).max())
+    if not difference <= tolerance:  # NaN where the written one overflows
+        raise InputError(
+            f"the written network computes something else, so nothing is exported: its outputs "
+            f"differ from the model's by {difference:.1e} of the largest, accepted is {tolerance:g}"
+        )

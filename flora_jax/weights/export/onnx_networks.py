@@ -1,0 +1,223 @@
+"""The networks of `flora_jax.models` as graphs of ONNX: each function writes what one module does.
+
+How a Swin moves its tokens is taken from its own code, as the order in which they leave it.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.models.block import Block
+from flora_jax.models.layers import whole_bias
+from flora_jax.models.mlp import Mlp
+from flora_jax.models.network import Network
+from flora_jax.models.pooling import AttentionPool
+from flora_jax.models.positions import Rotary, tables
+from flora_jax.models.swin import (
+    PatchMerging,
+    Swin,
+    WindowAttention,
+    relative_position_index,
+    shift_mask,
+)
+from flora_jax.models.vit import Attention, TokenSelection, ViT
+from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.export.onnx_graph import Graph, Value
+from flora_jax.weights.export.onnx_layers import (
+    attend,
+    heads,
+    linear,
+    merge,
+    mlp,
+    norm,
+    patches,
+    unknown_module,
+)
+
+
+def network(graph: Graph, model: Network, images: Value) -> Value:
+    """images [B, C, H, W] in the graph's dtype -> logits [B, num_classes], or features [B, D]."""
+    embed, classify = _FAMILIES[type(model)]
+    x = embed(graph, model, images)
+    for i, block in enumerate(model.blocks):
+        x = _block(graph.at(f"blocks.{i}"), block, x)
+    return classify(graph, model, x)
+
+
+def _block(graph: Graph, block: Block, x: Value) -> Value:
+    if type(block) is not Block:
+        raise unknown_module(block)
+    if block.downsample is not None:
+        x = _PARTS[type(block.downsample)](graph.at("downsample"), block.downsample, x)
+    normal = norm(graph.at("norm1"), block.norm1, x)
+    x = graph.node("Add", x, _PARTS[type(block.attn)](graph.at("attn"), block.attn, normal))
+    normal = norm(graph.at("norm2"), block.norm2, x)
+    return graph.node("Add", x, mlp(graph.at("mlp"), cast(Mlp, block.mlp), normal))
+
+
+def _attention(graph: Graph, attention: Attention, x: Value) -> Value:
+    shape = [attention.num_tokens, attention.num_heads, attention.head_dim]
+    query, key, value = heads(graph, linear(graph.at("qkv"), attention.qkv, x), 3, shape)
+    if attention.rotary is not None:
+        query, key = (_turned(graph, attention.rotary, part) for part in (query, key))
+    biases = []
+    if attention.num_left:
+        constants = _constants(attention)
+        key = graph.node("Concat", key, _for_each_image(graph, x, constants[1]), axis=2)
+        value = graph.node("Concat", value, _for_each_image(graph, x, constants[2]), axis=2)
+        bias = np.zeros((1, 1, 1, attention.num_tokens + 1), np.float32)
+        bias[..., -1] = np.log(attention.num_left)
+        biases.append(bias)
+    mixed = merge(graph, attend(graph, [query, key, value], shape, biases), shape)
+    return linear(graph.at("proj"), attention.proj, mixed)
+
+
+def _constants(attention: Attention) -> np.ndarray:
+    """Query, key and value [3, 1, H, 1, d] of every token that has left: qkv's bias."""
+    shape = (3, 1, attention.num_heads, 1, attention.head_dim)
+    if attention.qkv.bias is None:
+        return np.zeros(shape, np.float32)
+    features = 3 * attention.num_heads * attention.head_dim
+    return np.asarray(whole_bias(attention.qkv.bias[...], features)).reshape(shape)
+
+
+def _for_each_image(graph: Graph, like: Value, value: np.ndarray | Value, axes: int = 4) -> Value:
+    """Repeats what broadcasts to [1, ...] of so many axes for each image that `like` has."""
+    batch = graph.node("Shape", like, start=0, end=1)
+    return graph.node("Expand", value, graph.node("Concat", batch, [1] * (axes - 1), axis=0))
+
+
+def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
+    cos, sin = tables(rotary)
+    half = cos.shape[-1] // 2
+    first, second = graph.nodes("Split", 2, x, axis=-1, num_outputs=2)
+    swapped = graph.node("Concat", second, first, axis=-1)
+    signed = np.concatenate([-sin[..., :half], sin[..., half:]], axis=-1)
+    return graph.node("Add", graph.node("Mul", x, cos), graph.node("Mul", swapped, signed))
+
+
+def _selection(graph: Graph, selection: TokenSelection, x: Value) -> Value:
+    return graph.node("Gather", x, list(selection.positions), axis=1)
+
+
+def _window_attention(graph: Graph, attention: WindowAttention, x: Value) -> Value:
+    num_tokens, window = attention.grid_size**2, attention.window_size**2
+    into = _order(attention.into_windows, num_tokens)
+    shape = [num_tokens // window, window, attention.num_heads, attention.head_dim]
+    qkv = linear(graph.at("qkv"), attention.qkv, graph.node("Gather", x, into, axis=1))
+    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
+    by_pair = graph.node("Gather", table, relative_position_index(attention.window_size), axis=0)
+    biases: list[Any] = [graph.node("Transpose", by_pair, perm=[2, 0, 1])]
+    if attention.shift:
+        mask = shift_mask(attention.grid_size, attention.window_size, attention.shift)
+        biases.append(mask[:, None])
+    mixed = merge(graph, attend(graph, heads(graph, qkv, 3, shape), shape, biases), shape)
+    mixed = linear(graph.at("proj"), attention.proj, mixed)
+    return graph.node("Gather", mixed, _order(attention.out_of_windows, num_tokens), axis=1)
+
+
+def _order(move: Callable[[jax.Array], jax.Array], num_tokens: int) -> np.ndarray:
+    """Which token comes to each place when `move` takes [N, 1] to the same tokens reordered."""
+    return np.asarray(move(jnp.arange(num_tokens)[:, None])).ravel()
+
+
+def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
+    width, num_tokens = merging.norm.scale.shape[0], merging.grid_size**2
+    order = _order(merging.side_by_side, num_tokens)
+    x = graph.node("Gather", x, order, axis=1)
+    x = graph.node("Reshape", x, [0, num_tokens // 4, width])
+    return linear(graph.at("reduction"), merging.reduction, norm(graph.at("norm"), merging.norm, x))
+
+
+def _embed_vit(graph: Graph, model: ViT, images: Value) -> Value:
+    x = patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
+    positions = None
+    if model.pos_embed is not None:
+        positions = graph.parameter("pos_embed", model.pos_embed)
+    if positions and model.spec.positions == "patches":
+        x = graph.node("Add", x, positions)
+    prefix = [
+        _for_each_image(graph, images, graph.parameter(name, getattr(model, name)), axes=3)
+        for name in ("cls_token", "dist_token", "reg_token")
+        if getattr(model, name) is not None
+    ]
+    if prefix:
+        x = graph.node("Concat", *prefix, x, axis=1)
+    if positions and model.spec.positions == "all":
+        x = graph.node("Add", x, positions)
+    return x if model.norm_pre is None else norm(graph.at("norm_pre"), model.norm_pre, x)
+
+
+def _classify_vit(graph: Graph, model: ViT, x: Value) -> Value:
+    spec, prefix = model.spec, model.spec.num_prefix_tokens
+    last_norm = graph.at("norm")
+    if spec.pool == "token":
+        logits = _classified(graph, model, norm(last_norm, model.norm, _token(graph, x, 0)))
+        if not spec.distilled:
+            return logits
+        distilled = norm(last_norm, model.norm, _token(graph, x, 1))
+        distilled = _classified(graph, model, distilled, "head_dist")
+        return graph.node("Mul", graph.node("Add", logits, distilled), np.float32(0.5))
+    tokens = x if spec.normalises_pooled else norm(last_norm, model.norm, x)
+    if model.attn_pool is not None:
+        return _classified(
+            graph, model, _pooled(graph.at("attn_pool"), model.attn_pool, spec, tokens)
+        )
+    mean = _mean(graph, graph.node("Slice", tokens, [prefix], [spec.num_tokens], [1]))
+    if spec.normalises_pooled:
+        mean = norm(last_norm, model.norm, mean)
+    if spec.pool == "token_and_mean":
+        mean = graph.node("Concat", _token(graph, tokens, 0), mean, axis=-1)
+    return _classified(graph, model, mean)
+
+
+def _pooled(graph: Graph, pool: AttentionPool, spec: ViTSpec, tokens: Value) -> Value:
+    width, shape = spec.embed_dim, [pool.num_heads, spec.embed_dim // pool.num_heads]
+    latent = graph.parameter("latent", pool.latent[...][None])
+    (query,) = heads(graph, linear(graph.at("q"), pool.q, latent), 1, [1, *shape])
+    key_value = linear(graph.at("kv"), pool.kv, tokens)
+    key, value = heads(graph, key_value, 2, [spec.num_tokens, *shape])
+    mixed = merge(graph, attend(graph, [query, key, value], [1, *shape], []), [1, *shape])
+    x = linear(graph.at("proj"), pool.proj, graph.node("Reshape", mixed, [0, width]))
+    hidden = mlp(graph.at("mlp"), pool.mlp, norm(graph.at("norm"), pool.norm, x))
+    return graph.node("Add", x, hidden)
+
+
+def _token(graph: Graph, x: Value, number: int) -> Value:
+    return graph.node("Gather", x, np.int64(number), axis=1)
+
+
+def _mean(graph: Graph, tokens: Value) -> Value:
+    return graph.node("ReduceMean", tokens, [1], keepdims=0)
+
+
+def _classified(graph: Graph, model: Network, pooled: Value, name: str = "head") -> Value:
+    head = getattr(model, name)
+    return pooled if head is None else linear(graph.at(name), head, pooled)
+
+
+def _embed_swin(graph: Graph, model: Swin, images: Value) -> Value:
+    x = patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
+    if model.absolute_pos_embed is None:
+        return x
+    return graph.node("Add", x, graph.parameter("absolute_pos_embed", model.absolute_pos_embed))
+
+
+def _classify_swin(graph: Graph, model: Swin, x: Value) -> Value:
+    pooled = _mean(graph, norm(graph.at("norm"), model.norm, x))
+    return _classified(graph, model, pooled)
+
+
+_PARTS: dict[type, Callable[[Graph, Any, Value], Value]] = {
+    Attention: _attention,
+    TokenSelection: _selection,
+    WindowAttention: _window_attention,
+    PatchMerging: _merging,
+}
+_FAMILIES: dict[type, tuple[Callable[[Graph, Any, Value], Value], ...]] = {
+    ViT: (_embed_vit, _classify_vit),
+    Swin: (_embed_swin, _classify_swin),
+}
