@@ -51,10 +51,10 @@ def export_onnx(model: Network, path: epath.PathLike, dtype: str = "float32") ->
     if dtype not in TOLERANCES:
         raise InputError(unknown("dtype", dtype, TOLERANCES))
     check_is_one_network(model)
-    _check_is_installed()
     num_values = sum(value.size for value in functional.split(model)[1].values())
     smaller = "; dtype='float16' halves it" if dtype == "float32" else ""
     check_fits_in_a_file(num_values * np.dtype(dtype).itemsize, path, smaller)
+    _check_is_installed()
 
     def check(content: bytes) -> None:
         if (written := _in_onnx_runtime(content)) is None:
