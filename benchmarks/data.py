@@ -27,7 +27,7 @@ import numpy as np
 from common import describe_machine, write_json
 from PIL import Image
 
-from flora_jax.data import augment, batches, splits
+from flora_jax.data import augment, batches, subsets
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.sources import Source
 from flora_jax.timing import median_ratio
@@ -101,7 +101,7 @@ def pipelines(source: Source, paths: list[pathlib.Path], batch: int) -> tuple[Pi
     train_transform = augment.train_transform("deit", SHAPE, color_jitter=0.0)
     eval_transform = augment.eval_transform("deit", SHAPE)
     # As many as ImageNet has, which also makes the shuffle of Grain, slow on few, as fast as there.
-    source = splits.subset(source, np.arange(1_281_167) % len(source))
+    source = subsets.subset(source, np.arange(1_281_167) % len(source))
     augmented = functools.partial(train_transform, rng=np.random.default_rng(0))
     train: Pipelines = {
         FLOOR: lambda: plain_loop(paths, augmented, batch),

@@ -16,32 +16,12 @@ from flora_jax.errors import InputError, MissingPackageError, StorageError
 from flora_jax.models import functional
 from flora_jax.weights.export import refusals
 from tests.helpers import modern
-from tests.helpers.slimming import (
-    TINY,
-    TINY_SWIN,
-    gated_model,
-    images_of,
-    logits,
-    random_masks,
-    random_model,
-)
+from tests.helpers.compressed import low_rank, slimmed
+from tests.helpers.slimming import TINY, TINY_SWIN, images_of, logits, random_model
 
 FUNCTIONS = {".bin": flora.export_stablehlo, ".onnx": flora.export_onnx}
 DISTILLED = flora.ViTSpec(**TINY, depth=2, distilled=True)
 SWIN = dataclasses.replace(TINY_SWIN, absolute_pos_embed=True, qkv_bias=False, blocks=())
-
-
-def subnet(model):
-    """Of low rank everywhere, and dense where that is cheaper."""
-    space = flora.RankSpace.regular(model.spec, ratios=(1 / 4, 1))
-    supernet = flora.factorize(model, space, implementation="masked")
-    return flora.extract(supernet, np.arange(space.num_layers) % 4 // 3)
-
-
-def slimmed(spec, seed=3):
-    gated = gated_model(spec)
-    rng = np.random.default_rng(seed)
-    return slim.extract(gated, random_masks(spec, rng, gated.has_token_gates))
 
 
 # One of each kind that differs in what is computed.
@@ -53,10 +33,10 @@ NETWORKS = {
     "distilled": lambda: random_model(DISTILLED),
     "no bias": lambda: slimmed(flora.ViTSpec(**TINY, depth=2, qkv_bias=False)),
     "swin": lambda: random_model(SWIN),
-    "subnet of a swin": lambda: subnet(random_model(SWIN)),
+    "subnet of a swin": lambda: low_rank(random_model(SWIN)),
     "slim swin": lambda: slimmed(TINY_SWIN),
     "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", depth=2)),
-    "subnet of a slim one": lambda: subnet(slimmed(flora.ViTSpec(**TINY, depth=2), seed=5)),
+    "subnet of a slim one": lambda: low_rank(slimmed(flora.ViTSpec(**TINY, depth=2))),
 } | {name: lambda name=name: random_model(modern.shallow(name, depth=1)) for name in KINDS}
 
 
@@ -134,7 +114,7 @@ def test_onnx_in_half(runtime, tmp_path):
 
 def test_a_pair_of_factors_stays_two_products(runtime, micro_model, tmp_path):
     onnx = pytest.importorskip("onnx")
-    model, path = subnet(micro_model), tmp_path / "m.onnx"
+    model, path = low_rank(micro_model), tmp_path / "m.onnx"
     flora.export_onnx(model, path)
     written = onnx.load(path)
     onnx.checker.check_model(written, full_check=True)

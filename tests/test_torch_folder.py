@@ -15,46 +15,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import flora_jax as flora
-from flora_jax import slim
 from flora_jax.errors import InputError, StorageError
 from flora_jax.io import files
 from flora_jax.models import functional
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights.export import pytorch
 from tests.helpers import modern
-from tests.helpers.slimming import (
-    TINY,
-    TINY_SWIN,
-    gated_model,
-    images_of,
-    logits,
-    random_masks,
-    random_model,
-)
+from tests.helpers.compressed import low_rank, slimmed
+from tests.helpers.slimming import TINY, TINY_SWIN, images_of, logits, random_model
 
 FILES = ["model.py", "model.safetensors", "spec.json"]
-RATIOS = (1 / 4, 1 / 2, 1)
 TINY_VIT = flora.ViTSpec(depth=3, **TINY)
-
-
-def low_rank(model):
-    """Some of its layers stay dense."""
-    space = flora.RankSpace.regular(model.spec, ratios=RATIOS)
-    genes = np.arange(space.num_layers) * 2 % 3
-    subnet = flora.extract(flora.factorize(model, space), genes)
-    assert {rank is None for rank in subnet.spec.ranks} == {True, False}
-    return subnet
-
-
-def slimmed(spec):
-    """Narrower heads and MLPs; tokens leave, some before the first block, where they can."""
-    tokens = spec.why_tokens_stay is None
-    options = {} if spec.family == "swin" else {"tokens": tokens}
-    masks = random_masks(spec, np.random.default_rng(5), tokens)
-    cut = slim.extract(gated_model(spec, **options), masks)
-    assert {block.attention_dim for block in cut.spec.blocks} != {spec.embed_dim}
-    assert not tokens or 1 < cut.spec.num_embedded_tokens < spec.num_tokens
-    return cut
 
 
 SHIFTED_SWIN = dataclasses.replace(

@@ -1,17 +1,14 @@
 """Which images are trained on, searched with and reported on.
 
-An image belongs to a split by the hash of its key, so a split is the same for ever, on every
-machine and whatever the order of the images. A folder without a split to report on is split by the
-contents of the images (`content_split`), so that copies stay together. The architecture search
-scores on `heldout`, which is taken out of the training images; `test` is reported once.
+An image belongs to a split by the hash of its key (`subsets`). A folder without a split to report
+on is split by the contents of the images (`content_split`), so that copies stay together. The
+architecture search scores on `heldout`, which is taken out of the training images; `test` is
+reported once.
 """
 
 import dataclasses
-import hashlib
 import os
 from typing import Any
-
-import numpy as np
 
 from flora_jax.data import sources
 from flora_jax.data.content_split import check_enough, say_split, split_by_content
@@ -21,53 +18,12 @@ from flora_jax.data.folder_layout import check_several_classes, find_layout, ope
 from flora_jax.data.image_folder import ImageFolderSource, unlabelled_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
+from flora_jax.data.subsets import Subset, check_fraction, hold_out, of_classes, subset
 from flora_jax.errors import InputError, unknown
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
-HELD_OUT_BY = ("name", "content")
 TEST_SEED = 0  # not the user's seed: the reported images never change
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subset(sources.DerivedSource):
-    """The examples of `source` at `indices`, int [n].
-
-    Attributes:
-      classes: those that all these examples belong to, numbered anew in this order; empty: all
-        classes of the source, as they are.
-    """
-
-    indices: np.ndarray
-    classes: tuple[int, ...] = ()
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes) or self.source.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        names = self.source.class_names
-        return tuple(names[label] for label in self.classes) or names
-
-    @property
-    def labels(self) -> np.ndarray:
-        if not self.classes:
-            return self.source.labels[self.indices]
-        numbers = np.arange(self.source.num_classes, dtype=np.int32)
-        numbers[list(self.classes)] = np.arange(len(self.classes))
-        return numbers[self.source.labels[self.indices]]
-
-    def key(self, index: int) -> str:
-        return self.source.key(int(self.indices[index]))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> sources.Example:
-        example = self.source[int(self.indices[index])]
-        if self.classes:
-            example = {**example, "label": self.classes.index(example["label"])}
-        return example
+HELD_OUT_BY = ("name", "content")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,53 +43,6 @@ class Splits:
     def class_names(self) -> tuple[str, ...]:
         """Those of the labels 0, 1, ...; none where the images have no labels."""
         return self.train.class_names
-
-
-def subset(source: sources.Source, indices) -> Subset:
-    """The examples of `source` at `indices`, int [n], in that order."""
-    return Subset(source, np.asarray(indices, np.int64))
-
-
-def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits a source in two by hashed keys, class by class.
-
-    Args:
-      source: the examples; only its labels and keys are read.
-      fraction: share of each class that is held out, rounded to whole examples.
-      seed: another seed holds out other examples.
-
-    Returns:
-      (train, heldout), each in the order of `source`.
-
-    Raises:
-      InputError: fraction is not between 0 and 1, one of the two would be empty, or two examples
-        have the same key; names the key.
-    """
-    _check_fraction(fraction)
-    hashes = _hashes(source, seed)
-    _check_unique(source, hashes)
-    labels, is_held_out = source.labels, np.zeros(len(source), bool)
-    by_class_and_hash = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
-    for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
-        is_held_out[members[: round(fraction * len(members))]] = True
-    if not 0 < is_held_out.sum() < len(source):
-        raise InputError(
-            f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
-            f"images; both parts need at least one"
-        )
-    return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
-
-
-def _hashes(source: sources.Source, seed: int) -> np.ndarray:
-    """Of the keys, uint64 [n, 2], which sort as the bytes of the hashes do."""
-    hashes = [
-        # A file name need not be valid UTF-8: its bytes are hashed as they are.
-        hashlib.blake2b(
-            f"{seed}/{source.key(i)}".encode(errors="surrogateescape"), digest_size=16
-        ).digest()
-        for i in range(len(source))
-    ]
-    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def load_splits(
@@ -178,7 +87,7 @@ def load_splits(
         have different classes or that cannot be split since a class has too few images, labels
         that are no class, a single class, or two images with one key.
     """
-    _check_fraction(heldout_fraction)
+    check_fraction(heldout_fraction)
     check_background(background)
     if on_bad_image not in ("raise", "skip"):
         raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
@@ -193,7 +102,7 @@ def load_splits(
         for part, source in opened.items():
             check_labels(source.labels, num_classes, f"the {part} split of {name}")
     parts = {
-        part: _of_classes(source, classes) if classes else source for part, source in opened.items()
+        part: of_classes(source, classes) if classes else source for part, source in opened.items()
     }
     check_several_classes(name, parts["training"])
     if "test" not in parts or by_content:
@@ -279,29 +188,3 @@ def _likely(name: str) -> str:
     """A hint for a name without its kind."""
     kind = "folder" if "/" in name or os.path.exists(name) else "tfds"
     return f" (did you mean '{kind}:{name}'?)" if name.rpartition(":")[2] else ""
-
-
-def _of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
-    if len(set(classes)) < len(classes) or not set(classes) <= set(range(source.num_classes)):
-        raise InputError(
-            f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
-        )
-    return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
-
-
-def _check_unique(source: sources.Source, hashes: np.ndarray) -> None:
-    if len(np.unique(hashes[:, 0])) == len(hashes):  # the quick half of the answer
-        return
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-    is_repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-    if is_repeated.any():
-        repeated = source.key(int(order[1:][is_repeated][0]))
-        count = sum(source.key(i) == repeated for i in range(len(source)))
-        raise InputError(
-            f"{count} examples have the key {repeated!r}; every key must name one example"
-        )
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise InputError(f"the held-out fraction must lie between 0 and 1, got {fraction}")

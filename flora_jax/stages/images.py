@@ -12,7 +12,8 @@ import numpy as np
 from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import BadImageError, Source
-from flora_jax.data.splits import Splits, hold_out, load_splits, subset
+from flora_jax.data.splits import Splits, load_splits
+from flora_jax.data.subsets import hold_out, subset
 from flora_jax.evaluation import EvaluationSet
 from flora_jax.lowrank.calibration import BATCH_SIZE
 from flora_jax.stages.run import network_spec

@@ -13,13 +13,13 @@ from flora_jax.models.vit_spec import deit
 from flora_jax.quality import METRICS, quality_of
 from flora_jax.search.laws import SUPERNET_LAWS
 from flora_jax.stages.config_tree import from_mapping, to_mapping
+from flora_jax.stages.data_section import DataSettings
 from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.stages.sections import (
     DEIT_TRAINING,
     AllocationSettings,
     BudgetSettings,
     CalibrationSettings,
-    DataSettings,
     FilterSettings,
     SearchSettings,
     SlimSettings,

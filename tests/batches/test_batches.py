@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.data import augment, batches, sources, splits
+from flora_jax.data import augment, batches, sources, subsets
 from tests.helpers.batches import (
     SHAPE,
     assert_same_batches,
@@ -172,7 +172,7 @@ def test_eval_batches_errors(digits):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         batches.eval_batches(digits, transform, 0)
     with pytest.raises(ValueError, match="no images"):
-        batches.eval_batches(splits.subset(digits, []), transform, 8)
+        batches.eval_batches(subsets.subset(digits, []), transform, 8)
     colour = sources.ArraySource("colour", np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), 1)
     with pytest.raises(ValueError, match="does not fit a model of 1 input channels"):
         batches.eval_batches(colour, transform, 2)

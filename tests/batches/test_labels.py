@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.data import labels, sources, splits
+from flora_jax.data import labels, sources, splits, subsets
 from tests.helpers.batches import encode, numbered_source, write_tfds
 
 PICTURE = encode(np.zeros((4, 6, 3), np.uint8), "PNG")
@@ -156,6 +156,6 @@ def test_labels_in_memory_are_checked_against_the_model(tiny_model, tmp_path):
 
 
 def test_a_subset_of_classes_keeps_their_names():
-    source = splits.Subset(numbered_source(9), np.array([2, 1, 5]), classes=(2, 1))
+    source = subsets.Subset(numbered_source(9), np.array([2, 1, 5]), classes=(2, 1))
     assert source.class_names == ("2", "1")
     assert sources.SkippingSource(source).class_names == ("2", "1")

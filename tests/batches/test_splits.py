@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flora_jax.data import augment, sources, splits
+from flora_jax.data import augment, sources, splits, subsets
 from tests.helpers.batches import SHAPE, as_rgb, numbered_source, take_eval
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
@@ -107,21 +107,21 @@ def test_another_seed_holds_out_other_images():
 @given(order=st.permutations(range(30)), fraction=st.floats(0.1, 0.9), seed=st.integers(0, 99))
 def test_hold_out_does_not_depend_on_the_order(order, fraction, seed):
     source = numbered_source(30)
-    expected = [keys(part) for part in splits.hold_out(source, fraction, seed)]
-    shuffled = splits.subset(source, order)
-    train, heldout = splits.hold_out(shuffled, fraction, seed)
+    expected = [keys(part) for part in subsets.hold_out(source, fraction, seed)]
+    shuffled = subsets.subset(source, order)
+    train, heldout = subsets.hold_out(shuffled, fraction, seed)
     assert [keys(train), keys(heldout)] == expected
     assert np.bincount(heldout.labels).tolist() == [round(10 * fraction)] * 3
 
 
 def test_a_larger_fraction_only_adds_to_the_held_out_images():
     source = numbered_source(60)
-    small, large = (splits.hold_out(source, fraction, 0)[1] for fraction in (0.2, 0.5))
+    small, large = (subsets.hold_out(source, fraction, 0)[1] for fraction in (0.2, 0.5))
     assert keys(small) < keys(large)
 
 
 def test_subset_of_a_subset_keeps_images_labels_and_keys_together():
-    source = splits.subset(splits.subset(numbered_source(20), range(10, 20)), [3, 1])
+    source = subsets.subset(subsets.subset(numbered_source(20), range(10, 20)), [3, 1])
     assert len(source) == 2
     assert source.labels.tolist() == [13 % 3, 11 % 3]
     example = source[1]
@@ -135,7 +135,7 @@ def test_subset_of_a_subset_keeps_images_labels_and_keys_together():
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_held_out_fraction_must_lie_between_0_and_1(fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        splits.hold_out(numbered_source(9), fraction, seed=0)
+        subsets.hold_out(numbered_source(9), fraction, seed=0)
     with pytest.raises(ValueError, match="between 0 and 1"):
         splits.load_splits("digits", heldout_fraction=fraction)
 
@@ -143,13 +143,13 @@ def test_held_out_fraction_must_lie_between_0_and_1(fraction):
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_hold_out_leaves_neither_part_empty(fraction):
     with pytest.raises(ValueError, match="both parts need at least one"):
-        splits.hold_out(numbered_source(9), fraction, seed=0)
+        subsets.hold_out(numbered_source(9), fraction, seed=0)
 
 
 def test_two_examples_with_one_key_are_refused():
-    source = splits.subset(numbered_source(9), [0, 4, 2, 4, 7])
+    source = subsets.subset(numbered_source(9), [0, 4, 2, 4, 7])
     with pytest.raises(ValueError, match="2 examples have the key 'numbered/00004'"):
-        splits.hold_out(source, 0.5, seed=0)
+        subsets.hold_out(source, 0.5, seed=0)
 
 
 def test_unknown_dataset_names_the_choices():

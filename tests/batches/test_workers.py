@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax._src import xla_bridge
 
-from flora_jax.data import augment, batches, image_folder, sources, splits
+from flora_jax.data import augment, batches, image_folder, sources, subsets
 from flora_jax.data.sources import BadImageError
 from tests.helpers.batches import assert_same_batches, of_all_processes, write_jpegs
 from tests.helpers.commands import ROOT, is_running
@@ -139,11 +139,11 @@ def test_a_worker_ends_when_its_main_process_is_killed(tmp_path):
 
 def test_sources_arrive_whole_in_another_process(pictures, tiny_tfds):
     folder = image_folder.image_folder(pictures, "train", pictures / "index")
-    part = splits.subset(folder, [3, 14, 15])
+    part = subsets.subset(folder, [3, 14, 15])
     for source in (
         folder,
         part,
-        splits.Subset(folder, np.flatnonzero(folder.labels == 1), (1,)),
+        subsets.Subset(folder, np.flatnonzero(folder.labels == 1), (1,)),
         sources.SkippingSource(part),
         sources.tfds("tiny_pictures", "train", tiny_tfds[0]),
     ):

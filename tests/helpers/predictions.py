@@ -8,7 +8,7 @@ from flora_jax.data.augment import train_transform
 from flora_jax.data.batches import train_batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
-from flora_jax.data.splits import subset
+from flora_jax.data.subsets import subset
 from flora_jax.distill.records import StoredPredictions
 from flora_jax.distill.teacher import describe, write_predictions
 from flora_jax.models import functional

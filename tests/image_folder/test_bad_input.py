@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flora_jax.data import augment, batches, sources, splits
+from flora_jax.data import augment, batches, sources, subsets
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import EvaluationSet
@@ -161,7 +161,7 @@ def test_bad_images_are_replaced_by_the_next_good_one_and_counted(pets, caplog):
 def test_skipped_images_count_in_no_batch_of_an_evaluation(pets):
     for name in ("cat/0", "cat/1", "dog/3", "dog/5"):
         empty(pets / "train" / f"{name}.png")
-    source = splits.subset(sources.SkippingSource(image_folder(pets, "train")), range(1, 12))
+    source = subsets.subset(sources.SkippingSource(image_folder(pets, "train")), range(1, 12))
     transform = augment.eval_transform("inception", (16, 16, 3))
     for options in ({}, {"num_threads": 2}):
         found = list(batches.eval_batches(source, transform, 4, **options))

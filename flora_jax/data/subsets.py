@@ -1,0 +1,130 @@
+"""Some of a source's examples: by index, by class, or held out by the hash of their keys.
+
+An image is held out by the hash of its key, so it is for ever, on every machine and whatever the
+order of the images.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from flora_jax.data import sources
+from flora_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset(sources.DerivedSource):
+    """The examples of `source` at `indices`, int [n].
+
+    Attributes:
+      classes: those that all these examples belong to, numbered anew in this order; empty: all
+        classes of the source, as they are.
+    """
+
+    indices: np.ndarray
+    classes: tuple[int, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) or self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names = self.source.class_names
+        return tuple(names[label] for label in self.classes) or names
+
+    @property
+    def labels(self) -> np.ndarray:
+        if not self.classes:
+            return self.source.labels[self.indices]
+        numbers = np.arange(self.source.num_classes, dtype=np.int32)
+        numbers[list(self.classes)] = np.arange(len(self.classes))
+        return numbers[self.source.labels[self.indices]]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> sources.Example:
+        example = self.source[int(self.indices[index])]
+        if self.classes:
+            example = {**example, "label": self.classes.index(example["label"])}
+        return example
+
+
+def subset(source: sources.Source, indices) -> Subset:
+    """The examples of `source` at `indices`, int [n], in that order."""
+    return Subset(source, np.asarray(indices, np.int64))
+
+
+def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits a source in two by hashed keys, class by class.
+
+    Args:
+      source: the examples; only its labels and keys are read.
+      fraction: share of each class that is held out, rounded to whole examples.
+      seed: another seed holds out other examples.
+
+    Returns:
+      (train, heldout), each in the order of `source`.
+
+    Raises:
+      InputError: fraction is not between 0 and 1, one of the two would be empty, or two examples
+        have the same key; names the key.
+    """
+    check_fraction(fraction)
+    hashes = _hashes(source, seed)
+    _check_unique(source, hashes)
+    labels, is_held_out = source.labels, np.zeros(len(source), bool)
+    by_class_and_hash = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
+    for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
+        is_held_out[members[: round(fraction * len(members))]] = True
+    if not 0 < is_held_out.sum() < len(source):
+        raise InputError(
+            f"fraction {fraction} of each class holds out {is_held_out.sum()} of {len(source)} "
+            f"images; both parts need at least one"
+        )
+    return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
+
+
+def _hashes(source: sources.Source, seed: int) -> np.ndarray:
+    """Of the keys, uint64 [n, 2], which sort as the bytes of the hashes do."""
+    hashes = [
+        # A file name need not be valid UTF-8: its bytes are hashed as they are.
+        hashlib.blake2b(
+            f"{seed}/{source.key(i)}".encode(errors="surrogateescape"), digest_size=16
+        ).digest()
+        for i in range(len(source))
+    ]
+    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
+    """The examples of these classes, numbered anew in this order. Raises InputError of others."""
+    if len(set(classes)) < len(classes) or not set(classes) <= set(range(source.num_classes)):
+        raise InputError(
+            f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
+        )
+    return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
+
+
+def _check_unique(source: sources.Source, hashes: np.ndarray) -> None:
+    if len(np.unique(hashes[:, 0])) == len(hashes):  # the quick half of the answer
+        return
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    is_repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+    if is_repeated.any():
+        repeated = source.key(int(order[1:][is_repeated][0]))
+        count = sum(source.key(i) == repeated for i in range(len(source)))
+        raise InputError(
+            f"{count} examples have the key {repeated!r}; every key must name one example"
+        )
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises InputError unless it lies between 0 and 1."""
+    if not 0 < fraction < 1:
+        raise InputError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
