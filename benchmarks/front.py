@@ -5,8 +5,9 @@
 
 The runs must have the same budgets and test images. Error bars are paired 95 % intervals of the
 difference to the dense model, over images, seeds pooled image by image. `--others NAME RUN...` adds
-the subnets of other runs under a name. With several budgets it also prints how many fewer
-multiply-adds the subnet has than uniform ranks that are as good, read off their front.
+the subnets of other runs under a name, and prints how far the subnets are ahead of them. With
+several budgets it also prints how many fewer multiply-adds the subnet has than uniform ranks that
+are as good, read off their front.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from seeds import mean_over_seeds
 from flora_jax.comparison import kind_of, paired_interval
 from flora_jax.io.files import read_json
 from flora_jax.report.plots import COLORS, padded_layout, save_figure
-from flora_jax.report.table import named_entries
+from flora_jax.report.table import difference_text, in_points, named_entries
 
 MEASURES = {"is_correct": ("top-1 accuracy (%)", 100), "log_likelihood": ("log-likelihood", 1)}
 KINDS = ("uniform", "allocated", "subnet")
@@ -35,6 +36,7 @@ def main() -> None:
     fronts = {kind: front(arguments.runs, kind) for kind in KINDS}
     for name, *runs in arguments.others:
         fronts[name] = front([pathlib.Path(run) for run in runs], "subnet")
+        print_ahead(fronts["subnet"], fronts[name], name)
     draw(fronts, arguments)
     is_front = len(fronts["subnet"]["macs"]) > 2  # one budget and dense say nothing of between
     for measure in MEASURES if is_front else ():
@@ -52,6 +54,17 @@ def front(runs: list[pathlib.Path], kind: str) -> dict:
         "macs": np.array([*shares, 1.0]),
         "results": [pooled[name] for name in (*names, "dense")],
     }
+
+
+def print_ahead(ours: dict, theirs: dict, name: str) -> None:
+    pairs = zip(ours["results"][:-1], theirs["results"][:-1], strict=True)
+    for share, (our, their) in zip(ours["macs"][:-1], pairs, strict=True):
+        top1, likelihood = (paired_interval(our[m] - their[m]) for m in MEASURES)
+        print(
+            f"subnet against {name} at {100 * share:.0f} % of the dense model's MACs: "
+            f"{difference_text(in_points(top1))} points of top-1, "
+            f"{difference_text(likelihood, 4)} of log-likelihood"
+        )
 
 
 def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:

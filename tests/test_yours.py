@@ -81,7 +81,7 @@ def test_what_is_said_stands(weights, pictures):
     assert settings.model.image_size == 28
     assert (settings.metric, settings.train_pretrained) == ("top1", False)
     assert (settings.finetune.epochs, settings.data.mean) == (1.0, (0.1, 0.1, 0.1))
-    assert settings.supernet.epochs == rules.epochs(68)
+    assert settings.supernet.epochs == rules.epochs(8.0, 68)
 
 
 def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
@@ -149,7 +149,7 @@ def test_a_compressed_model_is_no_start(weights, pictures, tmp_path):
 def test_rules_make_recipes(num_images):
     batch = rules.batch_size(num_images, num_devices=3)
     assert batch % 3 == 0
-    assert 5 <= rules.epochs(num_images) <= 40
+    assert 5 <= rules.epochs(8.0, num_images) <= rules.epochs(12.0, num_images) <= 40
     assert num_images // batch >= 2
     assert 0.02 <= rules.heldout_fraction(num_images, 2) <= 0.25
     assert rules.learning_rate(3e-4, 64) == 3e-4

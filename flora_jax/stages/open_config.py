@@ -27,7 +27,9 @@ from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 
 log = logging.getLogger(__name__)
 
-_RATES = {"pretrain": 3e-4, "supernet": 3e-4, "finetune": 5e-4}
+# Epochs and learning rate of each training that the rules pass through (docs/decisions.md).
+_MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 5e-4)}
+_MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4), "finetune": (16.0, 5e-4)}
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 _MOST_THREADS = 16
 
@@ -79,10 +81,11 @@ def closed(config: Mapping) -> dict[str, Any]:
     }
     for name in _OF_THE_PICTURES:
         found[f"data.{name}"] = getattr(preprocessing, name)
-    for name, rate in _RATES.items():
+    measured = _MEASURED if spec.num_classes else _MEASURED_ON_FEATURES
+    for name, (epochs, rate) in measured.items():
         batch = values[name]["batch_size"] or rules.batch_size(num_train, jax.device_count())
         found[f"{name}.batch_size"] = batch
-        found[f"{name}.epochs"] = rules.epochs(num_train)
+        found[f"{name}.epochs"] = rules.epochs(epochs, num_train)
         found[f"{name}.learning_rate"] = rules.learning_rate(rate, batch)
     log.info("%s: %s", values["pretrained"], _what(spec))
     if spec.num_classes:
