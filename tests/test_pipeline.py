@@ -109,7 +109,7 @@ def test_filter_keeps_three_tenths_of_the_triples(finished_run):
 
 def test_picture_is_drawn(finished_run):
     with Image.open(finished_run / "report.png") as image:
-        assert image.size == (2250, 1200)
+        assert image.size == (2250, 1728)
         assert len(image.convert("RGB").getcolors(2**24)) > 100
 
 
