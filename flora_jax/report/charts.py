@@ -62,6 +62,7 @@ def _models(drawn: Drawn) -> Iterator[Panel]:
         padded([y for _, _, y, _ in points], 0.15),
         label,
         f"test {metric.column}",
+        height=max(300, 100 + 16 * len(points)),  # room for every label
     )
     _shade_windows(chart, drawn, unit)
     for color, kind in enumerate(kinds):
@@ -138,11 +139,12 @@ def _curves(
     chart = Chart((0, 100), ends, "share of the stage (%)", label, is_log=is_log)
     legend = []
     for color, dash, name, (steps, values) in series:
+        dash = (dash + 3 * (color // 6)) % 4  # where colours come again, the style is another
         points = list(zip(100 * np.asarray(steps) / max(1, steps[-1]), values, strict=True))
         chart.line(points, color, name, dash=dash)
         for i in range(0, len(points), 1 + (len(points) - 1) // _MAX_SPOTS):
             chart.spot(*points[i], color, f"{name}, step {steps[i]:,}: {values[i]:.4g}")
-        legend.append((f"line c{color % 6} d{dash % 3}", name))
+        legend.append((f"line c{color % 6} d{dash}", name))
     return Panel(title, Markup(chart.text), legend)
 
 

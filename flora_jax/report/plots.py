@@ -24,7 +24,7 @@ from flora_jax.report.drawn import Curve, Drawn
 from flora_jax.report.trade_off import legend_below, plot_candidates, plot_models
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
-LINE_STYLES = ("-", "--", ":")
+LINE_STYLES = ("-", "--", ":", "-.")
 MAX_BLOCK_TICKS = 26
 MAX_MARKERS = 20  # of a curve, beyond which they hide it
 _LOG_LOSS_RANGE = 20  # largest / smallest loss from which a linear axis hides the end of training
@@ -110,7 +110,8 @@ def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
     for i, (stage, (steps, losses)) in enumerate(curves.items()):
         color, last_step = COLORS[i % len(COLORS)], max(1, steps[-1])
         label = f"{stage} ({last_step:,} steps)"
-        ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
+        style = _line_style(i, 0)
+        ax.plot(100 * np.asarray(steps) / last_step, losses, style, color=color, lw=1, label=label)
     every_loss = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
     if every_loss.min() > 0 and every_loss.max() / every_loss.min() > _LOG_LOSS_RANGE:
         ax.set_yscale("log")
@@ -138,12 +139,12 @@ def plot_accuracies(
         return
     for i, (stage, subnets) in enumerate(accuracies.items()):
         last_step = max((steps[-1] for steps, _ in subnets.values()), default=1)
-        for style, (subnet, (steps, values)) in zip(LINE_STYLES, subnets.items(), strict=False):
+        for style, (subnet, (steps, values)) in enumerate(subnets.items()):
             ax.plot(
                 100 * np.asarray(steps) / last_step,
                 metric.scale * np.asarray(values),
                 color=COLORS[i % len(COLORS)],
-                linestyle=style,
+                linestyle=_line_style(i, style),
                 lw=1,
                 marker="." if len(steps) < MAX_MARKERS else None,
                 label=f"{stage} {subnet}".strip(),
@@ -155,6 +156,11 @@ def plot_accuracies(
         ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     ax.set_ylabel(f"held-out {metric.label}")
     legend_below(ax)
+
+
+def _line_style(stage: int, subnet: int) -> str:
+    """Another one where the colours of stages come again."""
+    return LINE_STYLES[(subnet + 3 * (stage // len(COLORS))) % len(LINE_STYLES)]
 
 
 def report_figure(drawn: Drawn) -> Figure:

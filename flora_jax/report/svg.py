@@ -51,6 +51,11 @@ class Chart:
         self._svg = ET.Element("svg", viewBox=f"0 0 {width} {height}", role="img")
         self._svg.set("aria-label", f"{y_label} against {x_label}")
         self._draw_axes(x_label, y_label, _ticks(x, 7) if x_ticks is None else x_ticks)
+        inner = (_LEFT, _TOP, width - _LEFT - _RIGHT, height - _TOP - _BOTTOM)
+        names = ("x", "y", "width", "height")
+        # One SVG inside another cuts off what lies outside of its box.
+        box = dict(zip(names, map(str, inner), strict=True), viewBox=" ".join(map(str, inner)))
+        self._marks = ET.SubElement(self._svg, "svg", box)
 
     @property
     def text(self) -> str:
@@ -59,7 +64,7 @@ class Chart:
 
     def point(self, x: float, y: float, color: int, title: str, *, opacity: float = 1.0) -> None:
         """Draws a dot."""
-        dot = self._mark("circle", f"mark c{color % _NUM_COLORS}", title)
+        dot = _add(self._marks, "circle", f"mark c{color % _NUM_COLORS}", title)
         dot.attrib.update(cx=_text(self._at_x(x)), cy=_text(self._at_y(y)), r="4")
         if opacity < 1:
             dot.set("fill-opacity", _text(opacity))
@@ -67,14 +72,14 @@ class Chart:
     def line(
         self, points: Iterable[tuple[float, float]], color: int, title: str, *, dash: int = 0
     ) -> None:
-        """Draws a line through points; `dash` is one of three styles, 0 a line without gaps."""
-        line = self._mark("polyline", f"line c{color % _NUM_COLORS} d{dash % 3}", title)
+        """Draws a line through points; `dash` is one of four styles, 0 a line without gaps."""
+        line = _add(self._marks, "polyline", f"line c{color % _NUM_COLORS} d{dash % 4}", title)
         pairs = (f"{_text(self._at_x(x))},{_text(self._at_y(y))}" for x, y in points)
         line.set("points", " ".join(pairs))
 
     def spot(self, x: float, y: float, color: int, title: str) -> None:
         """Draws a dot that shows itself under the pointer alone, to read a line by."""
-        spot = self._mark("circle", f"spot c{color % _NUM_COLORS}", title)
+        spot = _add(self._marks, "circle", f"spot c{color % _NUM_COLORS}", title)
         spot.attrib.update(cx=_text(self._at_x(x)), cy=_text(self._at_y(y)), r="4")
 
     def bar(
@@ -82,7 +87,7 @@ class Chart:
     ) -> None:
         """Draws a bar from the bottom to y, around x; an open one is an outline."""
         kind = "open" if is_open else "mark"
-        bar = self._mark("rect", f"{kind} c{color % _NUM_COLORS}", title)
+        bar = _add(self._marks, "rect", f"{kind} c{color % _NUM_COLORS}", title)
         left, top, bottom = self._at_x(x - width / 2), self._at_y(y), self._at_y(self._y[0])
         bar.attrib.update(
             x=_text(left),
@@ -93,8 +98,7 @@ class Chart:
 
     def band(self, low: float, high: float, title: str) -> None:
         """Shades the part of the x axis between two values, behind what is drawn later."""
-        low, high = np.clip((low, high), *self._x)
-        band = self._mark("rect", "band", title)
+        band = _add(self._marks, "rect", "band", title)
         band.attrib.update(
             x=_text(self._at_x(low)),
             y=_text(_TOP),
@@ -104,48 +108,37 @@ class Chart:
 
     def level(self, y: float, title: str) -> None:
         """Draws a dashed line across at y."""
-        self._line((self._x[0], y), (self._x[1], y), "level", title)
+        self._line(self._marks, (self._x[0], y), (self._x[1], y), "level", title)
 
     def labels(self, labels: Sequence[tuple[float, float, int, str]]) -> None:
         """Writes texts beside points (x, y, color, text), towards the middle, none on another."""
-        middle = (self._x[0] + self._x[1]) / 2
-        for is_left in (True, False):
-            here = sorted(
-                (self._at_y(y), self._at_x(x), color, text)
-                for x, y, color, text in labels
-                if (x < middle) == is_left
-            )
-            rows = _spread([y for y, *_ in here], _TOP + 6, self._height - _BOTTOM - 6)
-            for row, (y, x, color, text) in zip(rows, here, strict=True):
-                end = x + (20 if is_left else -20)
-                leader = ET.SubElement(self._svg, "path", {"class": f"leader c{color % 6}"})
-                leader.set("d", f"M{_text(x)} {_text(y)}L{_text(end)} {_text(row)}")
-                attributes = {"class": f"label c{color % _NUM_COLORS}", "dy": "4"}
-                attributes |= {"x": _text(end + (3 if is_left else -3)), "y": _text(row)}
-                attributes["text-anchor"] = "start" if is_left else "end"
-                ET.SubElement(self._svg, "text", attributes).text = text
+        placed = sorted((self._at_y(y), self._at_x(x), color, text) for x, y, color, text in labels)
+        rows = _spread([y for y, *_ in placed], _TOP + 6, self._height - _BOTTOM - 6)
+        for row, (y, x, color, text) in zip(rows, placed, strict=True):
+            side = 1 if x < self._at_x(sum(self._x) / 2) else -1
+            kind, end = f"c{color % _NUM_COLORS}", x + 20 * side
+            leader = _add(self._svg, "path", f"leader {kind}")
+            leader.set("d", f"M{_text(x)} {_text(y)}L{_text(end)} {_text(row)}")
+            label = self._write(end + 3 * side, row + 4, text, "start" if side > 0 else "end")
+            label.set("class", f"label {kind}")
 
     def _draw_axes(self, x_label: str, y_label: str, x_ticks: Sequence[float]) -> None:
         bottom, left = self._height - _BOTTOM, _LEFT
         for tick in _ticks(self._y, 6, self._is_log):
-            self._line((self._x[0], tick), (self._x[1], tick), "grid")
+            self._line(self._svg, (self._x[0], tick), (self._x[1], tick), "grid")
             self._write(left - 6, self._at_y(tick) + 4, f"{tick:g}", "end")
         for tick in x_ticks:
             self._write(self._at_x(tick), bottom + 17, f"{tick:g}", "middle")
-        self._line((self._x[0], self._y[0]), (self._x[1], self._y[0]), "axis")
+        self._line(self._svg, (self._x[0], self._y[0]), (self._x[1], self._y[0]), "axis")
         self._write((left + self._width - _RIGHT) / 2, self._height - 6, x_label, "middle")
         middle = (_TOP + bottom) / 2
         turned = self._write(14, middle, y_label, "middle")
         turned.set("transform", f"rotate(-90 14 {_text(middle)})")
 
-    def _mark(self, tag: str, kind: str, title: str) -> ET.Element:
-        mark = ET.SubElement(self._svg, tag, {"class": kind})
-        if title:
-            ET.SubElement(mark, "title").text = title
-        return mark
-
-    def _line(self, start: Range, end: Range, kind: str, title: str = "") -> None:
-        line = self._mark("line", kind, title)
+    def _line(
+        self, parent: ET.Element, start: Range, end: Range, kind: str, title: str = ""
+    ) -> None:
+        line = _add(parent, "line", kind, title)
         line.attrib.update(x1=_text(self._at_x(start[0])), y1=_text(self._at_y(start[1])))
         line.attrib.update(x2=_text(self._at_x(end[0])), y2=_text(self._at_y(end[1])))
 
@@ -161,9 +154,15 @@ class Chart:
 
     def _at_y(self, y: float) -> float:
         low, high = np.log(self._y) if self._is_log else self._y
-        y = np.clip(y, *self._y)  # what lies outside is drawn on the frame
         share = ((np.log(y) if self._is_log else y) - low) / (high - low)
         return self._height - _BOTTOM - share * (self._height - _TOP - _BOTTOM)
+
+
+def _add(parent: ET.Element, tag: str, kind: str, title: str = "") -> ET.Element:
+    element = ET.SubElement(parent, tag, {"class": kind})
+    if title:
+        ET.SubElement(element, "title").text = title
+    return element
 
 
 def _ticks(ends: Range, most: int, is_log: bool = False) -> list[float]:

@@ -111,8 +111,8 @@ def _conclusion(metric: Metric, name: str, model: Mapping, first_name: str, firs
         return f"{name}: {shown}, {human_count(model['macs'])} MACs."
     change = metric.scale * (model[metric.name] - first[metric.name])
     text = (
-        f"{name}: {_saving(model['macs'], first['macs'])} fewer MACs than {first_name}, {shown}, "
-        f"{_signed(change, metric.digits)}{' points' if metric.in_percent else ''}"
+        f"{name}: {_saving(model['macs'], first['macs'])} fewer MACs than {first_name}; {shown}, "
+        f"change {_signed(change, metric.digits)}{' points' if metric.in_percent else ''}"
     )
     if difference := model.get("against", {}).get(first_name):
         interval = in_points(difference[metric.name], metric)

@@ -12,7 +12,7 @@ from flora_jax.report.drawn import Drawn
 from flora_jax.report.table import count_unit
 
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
-_LINE_HEIGHT = 14  # points, of a label
+_LINE_HEIGHT, _LEAST_HEIGHT = 14, 190  # points, of a label and of the plot
 
 
 def plot_models(ax: Axes, drawn: Drawn) -> None:
@@ -44,7 +44,7 @@ def plot_models(ax: Axes, drawn: Drawn) -> None:
         zorder=4,
         label="models",
     )
-    ax.margins(x=0.1, y=0.3)
+    ax.margins(x=0.1, y=_margin(len(points)))
     form = "{:.1f} %" if metric.in_percent else "{:.3f}"
     texts = [f"{name} {form.format(y)}" for name, y in zip(points, shown, strict=True)]
     _label_points(ax, texts, cost, shown, list(colors.values()))
@@ -133,6 +133,12 @@ def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
     order = np.lexsort((-top1, macs))
     best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
     return order[top1[order] > best_before[: len(order)]]
+
+
+def _margin(num_labels: int) -> float:
+    """Room for the labels of the lowest and the highest point, as a share of the points' range."""
+    share = min(0.4, _LINE_HEIGHT * (num_labels + 1) / 2 / _LEAST_HEIGHT)
+    return share / (1 - 2 * share)
 
 
 def _label_points(

@@ -7,7 +7,6 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
@@ -25,6 +24,7 @@ from flora_jax.stages.images import Images
 from flora_jax.stages.outcome import TEST_IMAGES_FILE
 from flora_jax.stages.run import Run, done_stages
 from flora_jax.stages.settings import Settings
+from flora_jax.timing import describe_device
 
 BENCHMARK_FILE = "benchmark.json"
 log = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def unfinished(run: Run) -> str:
     if not missing:
         return ""
     there = ", ".join(name for name in run.settings.stages if name in done and name != "report")
-    return (
-        f"This run is not finished: {there or 'no stage'} done, {', '.join(missing)} still to come."
-    )
+    return f"This run is not finished. Done: {there or 'nothing'}. To come: {', '.join(missing)}."
 
 
 def _about(run: Run) -> str:
@@ -163,8 +161,7 @@ def _data(run: Run, images: Images | None, tested: Mapping) -> dict[str, object]
 def _versions() -> dict[str, object]:
     return {
         "flora_jax": importlib.metadata.version("flora_jax"),
-        "jax": jax.__version__,
         "Python": platform.python_version(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": describe_device(),
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }

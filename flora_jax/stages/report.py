@@ -61,9 +61,12 @@ def _costs(run: Run) -> list[list[str]]:
     """What the models cost that are there already, though nothing is evaluated."""
     if "extract" in run.settings.stages and not is_budget_known(run):
         return []
-    folders = {name: run.folder / path for _, name, path, _ in finished_models(run)}
-    specs = {n: load_spec(path) for n, path in folders.items() if (path / SPEC_FILE).exists()}
-    costs = {n: {"macs": spec.macs(), "params": spec.num_params()} for n, spec in specs.items()}
+    costs = {}
+    for _, name, path, _ in finished_models(run):
+        for folder in (run.folder / path, run.folder / "extract" / path):  # before it is trained
+            if (folder / SPEC_FILE).exists():
+                spec = load_spec(folder)
+                costs[name] = {"macs": spec.macs(), "params": spec.num_params()}
     return table.cost_rows(costs) if costs else []
 
 
