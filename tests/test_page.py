@@ -186,6 +186,7 @@ def test_classes_and_what_is_taken_for_what():
         Confusion("cat", "dog", images=3, count=2, baseline=1, example=1),
         Confusion("dog", "cat", images=2, count=1, baseline=0, example=4),
     ]
+    assert [pair.baseline for pair in confusions(labels, subnet, None, names)] == [None, None]
     assert confusions(labels, labels, dense, names) == []
 
 

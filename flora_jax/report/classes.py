@@ -26,7 +26,7 @@ class Confusion:
       label, predicted: their names.
       images: of the class.
       count: how many of them the model takes for the other, at least one.
-      baseline: how many another model does.
+      baseline: how many the dense model does; None where there is none.
       example: the index of one.
       picture: of it, as a data URI; "" where it cannot be shown.
     """
@@ -35,7 +35,7 @@ class Confusion:
     predicted: str
     images: int
     count: int
-    baseline: int
+    baseline: int | None
     example: int
     picture: str = ""
 
@@ -68,13 +68,13 @@ def class_accuracies(
 
 
 def confusions(
-    labels: np.ndarray, predicted: np.ndarray, baseline: np.ndarray, names: Sequence[str]
+    labels: np.ndarray, predicted: np.ndarray, baseline: np.ndarray | None, names: Sequence[str]
 ) -> list[Confusion]:
     """The pairs of classes that a model confuses most, the most frequent first.
 
     Args:
-      labels, predicted, baseline: int [n], what the images are, what the model and another one take
-        them for.
+      labels, predicted: int [n], what the images are and what the model takes them for.
+      baseline: int [n], what the dense model takes them for.
       names: of the labels 0, 1, ...
     """
     wrong = np.flatnonzero(predicted != labels)
@@ -91,7 +91,9 @@ def confusions(
             names[other],
             images=int((labels == label).sum()),
             count=int(counts[i]),
-            baseline=int(((labels == label) & (baseline == other)).sum()),
+            baseline=(
+                None if baseline is None else int(((labels == label) & (baseline == other)).sum())
+            ),
             example=int(wrong[firsts[i]]),
         )
         for i, (label, other) in zip(order, pairs[order], strict=True)

@@ -31,7 +31,7 @@ class Page:
       models: the table of models.
       drawn: the numbers behind its charts.
       benchmark: as in benchmark.json: {"machine": str, "rows": [{"engine", "model": str, "batch":
-        int, "ms", "ratio", "low", "high": float}]}, ratio to the dense model with its interval.
+        int, "ms", "ratio", "low", "high": float}]}, ratio to the dense model with its quartiles.
       classes: how often models are right about each class.
       confused: the model that `confusions` are of.
       confusions: what it takes for what.
@@ -79,12 +79,10 @@ def render(page: Page) -> str:
 
 
 def _benchmark_rows(benchmark: Mapping[str, Any]) -> Rows:
-    header = ("engine", "batch", "model", "ms", "of the dense model's", "95 % interval")
+    header = ("engine, batch, model", "ms", "of the dense model's", "quartiles")
     rows = [
         (
-            row["engine"],
-            str(row["batch"]),
-            row["model"],
+            f"{row['engine']}, {row['batch']}, {row['model']}",
             f"{row['ms']:.2f}",
             f"{row['ratio']:.2f}",
             f"{row['low']:.2f}..{row['high']:.2f}",

@@ -57,7 +57,7 @@ def difference_text(difference: Interval, digits: int = 2) -> str:
 
 def comparison_table(result: Mapping) -> str:
     """Quality and cost of every model as plain text, a line each; as `comparison_rows`."""
-    return text_table(comparison_rows(result))
+    return aligned(comparison_rows(result))
 
 
 def comparison_rows(result: Mapping) -> list[list[str]]:
@@ -146,10 +146,10 @@ def cost_rows(models: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
     return [["model", "MACs", "params"], *rows]
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as plain text, a line a row, in columns that are as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_align(row, widths) for row in rows)
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each as plain text: the first column from the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_align(line, widths) for line in lines)
 
 
 def _is_known(name: str) -> bool:
@@ -218,7 +218,7 @@ def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0  # no "-0.00"
 
 
-def _align(row: Sequence[str], widths: Sequence[int]) -> str:
+def _align(row: Sequence[str], widths: list[int]) -> str:
     cells = [row[0].ljust(widths[0])]
     cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "   ".join(cells).rstrip()

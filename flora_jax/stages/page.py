@@ -102,9 +102,9 @@ def _with_classes(page: Page, run: Run, images: Images | None, names: Sequence[s
     if not shown:
         return page
     page = dataclasses.replace(page, classes=class_accuracies(labels, shown, names))
-    if not smaller or "dense" not in predicted:
+    if not smaller:
         return page
-    found = confusions(labels, predicted[smaller[0]], predicted["dense"], names)
+    found = confusions(labels, predicted[smaller[0]], predicted.get("dense"), names)
     return dataclasses.replace(
         page, confused=smaller[0], confusions=_with_pictures(found, labels, images)
     )

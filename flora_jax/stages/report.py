@@ -48,7 +48,7 @@ def _show_once(directory: epath.Path, page: Page, skipped: int, files: dict[str,
     if page.unfinished:
         print(f"\n{page.unfinished}")
     if page.models:
-        print(f"\n{table.text_table(page.models)}\n")
+        print(f"\n{table.aligned(page.models)}\n")
     if skipped:
         print(f"{skipped} test images could not be decoded and count for no model.\n")
     for name, content in files.items():
