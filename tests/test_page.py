@@ -151,6 +151,31 @@ def test_marks_say_what_they_are():
     assert ranks[-1] == "uniform (50 %)"
 
 
+def test_a_chart_for_each_of_several_budgets():
+    points = {"dense": (8e6, 0.98), "subnet 0.3": (3e6, 0.9), "subnet 0.6": (5e6, 0.95)}
+    ranks = {name: [8, 16, 32] for name in ("subnet 0.3", "subnet 0.6")}
+    drawn = Drawn(
+        points=points,
+        windows=[(2.8e6, 3e6), (4.8e6, 5e6)],
+        ranks=ranks,
+        full_ranks=[32] * 3,
+        uniform_ratios=[0.2, 0.4],
+    )
+    models, *others = panels_of(drawn)
+    svg = ET.fromstring(models.svg)
+    (joined,) = svg.iter("polyline")
+    assert joined.find("title").text == "subnet"
+    ends = {tuple(map(float, pair.split(","))) for pair in joined.get("points").split()}
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in svg.iter("circle")]
+    assert ends == set(dots[1:])
+    assert len([band for band in svg.iter("rect") if band.get("class") == "band"]) == 2
+    assert [panel.title for panel in others] == [
+        "Ranks of the subnet 0.3",
+        "Ranks of the subnet 0.6",
+    ]
+    assert [panel.legend[-1][1] for panel in others] == ["uniform (20 %)", "uniform (40 %)"]
+
+
 def test_marks_stand_where_the_axes_say():
     chart = Chart((0, 10), (100, 200), "x", "y", width=170, height=156)  # a plot of 100 x 100
     for x, y in ((0, 100), (10, 200), (5, 125)):

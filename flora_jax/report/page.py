@@ -79,7 +79,7 @@ def render(page: Page) -> str:
 
 
 def _benchmark_rows(benchmark: Mapping[str, Any]) -> Rows:
-    header = ("engine, batch, model", "ms", "of the dense model's", "quartiles")
+    header = ("engine, batch, model", "ms", "share of dense", "quartiles")
     rows = [
         (
             f"{row['engine']}, {row['batch']}, {row['model']}",
