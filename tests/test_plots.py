@@ -93,6 +93,17 @@ def test_costs_of_large_models_are_in_giga():
         assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
 
 
+def test_latency_is_in_milliseconds():
+    candidates = {"ms": [4.0, 4.5], "top1": [0.8, 0.9], "generation": [0, 0]}
+    points = {"dense": (8.0, 0.9)}
+    drawn = example(cost="ms", candidates=candidates, points=points, windows=[(4.0, 5.0)])
+    for plot in (plot_models, plot_candidates):
+        ax = Figure().subplots()
+        plot(ax, drawn)
+        assert ax.get_xlabel() == "latency (ms)"
+        assert legend_texts(ax)[0] == "latency window"
+
+
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=4))

@@ -71,7 +71,10 @@ def unfinished(run: Run) -> str:
     if not missing:
         return ""
     there = ", ".join(name for name in run.settings.stages if name in done and name != "report")
-    return f"This run is not finished. Done: {there or 'nothing'}. To come: {', '.join(missing)}."
+    return (
+        f"This run is not finished. Done: {there or 'nothing'}. To come: {', '.join(missing)}. "
+        f"Curves of a stage that goes on end where it is."
+    )
 
 
 def _about(run: Run) -> str:

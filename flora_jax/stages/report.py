@@ -81,11 +81,11 @@ def _slim_picture(run: Run, images: Images | None) -> bytes | None:
         )
         return None
     gates, masks = read_decision(run.folder / DECISION_FILE)
-    image = None if images is None else next(images.unseen(1, "report/image"))[0]
+    some = None if images is None else next(images.unseen(8, "report/image"), None)
     figure = slim_plots.slim_figure(
         gates,
         masks,
-        image=image,
+        image=None if some is None else some[0],
         num_prefix_tokens=run.spec.num_prefix_tokens,
         title=f"{as_text(run.folder.name)}: gates and what they leave",
     )
