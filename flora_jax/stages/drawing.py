@@ -36,7 +36,7 @@ def drawn_of(run: Run, result: dict) -> Drawn:
     specs = {
         budget.name("subnet"): folder.load_spec(path)
         for budget in budgets
-        if (path := run.folder / "extract" / budget.folder("subnet")).exists()
+        if ((path := run.folder / "extract" / budget.folder("subnet")) / folder.SPEC_FILE).exists()
     }
     is_extracted = bool(specs) and len(specs) == len(budgets)
     space = load_regular_space(run) if is_extracted else None
