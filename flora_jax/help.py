@@ -13,7 +13,7 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
-  --stage=NAME          this stage only; with --redo again, although it is done
+  --stage=NAME          this stage only; with --redo again, although it is done; report: any time
   --dry_run             what would run, how long it takes, what it leaves on disk; and stops
   --check_topology=v5e:4x4    does it fit a TPU slice? needs no TPU and no --workdir
   --check_predictions   compares stored predictions with a fresh pass of their teacher

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first, is_first, wait_for_all
-from flora_jax.errors import InputError, RunError, listed, unknown
+from flora_jax.errors import InputError, RunError, UserError, listed, unknown
 from flora_jax.io.files import locked, read_json, write_json, write_json_once
 from flora_jax.io.paths import is_url, user_path
 from flora_jax.io.places import check_can_hold_a_run
@@ -25,6 +25,7 @@ from flora_jax.stages.companions import describe_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS
 from flora_jax.stages.images import Images
 from flora_jax.stages.open_config import settings_of
+from flora_jax.stages.report import report
 from flora_jax.stages.run import (
     CONFIG_FILE,
     DONE_FILE,
@@ -46,7 +47,8 @@ def run(
 
     Stages that are done there are skipped. Where the config differs from the one that they were
     done with, those whose results it changes are done anew; what they had made goes to
-    `workdir`/earlier.
+    `workdir`/earlier. The stage "report" alone tells what there is at any time, also while another
+    process runs there.
 
     Args:
       config: as `Settings.from_config` reads it.
@@ -56,7 +58,7 @@ def run(
       InputError: the config does not make sense, or nothing that is in `workdir` would serve it.
       MissingFileError: a file that the config names is not there.
       RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
-        one that is not done yet.
+        one that is not done yet, or there is nothing to report on.
       StorageError: `workdir` cannot hold a run.
     """
     settings = settings_of(config)
@@ -65,6 +67,9 @@ def run(
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
     this_run = Run(settings, user_path(workdir))
+    if stage == "report":
+        _report_what_is_there(this_run)
+        return
     check_can_hold_a_run(this_run.folder)
     images = check(settings, done_stages(this_run))
     with _held(this_run.folder):
@@ -80,7 +85,27 @@ def run(
         _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
-def _stages_to_redo(this_run: Run, images: Images) -> list[str]:
+def _report_what_is_there(this_run: Run) -> None:
+    """Reports on a run at any time: it neither locks nor claims the folder, in which another
+    process may be going on, and needs neither its images nor all of its stages."""
+    if not has_run(this_run.folder):
+        raise RunError(f"{this_run.folder} holds no run that could be reported on")
+    try:
+        images = Images(this_run.settings)
+    except UserError as error:
+        log.warning("the report goes without the images: %s", error)
+        images = None
+    others = [stage for stage in _stages_to_redo(this_run, images) if stage != "report"]
+    if others:
+        changes = listed(changes_between(*_configs(this_run, images)))
+        raise RunError(
+            f"{this_run.folder} holds {others[0]!r} of another config; undo or run that first:"
+            f"{changes}"
+        )
+    report(this_run, images)
+
+
+def _stages_to_redo(this_run: Run, images: Images | None) -> list[str]:
     """The stages whose results in the folder are another config's."""
     if not has_run(this_run.folder):
         return []
@@ -113,13 +138,19 @@ def _claim_once(this_run: Run, images: Images, to_redo: list[str]) -> None:
     write_json(this_run.folder / CONFIG_FILE, this_run.settings.to_config())
 
 
-def _configs(this_run: Run, images: Images) -> tuple[dict, dict]:
-    """What the folder was made with, wherever the same images lay then, and what it runs with."""
+def _configs(this_run: Run, images: Images | None) -> tuple[dict, dict]:
+    """What the folder was made with, wherever the same images lay then, and what it runs with.
+
+    Images that are not there count as the same.
+    """
     saved, current = saved_settings(this_run.folder).to_config(), this_run.settings.to_config()
     place = {name: current["data"][name] for name in ("name", "data_dir")}
     is_moved = not place.items() <= saved["data"].items()
     file = this_run.folder / IMAGES_FILE
-    if is_moved and file.exists() and read_json(file)["signature"] == images.signature:
+    is_same = images is None or (
+        is_moved and file.exists() and read_json(file)["signature"] == images.signature
+    )
+    if is_same:
         saved["data"] |= place
     return saved, current
 

@@ -139,5 +139,7 @@ def test_a_finished_run_holds_little_beside_its_models(finished_run):
         return sum(file.stat().st_size for file in files)
 
     models = size("dense", "subnet", "allocated", "uniform", "supernet/parameters")
-    assert size("") - (finished_run / "report.png").stat().st_size <= 3 * models
+    reports = (finished_run / name for name in ("report.png", "report.html"))
+    size_of_reports = sum(report.stat().st_size for report in reports)
+    assert size("") - size_of_reports <= 3 * models
     assert not list(finished_run.rglob("checkpoints"))

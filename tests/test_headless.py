@@ -252,6 +252,9 @@ def test_a_whole_run(config, tmp_path, capsys):
     assert "heldout_cosine_smallest" in (run / "supernet/metrics.jsonl").read_text()
     with Image.open(run / "report.png") as image:
         image.verify()
+    page = (run / "report.html").read_text()
+    assert "held-out cosine" in page
+    assert "Accuracy by class" not in page
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_filtering_in_memory_keeps_a_part_of_every_block(tmp_path):
 
 
 def test_a_whole_run_is_a_function(tmp_path):
-    with pytest.raises(RuntimeError, match="stage 'report' needs 'pretrain'"):
-        flora.run(digits_config.get_config(), tmp_path, "report")
+    with pytest.raises(RuntimeError, match="stage 'search' needs 'pretrain'"):
+        flora.run(digits_config.get_config(), tmp_path, "search")
     assert flora.Settings() == Settings()
     assert flora.Recipe().epochs == 150
     assert flora.Settings().stages == FLORA_STAGES

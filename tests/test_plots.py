@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flora_jax.report import plots
-from flora_jax.report.trade_off import front, plot_trade_off
+from flora_jax.report.drawn import Drawn
+from flora_jax.report.trade_off import front, plot_candidates, plot_models
 
 CANDIDATES = {
     "macs": [4.0e6, 4.5e6, 4.2e6, 5.0e6, 4.5e6],
@@ -28,7 +29,7 @@ POINTS = {"dense": (8.1e6, 0.98), "uniform": (4.6e6, 0.94), "subnet": (4.5e6, 0.
 WINDOW = (4.0e6, 5.0e6)
 
 
-def example_figure(**changes):
+def example(**changes) -> Drawn:
     arguments = {
         "candidates": CANDIDATES,
         "points": POINTS,
@@ -39,24 +40,23 @@ def example_figure(**changes):
         "uniform_ratios": [0.5],
         "title": "example",
     }
-    return plots.report_figure(**arguments | changes)
+    return Drawn(**arguments | changes)
+
+
+def example_figure(**changes):
+    return plots.report_figure(example(**changes))
 
 
 def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def test_trade_off_draws_candidates_front_points_and_window():
+def test_models_are_drawn_by_what_the_test_images_show():
     ax = Figure().subplots()
-    plot_trade_off(ax, CANDIDATES, POINTS, [WINDOW])
-    cloud, stars = ax.collections
-    macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
-    np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
-    assert cloud.get_array().tolist() == CANDIDATES["generation"]
+    plot_models(ax, example())
+    (stars,) = ax.collections
     np.testing.assert_allclose(stars.get_offsets(), [[8.1, 98], [4.6, 94], [4.5, 96]])
     assert len(np.unique(stars.get_facecolor(), axis=0)) == len(POINTS)
-    (front,) = ax.lines
-    np.testing.assert_allclose(front.get_xydata(), [[4.0, 90], [4.5, 95]])
     (window,) = ax.patches
     assert (window.get_x(), window.get_width()) == (4.0, 1.0)
     assert {text.get_text() for text in ax.texts} == {
@@ -64,22 +64,44 @@ def test_trade_off_draws_candidates_front_points_and_window():
         "uniform 94.0 %",
         "subnet 96.0 %",
     }
-    assert ax.get_xlabel() == "MACs (M)"
-    assert legend_texts(ax) == [
-        "MAC window",
-        "candidates (held-out split)",
-        "Pareto front (held-out split)",
-        "models (test split)",
-    ]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "top-1 accuracy (%), test images")
+    assert legend_texts(ax) == ["MAC window", "models"]
+
+
+def test_candidates_have_axes_of_their_own_by_what_the_held_out_images_show():
+    ax = Figure().subplots()
+    plot_candidates(ax, example())
+    (cloud,) = ax.collections
+    macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
+    np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
+    assert cloud.get_array().tolist() == CANDIDATES["generation"]
+    (front,) = ax.lines
+    np.testing.assert_allclose(front.get_xydata(), [[4.0, 90], [4.5, 95]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "top-1 accuracy (%), held-out images")
+    assert legend_texts(ax) == ["MAC window", "candidates", "Pareto front"]
     assert ax.figure.axes[1].get_ylabel() == "generation"
 
 
-def test_trade_off_of_large_models_is_in_giga():
-    ax = Figure().subplots()
+def test_costs_of_large_models_are_in_giga():
     candidates = {"macs": [8e9], "top1": [0.8], "generation": [0]}
-    plot_trade_off(ax, candidates, {"dense": (17.57e9, 0.818)}, [(7e9, 9e9)])
-    assert ax.get_xlabel() == "MACs (G)"
-    assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
+    points = {"dense": (17.57e9, 0.818)}
+    drawn = example(candidates=candidates, points=points, windows=[(7e9, 9e9)])
+    for plot in (plot_models, plot_candidates):
+        ax = Figure().subplots()
+        plot(ax, drawn)
+        assert ax.get_xlabel() == "MACs (G)"
+        assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
+
+
+def test_latency_is_in_milliseconds():
+    candidates = {"ms": [4.0, 4.5], "top1": [0.8, 0.9], "generation": [0, 0]}
+    points = {"dense": (8.0, 0.9)}
+    drawn = example(cost="ms", candidates=candidates, points=points, windows=[(4.0, 5.0)])
+    for plot in (plot_models, plot_candidates):
+        ax = Figure().subplots()
+        plot(ax, drawn)
+        assert ax.get_xlabel() == "latency (ms)"
+        assert legend_texts(ax)[0] == "latency window"
 
 
 @pytest.mark.slow
@@ -94,6 +116,15 @@ def test_labels_of_points_never_overlap(values):
     boxes = [Text.get_window_extent(text) for text in ax.texts]
     assert len(boxes) == len(points)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_legends_cover_no_plot():
+    figure = example_figure()
+    figure.draw_without_rendering()
+    legends = [ax.get_legend().get_window_extent() for ax in figure.axes if ax.get_legend()]
+    assert len(legends) == 4
+    for ax in figure.axes:
+        assert not any(ax.get_window_extent().overlaps(legend) for legend in legends)
 
 
 def test_models_of_several_budgets_are_joined_by_kind():
@@ -189,15 +220,16 @@ def test_loss_axis_is_linear_where_a_logarithm_would_not_help(losses):
 def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
     figure = example_figure()
     titles = {ax.get_title(loc="left") for ax in figure.axes}
-    assert {"Accuracy against cost", "Loss while training", "Ranks of the subnet"} <= titles
+    assert {"Accuracy of the models against cost", "What the search scored"} <= titles
+    assert {"Loss while training", "Quality while training", "Ranks of the subnet"} <= titles
     path = tmp_path / "report.png"
     path.write_bytes(b"an older picture")
     plots.save_figure(figure, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.size == (15 * 150, 8 * 150)
-        pixels = np.asarray(image.convert("RGB"))
-    assert {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)} >= {
+        assert image.size == (15 * 150, 1728)
+        colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
+    assert colors >= {
         tuple(round(255 * c) for c in to_rgba(color)[:3]) for color in plots.COLORS[:3]
     }
     assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
@@ -208,11 +240,19 @@ def test_report_combines_the_plots_and_is_saved_whole(tmp_path):
     [
         {"candidates": {"macs": [4.5e6], "top1": [0.9], "generation": [0]}},
         {"candidates": {"macs": [], "top1": [], "generation": []}, "points": {}},
+        {"candidates": {}, "points": {}, "windows": [], "ranks": {}, "curves": {}},
         {"points": {"dense": POINTS["dense"], "subnet": POINTS["subnet"]}, "uniform_ratios": None},
         {"curves": {}},
         {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": {"": ([1], [0.5])}}},
     ],
-    ids=["one candidate", "no candidate", "no uniform point", "no curves", "empty curve"],
+    ids=[
+        "one candidate",
+        "no candidate",
+        "nothing",
+        "no uniform point",
+        "no curves",
+        "empty curve",
+    ],
 )
 def test_sparse_runs_still_give_a_picture(changes, tmp_path):
     plots.save_figure(example_figure(**changes), tmp_path / "report.png")
@@ -225,9 +265,11 @@ def test_pyplot_stays_out():
     program = (
         "import sys\n"
         "from flora_jax.report import plots\n"
+        "from flora_jax.report.drawn import Drawn\n"
         "candidates = dict(macs=[1, 2], top1=[0.5, 0.6], generation=[0, 1])\n"
         "ranks = dict(subnet=[1, 2, 3])\n"
-        "figure = plots.report_figure(candidates, {}, [(1, 2)], ranks, [4, 4, 4], {})\n"
+        "drawn = Drawn(candidates=candidates, ranks=ranks, full_ranks=[4] * 3)\n"
+        "figure = plots.report_figure(drawn)\n"
         "figure.draw_without_rendering()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )

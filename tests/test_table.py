@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.report.table import comparison_table, human_count
+from flora_jax.report.table import aligned, comparison_table, conclusions, cost_rows, human_count
 
 
 def test_table_of_an_example():
@@ -57,6 +57,30 @@ def test_table_shows_latency_where_it_is_known():
     assert header.endswith("ms   fewer ms")
     assert first.endswith("20.00")
     assert second.endswith("15.00     25.0 %")
+
+
+def test_conclusions_are_of_the_smallest_models():
+    dense = {"top1": 0.9, "macs": 8_000_000, "params": 8}
+    slim = {"top1": 0.9, "macs": 6_000_000, "params": 6}
+    subnets = [
+        {"budget": [0.2, low], "top1": 0.9 - low / 10, "macs": round(8e6 * low), "params": 4}
+        for low in (0.25, 0.5)
+    ]
+    subnets[1]["against"] = {"dense": {"top1": [-0.05, -0.0625, 0.01]}}
+    assert conclusions({"subnet": subnets, "dense": dense, "slim": slim}) == [
+        "subnet 0.25: 75.0 % fewer MACs than dense; top-1 accuracy 87.50 %, change -2.50 points.",
+        "subnet 0.5: 50.0 % fewer MACs than dense; top-1 accuracy 85.00 %, change -5.00 points "
+        "(95 % interval -6.25..+1.00).",
+    ]
+    assert conclusions({"dense": dense, "slim": slim}) == [
+        "slim: 25.0 % fewer MACs than dense; top-1 accuracy 90.00 %, change +0.00 points."
+    ]
+    assert conclusions({"transfer": dense}) == ["transfer: top-1 accuracy 90.00 %, 8.00 M MACs."]
+
+
+def test_costs_stand_alone_where_nothing_is_evaluated():
+    rows = cost_rows({"dense": {"macs": 8_123_456, "params": 123_456}})
+    assert aligned(rows).splitlines() == ["model     MACs     params", "dense   8.12 M   123.46 k"]
 
 
 def test_table_of_the_dense_model_alone():

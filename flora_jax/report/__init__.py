@@ -1,1 +1,1 @@
-"""What a person sees of a finished run: pictures and tables."""
+"""What a person sees of a run: tables, pictures, and the page."""

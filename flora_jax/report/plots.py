@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.typing import HashableList
 
 from flora_jax.io.files import replacing
 from flora_jax.quality import TOP1, Metric
-from flora_jax.report.trade_off import legend_below, plot_trade_off
+from flora_jax.report.drawn import Curve, Drawn
+from flora_jax.report.trade_off import legend_below, plot_candidates, plot_models
 
 COLORS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#bbaa22")  # colour-blind safe
-LINE_STYLES = ("-", "--", ":")
+LINE_STYLES = ("-", "--", ":", "-.")
 MAX_BLOCK_TICKS = 26
 MAX_MARKERS = 20  # of a curve, beyond which they hide it
 _LOG_LOSS_RANGE = 20  # largest / smallest loss from which a linear axis hides the end of training
@@ -92,9 +94,6 @@ def plot_ranks(
     )
 
 
-Curve = tuple[Sequence[int], Sequence[float]]  # steps [T], values [T]
-
-
 def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
     """Training loss of every stage, over the share of the stage that is done.
 
@@ -111,7 +110,8 @@ def plot_curves(ax: Axes, curves: Mapping[str, Curve]) -> None:
     for i, (stage, (steps, losses)) in enumerate(curves.items()):
         color, last_step = COLORS[i % len(COLORS)], max(1, steps[-1])
         label = f"{stage} ({last_step:,} steps)"
-        ax.plot(100 * np.asarray(steps) / last_step, losses, color=color, lw=1, label=label)
+        style = _line_style(i, 0)
+        ax.plot(100 * np.asarray(steps) / last_step, losses, style, color=color, lw=1, label=label)
     every_loss = np.concatenate([np.asarray(loss, float) for _, loss in curves.values()])
     if every_loss.min() > 0 and every_loss.max() / every_loss.min() > _LOG_LOSS_RANGE:
         ax.set_yscale("log")
@@ -139,12 +139,12 @@ def plot_accuracies(
         return
     for i, (stage, subnets) in enumerate(accuracies.items()):
         last_step = max((steps[-1] for steps, _ in subnets.values()), default=1)
-        for style, (subnet, (steps, values)) in zip(LINE_STYLES, subnets.items(), strict=False):
+        for style, (subnet, (steps, values)) in enumerate(subnets.items()):
             ax.plot(
                 100 * np.asarray(steps) / last_step,
                 metric.scale * np.asarray(values),
                 color=COLORS[i % len(COLORS)],
-                linestyle=style,
+                linestyle=_line_style(i, style),
                 lw=1,
                 marker="." if len(steps) < MAX_MARKERS else None,
                 label=f"{stage} {subnet}".strip(),
@@ -158,44 +158,36 @@ def plot_accuracies(
     legend_below(ax)
 
 
-def report_figure(
-    candidates: Mapping[str, Sequence[float]],
-    points: Mapping[str, tuple[float, float]],
-    windows: Sequence[tuple[float, float]],
-    ranks: Mapping[str, Sequence[int | None]],
-    full_ranks: Sequence[int],
-    curves: Mapping[str, Curve],
-    *,
-    accuracies: Mapping[str, Mapping[str, Curve]] | None = None,
-    uniform_ratios: Sequence[float] | None = None,
-    metric: Metric = TOP1,
-    title: str = "",
-) -> Figure:
-    """All plots as one picture; arguments as in the functions that draw them.
+def _line_style(stage: int, subnet: int) -> str:
+    """Another one where the colours of stages come again."""
+    return LINE_STYLES[(subnet + 3 * (stage // len(COLORS))) % len(LINE_STYLES)]
 
-    Args:
-      ranks: of the subnet of each budget, by its name: a plot each.
-      uniform_ratios: of each budget.
-    """
-    heights = (3, *[2] * len(ranks))
+
+def report_figure(drawn: Drawn) -> Figure:
+    """All plots as one picture: models beside candidates, loss beside quality, ranks below."""
+    beside = "candidates" if drawn.is_searched else "models"
+    rows: list[HashableList[str]] = [["models", beside], ["loss", "quality"]]
+    rows += [[name, name] for name in drawn.ranks]
+    heights = [2.6 if row < 2 else 2 for row in range(len(rows))]
     figure = Figure(figsize=(15, 1.6 * sum(heights)), layout=padded_layout())
-    grid = figure.add_gridspec(len(heights), 3, width_ratios=(3, 2, 2), height_ratios=heights)
-    trade_off, training, quality = (figure.add_subplot(grid[0, i]) for i in range(3))
-    plot_trade_off(trade_off, candidates, points, windows, metric)
-    what = "Accuracy" if metric is TOP1 else "Agreement"
-    trade_off.set_title(f"{what} against cost", loc="left")
-    plot_curves(training, curves)
-    training.set_title("Loss while training", loc="left")
-    plot_accuracies(quality, accuracies or {}, metric)
-    quality.set_title("Quality while training", loc="left")
-    for i, (name, own_ranks) in enumerate(ranks.items()):
-        ax = figure.add_subplot(grid[1 + i, :])
-        ratio = None if uniform_ratios is None else uniform_ratios[i]
-        plot_ranks(ax, own_ranks, full_ranks, uniform_ratio=ratio)
-        ax.set_title(f"Ranks of the {name}", loc="left")
+    axes: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=heights)
+    what = "Accuracy" if drawn.metric is TOP1 else "Agreement"
+    plot_models(axes["models"], drawn)
+    axes["models"].set_title(f"{what} of the models against cost", loc="left")
+    if drawn.is_searched:
+        plot_candidates(axes["candidates"], drawn)
+        axes["candidates"].set_title("What the search scored", loc="left")
+    plot_curves(axes["loss"], drawn.curves)
+    axes["loss"].set_title("Loss while training", loc="left")
+    plot_accuracies(axes["quality"], drawn.accuracies, drawn.metric)
+    axes["quality"].set_title("Quality while training", loc="left")
+    for i, (name, own_ranks) in enumerate(drawn.ranks.items()):
+        ratio = None if drawn.uniform_ratios is None else drawn.uniform_ratios[i]
+        plot_ranks(axes[name], own_ranks, drawn.full_ranks, uniform_ratio=ratio)
+        axes[name].set_title(f"Ranks of the {name}", loc="left")
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(drawn.title)
     return figure
 
 
@@ -204,11 +196,16 @@ def padded_layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
 
 
-def save_figure(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG (150 dpi) in one piece: a reader never sees half a file."""
-    png = io.BytesIO()
+def png(figure: Figure) -> bytes:
+    """The picture as PNG, 150 dpi."""
+    content = io.BytesIO()
     with warnings.catch_warnings():  # names of runs may be in any script
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def save_figure(figure: Figure, path: epath.PathLike) -> None:
+    """Writes a PNG in one piece: a reader never sees half a file."""
     with replacing(path) as partial:
-        partial.write_bytes(png.getvalue())
+        partial.write_bytes(png(figure))

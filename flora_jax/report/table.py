@@ -1,6 +1,6 @@
-"""The models of a run side by side, as plain text."""
+"""The models of a run side by side, in cells and as plain text."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flora_jax.comparison import Interval, budget_name, kind_of
@@ -56,6 +56,11 @@ def difference_text(difference: Interval, digits: int = 2) -> str:
 
 
 def comparison_table(result: Mapping) -> str:
+    """Quality and cost of every model as plain text, a line each; as `comparison_rows`."""
+    return aligned(comparison_rows(result))
+
+
+def comparison_rows(result: Mapping) -> list[list[str]]:
     """Quality and cost of every model of result.json, and its change against the first one.
 
     Args:
@@ -65,14 +70,58 @@ def comparison_table(result: Mapping) -> str:
         and "agreement" are where some entry has them. Entries and keys of another form are ignored.
 
     Returns:
-      One line a model: dense, slim, uniform, allocated, subnet, then the others in the order
-      given. "change" and its interval are in percentage points of top-1, or of the cosine, as is
-      the difference to uniform; "agreement" is how often a model predicts the same class as the
-      dense one.
+      The titles of the columns, then the cells of each model: dense, slim, uniform, allocated,
+      subnet, then the others in the order given. "change" and its interval are in percentage points
+      of top-1, or of the cosine, as is the difference to uniform; "agreement" is how often a model
+      predicts the same class as the dense one.
 
     Raises:
       ValueError: no entry has all its numbers.
     """
+    metric, models = _complete(result)
+    first = next(iter(models))
+    rows = [_row(metric, name, model, first, models[first]) for name, model in models.items()]
+    if all("ms" in model for model in models.values()):
+        for model, row in zip(models.values(), rows, strict=True):
+            row |= _latency_cells(model, models[first])
+    header = [
+        title
+        for title in rows[0]
+        if title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows)
+    ]
+    return [header] + [[row[title] for title in header] for row in rows]
+
+
+def conclusions(result: Mapping) -> list[str]:
+    """What came of a run, a sentence for each of its smallest models. As `comparison_rows`."""
+    metric, models = _complete(result)
+    first, *others = models
+    kind = kind_of(next((name for name in reversed(others) if _is_known(name)), first))
+    return [
+        _conclusion(metric, name, model, first, models[first])
+        for name, model in models.items()
+        if kind_of(name) == kind
+    ]
+
+
+def _conclusion(metric: Metric, name: str, model: Mapping, first_name: str, first: Mapping) -> str:
+    shown = f"{metric.title} {metric.scale * model[metric.name]:.{metric.digits}f}"
+    shown += " %" if metric.in_percent else ""
+    if model is first:
+        return f"{name}: {shown}, {human_count(model['macs'])} MACs."
+    change = metric.scale * (model[metric.name] - first[metric.name])
+    text = (
+        f"{name}: {_saving(model['macs'], first['macs'])} fewer MACs than {first_name}; {shown}, "
+        f"change {_signed(change, metric.digits)}{' points' if metric.in_percent else ''}"
+    )
+    if difference := model.get("against", {}).get(first_name):
+        interval = in_points(difference[metric.name], metric)
+        text += f" (95 % interval {_interval_text(interval, metric.digits)})"
+    return f"{text}."
+
+
+def _complete(result: Mapping) -> tuple[Metric, dict[str, Mapping]]:
+    """The metric that models are shown by, and those that have all their numbers, in order."""
     entries = {n: entry for n, entry in named_entries(result).items() if isinstance(entry, Mapping)}
     metric = _metric_of(entries.values())
     fields = (metric.name, *_COSTS)
@@ -81,19 +130,30 @@ def comparison_table(result: Mapping) -> str:
     }
     if not models:
         raise ValueError(f"no entry has {', '.join(fields)}; entries: {', '.join(result)}")
-    names = sorted(models, key=_place)
-    rows = [_row(metric, name, models[name], names[0], models[names[0]]) for name in names]
-    if all("ms" in entry for entry in models.values()):
-        for name, row in zip(names, rows, strict=True):
-            row |= _latency_cells(models[name], models[names[0]])
-    header = [
-        title
-        for title in rows[0]
-        if title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows)
+    return metric, {name: models[name] for name in sorted(models, key=_place)}
+
+
+def cost_rows(models: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+    """What models cost of which nothing else is known yet: titles, then the cells of each.
+
+    Args:
+      models: {model: {"macs": int, "params": int}}.
+    """
+    rows = [
+        [name, human_count(model["macs"]), human_count(model["params"])]
+        for name, model in models.items()
     ]
-    lines = [header] + [[row[title] for title in header] for row in rows]
+    return [["model", "MACs", "params"], *rows]
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each as plain text: the first column from the left, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_align(line, widths) for line in lines)
+
+
+def _is_known(name: str) -> bool:
+    return kind_of(name) in _FIRST_ROWS
 
 
 def _place(name: str) -> int:
@@ -158,7 +218,7 @@ def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0  # no "-0.00"
 
 
-def _align(row: list[str], widths: list[int]) -> str:
+def _align(row: Sequence[str], widths: list[int]) -> str:
     cells = [row[0].ljust(widths[0])]
     cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "   ".join(cells).rstrip()

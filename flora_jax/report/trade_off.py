@@ -1,6 +1,6 @@
 """Quality against cost: what a search has scored, and the models that came out of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,96 +8,106 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from flora_jax.comparison import kind_of
-from flora_jax.quality import TOP1, Metric
+from flora_jax.report.drawn import Drawn
 from flora_jax.report.table import count_unit
 
 _POINT_COLORS = ("black", "#0077bb", "#cc3311", "#aa3377", "#ee7733")
-_LINE_HEIGHT = 14  # points, of a label
+_LINE_HEIGHT, _LEAST_HEIGHT = 14, 190  # points, of a label and of the plot
 
 
-def plot_trade_off(
-    ax: Axes,
-    candidates: Mapping[str, Sequence[float]],
-    points: Mapping[str, tuple[float, float]],
-    windows: Sequence[tuple[float, float]],
-    metric: Metric = TOP1,
-) -> None:
-    """Quality against cost of everything the search scored and of the models evaluated.
+def plot_models(ax: Axes, drawn: Drawn) -> None:
+    """Quality on the test images against cost, of every finished model.
 
-    Args:
-      candidates: {"macs": [P] (or "ms", milliseconds, where these were the budget), "top1": [P]
-        in 0..1 on the held-out split (or another metric), "generation": [P]}; P is 0 where nothing
-        was searched.
-      points: {label: (cost, top1 in 0..1 on the test split)}, such as dense, uniform and subnet;
-        those of one kind at several budgets, such as "subnet 0.55", are joined to a front.
-      windows: the cost (lo, hi) of each budget.
-      metric: that the models are shown by.
+    Models of one kind at several budgets, such as "subnet 0.55", are joined to a front.
     """
-    cost_name, window_name = ("ms", "latency") if "ms" in candidates else ("macs", "MAC")
-    columns = (cost_name, metric.name, "generation")
-    cost, values, generation = (np.asarray(candidates[column]) for column in columns)
-    point_cost = np.array([point[0] for point in points.values()])
+    metric, points = drawn.metric, drawn.points
+    if not points:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no model is evaluated yet", ha="center", va="center", color="0.4")
+        return
+    unit, label = cost_axis(drawn)
+    cost = np.array([point[0] for point in points.values()]) / unit
     shown = metric.scale * np.array([point[1] for point in points.values()])
-    unit, label = 1, "latency (ms)"
-    if cost_name == "macs":
-        unit, symbol = count_unit(max([*cost, *point_cost, windows[-1][1]]))
-        label = f"MACs ({symbol})" if symbol else "MACs"
-
-    for i, (low, high) in enumerate(windows):
-        label_once = f"{window_name} window{'s' * (len(windows) > 1)}" if i == 0 else None
-        ax.axvspan(low / unit, high / unit, color="0.92", zorder=0, label=label_once)
-    if len(cost):
-        _scatter_candidates(ax, cost / unit, metric.scale * values, generation)
+    _shade_windows(ax, drawn, unit)
     colors = _point_colors(points)
     for members in _by_kind(points).values():
         if len(members) > 1:
             front_cost, values = np.array([points[name] for name in members]).T
             ax.plot(front_cost / unit, metric.scale * values, color=colors[members[0]], zorder=3)
     ax.scatter(
-        point_cost / unit,
+        cost,
         shown,
         s=150,
         marker="*",
         c=[colors[name] for name in points],
         edgecolor="white",
         zorder=4,
-        label="models (test split)",
+        label="models",
     )
-    ax.margins(x=0.1, y=0.15)
+    ax.margins(x=0.1, y=_margin(len(points)))
     form = "{:.1f} %" if metric.in_percent else "{:.3f}"
     texts = [f"{name} {form.format(y)}" for name, y in zip(points, shown, strict=True)]
-    _label_points(ax, texts, point_cost / unit, shown, list(colors.values()))
+    _label_points(ax, texts, cost, shown, list(colors.values()))
     ax.set_xlabel(label)
-    ax.set_ylabel(metric.label)
+    ax.set_ylabel(f"{metric.label}, test images")
     legend_below(ax)
+
+
+def plot_candidates(ax: Axes, drawn: Drawn) -> None:
+    """Quality on the held-out images against cost, of everything that the search scored.
+
+    They are no forecast for the test images: the best were chosen by what is shown.
+    """
+    unit, label = cost_axis(drawn)
+    metric = drawn.metric
+    columns = (drawn.cost, metric.name, "generation")
+    cost, values, generation = (np.asarray(drawn.candidates[column]) for column in columns)
+    cost, values = cost / unit, metric.scale * values
+    _shade_windows(ax, drawn, unit)
+    scatter = ax.scatter(cost, values, c=generation, s=16, alpha=0.8, label="candidates")
+    on_front = front(cost, values)
+    ax.plot(
+        cost[on_front],
+        values[on_front],
+        color="0.2",
+        linewidth=1.2,
+        drawstyle="steps-post",
+        label="Pareto front",
+    )
+    if len(np.unique(generation)) > 1:
+        bar = ax.figure.colorbar(scatter, ax=ax, pad=0.01, aspect=30, label="generation")
+        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel(label)
+    ax.set_ylabel(f"{metric.label}, held-out images")
+    legend_below(ax)
+
+
+def cost_axis(drawn: Drawn) -> tuple[float, str]:
+    """The unit in which costs are drawn, and the title of their axis."""
+    if drawn.cost == "ms":
+        return 1, "latency (ms)"
+    costs = [*(cost for cost, _ in drawn.points.values()), *(high for _, high in drawn.windows)]
+    unit, symbol = count_unit(max(costs, default=1))
+    return unit, f"MACs ({symbol})" if symbol else "MACs"
+
+
+def _shade_windows(ax: Axes, drawn: Drawn, unit: float) -> None:
+    name = "latency" if drawn.cost == "ms" else "MAC"
+    for i, (low, high) in enumerate(drawn.windows):
+        label_once = f"{name} window{'s' * (len(drawn.windows) > 1)}" if i == 0 else None
+        ax.axvspan(low / unit, high / unit, color="0.92", zorder=0, label=label_once)
 
 
 def legend_below(ax: Axes) -> None:
     """A legend below the axes: inside, it would hide models, or curves in any corner."""
     ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small"
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=4.5,  # times the font: below the ticks and the title of the axis
+        ncols=2,
+        frameon=False,
+        fontsize="small",
     )
-
-
-def _scatter_candidates(
-    ax: Axes, cost: np.ndarray, quality: np.ndarray, generation: np.ndarray
-) -> None:
-    """What the search scored: cost in the axis' unit, quality as it is shown."""
-    scatter = ax.scatter(
-        cost, quality, c=generation, s=16, alpha=0.8, label="candidates (held-out split)"
-    )
-    on_front = front(cost, quality)
-    ax.plot(
-        cost[on_front],
-        quality[on_front],
-        color="0.2",
-        linewidth=1.2,
-        drawstyle="steps-post",
-        label="Pareto front (held-out split)",
-    )
-    if len(np.unique(generation)) > 1:
-        bar = ax.figure.colorbar(scatter, ax=ax, pad=0.01, aspect=30, label="generation")
-        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _by_kind(names: Iterable[str]) -> dict[str, list[str]]:
@@ -123,6 +133,12 @@ def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
     order = np.lexsort((-top1, macs))
     best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
     return order[top1[order] > best_before[: len(order)]]
+
+
+def _margin(num_labels: int) -> float:
+    """Room for the labels of the lowest and the highest point, as a share of the points' range."""
+    share = min(0.4, _LINE_HEIGHT * (num_labels + 1) / 2 / _LEAST_HEIGHT)
+    return share / (1 - 2 * share)
 
 
 def _label_points(

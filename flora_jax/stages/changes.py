@@ -69,7 +69,7 @@ _OUTPUTS = {  # of each stage, in the folder of the run
     "extract": ("extract",),
     "finetune": ("finetune", "subnet*", "allocated*", "uniform*"),
     "evaluate": ("result.json", "test_images.safetensors"),
-    "report": ("report.png", "slim.png"),
+    "report": ("report.html", "report.png", "slim.png"),
 }
 
 

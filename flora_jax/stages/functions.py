@@ -14,7 +14,8 @@ from flora_jax.stages.flora import (
 )
 from flora_jax.stages.images import Images
 from flora_jax.stages.names import STAGES
-from flora_jax.stages.outcome import evaluate, report
+from flora_jax.stages.outcome import evaluate
+from flora_jax.stages.report import report
 from flora_jax.stages.run import Run
 from flora_jax.stages.slim import slim_down
 

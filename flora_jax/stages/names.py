@@ -12,6 +12,6 @@ STAGES = {
     "extract": "cuts out the subnets and their baselines",
     "finetune": "trains them on, in the same way",
     "evaluate": "compares all models on the test images: result.json",
-    "report": "prints the table and draws report.png",
+    "report": "prints the table, writes report.html",
 }
 FLORA_STAGES = tuple(name for name in STAGES if name not in ("transfer", "slim"))

@@ -17,7 +17,7 @@ Folder of a run:
                     ratio inside the budget, with the weights that they inherit
   finetune/         their training runs
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
-  result.json, test_images.safetensors, report.png
+  result.json, test_images.safetensors, report.html, report.png
   config.json, images.json      the settings, and the signature of the images
   classes.json      the names of the classes by label, here and beside each finished model, with
                     preprocessing.json, what it wants of pictures, and evaluation.json, how it did

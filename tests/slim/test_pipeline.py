@@ -60,6 +60,7 @@ def test_flora_goes_on_from_the_slimmed_model(both):
     assert slim.blocks != Run.open(both).spec.blocks
     for name in ("slim.png", "report.png"):
         assert (both / name).stat().st_size > 10_000
+    assert "<h2>What slimming leaves</h2>" in (both / "report.html").read_text()
 
 
 def test_gates_are_trained_under_the_penalty(both):
