@@ -39,6 +39,7 @@ _READERS = {
     "search.latency_batch": ("allocate", "search"),
     "uniform_baseline": ("extract",),
     "finetune": ("transfer", "finetune"),
+    "export": ("export",),
 }
 # Fields that change how a result is come by, but not the result, beyond rounding.
 _WITHOUT_EFFECT = {
@@ -69,8 +70,10 @@ _OUTPUTS = {  # of each stage, in the folder of the run
     "extract": ("extract",),
     "finetune": ("finetune", "subnet*", "allocated*", "uniform*"),
     "evaluate": ("result.json", "test_images.safetensors"),
+    "export": ("export",),
     "report": ("report.png", "slim.png"),
 }
+_READ_BY_NO_OTHER = "export"
 
 
 def changes_between(there: Mapping, here: Mapping) -> list[Difference]:
@@ -86,14 +89,16 @@ def stages_to_redo(there: Mapping, here: Mapping) -> list[str]:
     """The stages of `here` whose results a run of the config `there` does not have.
 
     The first one that reads another value, or that follows a stage which was put in or left out,
-    and all after it.
+    and all after it; what is exported, no other stage reads.
     """
     order, stages = list(STAGES), list(here["stages"])
     changed = {name for name, _, _ in changes_between(there, here)}
-    firsts = [order.index(stage) for name in changed for stage in _readers(name, stages)]
-    firsts += [order.index(stage) + 1 for stage in set(stages) ^ set(there["stages"])]
+    readers = {stage for name in changed for stage in _readers(name, stages)}
+    put_in_or_left_out = (set(stages) ^ set(there["stages"])) - {_READ_BY_NO_OTHER}
+    firsts = [order.index(stage) for stage in readers - {_READ_BY_NO_OTHER}]
+    firsts += [order.index(stage) + 1 for stage in put_in_or_left_out]
     first = min(firsts, default=len(order))
-    return [stage for stage in stages if order.index(stage) >= first]
+    return [stage for stage in stages if order.index(stage) >= first or stage in readers]
 
 
 def stages_from(stage: str, stages: Iterable[str]) -> list[str]:

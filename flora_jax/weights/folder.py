@@ -8,6 +8,7 @@ under timm's names, has the spec itself in `spec.json`, and is read like one of 
 
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
@@ -36,7 +37,6 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_from_json, spec_to_json
 from flora_jax.weights import layouts
-from flora_jax.weights.state_dict import read_state_dict
 
 FORMAT = 1
 SPEC_FILE, WEIGHTS_FILE = "spec.json", "model.safetensors"
@@ -156,7 +156,11 @@ def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
 
 def _read_exported(path: epath.Path, spec: Spec) -> dict[str, np.ndarray]:
     """The parameters that `export_torch` or `export_timm` wrote."""
-    arrays = read_state_dict(path)
+    try:
+        with on_disk(path) as file:
+            arrays = safetensors.load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
     for table in (layouts.pytorch(spec), layouts.timm(spec)):
         if {source for row in table for source in row.sources} == arrays.keys():
             return {row.target: row.read([arrays[s] for s in row.sources]) for row in table}

@@ -8,6 +8,7 @@ from etils import epath
 
 from flora_jax.errors import InputError
 from flora_jax.io.files import replacing
+from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 
@@ -29,13 +30,18 @@ def write_program(path: epath.Path, make: Callable[[], bytes], check: Callable[[
 
 def exactly(model: Network) -> Forward:
     """The model's function, in float32 throughout; elsewhere than on CPU the default is less."""
-    forward = jax.jit(lambda images: model(images))
+    structure, parameters = functional.split(model)
 
     def run(images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            return np.asarray(forward(images))
+            return np.asarray(_forward(structure, parameters, images))
 
     return run
+
+
+@jax.jit(static_argnums=0)  # compiled once for all files of a model
+def _forward(structure, parameters, images):
+    return functional.merge(structure, parameters)(images)
 
 
 def images_to_compare(spec: Spec, images: np.ndarray | None) -> np.ndarray:
