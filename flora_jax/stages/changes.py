@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -118,7 +118,7 @@ def has_results(folder: epath.Path, stages: Iterable[str]) -> bool:
     return any(True for _ in outputs(folder, stages))
 
 
-def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
+def put_aside(folder: epath.Path, stages: Sequence[str]) -> None:
     """Moves what these stages have left to the next free folder earlier/N, if there is anything."""
     made = list(outputs(folder, stages))
     if not made:
@@ -126,6 +126,8 @@ def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
     numbers = itertools.count(1)
     aside = next(p for n in numbers if not (p := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
+    # In a bucket a folder is there once a file is, and nothing can be moved to it before.
+    (aside / "stages.txt").write_text("\n".join(stages) + "\n")
     for path in made:
         path.rename(aside / path.name)
     log.info("what %s had made is in %s", ", ".join(stages), aside)

@@ -42,9 +42,9 @@ def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of a run that slims and then searches."""
+    """The folder of a run that slims and then searches, and hands out both."""
     workdir = tmp_path_factory.mktemp("both") / "run"
-    pipeline.run(tiny_config(), workdir)
+    pipeline.run(tiny_config(export=("stablehlo", "timm")), workdir)
     return workdir
 
 
@@ -60,6 +60,21 @@ def test_flora_goes_on_from_the_slimmed_model(both):
     assert slim.blocks != Run.open(both).spec.blocks
     for name in ("slim.png", "report.png"):
         assert (both / name).stat().st_size > 10_000
+
+
+def test_what_was_compressed_is_handed_out(both):
+    result = json.loads((both / "result.json").read_text())
+    assert sorted(path.name for path in (both / "export").iterdir()) == ["slim", "subnet"]
+    for name in ("slim", "subnet"):
+        folder = both / "export" / name
+        assert (folder / "model.stablehlo.bin").exists()
+        ours, saved = flora.load(folder / "timm"), flora.load(both / name)
+        assert ours.spec == saved.spec
+        card, top1 = (folder / "README.md").read_text(), result[name]["top1"]
+        assert f"| top-1 % | {100 * top1:.2f} | {100 * result['dense']['top1']:.2f} |" in card
+        assert "Against the dense model on the same images: " in card
+        assert "Measured on 450 test images of digits, by the labels of the dataset." in card
+        assert ("FLORA" in card) == (name == "subnet")
 
 
 def test_gates_are_trained_under_the_penalty(both):
