@@ -10,6 +10,8 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   flora_jax --config=yours --config.pretrained=...    any field of a config can be set
   flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
   flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy on labelled ones; --json, --split
+  flora_jax --config.export=onnx --workdir=DIR        a run's models as files: onnx, torch, ...
+  flora_jax --push_to_hub=owner/name --workdir=DIR    what it exported, on the Hugging Face hub
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
