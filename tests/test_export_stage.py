@@ -18,7 +18,7 @@ from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
 from flora_jax.stages import export as stage
 from flora_jax.stages.card import base_model, dataset_name
-from flora_jax.stages.changes import stages_to_redo
+from flora_jax.stages.changes import stages_from, stages_to_redo
 from flora_jax.stages.images import Images
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run
@@ -213,6 +213,7 @@ def test_what_an_export_touches():
     changed = settings(export=("onnx",)).to_config()
     assert stages_to_redo(changed, settings(**other).to_config()) == ["export"]
     assert stages_to_redo(changed, before) == []
+    assert stages_from("export", settings(**other).stages) == ["export"]
     budget = {"budget.macs": (0.5, 0.6)}
     redone = stages_to_redo(changed, settings(export=("onnx",), **budget).to_config())
     assert redone == ["allocate", "extract", "evaluate", "export", "report"]

@@ -102,7 +102,9 @@ def stages_to_redo(there: Mapping, here: Mapping) -> list[str]:
 
 
 def stages_from(stage: str, stages: Iterable[str]) -> list[str]:
-    """A stage and those after it."""
+    """A stage and those after it, which read what it leaves."""
+    if stage == _READ_BY_NO_OTHER:
+        return [stage]
     stages = list(stages)
     return stages[stages.index(stage) :]
 

@@ -27,8 +27,8 @@ _COMPARED = 8  # images
 
 def export(run: Run, images: Images) -> None:
     """Writes each model to a folder of its own in `export`, compared with it on test images."""
-    compared = None
-    for batch in images.of_test(_COMPARED, "export"):
+    batch, compared = next(images.of_test(_COMPARED, "export"), None), None
+    if batch is not None:
         compared = np.asarray(run.settings.data.normalization(jnp.asarray(batch)))
     export_once(run, compared, images.class_names)
 
