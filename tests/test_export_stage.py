@@ -158,7 +158,9 @@ def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
     wrong = dataclasses.replace(EXPORTS["stablehlo"], write=refuses)
     with monkeypatch.context() as patch:
         patch.setitem(EXPORTS, "stablehlo", wrong)
-        with pytest.raises(InputError, match=r"export 'stablehlo': outputs differ .* 3\.0e-01"):
+        with pytest.raises(
+            InputError, match=r"of subnet as 'stablehlo': outputs differ .* 3\.0e-01"
+        ):
             stage.export_once(run, None, NAMES)
     assert list((tmp_path / "export").iterdir()) == []
     (tmp_path / "export/.subnet.partial-1").mkdir()  # of a process that was killed

@@ -96,7 +96,8 @@ def _front_matter(card: Card) -> str:
     """Lines of YAML, whose values are JSON, which is YAML."""
     task = "image-classification" if card.spec.num_classes else "image-feature-extraction"
     fields: dict[str, Any] = {"library_name": "flora_jax", "pipeline_tag": task}
-    fields["tags"] = ["vision-transformer", "compressed" if card.dense else "dense", *card.tags]
+    is_compressed = card.spec != dataclasses.replace(card.spec, blocks=())
+    fields["tags"] = ["vision-transformer", *["compressed"] * is_compressed, *card.tags]
     if card.base_model:
         fields["base_model"] = card.base_model
     dataset = re.sub(r"[^\w.-]+", "-", card.dataset).strip("-.") or "unnamed"

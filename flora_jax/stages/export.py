@@ -49,7 +49,7 @@ def export_once(run: Run, compared: np.ndarray | None, class_names: Sequence[str
         model = folder.load_model(run.folder / found.folder)
         with making_folder(target) as partial:
             for kind in run.settings.export:
-                _write(kind, model, partial, compared)
+                _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
                 describe_model(run, place, class_names, model.spec.image_size)
             card = card_of(run, found, model.spec, class_names)
@@ -57,8 +57,10 @@ def export_once(run: Run, compared: np.ndarray | None, class_names: Sequence[str
         log.info("%s as %s: %s", found.name, ", ".join(run.settings.export), target)
 
 
-def _write(kind: str, model: Network, place: epath.Path, compared: np.ndarray | None) -> None:
+def _write(
+    name: str, model: Network, kind: str, place: epath.Path, compared: np.ndarray | None
+) -> None:
     try:
         EXPORTS[kind].write(model, place / EXPORTS[kind].path, images=compared)
     except InputError as error:
-        raise InputError(f"export {kind!r}: {error}") from error
+        raise InputError(f"export of {name} as {kind!r}: {error}") from error

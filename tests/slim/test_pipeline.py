@@ -111,6 +111,7 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
     config.update_from_flattened_dict(
         {"pretrained": str(both / "slim"), "finetune.epochs": 2.0, "finetune.warmup_epochs": 0.0}
     )
+    config.export = ("timm",)
     with pytest.warns(UserWarning, match="head has 10 classes in the weights and 5 in the spec"):
         pipeline.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
@@ -120,6 +121,10 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
     assert moved.spec.num_classes == 5
     before, after = (functional.split(model)[1] for model in (slim, moved))
     assert before["head.kernel"].shape != after["head.kernel"].shape
+    assert flora.load(tmp_path / "export/transfer/timm").spec == moved.spec
+    card = (tmp_path / "export/transfer/README.md").read_text()
+    assert "The model slim took on the classes of digits" in card
+    assert 'tags: ["vision-transformer", "compressed"]' in card
 
 
 BAD_CONFIGS = {
