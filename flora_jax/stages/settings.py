@@ -39,7 +39,8 @@ class Settings:
     Attributes:
       seed: of everything random.
       stages: what is done, in order; `export` is one of them exactly where something is exported.
-      export: as what the finished models are handed out, of `flora_jax.weights.export.kinds`.
+      export: as what finished models are handed out: "onnx", "onnx_float16", "torch", "stablehlo",
+        "timm"; empty: nothing is.
       keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
       profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
