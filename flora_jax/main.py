@@ -26,6 +26,7 @@ from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
 from flora_jax.commands.evaluate import evaluate
 from flora_jax.commands.predict import predict
+from flora_jax.commands.push import push
 from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
@@ -37,7 +38,7 @@ from flora_jax.stages.run import Run, done_stages, has_run
 from flora_jax.stages.validation import check
 
 _DEFAULT_CONFIG = "digits"
-_OF_A_MODEL = ("predict", "evaluate")  # flags that need neither a config nor the folder of a run
+_OF_A_MODEL = ("predict", "evaluate", "push_to_hub")  # flags that need no config
 # A default file would be read here at once, and the overrides meant for another file applied to it.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run; any field can be set: --config.section.key=value"
@@ -60,6 +61,9 @@ _PREDICT = flags.DEFINE_string(
 )
 _EVALUATE = flags.DEFINE_string(
     "evaluate", None, "Folder of a model whose accuracy on the images of --data is measured."
+)
+_PUSH_TO_HUB = flags.DEFINE_string(
+    "push_to_hub", None, "owner/name on the Hugging Face hub, for the export in --workdir."
 )
 _DATA = flags.DEFINE_string("data", None, "For --evaluate: folder:PATH or tfds:NAME.")
 _SPLIT = flags.DEFINE_string("split", None, "For --evaluate: a split other than the test split.")
@@ -94,6 +98,8 @@ def main(arguments: list[str]) -> None:
                 sys.exit(1)
         elif _EVALUATE.value is not None:
             evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
+        elif _PUSH_TO_HUB.value is not None:
+            push(_PUSH_TO_HUB.value, _WORKDIR.value)
         elif _CHECK_TOPOLOGY.value:
             settings = settings_of(_CONFIG.value)
             print(check_topology(settings, _CHECK_TOPOLOGY.value))

@@ -36,6 +36,7 @@ from flora_jax.stages.run import (
     saved_settings,
 )
 from flora_jax.stages.validation import check
+from flora_jax.weights.export.kinds import check_packages
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,15 @@ def run(
     Raises:
       InputError: the config does not make sense, or nothing that is in `workdir` would serve it.
       MissingFileError: a file that the config names is not there.
+      MissingPackageError: what it exports takes a package that is not installed.
       RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
         one that is not done yet, or there is nothing to report on.
       StorageError: `workdir` cannot hold a run.
     """
     settings = settings_of(config)
     if stage is not None and stage not in settings.stages:
+        if stage == "export":
+            raise InputError("stage export needs to know as what: --config.export=onnx")
         raise InputError(unknown("stage", stage, settings.stages))
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
@@ -79,6 +83,8 @@ def run(
             if redo:
                 to_redo = stages_from(stage, settings.stages)
         check_with_results(this_run, to_redo)
+        if "export" in to_redo:
+            check_packages(settings.export)
         wait_for_all("the folder is looked at")
         _claim_once(this_run, images, to_redo)
         name_run_once(this_run.folder, images.class_names)

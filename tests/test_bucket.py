@@ -18,6 +18,8 @@ import flora_jax as flora
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.models import functional
+from flora_jax.stages.export import export_once
+from flora_jax.stages.run import Run
 from tests.helpers.checkpoints import program, restored_step, state_at
 from tests.helpers.commands import ROOT, free_port, run_flora
 from tests.helpers.faults import OFTEN, assert_same_run, send_when
@@ -124,6 +126,25 @@ def save_and_load() -> None:
 def test_models(address):
     exported = "['model.py', 'model.safetensors', 'spec.json']"
     assert output("save_and_load()") == [exported, "same", "same"]
+
+
+def hand_out() -> None:
+    spec = flora.ViTSpec(
+        image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    settings = flora.Settings(model=spec, stages=("pretrain",), export=("stablehlo", "timm"))
+    run = Run(settings, epath.Path("gs://bucket/handing"))
+    flora.save(flora.create(spec), run.folder / "dense")
+    for _ in range(2):  # the second time, the first goes aside
+        export_once(run, None, ("a", "b", "c"))
+        print(*names(run.folder / "export"), *names(run.folder / "export/dense"))
+    assert flora.load(run.folder / "export/dense/timm").spec == spec
+    print(*names(run.folder / "earlier/1/export/dense"))
+
+
+def test_an_export(address):
+    files = "README.md classes.json model.stablehlo.bin preprocessing.json timm"
+    assert output("hand_out()") == [f"dense {files}", f"dense {files}", files]
 
 
 @pytest.mark.faults

@@ -238,7 +238,7 @@ def test_data_that_cannot_be_evaluated_on(folder, data):
 
 
 def test_no_config_is_read_for_a_model():
-    for flag in ("--predict=F", "--evaluate=F", "-predict"):
+    for flag in ("--predict=F", "--evaluate=F", "-predict", "--push_to_hub=me/vit"):
         arguments = ["flora_jax", flag, "F", "a.jpg"]
         assert main._with_config_file(arguments) == arguments
 

@@ -158,7 +158,7 @@ def test_rules_make_recipes(num_images):
 
 
 def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
-    settings = settings_of(config_of(weights, pictures))
+    settings = settings_of(config_of(weights, pictures, export=("timm", "stablehlo")))
     lines = plan(settings, check(settings), tmp_path, {"pretrain": {}}).splitlines()
     rows = {line.split()[0]: line.split() for line in lines[1:] if line and line[0].islower()}
     assert list(rows)[: len(settings.stages)] == list(settings.stages)
@@ -166,6 +166,7 @@ def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
     steps = settings.supernet.settings(len(check(settings).train)).steps
     assert rows["supernet"][-2] == f"{steps:,}"
     assert rows["search"][1] == "96"
+    assert rows["export"][1:3] == ["timm,", "stablehlo"]
     assert "on disk at most" in lines[-1]
 
 

@@ -15,7 +15,7 @@ from typing import IO
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.errors import InputError, RunError, StorageError
+from flora_jax.errors import InputError, RunError, StorageError, UserError
 from flora_jax.io.paths import is_url, user_path
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,28 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def making_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a new hidden folder beside `path` to fill; on success it becomes `path`, in one piece.
+
+    Raises:
+      StorageError: the disk is full, or the folder cannot be written; nothing is at `path`.
+    """
+    path = epath.Path(path)
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise StorageError(f"writing {path} failed: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.rmtree(missing_ok=True)
 
 
 def write_json(path: epath.PathLike, value) -> None:

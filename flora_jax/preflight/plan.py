@@ -103,6 +103,8 @@ def work_of(settings: Settings, images: Images) -> Iterator[Work]:
             models = 1 + len(kinds) * len(budgets)
             test = len(images.splits.test)
             yield Work(stage, f"{models} models", test, 1, 0, models * test)
+        elif stage == "export":
+            yield Work(stage, ", ".join(settings.export), 0, 0, 0, 0)
         else:
             yield Work(stage, STAGES[stage], 0, 0, 0, 0)
 
@@ -120,6 +122,7 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     supernet, dense = spec.num_params() + wider, spec.num_params()
     shares = [sum(window) / 2 for window in settings.budget.windows("macs")]
     models = dense + 2 * len(extracted_kinds(settings)) * sum(shares) * dense
+    models += len(settings.export) * (sum(shares) if "extract" in settings.stages else 1) * dense
     if "supernet" not in settings.stages:
         return round(_BYTES * (models + supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * dense))
     return round(_BYTES * (models + 2 * supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * supernet))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from flora_jax.cluster.processes import wait_for_all
 from flora_jax.comparison import budget_name
@@ -123,19 +124,34 @@ def load_uniform_ranks(run: Run, space: RankSpace) -> list[tuple[int, ...]]:
     return [space.uniform_ranks_within(macs) for macs in most]
 
 
-def finished_models(run: Run) -> Iterator[tuple[str, str, str, Budget | None]]:
-    """(kind, name, folder, budget) of every finished model of the configured stages."""
+class Finished(NamedTuple):
+    """A finished model: kind, such as "subnet", name, folder inside the run's, budget if any."""
+
+    kind: str
+    name: str
+    folder: str
+    budget: Budget | None
+
+
+def finished_models(run: Run) -> Iterator[Finished]:
+    """Every finished model of the configured stages."""
     settings, stages = run.settings, run.settings.stages
     for stage, kind in (("pretrain", "dense"), ("slim", "slim"), ("transfer", "transfer")):
         if stage in stages:
-            yield kind, kind, kind, None
+            yield Finished(kind, kind, kind, None)
     if "extract" in stages:
         for budget in load_budgets(run):
             for kind in extracted_kinds(settings):
                 folder = budget.folder(kind)
                 if "finetune" not in stages:
                     folder = f"extract/{folder}"
-                yield kind, budget.name(kind), folder, budget
+                yield Finished(kind, budget.name(kind), folder, budget)
+
+
+def models_to_hand_out(run: Run) -> list[Finished]:
+    """The compressed models, without their baselines; what there is, where none is compressed."""
+    models = list(finished_models(run))
+    return [model for model in models if model.kind in ("slim", "subnet")] or models
 
 
 def extracted_kinds(settings: Settings) -> list[str]:

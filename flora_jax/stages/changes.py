@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -39,6 +39,7 @@ _READERS = {
     "search.latency_batch": ("allocate", "search"),
     "uniform_baseline": ("extract",),
     "finetune": ("transfer", "finetune"),
+    "export": ("export",),
 }
 # Fields that change how a result is come by, but not the result, beyond rounding.
 _WITHOUT_EFFECT = {
@@ -69,8 +70,10 @@ _OUTPUTS = {  # of each stage, in the folder of the run
     "extract": ("extract",),
     "finetune": ("finetune", "subnet*", "allocated*", "uniform*"),
     "evaluate": ("result.json", "test_images.safetensors"),
+    "export": ("export",),
     "report": ("report.html", "report.png", "slim.png"),
 }
+_READ_BY_NO_OTHER = "export"
 
 
 def changes_between(there: Mapping, here: Mapping) -> list[Difference]:
@@ -86,18 +89,22 @@ def stages_to_redo(there: Mapping, here: Mapping) -> list[str]:
     """The stages of `here` whose results a run of the config `there` does not have.
 
     The first one that reads another value, or that follows a stage which was put in or left out,
-    and all after it.
+    and all after it; what is exported, no other stage reads.
     """
     order, stages = list(STAGES), list(here["stages"])
     changed = {name for name, _, _ in changes_between(there, here)}
-    firsts = [order.index(stage) for name in changed for stage in _readers(name, stages)]
-    firsts += [order.index(stage) + 1 for stage in set(stages) ^ set(there["stages"])]
+    readers = {stage for name in changed for stage in _readers(name, stages)}
+    put_in_or_left_out = (set(stages) ^ set(there["stages"])) - {_READ_BY_NO_OTHER}
+    firsts = [order.index(stage) for stage in readers - {_READ_BY_NO_OTHER}]
+    firsts += [order.index(stage) + 1 for stage in put_in_or_left_out]
     first = min(firsts, default=len(order))
-    return [stage for stage in stages if order.index(stage) >= first]
+    return [stage for stage in stages if order.index(stage) >= first or stage in readers]
 
 
 def stages_from(stage: str, stages: Iterable[str]) -> list[str]:
-    """A stage and those after it."""
+    """A stage and those after it, which read what it leaves."""
+    if stage == _READ_BY_NO_OTHER:
+        return [stage]
     stages = list(stages)
     return stages[stages.index(stage) :]
 
@@ -113,7 +120,7 @@ def has_results(folder: epath.Path, stages: Iterable[str]) -> bool:
     return any(True for _ in outputs(folder, stages))
 
 
-def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
+def put_aside(folder: epath.Path, stages: Sequence[str]) -> None:
     """Moves what these stages have left to the next free folder earlier/N, if there is anything."""
     made = list(outputs(folder, stages))
     if not made:
@@ -121,6 +128,8 @@ def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
     numbers = itertools.count(1)
     aside = next(p for n in numbers if not (p := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)
+    # In a bucket a folder is there once a file is, and nothing can be moved to it before.
+    (aside / "stages.txt").write_text("\n".join(stages) + "\n")
     for path in made:
         path.rename(aside / path.name)
     log.info("what %s had made is in %s", ", ".join(stages), aside)

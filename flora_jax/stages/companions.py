@@ -40,9 +40,14 @@ def name_run_once(folder: epath.Path, names: Sequence[str]) -> None:
 def describe_models_once(run: Run, stage: str, names: Sequence[str]) -> None:
     """Writes names and preprocessing beside each model that this stage has left."""
     for path in _models(run.folder, stage):
-        if names:
-            write_json(path / CLASSES_FILE, list(names))
-        save_preprocessing(path, run.settings.data.preprocessing(load_spec(path).image_size))
+        describe_model(run, path, names, load_spec(path).image_size)
+
+
+def describe_model(run: Run, path: epath.Path, names: Sequence[str], image_size: int) -> None:
+    """Writes names of classes, where there are any, and what a model of this size wants."""
+    if names:
+        write_json(path / CLASSES_FILE, list(names))
+    save_preprocessing(path, run.settings.data.preprocessing(image_size))
 
 
 def _models(folder: epath.Path, stage: str) -> Iterator[epath.Path]:

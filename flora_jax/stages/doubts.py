@@ -96,7 +96,7 @@ def check_not_chance(settings: Settings, top1: float, num_images: int) -> None:
     Raises:
       InputError: it could be that of guessing (one-sided, 95 %).
     """
-    compresses = set(settings.stages) - {"pretrain", "evaluate", "report"}
+    compresses = set(settings.stages) - {"pretrain", "evaluate", "export", "report"}
     classes = settings.model.num_classes
     if not settings.refuse_near_chance or not compresses or not classes:
         return

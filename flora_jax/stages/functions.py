@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from flora_jax.stages.calibration import calibrate_factors
 from flora_jax.stages.dense import pretrain, transfer
+from flora_jax.stages.export import export
 from flora_jax.stages.flora import (
     allocate,
     extract_subnets,
@@ -31,6 +32,7 @@ _FUNCTIONS = (
     extract_subnets,
     finetune,
     evaluate,
+    export,
     report,
 )
 STAGE_FUNCTIONS: dict[str, Callable[[Run, Images], None]] = dict(

@@ -115,6 +115,11 @@ class Images:
             parts.append(self.labelled(missing, purpose))
         return (images for part in parts for images, _ in part)
 
+    def of_test(self, number: int, purpose: str) -> Iterator[np.ndarray]:
+        """As `without_augmentation`, but test images, and none where there are none."""
+        if len(self.splits.test):
+            yield from (images for images, _ in self._some_of(self.splits.test, number, purpose))
+
     def _some_of(
         self, source: Source, number: int, purpose: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

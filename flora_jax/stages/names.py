@@ -12,6 +12,7 @@ STAGES = {
     "extract": "cuts out the subnets and their baselines",
     "finetune": "trains them on, in the same way",
     "evaluate": "compares all models on the test images: result.json",
+    "export": "hands out the models as files with a card: --config.export=onnx, torch, ...",
     "report": "prints the table, writes report.html",
 }
-FLORA_STAGES = tuple(name for name in STAGES if name not in ("transfer", "slim"))
+FLORA_STAGES = tuple(name for name in STAGES if name not in ("transfer", "slim", "export"))

@@ -17,6 +17,7 @@ Folder of a run:
                     ratio inside the budget, with the weights that they inherit
   finetune/         their training runs
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
+  export/subnet/    and so on: what is handed out of a model, with its card; written whole
   result.json, test_images.safetensors, report.html, report.png
   config.json, images.json      the settings, and the signature of the images
   classes.json      the names of the classes by label, here and beside each finished model, with
@@ -39,7 +40,7 @@ from flora_jax.weights import folder
 from flora_jax.weights.metadata.spec import describes_itself, read_spec
 
 CONFIG_FILE, IMAGES_FILE, DONE_FILE = "config.json", "images.json", "stages.json"
-INHERITED = "inherited"
+INHERITED, EXPORT = "inherited", "export"
 
 
 @dataclasses.dataclass(frozen=True)

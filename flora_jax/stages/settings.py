@@ -26,8 +26,10 @@ from flora_jax.stages.sections import (
     SpaceSettings,
 )
 from flora_jax.training.settings import Recipe
+from flora_jax.weights.export.kinds import EXPORTS
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
+_MODEL_STAGES = {"pretrain", "transfer", "slim", "extract"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Settings:
 
     Attributes:
       seed: of everything random.
+      stages: what is done, in order; `export` is one of them exactly where something is exported.
+      export: as what finished models are handed out: "onnx", "onnx_float16", "torch", "stablehlo",
+        "timm"; empty: nothing is.
       keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
       profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
@@ -59,6 +64,7 @@ class Settings:
 
     seed: int = 0
     stages: tuple[str, ...] = FLORA_STAGES
+    export: tuple[str, ...] = ()
     keep_checkpoints: bool = False
     profile_step: int = 0
     fsdp: int = 1
@@ -83,6 +89,8 @@ class Settings:
     finetune: Recipe = Recipe(epochs=30.0, warmup_epochs=0.0)
 
     def __post_init__(self):
+        _check_exports(self.export, self.stages)
+        object.__setattr__(self, "stages", _with_export(self.stages, bool(self.export)))
         _check_stages(self.stages)
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
@@ -150,6 +158,28 @@ class Settings:
         return int(words.generate_state(1)[0] >> 1)
 
 
+def _check_exports(kinds: tuple[str, ...], stages: tuple[str, ...]) -> None:
+    if not isinstance(kinds, tuple):
+        raise InputError(f"export must be a row of names, such as ('onnx', 'torch'), got {kinds!r}")
+    for kind in kinds:
+        if kind not in EXPORTS:
+            raise InputError(unknown("export", kind, EXPORTS))
+    if kinds and not _MODEL_STAGES & set(stages):
+        raise InputError(
+            f"export needs a stage that leaves a model, {', '.join(sorted(_MODEL_STAGES))}, got "
+            f"{', '.join(stages) or 'none'}"
+        )
+
+
+def _with_export(stages: tuple[str, ...], is_exported: bool) -> tuple[str, ...]:
+    """Configs need not name the stage `export`, and runs made before it was there do not."""
+    others = tuple(stage for stage in stages if stage != "export")
+    if not is_exported:
+        return others
+    place = others.index("report") if "report" in others else len(others)
+    return (*others[:place], "export", *others[place:])
+
+
 def _check_stages(stages: tuple[str, ...]) -> None:
     for name in stages:
         if name not in STAGES:
@@ -157,6 +187,6 @@ def _check_stages(stages: tuple[str, ...]) -> None:
     order = [name for name in STAGES if name in stages]
     if list(stages) != order:
         raise InputError(f"stages {list(stages)} must come once each, in the order {order}")
-    others = set(stages) - {"transfer", "evaluate", "report"}
+    others = set(stages) - {"transfer", "evaluate", "export", "report"}
     if "transfer" in stages and others:
         raise InputError(f"transfer stands alone, without {', '.join(sorted(others))}")

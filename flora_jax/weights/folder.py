@@ -2,11 +2,13 @@
 
 A finished model's weights are `model.safetensors` with a checksum: it opens anywhere, without
 Orbax or pickle. The folder of a training keeps Orbax `checkpoints/` instead, and that of a trained
-supernet an Orbax checkpoint of its `parameters/` alone.
+supernet an Orbax checkpoint of its `parameters/` alone. A folder that was exported, for PyTorch or
+under timm's names, has the spec itself in `spec.json`, and is read like one of our own.
 """
 
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
@@ -34,6 +36,7 @@ from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_from_json, spec_to_json
+from flora_jax.weights import layouts
 
 FORMAT = 1
 SPEC_FILE, WEIGHTS_FILE = "spec.json", "model.safetensors"
@@ -81,6 +84,8 @@ def save_trained_once(model: Network | Supernet, path: epath.PathLike) -> None:
 def load(path: epath.PathLike) -> Network | Supernet:
     """Opens a saved model, or the newest checkpoint of a training run (a supernet, mostly).
 
+    A folder that `export_torch` wrote is a saved model, too.
+
     Raises:
       MissingFileError: nothing to open at `path`.
       InputError: the folder was written by a newer version, its content is damaged, or a parameter
@@ -89,7 +94,9 @@ def load(path: epath.PathLike) -> Network | Supernet:
     path = user_path(path)
     description = _read_description(path)
     spec = spec_from_json(description["spec"])
-    if (path / WEIGHTS_FILE).exists():
+    if "sha256" not in description and (path / WEIGHTS_FILE).exists():
+        parameters = _read_exported(path / WEIGHTS_FILE, spec)
+    elif (path / WEIGHTS_FILE).exists():
         parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
     elif has_saved_parameters(path / PARAMETERS):
         parameters = read_saved_parameters(path / PARAMETERS)
@@ -130,6 +137,8 @@ def _read_description(path: epath.Path) -> dict:
         hint = f"; inside it are {', '.join(found)}" if found else ""
         raise MissingFileError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
     description = read_json(path / SPEC_FILE)
+    if "family" in description:  # an export's; of no other do the weights need no checksum
+        return {"format": FORMAT, "spec": description, "space": None}
     needed = {"format", "spec", "space"} | ({"sha256"} if (path / WEIGHTS_FILE).exists() else set())
     if missing := needed - description.keys():
         raise InputError(f"{path / SPEC_FILE} lacks {', '.join(sorted(missing))}")
@@ -143,3 +152,16 @@ def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
         if sha256(file) != checksum:
             raise InputError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
         return safetensors.load_file(file)
+
+
+def _read_exported(path: epath.Path, spec: Spec) -> dict[str, np.ndarray]:
+    """The parameters that `export_torch` or `export_timm` wrote."""
+    try:
+        with on_disk(path) as file:
+            arrays = safetensors.load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    for table in (layouts.pytorch(spec), layouts.timm(spec)):
+        if {source for row in table for source in row.sources} == arrays.keys():
+            return {row.target: row.read([arrays[s] for s in row.sources]) for row in table}
+    raise InputError(f"{path} holds other weights than {SPEC_FILE} says: {few(arrays)}")

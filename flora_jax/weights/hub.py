@@ -1,4 +1,7 @@
-"""Repositories of the Hugging Face hub as folders: `hf:owner/name` or `hf:owner/name@revision`."""
+"""Repositories of the Hugging Face hub as folders: `hf:owner/name` or `hf:owner/name@revision`.
+
+Folders go the other way, too: `uploaded`.
+"""
 
 import functools
 import logging
@@ -30,6 +33,11 @@ def is_repository(path: epath.PathLike) -> bool:
     return os.fspath(path).startswith(PREFIX)
 
 
+def repository_name(path: epath.PathLike) -> str:
+    """The owner/name of `hf:owner/name@revision`."""
+    return os.fspath(path).removeprefix(PREFIX).partition("@")[0]
+
+
 def local_folder(path: epath.PathLike) -> epath.Path:
     """A path as a user gives it; for `hf:owner/name`, the folder that it was downloaded to.
 
@@ -52,6 +60,53 @@ def local_folder(path: epath.PathLike) -> epath.Path:
             f"as hf:facebook/dinov2-base"
         )
     return _downloaded(match["name"], match["revision"])
+
+
+def uploaded(folder: epath.Path, name: str) -> str:
+    """Uploads a folder to the repository owner/name of the hub; a new one is private.
+
+    Returns:
+      The address of the repository.
+
+    Raises:
+      MissingPackageError: huggingface_hub is not installed.
+      InputError: no name of a repository, no token, or one that may not write there.
+      StorageError: the hub cannot be reached; says why.
+    """
+    name = name.removeprefix(PREFIX)
+    match = _REPOSITORY.fullmatch(name)
+    if match is None or match["revision"]:
+        raise InputError(f"{name!r} names no repository; expected owner/name, such as me/small-vit")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise MissingPackageError(
+            "an upload needs huggingface_hub: pip install 'flora_jax[hub]'"
+        ) from error
+    if huggingface_hub.get_token() is None:
+        raise InputError(f"no token to write {name} with: hf auth login, or the variable HF_TOKEN")
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=os.fspath(folder), commit_message="Upload by flora_jax"
+        )
+    except errors.HFValidationError as error:
+        raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
+    except Exception as error:
+        if _status(error) in (401, 403):
+            raise InputError(
+                f"{name}: the hub refuses to write; the token must be one of {name.split('/')[0]} "
+                f"that may: hf auth login, or the variable HF_TOKEN ({_first_line(error)})"
+            ) from error
+        if not _is_of_the_network(error):
+            raise
+        raise StorageError(
+            f"{name} could not be uploaded to {huggingface_hub.constants.ENDPOINT} "
+            f"({_first_line(error)}); the same command tries again"
+        ) from error
+    return str(url)
 
 
 @functools.cache
@@ -94,7 +149,7 @@ def _snapshot(asked: str, name: str, revision: str | None, files: tuple[str, ...
     except Exception as error:
         if _status(error) in (401, 403):
             raise _refused(asked, name) from error
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS:
+        if _is_of_the_network(error):
             raise _unreachable(asked, error) from error
         raise
     return epath.Path(folder)
@@ -127,6 +182,10 @@ def _refused(asked: str, name: str) -> InputError:
         f"{asked}: access is refused; accept its conditions at https://huggingface.co/{name}, and "
         f"log in: hf auth login, or the variable HF_TOKEN"
     )
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS
 
 
 def _status(error: BaseException | None) -> int | None:

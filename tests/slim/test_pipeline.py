@@ -42,9 +42,9 @@ def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of a run that slims and then searches."""
+    """The folder of a run that slims and then searches, and hands out both."""
     workdir = tmp_path_factory.mktemp("both") / "run"
-    pipeline.run(tiny_config(), workdir)
+    pipeline.run(tiny_config(export=("stablehlo", "timm")), workdir)
     return workdir
 
 
@@ -61,6 +61,21 @@ def test_flora_goes_on_from_the_slimmed_model(both):
     for name in ("slim.png", "report.png"):
         assert (both / name).stat().st_size > 10_000
     assert "<h2>What slimming leaves</h2>" in (both / "report.html").read_text()
+
+
+def test_what_was_compressed_is_handed_out(both):
+    result = json.loads((both / "result.json").read_text())
+    assert sorted(path.name for path in (both / "export").iterdir()) == ["slim", "subnet"]
+    for name in ("slim", "subnet"):
+        folder = both / "export" / name
+        assert (folder / "model.stablehlo.bin").exists()
+        ours, saved = flora.load(folder / "timm"), flora.load(both / name)
+        assert ours.spec == saved.spec
+        card, top1 = (folder / "README.md").read_text(), result[name]["top1"]
+        assert f"| top-1 % | {100 * top1:.2f} | {100 * result['dense']['top1']:.2f} |" in card
+        assert "Against the dense model on the same images: " in card
+        assert "Measured on 450 test images of digits, by the labels of the dataset." in card
+        assert ("FLORA" in card) == (name == "subnet")
 
 
 def test_gates_are_trained_under_the_penalty(both):
@@ -97,6 +112,7 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
     config.update_from_flattened_dict(
         {"pretrained": str(both / "slim"), "finetune.epochs": 2.0, "finetune.warmup_epochs": 0.0}
     )
+    config.export = ("timm",)
     with pytest.warns(UserWarning, match="head has 10 classes in the weights and 5 in the spec"):
         pipeline.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
@@ -106,6 +122,10 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
     assert moved.spec.num_classes == 5
     before, after = (functional.split(model)[1] for model in (slim, moved))
     assert before["head.kernel"].shape != after["head.kernel"].shape
+    assert flora.load(tmp_path / "export/transfer/timm").spec == moved.spec
+    card = (tmp_path / "export/transfer/README.md").read_text()
+    assert "The model slim took on the classes of digits" in card
+    assert 'tags: ["vision-transformer", "compressed"]' in card
 
 
 BAD_CONFIGS = {

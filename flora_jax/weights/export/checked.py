@@ -8,6 +8,7 @@ from etils import epath
 
 from flora_jax.errors import InputError
 from flora_jax.io.files import replacing
+from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 
@@ -29,27 +30,47 @@ def write_program(path: epath.Path, make: Callable[[], bytes], check: Callable[[
 
 def exactly(model: Network) -> Forward:
     """The model's function, in float32 throughout; elsewhere than on CPU the default is less."""
-    forward = jax.jit(lambda images: model(images))
+    structure, parameters = functional.split(model)
 
     def run(images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            return np.asarray(forward(images))
+            return np.asarray(_forward(structure, parameters, images))
 
     return run
 
 
-def check_computes(written: Forward, model: Forward, spec: Spec, tolerance: float) -> None:
-    """Compares two functions of images [B, H, W, C] on two random ones.
+@jax.jit(static_argnums=0)  # compiled once for all files of a model
+def _forward(structure, parameters, images):
+    return functional.merge(structure, parameters)(images)
+
+
+def images_to_compare(spec: Spec, images: np.ndarray | None) -> np.ndarray:
+    """The images that a written network is run on: those given, or else two random ones.
+
+    Raises:
+      InputError: those given are none that the network takes.
+    """
+    if images is None:
+        shape = (_BATCH, *spec.image_shape)
+        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    if images.dtype != np.float32 or images.shape[1:] != spec.image_shape or not len(images):
+        raise InputError(
+            f"images to compare on are {images.dtype} {images.shape}; the network takes float32 "
+            f"(B, {', '.join(map(str, spec.image_shape))}), B at least 1"
+        )
+    return images
+
+
+def check_computes(written: Forward, model: Forward, images: np.ndarray, tolerance: float) -> None:
+    """Compares two functions of images float32 [B, H, W, C].
 
     Raises:
       InputError: they differ by more than `tolerance` of the largest output, or of 1 where all are
         smaller, or the model's own outputs are not finite.
     """
-    shape = (_BATCH, *spec.image_shape)
-    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     expected = model(images)
     if not np.isfinite(expected).all():
-        raise InputError("the model's outputs are NaN or infinite on random images")
+        raise InputError("the model's outputs are NaN or infinite on the images to compare on")
     difference = np.abs(written(images) - expected).max() / max(1, np.abs(expected).max())
     if not difference <= tolerance:  # NaN where the written one overflows
         raise InputError(

@@ -15,6 +15,7 @@ from flora_jax.weights.export.checked import (
     Forward,
     check_computes,
     exactly,
+    images_to_compare,
     write_program,
 )
 from flora_jax.weights.export.onnx_graph import Graph
@@ -29,28 +30,36 @@ log = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 
 
-def export_onnx(model: Network, path: epath.PathLike, dtype: str = "float32") -> None:
+def export_onnx(
+    model: Network,
+    path: epath.PathLike,
+    dtype: str = "float32",
+    images: np.ndarray | None = None,
+) -> None:
     """Writes a model as an `.onnx` file, weights inside, for any batch size.
 
     The input "images" is float32 [B, C, H, W], normalised; the output is "logits" float32
     [B, num_classes], or "features" [B, D] of a network without a classifier. The operations are
-    those of opset 20. Where ONNX Runtime is installed, the file is run on two random images, and
-    has to give what the model gives on this machine, within 1e-4 of the largest output.
+    those of opset 20. Where ONNX Runtime is installed, the file is run, and has to give what the
+    model gives on this machine, within 1e-4 of the largest output.
 
     Args:
       dtype: "float32", or "float16" for weights and computation between input and output: half the
         size, outputs within 2e-2 of the largest.
+      images: float32 [B, H, W, C], normalised, to run the file on; None: two random ones.
 
     Raises:
       MissingPackageError: onnx is not installed.
       InputError: the model is a supernet or no plain network, `path` does not end in .onnx, another
-        dtype, the weights exceed 2 GiB, or what was written computes something else.
+        dtype, images of another shape, the weights exceed 2 GiB, or what was written computes
+        something else.
       StorageError: the file cannot be written.
     """
     path = file_named(path, ".onnx")
     if dtype not in TOLERANCES:
         raise InputError(unknown("dtype", dtype, TOLERANCES))
     check_is_one_network(model)
+    compared = images_to_compare(model.spec, images)
     num_values = sum(value.size for value in functional.split(model)[1].values())
     smaller = "; dtype='float16' halves it" if dtype == "float32" else ""
     check_fits_in_a_file(num_values * np.dtype(dtype).itemsize, path, smaller)
@@ -60,7 +69,7 @@ def export_onnx(model: Network, path: epath.PathLike, dtype: str = "float32") ->
         if (written := _in_onnx_runtime(content)) is None:
             log.warning("%s was not run to check it: pip install 'flora_jax[onnx]'", path.name)
             return
-        check_computes(written, exactly(model), model.spec, TOLERANCES[dtype])
+        check_computes(written, exactly(model), compared, TOLERANCES[dtype])
 
     write_program(path, lambda: _onnx_model(model, dtype).SerializeToString(), check)
 

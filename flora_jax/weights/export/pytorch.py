@@ -8,7 +8,6 @@ import pathlib
 import tempfile
 import types
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
@@ -17,41 +16,43 @@ from flora_jax.errors import InputError, StorageError, few
 from flora_jax.io.files import read_json, replacing
 from flora_jax.io.paths import is_url, user_path
 from flora_jax.models import functional
-from flora_jax.models.layers import whole_bias
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
-from flora_jax.weights.export.checked import check_computes, exactly
+from flora_jax.weights import layouts
+from flora_jax.weights.export.checked import check_computes, exactly, images_to_compare
 from flora_jax.weights.export.refusals import check_is_one_network
-from flora_jax.weights.rows import patch_kernel
 
 log = logging.getLogger(__name__)
 
 SPEC_FILE, WEIGHTS_FILE, CODE_FILE = "spec.json", "model.safetensors", "model.py"
 _TOLERANCE = 1e-4
-# What other names than ours `model.py` has.
-_MODULES = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm"}
 
 
-def export_torch(model: Network, folder: epath.PathLike) -> None:
+def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | None = None) -> None:
     """Writes a model as a folder that runs in PyTorch: it needs torch and safetensors alone.
 
     `model.py` holds the network as plain torch modules, `spec.json` its shape, `model.safetensors`
     its weights, float32. `load(folder)` of that file gives a torch module: images float32
     [B, C, H, W], normalised, to logits [B, num_classes], or to features [B, D] without classes.
 
-    Where torch is installed, the folder's model is compared with this one on two random images
-    first, and has to give the same within 1e-4 of the largest output; otherwise a warning says that
-    it was not. `model.py` is written last: a folder with one is whole. Files of an earlier export
-    are replaced, others in the folder stay.
+    Where torch is installed, the folder's model is compared with this one first, and has to give
+    the same within 1e-4 of the largest output; otherwise a warning says that it was not. `model.py`
+    is written last: a folder with one is whole. Files of an earlier export are replaced, others in
+    the folder stay. `flora_jax.load` reads the folder, too.
+
+    Args:
+      images: float32 [B, H, W, C], normalised, to compare on; None: two random ones.
 
     Raises:
-      InputError: the model is a supernet, or holds NaN or infinite parameters; the folder is a
-        file, or holds files but no earlier export; or PyTorch computes something else.
+      InputError: the model is a supernet, or holds NaN or infinite parameters; images of another
+        shape; the folder is a file, or holds files but no earlier export; or PyTorch computes
+        something else.
       StorageError: the folder cannot be written.
     """
     folder = user_path(folder)
     check_is_one_network(model)
+    images = images_to_compare(model.spec, images)
     _check_can_hold_an_export(folder)
     parameters = functional.split(model)[1]
     arrays = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
@@ -63,7 +64,7 @@ def export_torch(model: Network, folder: epath.PathLike) -> None:
         WEIGHTS_FILE: save(_state_dict(arrays, model.spec), metadata={"format": "pt"}),
         CODE_FILE: code.read_bytes(),
     }
-    _check_computes_the_same(model, files)
+    _check_computes_the_same(model, files, images)
     (folder / CODE_FILE).unlink(missing_ok=True)
     for name, content in files.items():
         with replacing(folder / name) as partial:
@@ -97,31 +98,13 @@ def _is_an_export(folder: epath.Path) -> bool:
 
 def _state_dict(parameters: dict[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
     """Our parameters under the names and in the layouts that `model.py` gives them."""
-    arrays = {}
-    for name, array in parameters.items():
-        module, _, kind = name.rpartition(".")
-        torch_module = _MODULES.get(module, module)
-        if kind == "kernel" and module == "patch_embed.proj":
-            name, array = f"{torch_module}.weight", patch_kernel(spec).write(array)
-        elif kind == "kernel":
-            name, array = f"{torch_module}.weight", array.T
-        elif kind == "scale":
-            name = f"{torch_module}.weight"
-        elif kind == "down":
-            name = f"{torch_module}.down.weight"
-        elif kind == "up":
-            name, array = f"{torch_module}.up.weight", array.T
-        elif kind == "bias":
-            up = parameters.get(f"{module}.up")
-            name = f"{torch_module}.bias" if up is None else f"{torch_module}.up.bias"
-            kernel = parameters.get(f"{module}.kernel", up)
-            if kernel is not None:  # of a norm there is none
-                array = np.asarray(whole_bias(jnp.asarray(array), kernel.shape[1]))
-        arrays[name] = np.ascontiguousarray(array)
+    arrays: dict[str, np.ndarray] = {}
+    for row in layouts.pytorch(spec):
+        arrays |= row.write(parameters[row.target])
     return arrays
 
 
-def _check_computes_the_same(model: Network, files: dict[str, bytes]) -> None:
+def _check_computes_the_same(model: Network, files: dict[str, bytes], images: np.ndarray) -> None:
     """Raises InputError where PyTorch makes something else of the files than JAX of the model."""
     try:
         import torch
@@ -137,7 +120,7 @@ def _check_computes_the_same(model: Network, files: dict[str, bytes]) -> None:
             with torch.inference_mode():
                 return network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
 
-        check_computes(written, exactly(model), model.spec, _TOLERANCE)
+        check_computes(written, exactly(model), images, _TOLERANCE)
 
 
 def _module_of(path: pathlib.Path) -> types.ModuleType:

@@ -9,7 +9,7 @@ from jax import export
 
 from flora_jax.models import functional
 from flora_jax.models.network import Network
-from flora_jax.weights.export.checked import check_computes, write_program
+from flora_jax.weights.export.checked import check_computes, images_to_compare, write_program
 from flora_jax.weights.export.refusals import (
     check_fits_in_a_file,
     check_is_one_network,
@@ -20,7 +20,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _TOLERANCE = 1e-5  # the same program on the same machine; a compiler may choose anew each time
 
 
-def export_stablehlo(model: Network, path: epath.PathLike) -> None:
+def export_stablehlo(
+    model: Network, path: epath.PathLike, images: np.ndarray | None = None
+) -> None:
     """Writes a model as a `.bin` file of `jax.export`, for CPU, CUDA and TPU, any batch size.
 
     `jax.export.deserialize(pathlib.Path(path).read_bytes()).call(images)` needs JAX alone. It takes
@@ -28,13 +30,19 @@ def export_stablehlo(model: Network, path: epath.PathLike) -> None:
     constants: float32 logits [B, num_classes], or features [B, D] without a classifier. JAX reads
     such files for at least six months after the version that wrote them.
 
+    Args:
+      images: float32 [B, H, W, C], normalised, on which the program is compared with the model;
+        None: two random ones.
+
     Raises:
-      InputError: the model is a supernet or no network, `path` does not end in .bin, the weights
-        exceed 2 GiB, or the written program computes something else, which is never expected.
+      InputError: the model is a supernet or no network, `path` does not end in .bin, images of
+        another shape, the weights exceed 2 GiB, or the written program computes something else,
+        which is never expected.
       StorageError: the file cannot be written.
     """
     path = file_named(path, ".bin")
     check_is_one_network(model)
+    compared = images_to_compare(model.spec, images)
     structure, parameters = functional.split(model)
     # From the host: parameters on several devices would tie the program to as many.
     constants: dict[str, Any] = {name: np.asarray(value) for name, value in parameters.items()}
@@ -54,7 +62,7 @@ def export_stablehlo(model: Network, path: epath.PathLike) -> None:
         check_computes(
             lambda images: np.asarray(written(images)),
             lambda images: np.asarray(forward(images)),
-            model.spec,
+            compared,
             _TOLERANCE,
         )
 

@@ -7,13 +7,18 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from flora_jax.io.files import replacing
+from flora_jax.io.files import replacing, write_json
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
+from flora_jax.models.spec_json import spec_to_json
+from flora_jax.weights.export.checked import check_computes, exactly, images_to_compare
 from flora_jax.weights.export.refusals import check_is_one_network, file_named
+from flora_jax.weights.folder import SPEC_FILE, WEIGHTS_FILE, load_model
 from flora_jax.weights.layouts import timm
 
 log = logging.getLogger(__name__)
+_TOLERANCE = 1e-5  # the same weights in the same program
 
 
 def export_timm(model: Network, path: epath.PathLike) -> None:
@@ -42,3 +47,23 @@ def export_timm(model: Network, path: epath.PathLike) -> None:
         arrays |= row.write(np.asarray(parameters[row.target], np.float32))
     with replacing(path) as partial:
         partial.write_bytes(save(arrays, metadata={"format": "pt"}))
+
+
+def export_timm_folder(
+    model: Network, folder: epath.PathLike, images: np.ndarray | None = None
+) -> None:
+    """Writes `model.safetensors` as `export_timm` does, and beside it the spec.
+
+    `flora_jax.load` opens the folder, which is done to compare what was written.
+
+    Args:
+      images: float32 [B, H, W, C], normalised, to compare on; None: two random ones.
+
+    Raises:
+      InputError: as `export_timm`, images of another shape, or the file holds another model.
+    """
+    folder = user_path(folder)
+    compared = images_to_compare(model.spec, images)
+    export_timm(model, folder / WEIGHTS_FILE)
+    write_json(folder / SPEC_FILE, spec_to_json(model.spec))
+    check_computes(exactly(load_model(folder)), exactly(model), compared, _TOLERANCE)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from flora_jax.models.spec import Spec
 from flora_jax.weights.layouts.hugging_face_names import hugging_face_swin, hugging_face_vit
 from flora_jax.weights.layouts.open_clip_names import open_clip_vit
+from flora_jax.weights.layouts.pytorch_names import pytorch
 from flora_jax.weights.layouts.timm_names import timm, timm_swin, timm_vit
 from flora_jax.weights.rows import Row, Table
 
@@ -16,6 +17,7 @@ __all__ = [
     "hugging_face_vit",
     "open_clip_vit",
     "own",
+    "pytorch",
     "timm",
     "timm_swin",
     "timm_vit",

@@ -1,0 +1,261 @@
+"""What a run hands out: files that compute what its models do, each with a card."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+import flora_jax as flora
+from flora_jax import pipeline
+from flora_jax.commands.classifier import Classifier
+from flora_jax.configs import deit_t
+from flora_jax.errors import InputError, MissingPackageError
+from flora_jax.io.files import write_json
+from flora_jax.stages import export as stage
+from flora_jax.stages.card import base_model, dataset_name
+from flora_jax.stages.changes import stages_from, stages_to_redo
+from flora_jax.stages.images import Images
+from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.run import Run
+from flora_jax.stages.settings import Settings
+from flora_jax.weights.export.kinds import EXPORTS
+from tests.helpers.compressed import low_rank, slimmed
+from tests.helpers.slimming import images_of, random_model
+
+SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=10)
+STAGES = ("pretrain", "calibrate", "allocate", "extract", "evaluate", "report")
+NAMES = ["0", "naïve: café", *"23456789"]
+TOP1 = {"dense": 0.9, "subnet 0.5": 0.8, "subnet 0.75": 0.85}
+
+
+def settings(**changes) -> Settings:
+    config = deit_t.get_config("runlocal")
+    config.unlock()
+    config.update({"stages": STAGES, "budget": {"macs": ((0.4, 0.5), (0.7, 0.75))}})
+    config.update_from_flattened_dict(changes)
+    return dataclasses.replace(Settings.from_config(config), model=SPEC)
+
+
+def run_in(folder, models, **changes) -> Run:
+    """What stages before have left, as far as the export reads it."""
+    for path, model in models.items():
+        flora.save(model, folder / path)
+    return Run(settings(**changes), epath.Path(folder))
+
+
+@pytest.fixture(scope="module")
+def subnets():
+    return {f"extract/subnet_{share}": low_rank(random_model(SPEC)) for share in (0.5, 0.75)}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, subnets):
+    """A run of two budgets that has exported everything, on pictures whose values are known."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    run = run_in(folder, subnets, export=tuple(EXPORTS), pretrained="hf:me/vit-small@v1")
+    entries = [
+        {"budget": budget, "top1": TOP1[f"subnet {budget[1]:g}"], "log_likelihood": -0.5}
+        | {"against": {"dense": {"top1": (-0.05, -0.1, 0.0)}}}
+        for budget in run.settings.budget.macs
+    ]
+    write_json(folder / "result.json", {"dense": {"top1": 0.9}, "subnet": entries})
+    about = {"top1": 0.85, "test_images": 450, "labels_of": "the dataset"}
+    write_json(folder / "extract/subnet_0.75/evaluation.json", about)
+    stage.export_once(run, images_of(SPEC, 3), NAMES)
+    return folder / "export"
+
+
+def test_each_budget_has_all_files_and_companions(exported, subnets):
+    assert sorted(path.name for path in exported.iterdir()) == ["subnet_0.5", "subnet_0.75"]
+    paths = sorted(export.path for export in EXPORTS.values())
+    companions = ["README.md", "classes.json", "preprocessing.json"]
+    for folder in exported.iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == sorted(paths + companions)
+    wanted = settings().data.preprocessing(8)
+    for folder in (exported / "subnet_0.5", exported / "subnet_0.5/torch"):
+        assert flora.read_preprocessing(folder) == wanted
+        assert json.loads((folder / "classes.json").read_text()) == NAMES
+    classifier = Classifier.open(exported / "subnet_0.5/torch")  # what --predict opens
+    assert classifier.class_names == tuple(NAMES)
+    assert classifier.network.spec == subnets["extract/subnet_0.5"].spec
+
+
+def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypatch):
+    for name in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(name, reason="runs what the card says")
+    monkeypatch.chdir(exported / "subnet_0.5")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    card = (exported / "subnet_0.5/README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == len(EXPORTS)
+    expected = np.asarray(subnets["extract/subnet_0.5"](np.zeros((1, 8, 8, 3), np.float32)))
+    for kind, block in zip(EXPORTS, blocks, strict=True):
+        values: dict = {}
+        exec(block, values)
+        outputs = values["outputs"]
+        outputs = outputs.detach().numpy() if kind == "torch" else np.asarray(outputs)
+        tolerance = 2e-2 if kind == "onnx_float16" else 1e-4
+        np.testing.assert_allclose(outputs, expected, rtol=0, atol=tolerance * abs(expected).max())
+    sys.modules.pop("model")
+
+
+def test_the_card_says_what_was_measured_and_how_it_was_made(exported):
+    hub = pytest.importorskip("huggingface_hub", reason="reads the card as the hub does")
+    text = (exported / "subnet_0.75/README.md").read_text()
+    data = hub.ModelCard(text).data
+    assert (data.library_name, data.base_model) == ("flora_jax", "me/vit-small")
+    assert data.license is None
+    assert "\n# license: " in text  # the user's to say
+    assert data.datasets == ["digits"]
+    (found,) = data.eval_results
+    assert (found.metric_name, found.metric_value, found.dataset_name) == ("top-1", 0.85, "digits")
+    assert "| top-1 % | 85.00 | 90.00 |" in text
+    assert "-5.00 (-10.00..+0.00) points of top-1, with a 95 % interval" in text
+    assert "the budget is 0.7 to 0.75 of the dense model's MACs" in text
+    assert "naïve: café" in text
+    assert "allocated by measured sensitivity" in text
+    assert "evolution" not in text
+
+
+def test_a_card_without_labels_claims_no_accuracy(tmp_path):
+    spec = dataclasses.replace(SPEC, num_classes=0)
+    run = run_in(tmp_path / "features", {"dense": random_model(spec)}, stages=("pretrain",))
+    run = dataclasses.replace(
+        run, settings=dataclasses.replace(run.settings, model=spec, export=("timm",), metric="")
+    )
+    stage.export_once(run, None, ())
+    text = (tmp_path / "features/export/dense/README.md").read_text()
+    assert "model-index" not in text
+    assert "It was not measured" in text
+    assert "image-feature-extraction" in text
+    assert not (tmp_path / "features/export/dense/classes.json").exists()
+
+
+def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
+    spec = dataclasses.replace(SPEC, depth=2, blocks=(), patch_size=2)
+    models = {"dense": random_model(spec), "slim": slimmed(spec)}
+    run = run_in(tmp_path, models, stages=("pretrain", "slim", "report"), export=("stablehlo",))
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, model=spec))
+    stage.export(run, Images(run.settings))  # compared on digits
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["slim"]
+    assert "ViT-Slim learned" in (tmp_path / "export/slim/README.md").read_text()
+
+
+def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
+    tmp_path, subnets, monkeypatch
+):
+    models = {"extract/subnet": subnets["extract/subnet_0.5"]}
+    run = run_in(tmp_path, models, export=("timm", "stablehlo"), **{"budget.macs": (0.4, 0.5)})
+
+    def refuses(model, path, images):
+        raise InputError("outputs differ from the model's by 3.0e-01 of the largest")
+
+    wrong = dataclasses.replace(EXPORTS["stablehlo"], write=refuses)
+    with monkeypatch.context() as patch:
+        patch.setitem(EXPORTS, "stablehlo", wrong)
+        with pytest.raises(
+            InputError, match=r"of subnet as 'stablehlo': outputs differ .* 3\.0e-01"
+        ):
+            stage.export_once(run, None, NAMES)
+    assert list((tmp_path / "export").iterdir()) == []
+    (tmp_path / "export/.subnet.partial-1").mkdir()  # of a process that was killed
+    stage.export_once(run, None, NAMES)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["subnet"]
+    assert (tmp_path / "earlier/1/export/.subnet.partial-1").exists()
+
+
+# --- settings and changes -------------------------------------------------------------------------
+
+
+def test_the_stage_is_there_exactly_where_something_is_exported():
+    with_it = settings(export=("onnx",))
+    assert with_it.stages == (*STAGES[:-1], "export", "report")
+    assert Settings.from_config(json.loads(json.dumps(with_it.to_config()))) == with_it
+    assert settings(stages=with_it.stages).stages == STAGES  # a saved config, export=() since
+    assert settings(export=("timm",), stages=("pretrain",)).stages == ("pretrain", "export")
+    assert "export" not in FLORA_STAGES
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"export": ("onx",)}, r"unknown export 'onx'; choose one of .* mean 'onnx'"),
+        ({"export": "onnx"}, r"export must be a row of names, .* got 'onnx'"),
+        (
+            {"export": ("onnx",), "stages": ("evaluate",)},
+            "export needs a stage that leaves a model, extract, pretrain, .* got evaluate",
+        ),
+    ],
+)
+def test_exports_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match=message):
+        Settings.from_config(changes)
+
+
+def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    config = deit_t.get_config("runlocal")
+    config.export = ("timm", "onnx_float16")
+    with pytest.raises(MissingPackageError, match=r"onnxruntime.*install 'flora_jax\[onnx\]'"):
+        pipeline.run(config, tmp_path / "run")
+    config.export = ()
+    with pytest.raises(InputError, match=r"stage export needs to know as what: --config\.export"):
+        pipeline.run(config, tmp_path / "run", stage="export")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_an_export_touches():
+    before, other = settings().to_config(), {"export": ("torch",)}
+    assert stages_to_redo(before, settings(**other).to_config()) == ["export"]
+    changed = settings(export=("onnx",)).to_config()
+    assert stages_to_redo(changed, settings(**other).to_config()) == ["export"]
+    assert stages_to_redo(changed, before) == []
+    assert stages_from("export", settings(**other).stages) == ["export"]
+    budget = {"budget.macs": (0.5, 0.6)}
+    redone = stages_to_redo(changed, settings(export=("onnx",), **budget).to_config())
+    assert redone == ["allocate", "extract", "evaluate", "export", "report"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_exports_later_and_does_nothing_else(finished_run, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    config = deit_t.get_config("runlocal")
+    config.export = ("timm",)
+    caplog.set_level("INFO", "flora_jax")
+    pipeline.run(config, workdir, stage="export")
+    assert [line for line in caplog.messages if line.endswith(": starts")] == ["export: starts"]
+    assert not (workdir / "earlier").exists()
+    assert [path.name for path in (workdir / "export").iterdir()] == ["subnet"]
+    config.export = ("stablehlo",)
+    pipeline.run(config, workdir, stage="export")
+    assert (workdir / "earlier/1/export/subnet/timm").exists()
+    assert (workdir / "export/subnet/model.stablehlo.bin").exists()
+    assert (workdir / "report.png").exists()
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("", ""),
+        ("hf:me/vit@v2", "me/vit"),
+        ("/data/my vit/", "my-vit"),
+        ("weights/deit_t.safetensors", "deit_t"),
+    ],
+)
+def test_names_of_weights(given, name):
+    assert base_model(given) == name
+
+
+def test_names_of_data_tell_no_place():
+    assert dataset_name("folder:/home/me/birds/") == "birds"
+    assert dataset_name("tfds:imagenet_v2/topimages") == "imagenet_v2/topimages"
+    assert dataset_name("digits") == "digits"
