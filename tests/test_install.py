@@ -93,7 +93,9 @@ def test_the_wheel_runs_in_an_empty_folder(finished_run, tmp_path):
     stages = "--config.stages=('pretrain','evaluate','report')"
     finished = command("--config=deit_t:runlocal", stages, "--workdir=run")
     assert finished.returncode == 0, finished.stderr
-    results = [json.loads((run / "result.json").read_text()) for run in (empty / "run", finished_run)]
+    results = [
+        json.loads((run / "result.json").read_text()) for run in (empty / "run", finished_run)
+    ]
     assert results[0]["dense"] == results[1]["dense"]  # as from the checkout
     dense = flora.load(empty / "run/dense")
     assert np.isfinite(dense(np.zeros((1, *dense.spec.image_shape), np.float32))).all()
