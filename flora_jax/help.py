@@ -10,6 +10,8 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   flora_jax --config=yours --config.pretrained=...    any field of a config can be set
   flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
   flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy on labelled ones; --json, --split
+  flora_jax --benchmark=FOLDER                        milliseconds of a model, or of those of a run;
+                                                      --against=FOLDER, --batch_sizes=1,8,64
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there

@@ -1,6 +1,6 @@
 """The models of a run side by side, as plain text."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flora_jax.comparison import Interval, budget_name, kind_of
@@ -91,7 +91,11 @@ def comparison_table(result: Mapping) -> str:
         for title in rows[0]
         if title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows)
     ]
-    lines = [header] + [[row[title] for title in header] for row in rows]
+    return aligned([header] + [[row[title] for title in header] for row in rows])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells each as plain text: the first column from the left, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_align(line, widths) for line in lines)
 
@@ -158,7 +162,7 @@ def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0  # no "-0.00"
 
 
-def _align(row: list[str], widths: list[int]) -> str:
+def _align(row: Sequence[str], widths: list[int]) -> str:
     cells = [row[0].ljust(widths[0])]
     cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "   ".join(cells).rstrip()
