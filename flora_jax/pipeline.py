@@ -35,6 +35,7 @@ from flora_jax.stages.run import (
     saved_settings,
 )
 from flora_jax.stages.validation import check
+from flora_jax.training.watch import opened
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def run(
     Raises:
       InputError: the config does not make sense, or nothing that is in `workdir` would serve it.
       MissingFileError: a file that the config names is not there.
-      RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
-        one that is not done yet.
+      MissingPackageError: what the config's `watch` needs is not installed.
+      RunError: another run is going on in `workdir`, the one stage asked for needs an earlier one
+        that is not done yet, or Weights & Biases refuses the run.
       StorageError: `workdir` cannot hold a run.
     """
     settings = settings_of(config)
@@ -77,7 +79,8 @@ def run(
         wait_for_all("the folder is looked at")
         _claim_once(this_run, images, to_redo)
         name_run_once(this_run.folder, images.class_names)
-        _run_stages(this_run, images, settings.stages if stage is None else [stage])
+        with opened(settings.watch, this_run.folder, settings.to_config()):
+            _run_stages(this_run, images, settings.stages if stage is None else [stage])
 
 
 def _stages_to_redo(this_run: Run, images: Images) -> list[str]:

@@ -26,6 +26,7 @@ from flora_jax.stages.sections import (
     SpaceSettings,
 )
 from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import PACKAGES
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
 
@@ -37,6 +38,8 @@ class Settings:
     Attributes:
       seed: of everything random.
       keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
+      watch: who else gets the metrics that every training writes as JSON lines: "tensorboard",
+        "wandb" (Weights & Biases), or both.
       profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       model: the dense network.
@@ -60,6 +63,7 @@ class Settings:
     seed: int = 0
     stages: tuple[str, ...] = FLORA_STAGES
     keep_checkpoints: bool = False
+    watch: tuple[str, ...] = ()
     profile_step: int = 0
     fsdp: int = 1
     model: Spec = deit("base")
@@ -84,6 +88,7 @@ class Settings:
 
     def __post_init__(self):
         _check_stages(self.stages)
+        object.__setattr__(self, "watch", _watchers(self.watch))
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
         check_known(self, "supernet_law", SUPERNET_LAWS)
@@ -148,6 +153,15 @@ class Settings:
         """A seed of its own for everything random, 31 bits."""
         words = np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode())])
         return int(words.generate_state(1)[0] >> 1)
+
+
+def _watchers(names: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Each of the names once; one alone needs no tuple."""
+    given = tuple(name for name in names.split(",") if name) if isinstance(names, str) else names
+    for name in given:
+        if name not in PACKAGES:
+            raise InputError(f"watch: {unknown('writer', name, PACKAGES)}")
+    return tuple(dict.fromkeys(given))
 
 
 def _check_stages(stages: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from flora_jax.stages.images import Images
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import check_can_watch
 from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.pretrained import from_pretrained
@@ -35,8 +36,9 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
       done: stages whose results are there, so that what they read may be gone.
 
     Raises:
-      InputError, MissingFileError: it could not be; says why.
+      InputError, MissingFileError, MissingPackageError: it could not be; says why.
     """
+    check_can_watch(settings.watch)
     _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
     quality_of(spec).metric(settings.metric)
