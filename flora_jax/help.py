@@ -10,8 +10,7 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   flora_jax --config=yours --config.pretrained=...    any field of a config can be set
   flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
   flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy on labelled ones; --json, --split
-  flora_jax --benchmark=FOLDER                        milliseconds of a model, or of those of a run;
-                                                      --against=FOLDER, --batch_sizes=1,8,64
+  flora_jax --benchmark=FOLDER                        ms of a run's models; --against, --batch_sizes
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
@@ -19,10 +18,8 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   --dry_run             what would run, how long it takes, what it leaves on disk; and stops
   --check_topology=v5e:4x4    does it fit a TPU slice? needs no TPU and no --workdir
   --check_predictions   compares stored predictions with a fresh pass of their teacher
-  --profile=STEP        a JAX profile of this step of every training
-  --traceback           where an error comes from, also where its message says it all
+  --profile=STEP, --traceback, --helpfull    a profile; where an error comes from; all flags
   --distributed, --coordinator, --num_processes, --process_id: of several, launch/README.md
-  --helpfull            every flag of the libraries as well
 
 Stages, in their order:
 {stages}

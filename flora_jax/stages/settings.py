@@ -156,8 +156,9 @@ class Settings:
 
 
 def _watchers(names: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Each of the names once; one alone needs no tuple."""
-    given = tuple(name for name in names.split(",") if name) if isinstance(names, str) else names
+    """Each of the names once; as a text, such as the command line gives, with commas."""
+    texts = (names,) if isinstance(names, str) else names
+    given = [name for text in texts for name in str(text).split(",") if name]
     for name in given:
         if name not in PACKAGES:
             raise InputError(f"watch: {unknown('writer', name, PACKAGES)}")

@@ -163,7 +163,11 @@ def test_what_cannot_watch_is_said_first(monkeypatch):
     with pytest.raises(ValueError, match=r"watch: unknown writer 'tensorbord'.*'tensorboard'"):
         Settings.from_config({"watch": ("wandb", "tensorbord")})
     assert Settings.from_config({"watch": ["wandb", "wandb"]}).watch == ("wandb",)
-    assert Settings.from_config({"watch": "wandb"}).watch == ("wandb",)
+    both = ("tensorboard", "wandb")
+    assert all(
+        Settings.from_config({"watch": watch}).watch == both
+        for watch in (both, "tensorboard,wandb", ("tensorboard,wandb",))
+    )
     config = deit_t.get_config("runlocal")
     config.watch, config.pretrained = ("tensorboard",), "nowhere"
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
