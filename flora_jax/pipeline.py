@@ -79,8 +79,10 @@ def run(
         wait_for_all("the folder is looked at")
         _claim_once(this_run, images, to_redo)
         name_run_once(this_run.folder, images.class_names)
-        with opened(settings.watch, this_run.folder, settings.to_config()):
-            _run_stages(this_run, images, settings.stages if stage is None else [stage])
+        stages = settings.stages if stage is None else [stage]
+        has_work = not {*stages, "report"} <= {*done_stages(this_run), "report"}
+        with opened(settings.watch if has_work else (), this_run.folder, settings.to_config()):
+            _run_stages(this_run, images, stages)
 
 
 def _stages_to_redo(this_run: Run, images: Images) -> list[str]:
