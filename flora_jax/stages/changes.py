@@ -120,7 +120,8 @@ def put_aside(folder: epath.Path, stages: Iterable[str]) -> None:
     made = list(outputs(folder, stages))
     if not made:
         return
-    made += matching(folder, WANDB_FILE)  # where nothing can be taken back, another run begins
+    if {*_TRAININGS, "search"} & set(stages):
+        made += matching(folder, WANDB_FILE)  # where nothing can be taken back, another run begins
     numbers = itertools.count(1)
     aside = next(p for n in numbers if not (p := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)

@@ -140,6 +140,9 @@ def test_a_point_a_step_in_weights_and_biases(tmp_path, service, stop):
         assert service.runs[name].axes[f"{training}/*"] == f"{training}/step"
 
     # What is done anew has other points of the same steps: another run begins.
+    (folder / "result.json").write_text("{}")
+    put_aside(folder, ["evaluate"])
+    assert (folder / "wandb.json").exists()
     put_aside(folder, ["supernet"])
     trained(folder, "supernet", stopping_at(None))
     assert len(service.runs) == 2
