@@ -136,6 +136,10 @@ def run_folder(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(settings.to_config()))
     done = settings.stages[: settings.stages.index("extract") + 1]
     (folder / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done}))
+    begun = folder.parent / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text(json.dumps(settings.to_config()))
+    (begun / "images.json").write_text("{}")
     dense = random_model(settings.model)
     flora.save(dense, folder / "dense")
     for kind in ("subnet", "allocated", "uniform"):
@@ -203,6 +207,7 @@ def test_one_model_against_another_in_every_engine(tmp_path, quickly, capsys):
         ("mine", "8,-1", r"got 8,-1"),
         ("mine", "8,many", r"got 8,many"),
         ("mime", "1", r"mime is not there: .* \(did you mean 'mine'\?\)"),
+        ("begun", "1", r"begun: no model of this run is finished yet"),
         (".", "1", r"is no model or run; runs inside it are mine"),
         ("mine/extract", "1", r"is no folder of a model; inside it are allocated_0\.4, "),
         ("mine/supernet", "1", r"holds a supernet: .*extract a model first"),

@@ -26,7 +26,7 @@ from flora_jax.models.network import Network
 from flora_jax.progress import Progress
 from flora_jax.report.table import aligned, human_count
 from flora_jax.stages.budget import finished_models
-from flora_jax.stages.run import DONE_FILE, Run, done_stages
+from flora_jax.stages.run import DONE_FILE, IMAGES_FILE, Run, done_stages
 from flora_jax.timing import describe_device, time_in_turn
 from flora_jax.weights.folder import load_model
 from flora_jax.weights.hub import is_repository, local_folder
@@ -237,8 +237,9 @@ def _models(folder: epath.PathLike, against: epath.PathLike | None) -> dict[str,
 
 
 def _is_run(folder: epath.PathLike) -> bool:
-    """Whether this is the folder of a run; a `config.json` alone is in those of others, too."""
-    return not is_repository(folder) and (user_path(folder) / DONE_FILE).exists()
+    """Whether a run was started in this folder; a `config.json` alone is in others, too."""
+    files = (DONE_FILE, IMAGES_FILE)
+    return not is_repository(folder) and any((user_path(folder) / f).exists() for f in files)
 
 
 def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
