@@ -10,14 +10,14 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   flora_jax --config=yours --config.pretrained=...    any field of a config can be set
   flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
   flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy on labelled ones; --json, --split
+  flora_jax --benchmark=FOLDER                        ms of a run's models; --against, --batch_sizes
   flora_jax --push_to_hub=owner/name --workdir=DIR    what a run exported, on the Hugging Face hub
 
   --config=NAME|FILE    what to run (digits); NAME:runlocal shrinks it to a laptop
   --workdir=DIR         the folder of the run, gs:// too; alone: goes on with the run that is there
   --stage=NAME          this stage only; with --redo again, although it is done; report: any time
   --dry_run             what would run, how long it takes, what it leaves on disk; and stops
-  --check_topology=v5e:4x4    does it fit a TPU slice? needs no TPU and no --workdir
-  --check_predictions   compares stored predictions with a fresh pass of their teacher
+  --check_topology=v5e:4x4, --check_predictions    does it fit a TPU slice; do stored ones hold
   --profile=STEP, --traceback, --helpfull    a profile; where an error comes from; all flags
   --distributed, --coordinator, --num_processes, --process_id: of several, launch/README.md
 

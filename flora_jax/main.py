@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from flora_jax import configs, help, pipeline
 from flora_jax.cluster import processes
+from flora_jax.commands.benchmark import BATCH_SIZES, benchmark
 from flora_jax.commands.evaluate import evaluate
 from flora_jax.commands.predict import predict
 from flora_jax.commands.push import push
@@ -38,7 +39,7 @@ from flora_jax.stages.run import Run, done_stages, has_run
 from flora_jax.stages.validation import check
 
 _DEFAULT_CONFIG = "digits"
-_OF_A_MODEL = ("predict", "evaluate", "push_to_hub")  # flags that need no config
+_OF_A_MODEL = ("predict", "evaluate", "benchmark", "push_to_hub")  # flags that need no config
 # A default file would be read here at once, and the overrides meant for another file applied to it.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run; any field can be set: --config.section.key=value"
@@ -67,7 +68,14 @@ _PUSH_TO_HUB = flags.DEFINE_string(
 )
 _DATA = flags.DEFINE_string("data", None, "For --evaluate: folder:PATH or tfds:NAME.")
 _SPLIT = flags.DEFINE_string("split", None, "For --evaluate: a split other than the test split.")
-_JSON = flags.DEFINE_bool("json", False, "For --predict and --evaluate: print JSON.")
+_BENCHMARK = flags.DEFINE_string(
+    "benchmark", None, "Folder of a run or a model that is timed in every engine installed."
+)
+_AGAINST = flags.DEFINE_string("against", None, "For --benchmark: a model to compare with.")
+_BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", None, "For --benchmark: images at a time, 1,8,64 by default."
+)
+_JSON = flags.DEFINE_bool("json", False, "For --predict, --evaluate, --benchmark: print JSON.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first of several processes."
 )
@@ -98,6 +106,9 @@ def main(arguments: list[str]) -> None:
                 sys.exit(1)
         elif _EVALUATE.value is not None:
             evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
+        elif _BENCHMARK.value is not None:
+            sizes = _BATCH_SIZES.value or BATCH_SIZES
+            benchmark(_BENCHMARK.value, _AGAINST.value, sizes, _JSON.value)
         elif _PUSH_TO_HUB.value is not None:
             push(_PUSH_TO_HUB.value, _WORKDIR.value)
         elif _CHECK_TOPOLOGY.value:
@@ -139,6 +150,11 @@ def run() -> None:
         ["data", "split", "evaluate"],
         lambda values: bool(values["data"]) == bool(values["evaluate"]) >= bool(values["split"]),
         "--evaluate=FOLDER and --data=folder:PATH or tfds:NAME come together, --split with them.",
+    )
+    flags.register_multi_flags_validator(
+        ["against", "batch_sizes", "benchmark"],
+        lambda values: values["benchmark"] or not (values["against"] or values["batch_sizes"]),
+        "--against and --batch_sizes need --benchmark=FOLDER.",
     )
     flags.FLAGS.set_gnu_getopt()  # flags may stand behind the pictures
     app.run(main, flags_parser=_parse_flags)

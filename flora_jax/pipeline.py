@@ -36,6 +36,7 @@ from flora_jax.stages.run import (
     saved_settings,
 )
 from flora_jax.stages.validation import check
+from flora_jax.training.watch import opened
 from flora_jax.weights.export.kinds import check_packages
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ def run(
     Raises:
       InputError: the config does not make sense, or nothing that is in `workdir` would serve it.
       MissingFileError: a file that the config names is not there.
-      MissingPackageError: what it exports takes a package that is not installed.
-      RunError: another run is going on in `workdir`, or the one stage asked for needs an earlier
-        one that is not done yet, or there is nothing to report on.
+      MissingPackageError: what it exports or is watched with takes a package that is not installed.
+      RunError: another run is going on in `workdir`, the one stage asked for needs an earlier one
+        that is not done yet, there is nothing to report on, or Weights & Biases refuses the run.
       StorageError: `workdir` cannot hold a run.
     """
     settings = settings_of(config)
@@ -88,7 +89,10 @@ def run(
         wait_for_all("the folder is looked at")
         _claim_once(this_run, images, to_redo)
         name_run_once(this_run.folder, images.class_names)
-        _run_stages(this_run, images, settings.stages if stage is None else [stage])
+        stages = settings.stages if stage is None else [stage]
+        has_work = not {*stages, "report"} <= {*done_stages(this_run), "report"}
+        with opened(settings.watch if has_work else (), this_run.folder, settings.to_config()):
+            _run_stages(this_run, images, stages)
 
 
 def _report_what_is_there(this_run: Run) -> None:

@@ -1,5 +1,7 @@
 """Milliseconds of pieces of work that take turns: a busy machine slows all of them alike."""
 
+import contextlib
+import math
 import os
 import platform
 import time
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 
 WARM_UP = 2  # rounds
+_LEAST = 3  # rounds, however long they take
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -19,15 +22,28 @@ def median_ratio(times: np.ndarray, others: np.ndarray) -> float:
 
 
 def time_in_turn(
-    work: Mapping[Name, Callable], rounds: int, pause: float = 0.0, untimed: int = 0
+    work: Mapping[Name, Callable],
+    rounds: int,
+    pause: float = 0.0,
+    untimed: int = 0,
+    *,
+    warm_up: int = WARM_UP,
+    seconds: float = math.inf,
 ) -> dict[Name, np.ndarray]:
     """Milliseconds of each in every round, float64 [rounds], after two rounds that do not count.
 
     Before each are `pause` seconds, in which threads of the work before stop spinning, and
     `untimed` calls, after which memory and caches are its own again.
+
+    Args:
+      warm_up: rounds that do not count.
+      seconds: after which no further round begins, once there are three that count.
     """
     times: dict[Name, list[float]] = {name: [] for name in work}
-    for _ in range(WARM_UP + rounds):
+    begun = time.perf_counter()
+    for done in range(warm_up + rounds):
+        if done >= warm_up + _LEAST and time.perf_counter() - begun > seconds:
+            break
         for name, run in work.items():
             time.sleep(pause)
             for _ in range(untimed):
@@ -35,9 +51,19 @@ def time_in_turn(
             started = time.perf_counter()
             run()
             times[name].append(1000 * (time.perf_counter() - started))
-    return {name: np.array(all_rounds[WARM_UP:]) for name, all_rounds in times.items()}
+    return {name: np.array(all_rounds[warm_up:]) for name, all_rounds in times.items()}
 
 
 def describe_device() -> str:
+    """The first device and what it is in; a CPU by its name where Linux says it."""
     device = jax.local_devices()[0].device_kind
+    if device == "cpu":
+        device = _cpu_name() or device
     return f"{device}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        lines = (line.partition(":") for line in file)
+        return next((value.strip() for key, _, value in lines if key.strip() == "model name"), "")
+    return ""

@@ -29,7 +29,7 @@ def without(*stages: str) -> tuple[str, ...]:
     ("changes", "first"),
     [
         ({"data.num_threads": 3, "fsdp": 2, "supernet.checkpoint_every": 7}, None),
-        ({"finetune.accumulate": 2, "keep_checkpoints": True}, None),
+        ({"finetune.accumulate": 2, "keep_checkpoints": True, "watch": ("wandb",)}, None),
         ({"finetune.epochs": 1.0}, "finetune"),
         ({"uniform_baseline": "none"}, "extract"),
         ({"search.mutants": 3}, "search"),

@@ -99,8 +99,8 @@ def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypat
         exec(block, values)
         outputs = values["outputs"]
         outputs = outputs.detach().numpy() if kind == "torch" else np.asarray(outputs)
-        tolerance = 2e-2 if kind == "onnx_float16" else 1e-4
-        np.testing.assert_allclose(outputs, expected, rtol=0, atol=tolerance * abs(expected).max())
+        tolerance = EXPORTS[kind].tolerance * abs(expected).max()
+        np.testing.assert_allclose(outputs, expected, rtol=0, atol=tolerance)
     sys.modules.pop("model")
 
 

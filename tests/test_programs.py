@@ -112,6 +112,31 @@ def test_onnx_in_half(runtime, tmp_path):
     assert floats == {10}  # float16
 
 
+def test_onnx_in_8_bits(runtime, tmp_path, monkeypatch, caplog):
+    """Only what multiplies two activations stays in float32."""
+    onnx = pytest.importorskip("onnx")
+    model, path = NETWORKS["subnet of a slim one"](), tmp_path / "m.onnx"
+    flora.export_onnx(model, path, dtype="int8")
+    assert not caplog.records
+    images = images_of(model.spec, 3)
+    given, expected = run(runtime, path, images), logits(model, images)
+    assert 0 < abs(given - expected).max() <= 5e-2 * max(1, abs(expected).max())
+    graph = onnx.load(path).graph
+    bits = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    weights = [w for w in bits.values() if w.dtype == np.int8 and w.ndim == 2]
+    pairs = sum(rank is not None for rank in model.spec.ranks)
+    proj, patches, classifier = len(model.spec.blocks), 1, 1
+    assert len(weights) == len(model.spec.layers) + pairs + proj + patches + classifier
+    assert max(abs(np.int32(w)).max() for w in weights) <= 64  # what CPUs without VNNI add up
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    assert products
+    assert not any(name in bits for node in products for name in node.input)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingPackageError, match=r"needs onnxruntime: pip install"):
+        flora.export_onnx(model, tmp_path / "other.onnx", dtype="int8")
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_a_pair_of_factors_stays_two_products(runtime, micro_model, tmp_path):
     onnx = pytest.importorskip("onnx")
     model, path = low_rank(micro_model), tmp_path / "m.onnx"

@@ -61,8 +61,9 @@ class Classifier:
             `from_pretrained`.
         """
         folder = local_folder(path)
-        _check_is_model(folder)
-        spec, preprocessing = read_spec(folder), read_preprocessing(folder)
+        check_is_model(folder)
+        preprocessing = read_preprocessing(folder)
+        spec = spec_as_used(folder, preprocessing)
         if not spec.num_classes:
             raise InputError(
                 f"{folder} has no classifier, so it knows no classes: it gives features. "
@@ -81,12 +82,6 @@ class Classifier:
                 f"{folder} wants {len(preprocessing.mean)} means of pixels, but its network takes "
                 f"{spec.in_channels} channels"
             )
-        if preprocessing.image_size != spec.image_size:
-            log.info(
-                "%s: the network of %d pixels is interpolated to the %d of its preprocessing",
-                *(folder, spec.image_size, preprocessing.image_size),
-            )
-            spec = dataclasses.replace(spec, image_size=preprocessing.image_size)
         network = from_pretrained(folder, spec)
         if has_no_classifier(network):
             raise InputError(f"the weights in {folder} have no classifier. {_HOW_TO_CLASSIFY}")
@@ -150,7 +145,8 @@ def _run(structure, normalization: Normalization, mesh, parameters, images):
     return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, images)
 
 
-def _check_is_model(folder: epath.Path) -> None:
+def check_is_model(folder: epath.Path) -> None:
+    """Raises MissingFileError unless the folder holds a model, whoever wrote it."""
     files = (SPEC_FILE, *HUGGING_FACE_FILES)
     if any((folder / file).exists() for file in files):
         if not (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
@@ -162,6 +158,18 @@ def _check_is_model(folder: epath.Path) -> None:
     inside = [str(file.parent.relative_to(folder)) for file in matching(folder, f"*/{SPEC_FILE}")]
     hint = f"inside it are {', '.join(inside)}" if inside else f"looked for {', '.join(files)}"
     raise MissingFileError(f"{folder} is no folder of a model; {hint}")
+
+
+def spec_as_used(folder: epath.Path, preprocessing: Preprocessing | None) -> Spec:
+    """The spec of the network in a folder, at the size that its pictures are prepared at."""
+    spec = read_spec(folder)
+    if preprocessing is None or preprocessing.image_size == spec.image_size:
+        return spec
+    log.info(
+        "%s: the network of %d pixels is interpolated to the %d of its preprocessing",
+        *(folder, spec.image_size, preprocessing.image_size),
+    )
+    return dataclasses.replace(spec, image_size=preprocessing.image_size)
 
 
 def _assumed(folder: epath.Path, spec: Spec) -> Preprocessing:

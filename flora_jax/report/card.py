@@ -202,10 +202,12 @@ def _limits(card: Card) -> list[str]:
         "What the first weights and the training pictures get wrong, it gets wrong, too; what is "
         "compressed may lose more on rare classes than the mean shows."
     )
-    half = ", in half precision within 2e-2" if "onnx_float16" in card.exports else ""
+    within = ", ".join(
+        f"{EXPORTS[kind].tolerance:g} in `{EXPORTS[kind].path}`" for kind in card.exports
+    )
     limits.append(
         f"The files were compared with the network on a few images before they were written: "
-        f"outputs are within 1e-4 of the largest{half}."
+        f"outputs differ by less than this share of the largest, {within}."
     )
     return limits
 
@@ -267,6 +269,7 @@ outputs = flora_jax.load("$file")(images)
 _HOW_TO_LOAD = {
     "onnx": _ONNX,
     "onnx_float16": _ONNX,
+    "onnx_int8": _ONNX,
     "torch": _TORCH,
     "stablehlo": _STABLEHLO,
     "timm": _TIMM,

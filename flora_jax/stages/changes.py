@@ -12,6 +12,7 @@ from flora_jax.io.checkpoint import has_saved_parameters
 from flora_jax.io.files import matching
 from flora_jax.stages.names import STAGES
 from flora_jax.stages.training import PREDICTIONS
+from flora_jax.training.watch import WANDB_FILE
 from flora_jax.weights.folder import CHECKPOINTS, PARAMETERS
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ _WITHOUT_EFFECT = {
     "keep_every",
     "evaluate_epochs",
     "keep_best",
+    "watch",
 }
 _OUTPUTS = {  # of each stage, in the folder of the run
     "pretrain": ("pretrain", "dense"),
@@ -69,7 +71,7 @@ _OUTPUTS = {  # of each stage, in the folder of the run
     "search": ("search",),
     "extract": ("extract",),
     "finetune": ("finetune", "subnet*", "allocated*", "uniform*"),
-    "evaluate": ("result.json", "test_images.safetensors"),
+    "evaluate": ("result.json", "test_images.safetensors", "benchmark.json"),
     "export": ("export",),
     "report": ("report.html", "report.png", "slim.png"),
 }
@@ -125,6 +127,8 @@ def put_aside(folder: epath.Path, stages: Sequence[str]) -> None:
     made = list(outputs(folder, stages))
     if not made:
         return
+    if {*_TRAININGS, "search"} & set(stages):
+        made += matching(folder, WANDB_FILE)  # where nothing can be taken back, another run begins
     numbers = itertools.count(1)
     aside = next(p for n in numbers if not (p := folder / EARLIER / str(n)).exists())
     aside.mkdir(parents=True)

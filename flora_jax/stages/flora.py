@@ -50,6 +50,7 @@ from flora_jax.stages.run import (
 from flora_jax.stages.training import train_stage, train_supernet
 from flora_jax.timing import median_ratio
 from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import watching
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
@@ -174,12 +175,14 @@ def search(run: Run, images: Images) -> None:
         log.info("search: goes on at generation %d of %d", start, total)
     with (
         StopRequest() as stop_request,
+        watching(run.settings.watch, run.folder, "search")(start) as write,
         Progress("search", total=total, start=start, unit="generation") as progress,
     ):
 
         def on_generation(generation: int, members: list[Candidate]) -> None:
             best = max(member.metrics[shown] for member in members)
             progress.update(1, **{f"best_{shown}": best})
+            write([{"step": generation, f"best_{shown}": best}])
             if stop_request.is_set():
                 raise stop_request.stopped(
                     f"search is saved at generation {generation + 1} of {total}"

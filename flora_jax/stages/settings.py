@@ -26,6 +26,7 @@ from flora_jax.stages.sections import (
     SpaceSettings,
 )
 from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import PACKAGES
 from flora_jax.weights.export.kinds import EXPORTS
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
@@ -39,9 +40,11 @@ class Settings:
     Attributes:
       seed: of everything random.
       stages: what is done, in order; `export` is one of them exactly where something is exported.
-      export: as what finished models are handed out: "onnx", "onnx_float16", "torch", "stablehlo",
-        "timm"; empty: nothing is.
+      export: as what finished models are handed out: "onnx", "onnx_float16", "onnx_int8",
+        "torch", "stablehlo", "timm"; empty: nothing is.
       keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
+      watch: who else gets the metrics that every training writes as JSON lines: "tensorboard",
+        "wandb" (Weights & Biases), or both.
       profile_step: each training writes a JAX profile of this step to its folder; 0 for none.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       model: the dense network.
@@ -66,6 +69,7 @@ class Settings:
     stages: tuple[str, ...] = FLORA_STAGES
     export: tuple[str, ...] = ()
     keep_checkpoints: bool = False
+    watch: tuple[str, ...] = ()
     profile_step: int = 0
     fsdp: int = 1
     model: Spec = deit("base")
@@ -92,6 +96,7 @@ class Settings:
         _check_exports(self.export, self.stages)
         object.__setattr__(self, "stages", _with_export(self.stages, bool(self.export)))
         _check_stages(self.stages)
+        object.__setattr__(self, "watch", _watchers(self.watch))
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
         check_known(self, "supernet_law", SUPERNET_LAWS)
@@ -178,6 +183,16 @@ def _with_export(stages: tuple[str, ...], is_exported: bool) -> tuple[str, ...]:
         return others
     place = others.index("report") if "report" in others else len(others)
     return (*others[:place], "export", *others[place:])
+
+
+def _watchers(names: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Each of the names once; as a text, such as the command line gives, with commas."""
+    texts = (names,) if isinstance(names, str) else names
+    given = [name for text in texts for name in str(text).split(",") if name]
+    for name in given:
+        if name not in PACKAGES:
+            raise InputError(f"watch: {unknown('writer', name, PACKAGES)}")
+    return tuple(dict.fromkeys(given))
 
 
 def _check_stages(stages: tuple[str, ...]) -> None:

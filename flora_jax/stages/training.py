@@ -21,6 +21,7 @@ from flora_jax.stages.run import Run
 from flora_jax.training.loop import Evaluator, train
 from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.training.settings import Recipe, TrainSettings
+from flora_jax.training.watch import watching
 
 PREDICTIONS = "predictions"  # stored ones, in the folder of a training
 
@@ -66,6 +67,7 @@ def train_stage(
         evaluators=evaluators,
         evaluate_every=recipe.evaluate_every(len(source)),
         profile_step=run.settings.profile_step,
+        watch=watching(run.settings.watch, run.folder, name),
     )
     if not recipe.distill and is_first():
         records = read_records(run.folder / name / METRICS_FILE)

@@ -21,6 +21,7 @@ from flora_jax.stages.images import Images
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import check_can_watch
 from flora_jax.weights.export.kinds import check_packages
 from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.hub import local_folder
@@ -40,6 +41,7 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     """
     if "export" not in done:
         check_packages(settings.export)
+    check_can_watch(settings.watch)
     _check_weights(settings, done)
     spec, data = network_spec(settings), settings.data
     quality_of(spec).metric(settings.metric)

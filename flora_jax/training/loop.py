@@ -21,6 +21,7 @@ from flora_jax.progress import Progress
 from flora_jax.training.metrics import METRICS_FILE, BestParameters, MetricsFile, profiled
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import TrainState, initial_state, make_step
+from flora_jax.training.watch import Watch, watching
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     evaluate_every: int = 0,
     profile_step: int = 0,
+    watch: Watch | None = None,
 ) -> Network:
     """Trains until `settings.steps`, going on from the newest checkpoint in `directory`.
 
@@ -69,6 +71,7 @@ def train(
         them together. The greatest first value of the first one marks the best parameters.
       evaluate_every: steps between two evaluations, and after the last step; 0 for none.
       profile_step: a profile of this step is written to `directory`/profile; 0 for none.
+      watch: what else gets the metrics, as `watching` makes it.
 
     Returns:
       A model with the final parameters (their moving average where the settings ask for one), or
@@ -111,7 +114,10 @@ def train(
             return _result(structure, state, mesh, best if settings.result == "best" else None)
         if start:
             log.info("%s: goes on at step %d of %d", name, start, settings.steps)
-        metrics_file = stack.enter_context(MetricsFile(directory / METRICS_FILE, start, settings))
+        write = stack.enter_context((watch or watching((), directory, name))(start))
+        metrics_file = stack.enter_context(
+            MetricsFile(directory / METRICS_FILE, start, settings, watch=write)
+        )
         progress = stack.enter_context(
             Progress(name, total=settings.steps, start=start, unit="step")
         )

@@ -17,6 +17,7 @@ from flora_jax.models.functional import Parameters
 from flora_jax.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.training.settings import TrainSettings
+from flora_jax.training.watch import Write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,6 +27,9 @@ class MetricsFile:
 
     Lines that a resumed run repeats are dropped. All that is timing is "images_per_second", in the
     last line of each reading: everything else is the same whenever and wherever it is written.
+
+    Args:
+      watch: also takes the records that are written, such as `watching` makes it.
     """
 
     def __init__(
@@ -34,7 +38,10 @@ class MetricsFile:
         start: int,
         settings: TrainSettings,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        watch: Write = lambda records: None,
     ):
+        self._watch = watch
         self._settings, self._clock, self._next = settings, clock, start
         self._rates = np.asarray(learning_rate_schedule(settings)(np.arange(settings.steps)))
         self._file = JsonLines(path, read_lines(path)[:start]) if is_first() else None
@@ -70,6 +77,7 @@ class MetricsFile:
         self._records[-1] |= found
         if self._file is not None:
             self._file.append(self._records, durable=durable)
+        self._watch(self._records)
         loss = float(np.mean([record["loss"] for record in self._records]))
         last = self._records[-1]
         shown = {"loss": loss, "lr": last["learning_rate"], "images/s": last["images_per_second"]}

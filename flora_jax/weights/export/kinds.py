@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 
 from flora_jax.errors import MissingPackageError
-from flora_jax.weights.export.onnx import export_onnx
+from flora_jax.weights.export.onnx import TOLERANCES, export_onnx
 from flora_jax.weights.export.pytorch import export_torch
 from flora_jax.weights.export.stablehlo import export_stablehlo
 from flora_jax.weights.export.timm import export_timm_folder
@@ -21,20 +21,26 @@ class Export:
       write: (model, path, images=) -> None; compares it with the model on these images, float32
         [B, H, W, C], or on random ones for None.
       extra: of this library, which has the packages that it takes to write and to compare.
+      tolerance: how far outputs may be from the model's, as a share of the largest.
     """
 
     path: str
     write: Callable[..., None]
     packages: tuple[str, ...] = ()
     extra: str = ""
+    tolerance: float = 1e-4
 
 
-_ONNX = ("onnx", "onnxruntime")
+def _onnx(dtype: str) -> Export:
+    name = "model.onnx" if dtype == "float32" else f"model_{dtype}.onnx"
+    write = functools.partial(export_onnx, dtype=dtype)
+    return Export(name, write, ("onnx", "onnxruntime"), "onnx", TOLERANCES[dtype])
+
+
 EXPORTS = {
-    "onnx": Export("model.onnx", export_onnx, _ONNX, "onnx"),
-    "onnx_float16": Export(
-        "model_float16.onnx", functools.partial(export_onnx, dtype="float16"), _ONNX, "onnx"
-    ),
+    "onnx": _onnx("float32"),
+    "onnx_float16": _onnx("float16"),
+    "onnx_int8": _onnx("int8"),
     "torch": Export("torch", export_torch, ("torch",), "torch"),
     "stablehlo": Export("model.stablehlo.bin", export_stablehlo),
     "timm": Export("timm", export_timm_folder),

@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 import types
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -71,6 +72,11 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
             partial.write_bytes(content)
 
 
+def load_export(folder: epath.PathLike) -> Any:
+    """The torch module of an exported folder, as its `model.py` loads it; needs torch."""
+    return _module_of(pathlib.Path(folder, CODE_FILE)).load(folder)
+
+
 def _check_can_hold_an_export(folder: epath.Path) -> None:
     if not is_url(folder):  # what is in a bucket has no folders around it
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -114,7 +120,7 @@ def _check_computes_the_same(model: Network, files: dict[str, bytes], images: np
     with tempfile.TemporaryDirectory() as name:
         for file, content in files.items():
             pathlib.Path(name, file).write_bytes(content)
-        network = _module_of(pathlib.Path(name, CODE_FILE)).load(name)
+        network = load_export(name)
 
         def written(images: np.ndarray) -> np.ndarray:
             with torch.inference_mode():

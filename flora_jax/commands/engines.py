@@ -1,0 +1,142 @@
+"""Programs that run a finished model: JAX, and where installed ONNX Runtime and PyTorch."""
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from flora_jax.models import functional
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.weights.export.onnx import export_onnx
+from flora_jax.weights.export.pytorch import export_torch, load_export
+
+Forward = Callable[[], object]  # one batch; returns when the logits are there
+Prepare = Callable[[int], Forward]  # of so many random images, which wait on the device
+
+_OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "allocate memory", "bad_alloc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A program that runs networks.
+
+    Attributes:
+      name: that tables show.
+      version: of its package, and what of the machine it uses where that is a choice.
+      open: loads a network, float32 as everything here; each engine keeps its own defaults.
+    """
+
+    name: str
+    version: str
+    open: Callable[[Network], Prepare]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def installed_engines() -> tuple[list[Engine], list[str]]:
+    """The engines that can run here, and for each of the others a line how to get it."""
+    engines, hints = [Engine("JAX", jax.__version__, _in_jax)], []
+    for name, extra, find in (
+        ("ONNX Runtime", "onnx", _onnx_runtime),
+        ("PyTorch", "torch", _pytorch),
+    ):
+        try:
+            engines.append(find(name))
+        except ImportError:
+            hints.append(f"{name} is left out: pip install 'flora_jax[{extra}]' brings it")
+    return engines, hints
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how an engine, or NumPy, says that memory does not suffice."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
+def _in_jax(network: Network) -> Prepare:
+    """Compiled, with the weights as arguments on the first device, as `--predict` runs it."""
+    structure, parameters = functional.split(network)
+    device = jax.local_devices()[0]
+    parameters = jax.device_put(parameters, device)
+    run = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
+
+    def prepare(batch_size: int) -> Forward:
+        images = jax.device_put(_images(network.spec, batch_size), device)
+        return lambda: jax.block_until_ready(run(parameters, images))
+
+    return prepare
+
+
+def _onnx_runtime(name: str) -> Engine:
+    import onnx  # noqa: F401
+    import onnxruntime
+
+    is_on_gpu = _uses_gpu() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    device = "cuda" if is_on_gpu else "cpu"
+    version = f"{onnxruntime.__version__} ({device})"
+    return Engine(name, version, functools.partial(_in_onnx_runtime, device))
+
+
+def _in_onnx_runtime(device: str, network: Network) -> Prepare:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.onnx")
+        export_onnx(network, path)
+        providers = ["CUDAExecutionProvider"] if device == "cuda" else []
+        session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
+
+    def prepare(batch_size: int) -> Forward:
+        images = _channels_first(_images(network.spec, batch_size))
+        inputs = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)}
+        return lambda: session.run_with_ort_values(None, inputs)
+
+    return prepare
+
+
+def _pytorch(name: str) -> Engine:
+    import torch
+
+    device = "cuda" if _uses_gpu() and torch.cuda.is_available() else "cpu"
+    return Engine(name, f"{torch.__version__} ({device})", functools.partial(_in_pytorch, device))
+
+
+def _in_pytorch(device: str, network: Network) -> Prepare:
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_torch(network, folder)
+        module = load_export(folder).eval().to(device)
+
+    def prepare(batch_size: int) -> Forward:
+        images = torch.from_numpy(_channels_first(_images(network.spec, batch_size))).to(device)
+
+        def run() -> None:
+            with torch.inference_mode():
+                module(images)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    return prepare
+
+
+def _uses_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _images(spec: Spec, batch_size: int) -> np.ndarray:
+    """Random ones as after normalisation, float32 [B, H, W, C]."""
+    shape = (batch_size, *spec.image_shape)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _channels_first(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
