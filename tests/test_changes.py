@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.configs import digits
+from flora_jax import pipeline
+from flora_jax.configs import deit_t, digits
+from flora_jax.errors import UserError
 from flora_jax.models import functional
 from flora_jax.stages.changes import stages_to_redo
 from flora_jax.stages.names import FLORA_STAGES
@@ -119,15 +121,16 @@ def test_a_stage_is_done_again_on_request(finished_run, tmp_path):
 def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished_run, workdir)
-    for arguments, message in (
-        (["--config.seed=3"], "made by another config; choose another --workdir or undo:"),
-        (["--config.budget.macs=(0.001,0.002)"], "cannot be reached: the space spans"),
-        (["--redo"], "redo needs the stage to do again: --stage=NAME --redo"),
-        (["--config.finetune.epochs=2.0", "--stage=evaluate"], "needs 'finetune'"),
+    for changes, asked, message in (
+        ({"seed": 3}, {}, "made by another config; choose another --workdir or undo:"),
+        ({"budget.macs": (0.001, 0.002)}, {}, "cannot be reached: the space spans"),
+        ({}, {"redo": True}, "redo needs the stage to do again: --stage=NAME --redo"),
+        ({"finetune.epochs": 2.0}, {"stage": "evaluate"}, "needs 'finetune'"),
     ):
-        refused = run_flora(workdir, *arguments)
-        assert refused.returncode == 1
-        assert message in refused.stderr
+        config = deit_t.get_config("runlocal")
+        config.update_from_flattened_dict(changes)
+        with pytest.raises(UserError, match=message):
+            pipeline.run(config, workdir, **asked)
     assert not (workdir / "earlier").exists()
     assert (workdir / "subnet/spec.json").exists()
 
