@@ -1,10 +1,12 @@
 """Exported to ONNX: the published FLORA subnet beside the dense network, in ONNX Runtime.
 
     python benchmarks/export.py --model deit_s --batches 1 8
+    python benchmarks/export.py --model deit_s --dtypes float32 int8
 
 Both have random weights and are written by `flora.export_onnx`, which also compares each file with
-its model. They are timed in turn, round after round; the table has medians. `realised` is the share
-of the MAC saving that is seen in milliseconds, in the JSON as "realised_saving at batch N".
+its model. They are timed in turn, round after round; the table has medians, and their share of the
+dense network's in the first dtype. `realised` is the share of the MAC saving that is seen in
+milliseconds of that dtype, in the JSON as "realised_saving at batch N".
 `--profile` adds which operations the time goes to, by ONNX Runtime's own profiler.
 """
 
@@ -23,6 +25,7 @@ from subnet import full_size
 import flora_jax as flora
 from flora_jax.models.factory import create
 from flora_jax.timing import median_ratio, time_in_turn
+from flora_jax.weights.export.onnx import TOLERANCES
 
 NAMES = ("dense", "FLORA, published")
 
@@ -32,34 +35,44 @@ def main() -> None:
     parser.add_argument("--model", choices=("deit_s", "deit_b"), default="deit_s")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtypes", choices=tuple(TOLERANCES), nargs="+", default=("float32",))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
-    machine = describe_machine("float32", f"ONNX Runtime {onnxruntime.__version__}")
+    first = arguments.dtypes[0]
+    machine = describe_machine(first, f"ONNX Runtime {onnxruntime.__version__}")
     print(machine)
     specs = full_size(arguments.model)
     dense, subnet = (specs[name] for name in NAMES)
     saving = 1 - subnet.macs() / dense.macs()
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: pathlib.Path(folder, f"{name}.onnx") for name in NAMES}
-        for name, path in paths.items():
-            flora.export_onnx(create(specs[name]), path)
+        paths = {
+            (name, dtype): pathlib.Path(folder, f"{name}, {dtype}.onnx")
+            for dtype in arguments.dtypes
+            for name in NAMES
+        }
+        for (name, dtype), path in paths.items():
+            flora.export_onnx(create(specs[name]), path, dtype)
             share = path.stat().st_size / (4 * flora.num_params(specs[name]))
-            print(f"{name}: {share:.4f} of the bytes of its parameters")
-        print(f"{'batch':>5}{'dense ms':>10}{'subnet ms':>11}{'share':>8}{'realised':>10}")
+            print(f"{path.stem}: {share:.4f} of the bytes of its parameters in float32")
+        print(f"{'batch':>5}  {'network':28}{'ms':>8}{'share':>8}{'realised':>10}")
         for batch in arguments.batches:
-            forwards = {name: _forward(path, dense, batch) for name, path in paths.items()}
+            forwards = {key: _forward(path, dense, batch) for key, path in paths.items()}
             times = time_in_turn(forwards, arguments.rounds, PAUSE)
-            share = median_ratio(times[NAMES[1]], times[NAMES[0]])
-            ratios[f"realised_saving at batch {batch}"] = realised = (1 - share) / saving
-            reference, other = (np.median(times[name]) for name in NAMES)
-            row = f"{batch:>5}{reference:>10.2f}{other:>11.2f}{share:>8.3f}"
-            print(f"{row}{100 * realised:>8.0f} %")
+            for (name, dtype), ms in times.items():
+                share = median_ratio(ms, times[NAMES[0], first])
+                line = f"{batch:>5}  {f'{name}, {dtype}':28}{np.median(ms):>8.2f}{share:>8.3f}"
+                if name == NAMES[1]:
+                    realised = (1 - median_ratio(ms, times[NAMES[0], dtype])) / saving
+                    line += f"{100 * realised:>8.0f} %"
+                    if dtype == first:
+                        ratios[f"realised_saving at batch {batch}"] = realised
+                print(line)
         if arguments.profile:
-            for name, path in paths.items():
-                _print_profile(name, path, dense, arguments.batches[-1])
+            for path in paths.values():
+                _print_profile(path.stem, path, dense, arguments.batches[-1])
     print(f"MACs {subnet.macs() / dense.macs():.3f} of the dense network's")
     write_json(arguments.json, machine, ratios)
 

@@ -22,7 +22,7 @@ from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.weights import random_model
 
 SPEC = flora.ViTSpec(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
-ENGINES = ["JAX", "ONNX Runtime", "PyTorch"]
+ENGINES = ("JAX", "ONNX Runtime", "ONNX Runtime int8", "PyTorch")
 
 
 @pytest.fixture(scope="module")

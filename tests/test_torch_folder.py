@@ -181,7 +181,7 @@ def test_a_key_without_bias_has_zeros(tmp_path, without_torch):
 def test_the_code_is_one_short_file_that_needs_torch_and_safetensors(spec, tmp_path, without_torch):
     flora.export_torch(random_model(spec), tmp_path)
     code = (tmp_path / "model.py").read_text()
-    assert len(code.splitlines()) <= 250
+    assert len(code.splitlines()) < 250
     imported = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):

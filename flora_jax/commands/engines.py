@@ -28,7 +28,7 @@ class Engine:
     Attributes:
       name: that tables show.
       version: of its package, and what of the machine it uses where that is a choice.
-      open: loads a network, float32 as everything here; each engine keeps its own defaults.
+      open: loads a network; each engine keeps its own defaults.
     """
 
     name: str
@@ -47,7 +47,7 @@ def installed_engines() -> tuple[list[Engine], list[str]]:
         ("PyTorch", "torch", _pytorch),
     ):
         try:
-            engines.append(find(name))
+            engines += find(name)
         except ImportError:
             hints.append(f"{name} is left out: pip install 'flora_jax[{extra}]' brings it")
     return engines, hints
@@ -73,22 +73,27 @@ def _in_jax(network: Network) -> Prepare:
     return prepare
 
 
-def _onnx_runtime(name: str) -> Engine:
+def _onnx_runtime(name: str) -> list[Engine]:
+    """In float32, and where that is for CPUs, in 8 bits as well."""
     import onnx  # noqa: F401
     import onnxruntime
 
     is_on_gpu = _uses_gpu() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     device = "cuda" if is_on_gpu else "cpu"
     version = f"{onnxruntime.__version__} ({device})"
-    return Engine(name, version, functools.partial(_in_onnx_runtime, device))
+    dtypes = {name: "float32"} if is_on_gpu else {name: "float32", f"{name} int8": "int8"}
+    return [
+        Engine(engine, version, functools.partial(_in_onnx_runtime, device, dtype))
+        for engine, dtype in dtypes.items()
+    ]
 
 
-def _in_onnx_runtime(device: str, network: Network) -> Prepare:
+def _in_onnx_runtime(device: str, dtype: str, network: Network) -> Prepare:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.onnx")
-        export_onnx(network, path)
+        export_onnx(network, path, dtype)
         providers = ["CUDAExecutionProvider"] if device == "cuda" else []
         session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
 
@@ -100,11 +105,12 @@ def _in_onnx_runtime(device: str, network: Network) -> Prepare:
     return prepare
 
 
-def _pytorch(name: str) -> Engine:
+def _pytorch(name: str) -> list[Engine]:
     import torch
 
     device = "cuda" if _uses_gpu() and torch.cuda.is_available() else "cpu"
-    return Engine(name, f"{torch.__version__} ({device})", functools.partial(_in_pytorch, device))
+    version = f"{torch.__version__} ({device})"
+    return [Engine(name, version, functools.partial(_in_pytorch, device))]
 
 
 def _in_pytorch(device: str, network: Network) -> Prepare:

@@ -33,6 +33,7 @@ class Card:
       tested: what was measured of it on the test images; where it is known "test_images", how many
         these are, and "labels_of", whose labels; empty where nothing was measured.
       dense_tested: the same of the dense model.
+      coarse_top1: in 0..1, of the files of lower precision, by their kind.
       difference: from the dense model in the metric that is shown, on the same images.
     """
 
@@ -48,6 +49,7 @@ class Card:
     steps: Sequence[str]
     tested: Mapping[str, Any]
     dense_tested: Numbers
+    coarse_top1: Numbers
     difference: Interval | None
 
     @property
@@ -145,6 +147,8 @@ def _figures(card: Card) -> str:
                 for one in tested
             ]
             rows.append([metric.column, *values])
+    for kind, top1 in card.coarse_top1.items():
+        rows.append([f"top-1 % of `{EXPORTS[kind].path}`", f"{100 * top1:.2f}", ""][: len(heads)])
     rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])
     rows.append(["parameters", *(human_count(spec.num_params()) for spec in specs)])
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import absolute, as_text
@@ -19,8 +19,18 @@ from flora_jax.weights.hub import is_repository, repository_name
 _WEIGHTS = re.compile(r"\.(safetensors|pth|pt|bin)$")
 
 
-def card_of(run: Run, found: Finished, spec: Spec, class_names: Sequence[str]) -> str:
-    """The card of a finished model of the run, as Markdown."""
+def card_of(
+    run: Run,
+    found: Finished,
+    spec: Spec,
+    class_names: Sequence[str],
+    coarse: Mapping[str, float] | None = None,
+) -> str:
+    """The card of a finished model of the run, as Markdown.
+
+    Args:
+      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export.
+    """
     settings, path = run.settings, run.folder / "result.json"
     entries = named_entries(read_json(path)) if path.exists() else {}
     evaluation = run.folder / found.folder / EVALUATION_FILE
@@ -39,6 +49,7 @@ def card_of(run: Run, found: Finished, spec: Spec, class_names: Sequence[str]) -
         steps=list(_steps(run, found)),
         tested=read_json(evaluation) if evaluation.exists() else entries.get(found.name, {}),
         dense_tested=entries.get("dense", {}),
+        coarse_top1=coarse or {},
         difference=against_dense.get(quality_of(spec).shown.name),
     )
     return card_text(card)

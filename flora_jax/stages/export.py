@@ -1,7 +1,7 @@
 """The export stage: the models that a run is made for, as files that other programs read."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,25 +20,40 @@ from flora_jax.stages.images import Images
 from flora_jax.stages.run import EXPORT, Run
 from flora_jax.weights import folder
 from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export.onnx import in_onnx_runtime
 
 log = logging.getLogger(__name__)
+Labelled = Iterator[tuple[np.ndarray, np.ndarray]]
 _COMPARED = 8  # images
 
 
 def export(run: Run, images: Images) -> None:
     """Writes each model to a folder of its own in `export`, compared with it on test images."""
+    normalise = run.settings.data.normalization
     batch, compared = next(images.of_test(_COMPARED, "export"), None), None
     if batch is not None:
-        compared = np.asarray(run.settings.data.normalization(jnp.asarray(batch)))
-    export_once(run, compared, images.class_names)
+        compared = np.asarray(normalise(jnp.asarray(batch)))
+
+    def tested() -> Labelled:
+        for batch, labels in images.labelled_test():
+            yield np.asarray(normalise(jnp.asarray(batch))), labels
+
+    can_be_tested = images.are_labelled and len(images.splits.test)
+    export_once(run, compared, images.class_names, tested if can_be_tested else None)
 
 
 @by_the_first
-def export_once(run: Run, compared: np.ndarray | None, class_names: Sequence[str]) -> None:
+def export_once(
+    run: Run,
+    compared: np.ndarray | None,
+    class_names: Sequence[str],
+    tested: Callable[[], Labelled] | None = None,
+) -> None:
     """A folder is there whole, with its card, or not at all.
 
     Args:
       compared: normalised images float32 [B, H, W, C]; None: random ones.
+      tested: gives those that files of lower precision are measured on, with labels int32 [B].
 
     Raises:
       InputError: a file would compute something else than its model; names both.
@@ -52,9 +67,24 @@ def export_once(run: Run, compared: np.ndarray | None, class_names: Sequence[str
                 _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
                 describe_model(run, place, class_names, model.spec.image_size)
-            card = card_of(run, found, model.spec, class_names)
+            coarse = _top1_of_coarse(run.settings.export, partial, tested) if tested else {}
+            card = card_of(run, found, model.spec, class_names, coarse)
             (partial / CARD_FILE).write_bytes(card.encode())
         log.info("%s as %s: %s", found.name, ", ".join(run.settings.export), target)
+
+
+def _top1_of_coarse(
+    kinds: Sequence[str], place: epath.Path, tested: Callable[[], Labelled]
+) -> dict[str, float]:
+    """The accuracy of each file whose precision may cost some, by its kind."""
+    found = {}
+    for kind in (kind for kind in kinds if EXPORTS[kind].is_coarse):
+        file = in_onnx_runtime((place / EXPORTS[kind].path).read_bytes())
+        assert file is not None  # it was compared already
+        is_right = [file(images).argmax(axis=1) == labels for images, labels in tested()]
+        found[kind] = float(np.concatenate(is_right).mean())
+        log.info("%s: %.2f %% top-1", EXPORTS[kind].path, 100 * found[kind])
+    return found
 
 
 def _write(

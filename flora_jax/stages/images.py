@@ -120,6 +120,14 @@ class Images:
         if len(self.splits.test):
             yield from (images for images, _ in self._some_of(self.splits.test, number, purpose))
 
+    def labelled_test(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every test image that can be decoded, with its label, for one process alone: in batches
+        uint8 [B, H, W, C] and int32 [B]."""
+        data = self._settings.data
+        for batch in eval_batches(self.splits.test, self._crop, BATCH_SIZE, data.num_threads):
+            is_image = batch["mask"] > 0
+            yield batch["image"][is_image], batch["label"][is_image]
+
     def _some_of(
         self, source: Source, number: int, purpose: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -30,6 +30,11 @@ class Export:
     extra: str = ""
     tolerance: float = 1e-4
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it is an ONNX file of lower precision, whose accuracy may be another."""
+        return self.tolerance > 1e-4
+
 
 def _onnx(dtype: str) -> Export:
     name = "model.onnx" if dtype == "float32" else f"model_{dtype}.onnx"

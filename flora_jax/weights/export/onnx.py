@@ -72,7 +72,7 @@ def export_onnx(
     _check_is_installed(dtype)
 
     def check(content: bytes) -> None:
-        if (written := _in_onnx_runtime(content)) is None:
+        if (written := in_onnx_runtime(content)) is None:
             log.warning("%s was not run to check it: pip install 'flora_jax[onnx]'", path.name)
             return
         check_computes(written, exactly(model), compared, TOLERANCES[dtype])
@@ -138,7 +138,7 @@ def _width(model: Network) -> int:
     return jax.eval_shape(lambda images: model(images), image).shape[-1]
 
 
-def _in_onnx_runtime(content: bytes) -> Forward | None:
+def in_onnx_runtime(content: bytes) -> Forward | None:
     """The file's function of images [B, H, W, C]; None where ONNX Runtime is not installed."""
     try:
         import onnxruntime

@@ -103,10 +103,9 @@ class Block(nn.Module):
 
     def __init__(self, spec, block, select, attention):
         super().__init__()
-        width, epsilon = spec.embed_dim, spec.layer_norm_eps
+        width = spec.embed_dim
         self.select, self.attn = select, attention
-        self.norm1 = nn.LayerNorm(width, epsilon)
-        self.norm2 = nn.LayerNorm(width, epsilon)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, spec.layer_norm_eps) for _ in range(2))
         self.mlp = Mlp(width, block.mlp_dim, spec.activation, spec.gated_mlp, block.ranks[1:])
 
     def forward(self, x):
