@@ -43,6 +43,8 @@ check: lint docs
 test: lint
 	$(PYTEST)
 
-# Twenty kills, damaged and half-written files, a full disk, a lost process: many minutes.
+# Twenty kills, damaged and half-written files, a full disk, a lost process, all benchmarks: many
+# minutes.
 faults: setup
-	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py tests/test_bucket.py -m ""
+	timeout 3600 $(BIN)/python -m pytest tests/test_faults.py tests/test_processes.py \
+		tests/test_bucket.py tests/test_benchmarks.py -m ""

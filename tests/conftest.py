@@ -1,6 +1,7 @@
 import fcntl
 import math
 import os
+import pathlib
 
 # Most of the time goes into compiling; before JAX is imported, also for the processes we start.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -47,11 +48,17 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 
 
+def folder_of_all_workers(tmp_path_factory) -> pathlib.Path:
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """The processes that tests start compile each program once between them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        folder = folder_of_all_workers(tmp_path_factory) / "compiled"
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
 
@@ -62,8 +69,7 @@ def finished_run(tmp_path_factory):
 
     One of the workers makes it, and the others wait for it.
     """
-    base = tmp_path_factory.getbasetemp()
-    workdir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    workdir = folder_of_all_workers(tmp_path_factory) / "finished"
     with workdir.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (workdir / "report.png").exists():
