@@ -69,7 +69,8 @@ def changed_run(finished_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("changed") / "run"
     shutil.copytree(finished_run, workdir)
     changes = ["--config.budget.macs=(0.6,0.7)", "--config.data.num_threads=2"]
-    return workdir, run_flora(workdir, *changes)
+    untrained = "--config.finetune.epochs=0.0"  # which takes no compiling
+    return workdir, run_flora(workdir, *changes, untrained)
 
 
 @pytest.mark.slow
