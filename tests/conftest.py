@@ -2,6 +2,7 @@ import fcntl
 import math
 import os
 import pathlib
+import sys
 
 # Most of the time goes into compiling; before JAX is imported, also for the processes we start.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -123,6 +124,11 @@ def micro_images(deit_golden):
 @pytest.fixture(scope="session")
 def data_dir():
     return DATA
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,14 @@ import pytest
 
 import flora_jax as flora
 from flora_jax import pipeline
-from flora_jax.configs import deit_t, digits
+from flora_jax.configs import digits
 from flora_jax.errors import UserError
 from flora_jax.models import functional
 from flora_jax.stages.changes import stages_to_redo
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.settings import Settings
 from tests.helpers.commands import run_flora
+from tests.helpers.runs import tiny_config
 
 
 def config_with(**changes) -> dict:
@@ -128,10 +129,8 @@ def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
         ({}, {"redo": True}, "redo needs the stage to do again: --stage=NAME --redo"),
         ({"finetune.epochs": 2.0}, {"stage": "evaluate"}, "needs 'finetune'"),
     ):
-        config = deit_t.get_config("runlocal")
-        config.update_from_flattened_dict(changes)
         with pytest.raises(UserError, match=message):
-            pipeline.run(config, workdir, **asked)
+            pipeline.run(tiny_config(**changes), workdir, **asked)
     assert not (workdir / "earlier").exists()
     assert (workdir / "subnet/spec.json").exists()
 

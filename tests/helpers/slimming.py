@@ -22,6 +22,9 @@ TINY_SWIN = flora.SwinSpec(
     window_size=4,
     num_classes=3,
 )
+SHIFTED_SWIN = dataclasses.replace(
+    TINY_SWIN, image_size=16, blocks=(), absolute_pos_embed=True, patch_norm=False, num_classes=0
+)
 # Compiling is most of the time here: the quickest program will do.
 QUICK = {"xla_backend_optimization_level": 0}
 

@@ -36,6 +36,20 @@ def batch_of(step):
     return {"image": images, "label": rng.integers(0, 3, SETTINGS.batch_size).astype(np.int32)}
 
 
+def interrupted_before(stop):
+    """A stream of batches that ends a training before this step, once; and where it was begun."""
+    starts = []
+
+    def stream(start):
+        starts.append(start)
+        for step in itertools.count(start):
+            if step == stop and len(starts) == 1:
+                raise Interruption
+            yield batch_of(step)
+
+    return stream, starts
+
+
 def batches(start):
     return map(batch_of, itertools.count(start))
 

@@ -21,6 +21,7 @@ from tests.helpers.training import (
     batch_of,
     batches,
     genes_of,
+    interrupted_before,
     metrics_of,
     parameters_of,
     run,
@@ -38,15 +39,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
 def test_interrupted_run_goes_on_exactly(uninterrupted, tmp_path, stop):
-    starts = []
-
-    def stream(start):
-        starts.append(start)
-        for step in itertools.count(start):
-            if step == stop and len(starts) == 1:
-                raise Interruption
-            yield batch_of(step)
-
+    stream, starts = interrupted_before(stop)
     with pytest.raises(Interruption):
         run(tmp_path, stream=stream)
     result = run(tmp_path, stream=stream)

@@ -1,7 +1,6 @@
 """A run that is watched: every point once, whatever interrupted it."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import struct
@@ -20,7 +19,7 @@ from flora_jax.stages.run import Run
 from flora_jax.stages.settings import Settings
 from flora_jax.stages.validation import check
 from flora_jax.training.watch import opened, watching
-from tests.helpers.training import SETTINGS, Interruption, batch_of, metrics_of, run
+from tests.helpers.training import SETTINGS, Interruption, interrupted_before, metrics_of, run
 
 READER = "tensorboardX's messages read the events back"
 
@@ -45,24 +44,10 @@ def shown_points(folder):
     return points
 
 
-def stopping_at(stop):
-    """Batches of a training that is interrupted before this step, once."""
-    starts = []
-
-    def stream(start):
-        starts.append(start)
-        for step in itertools.count(start):
-            if step == stop and len(starts) == 1:
-                raise Interruption
-            yield batch_of(step)
-
-    return stream
-
-
 @pytest.mark.parametrize("stop", [2, 4])  # before the first checkpoint; after it, and logged
 def test_a_point_a_step_in_tensorboard(tmp_path, stop):
     pytest.importorskip("tensorboardX", reason="writes the events")
-    name, stream = "finetune/subnet", stopping_at(stop)
+    name, stream = "finetune/subnet", interrupted_before(stop)[0]
     watch, settings = watching(("tensorboard",), tmp_path, name), SETTINGS
     with pytest.raises(Interruption):
         run(tmp_path / name, settings, stream, watch=watch)
@@ -121,8 +106,8 @@ def trained(folder, name, stream):
 
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_point_a_step_in_weights_and_biases(tmp_path, service, stop):
-    folder, stream = epath.Path(tmp_path), stopping_at(stop)
-    trained(folder, "pretrain", stopping_at(None))
+    folder, stream = epath.Path(tmp_path), interrupted_before(stop)[0]
+    trained(folder, "pretrain", interrupted_before(None)[0])
     with pytest.raises(Interruption):
         trained(folder, "supernet", stream)
     trained(folder, "supernet", stream)
@@ -144,7 +129,7 @@ def test_a_point_a_step_in_weights_and_biases(tmp_path, service, stop):
     put_aside(folder, ["evaluate"])
     assert (folder / "wandb.json").exists()
     put_aside(folder, ["supernet"])
-    trained(folder, "supernet", stopping_at(None))
+    trained(folder, "supernet", interrupted_before(None)[0])
     assert len(service.runs) == 2
     assert len(service.runs[service.asked[-1]["id"]].history) == SETTINGS.steps
 

@@ -1,0 +1,82 @@
+"""The report of a run: picture and page, at any time."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from flora_jax import pipeline
+from flora_jax.errors import MissingFileError
+from flora_jax.io.files import locked
+from tests.helpers.runs import tiny_config
+
+pytestmark = pytest.mark.slow
+
+
+def test_picture_is_drawn(finished_run):
+    with Image.open(finished_run / "report.png") as image:
+        assert image.size == (2250, 1728)
+        assert len(image.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_page_tells_the_whole_run(finished_run):
+    page = (finished_run / "report.html").read_text()
+    for title in (
+        *("Models, on the test images", "What the search scored, on held-out images"),
+        *("Held-out quality while training", "Training loss", "Ranks of the subnet"),
+        *("Accuracy by class, on the test images", "What the subnet confuses most"),
+        *("Settings that differ from the defaults", "Stages", "Images"),
+    ):
+        assert f"<h2>{title}" in page
+    result = json.loads((finished_run / "result.json").read_text())
+    assert f"top-1 accuracy {100 * result['subnet']['top1']:.2f} %" in page
+    assert "not finished" not in page
+    each = load_file(finished_run / "test_images.safetensors")
+    wrong = each["subnet/predicted"] != each["label"]
+    pairs = {*zip(each["label"][wrong], each["subnet/predicted"][wrong], strict=True)}
+    assert page.count('<img src="data:image/png;base64,') == min(8, len(pairs))
+
+
+def test_a_report_is_there_at_any_time(finished_run, tmp_path, capsys, monkeypatch, caplog):
+    """Beside a process that holds the run, of what there is, and where its images are gone."""
+    for name in ("config.json", "images.json"):
+        shutil.copy(finished_run / name, tmp_path)
+    with locked(tmp_path / "run.lock"):
+        pipeline.run(tiny_config(), tmp_path, "report")
+    assert "Done: nothing. To come: pretrain, " in capsys.readouterr().out
+
+    workdir = tmp_path / "later"
+    shutil.copytree(finished_run, workdir)
+    for name in ("result.json", "test_images.safetensors", "report.html", "report.png"):
+        (workdir / name).unlink()
+    shutil.rmtree(workdir / "subnet")  # which is to come out of extract/subnet
+    done = json.loads((workdir / "stages.json").read_text())
+    done = {name: done[name] for name in done if name not in ("finetune", "evaluate", "report")}
+    (workdir / "stages.json").write_text(json.dumps(done))
+
+    def gone(settings):
+        raise MissingFileError("the images are gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "Images", gone)
+        pipeline.run(tiny_config(), workdir, "report")
+    assert "goes without the images: the images are gone" in caplog.text
+    printed = capsys.readouterr().out
+    assert "To come: finetune, evaluate." in printed
+    assert [line.split()[0] for line in printed.splitlines() if line.endswith(" k")] == [
+        *("dense", "subnet", "allocated", "uniform")
+    ]
+    page = (workdir / "report.html").read_text()
+    assert "To come: finetune, evaluate." in page
+    assert "<h2>Ranks of the subnet" in page
+    assert "<h2>Accuracy by class" not in page
+    assert json.loads((workdir / "stages.json").read_text()) == done
+
+
+def test_a_report_of_another_config_is_refused(finished_run, tmp_path):
+    with pytest.raises(RuntimeError, match="holds no run that could be reported on"):
+        pipeline.run(tiny_config(), tmp_path / "none", "report")
+    with pytest.raises(RuntimeError, match=r"'finetune' of another config.*\n  finetune.epochs"):
+        pipeline.run(tiny_config(**{"finetune.epochs": 9.0}), finished_run, "report")
