@@ -22,6 +22,8 @@ from .models.spec import macs as macs
 from .models.spec import num_params as num_params
 from .models.swin_spec import SwinSpec as SwinSpec
 from .models.swin_spec import swin as swin
+from .models.tiny_vit_spec import TinyViTSpec as TinyViTSpec
+from .models.tiny_vit_spec import tiny_vit as tiny_vit
 from .models.vit_spec import ViTSpec as ViTSpec
 from .models.vit_spec import deit as deit
 from .pipeline import run as run

@@ -15,16 +15,16 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
 from flora_jax.models.layers import make_linear
 from flora_jax.models.spec import BlockSpec, LinearShape
-from flora_jax.models.swin import WindowAttention
-from flora_jax.models.swin_spec import Stage
+from flora_jax.models.swin import ShiftedWindowAttention
+from flora_jax.models.windows import Windows
 from flora_jax.search.block_scores import score_block
 
 
-def attention_spelled_out(attention, x, stage, shift):
+def attention_spelled_out(attention, x, windows):
     """One token at a time. x [N, D]; windows begin at multiples of window_size, plus the shift."""
-    side, window, heads = stage.grid_size, stage.window_size, attention.num_heads
+    side, window, heads = windows.grid_size, windows.window_size, attention.num_heads
     row, column = np.divmod(np.arange(side**2), side)
-    window_of = np.stack([(row - shift) // window, (column - shift) // window], -1)
+    window_of = np.stack([(row - windows.shift) // window, (column - windows.shift) // window], -1)
     qkv = np.asarray(x @ attention.qkv.kernel + attention.qkv.bias[None]).reshape(
         side**2, 3, heads, -1
     )
@@ -52,18 +52,18 @@ def attention_spelled_out(attention, x, stage, shift):
     ("grid_size", "window_size", "shift"), [(4, 2, 0), (4, 2, 1), (6, 3, 1), (8, 4, 2), (3, 3, 0)]
 )
 def test_window_attention(grid_size, window_size, shift):
-    stage = Stage(6, grid_size, window_size, depth=1, num_heads=2)
+    windows = Windows(grid_size, window_size, shift)
     qkv = LinearShape("qkv", 6, 3 * 2 * 5, grid_size**2)
-    attention = WindowAttention(
-        stage, shift, qkv, BlockSpec(2, 5, 7), make_linear, rngs=nnx.Rngs(0)
+    attention = ShiftedWindowAttention(
+        windows, qkv, BlockSpec(2, 5, 7), make_linear, rngs=nnx.Rngs(0)
     )
     table = attention.relative_position_bias_table
     rng = np.random.default_rng(0)
     attention.relative_position_bias_table[...] = jnp.float32(rng.normal(size=table.shape))
     x = np.float32(rng.normal(size=(2, grid_size**2, 6)))
-    out = attention(x.reshape(-1, 6)).reshape(x.shape)
+    out = windows.join(attention(windows.cut(x.reshape(-1, 6)))).reshape(x.shape)
     for image, result in zip(x, out, strict=True):
-        wanted = attention_spelled_out(attention, image, stage, shift)
+        wanted = attention_spelled_out(attention, image, windows)
         np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 

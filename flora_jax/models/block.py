@@ -9,12 +9,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.models.layers import LayerNorm, Linear
 from flora_jax.models.spec import BlockInput
+from flora_jax.models.windows import Windows
 
 
 class Block(nnx.Module):
     """Pre-norm block, in two halves so that a search can score them apart. x [B*N, D].
 
-    A stage's first block may begin with a `downsample` of all tokens.
+    A stage's first block may begin with a `downsample` of all tokens. Where attention stays inside
+    `windows`, it sees the tokens window by window. A `local_conv` follows it in hybrids.
     """
 
     def __init__(
@@ -24,8 +26,10 @@ class Block(nnx.Module):
         mlp: nnx.Module,
         epsilon: float,
         downsample: nnx.Module | None = None,
+        windows: Windows | None = None,
+        local_conv: nnx.Module | None = None,
     ):
-        self.downsample = downsample
+        self.downsample, self.windows, self.local_conv = downsample, windows, local_conv
         self.norm1 = LayerNorm(into.width, epsilon)
         self.attn = attention
         self.norm2 = LayerNorm(into.width, epsilon)
@@ -38,7 +42,10 @@ class Block(nnx.Module):
     def attention_half(self, x: jax.Array) -> jax.Array:
         if self.downsample is not None:
             x = self.downsample(x)
-        return x + self.attn(self.normalised(self.norm1, x))
+        tokens = x if self.windows is None else self.windows.cut(x)
+        mixed = self.attn(self.normalised(self.norm1, tokens))
+        x = x + (mixed if self.windows is None else self.windows.join(mixed))
+        return x if self.local_conv is None else self.local_conv(x)
 
     def mlp_half(self, x: jax.Array) -> jax.Array:
         return x + self.mlp(self.normalised(self.norm2, x))

@@ -9,9 +9,10 @@ from flora_jax.models.layers import MakeLinear, make_linear
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin import Swin
+from flora_jax.models.tiny_vit import TinyViT
 from flora_jax.models.vit import ViT
 
-_MODELS: dict[str, Callable[..., Network]] = {"vit": ViT, "swin": Swin}
+_MODELS: dict[str, Callable[..., Network]] = {"vit": ViT, "swin": Swin, "tiny_vit": TinyViT}
 
 
 def create(

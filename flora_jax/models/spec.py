@@ -122,25 +122,34 @@ class BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BlockInput:
-    """What a block works on: tokens of one image, their width, and how many each attends to."""
+    """What a block works on: tokens of one image, their width, and how many each attends to.
+
+    `padding` counts tokens that fill up windows: they attend, and are attended to, as all others.
+    """
 
     width: int
     tokens: int
     attended_tokens: int
+    padding: int = 0
+
+    @property
+    def attending_tokens(self) -> int:
+        return self.tokens + self.padding
 
 
 class Spec(abc.ABC):
     """What every family's spec can do. A family adds its fields and what lies around its blocks."""
 
     family: ClassVar[str]
+    title: ClassVar[str]  # of the family, for people
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # every family's spec is one
 
     image_size: int
     patch_size: int
     in_channels: int
     num_classes: int
-    qkv_bias: bool
-    k_bias: bool = True  # these three are fields of some families only
+    qkv_bias: bool = True  # these four are fields of some families only
+    k_bias: bool = True
     gated_mlp: bool = False
     rope_theta: float | None = None
     blocks: tuple[BlockSpec, ...]
@@ -184,11 +193,12 @@ class Spec(abc.ABC):
         found = []
         for i, (block, into) in enumerate(zip(self.blocks, self.block_inputs, strict=True)):
             width, hidden, tokens = into.width, block.mlp_dim, into.tokens
+            attending = into.attending_tokens
             qkv, fc1 = 3 * block.attention_dim, hidden * (1 + self.gated_mlp)
             bias = (self.qkv_bias, self.k_bias)
             found.append(
                 BlockLayers(
-                    qkv=LinearShape(f"blocks.{i}.attn.qkv", width, qkv, tokens, *bias),
+                    qkv=LinearShape(f"blocks.{i}.attn.qkv", width, qkv, attending, *bias),
                     fc1=LinearShape(f"blocks.{i}.mlp.fc1", width, fc1, tokens),
                     fc2=LinearShape(
                         f"blocks.{i}.mlp.fc2", hidden, width, tokens, singular_values_into="up"
@@ -232,13 +242,15 @@ class Spec(abc.ABC):
         """Multiply-adds for one image: of every product, and one for each value of a norm.
 
         Biases, activations, gates, softmax and the turning by rotary positions count nothing.
+        Tokens that pad windows count as all others.
         """
         total = self._macs_around_blocks()
         for block, into in zip(self.blocks, self.block_inputs, strict=True):
-            total += 2 * into.tokens * into.width  # the two norms
+            attending = into.attending_tokens
+            total += (attending + into.tokens) * into.width  # the two norms
             # q @ k and attention @ v
-            total += 2 * into.tokens * into.attended_tokens * block.attention_dim
-            total += into.tokens * block.attention_dim * into.width  # output projection
+            total += 2 * attending * into.attended_tokens * block.attention_dim
+            total += attending * block.attention_dim * into.width  # output projection
         pairs = zip(self.layers, self.ranks, strict=True)
         return total + sum(layer.macs(rank) for layer, rank in pairs)
 

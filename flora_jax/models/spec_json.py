@@ -1,13 +1,14 @@
-"""Specs as JSON: {"family": "vit" or "swin", their fields}."""
+"""Specs as JSON: {"family": "vit", "swin" or "tiny_vit", their fields}."""
 
 import dataclasses
 
 from flora_jax.errors import InputError, did_you_mean
 from flora_jax.models.spec import BlockSpec, Spec
 from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.tiny_vit_spec import TinyViTSpec
 from flora_jax.models.vit_spec import ViTSpec
 
-_SPECS: dict[str, type[Spec]] = {"vit": ViTSpec, "swin": SwinSpec}
+_SPECS: dict[str, type[Spec]] = {spec.family: spec for spec in (ViTSpec, SwinSpec, TinyViTSpec)}
 
 
 def spec_to_json(spec: Spec) -> dict:
@@ -27,7 +28,7 @@ def _fields(spec: Spec | BlockSpec) -> dict:
 
 
 def spec_from_json(value: dict) -> Spec:
-    """Reads the spec of {"family": "vit" or "swin", its fields}.
+    """Reads the spec of {"family": "vit", "swin" or "tiny_vit", its fields}.
 
     Raises:
       InputError: a family or a field that does not exist, or fields that make no network.

@@ -4,11 +4,9 @@ import functools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
@@ -16,12 +14,13 @@ from flora_jax.models.mlp import Mlp
 from flora_jax.models.network import Network, make_classifier
 from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin_spec import Stage, SwinSpec
+from flora_jax.models.windows import WindowAttention, Windows
 
 _HIDDEN = -100.0  # as published: the logit added between tokens that are no neighbours
 
 
-class WindowAttention(nnx.Module):
-    """Self-attention inside windows of T tokens, with a learned bias per relative position.
+class ShiftedWindowAttention(WindowAttention):
+    """Attention inside windows, with a learned bias per relative position.
 
     Shifted windows wrap around the edges of the feature map; tokens that only meet by wrapping do
     not see each other (Swin section 3.2).
@@ -29,56 +28,26 @@ class WindowAttention(nnx.Module):
 
     def __init__(
         self,
-        stage: Stage,
-        shift: int,
+        windows: Windows,
         qkv: LinearShape,
         block: BlockSpec,
         linear: MakeLinear,
         *,
         rngs: nnx.Rngs,
     ):
-        self.num_heads, self.head_dim = block.num_heads, block.head_dim
-        self.grid_size, self.window_size, self.shift = stage.grid_size, stage.window_size, shift
-        self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
-        self.proj = Linear(block.attention_dim, stage.width, rngs=rngs)
-        table = ((2 * stage.window_size - 1) ** 2, block.num_heads)
+        super().__init__(windows, qkv, block, linear, rngs=rngs)
+        table = ((2 * windows.window_size - 1) ** 2, block.num_heads)
         init = nnx.initializers.truncated_normal(0.02)
         self.relative_position_bias_table = Undecayed(init(rngs.params(), table))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        qkv = self.qkv(self.into_windows(x))
-        qkv = split_heads(qkv, self.window_size**2, self.num_heads)
-        bias = self._bias()
-        query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
-        mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
-        return self.out_of_windows(self.proj(merge_heads(mixed)))
-
-    def _bias(self) -> jax.Array:
-        """The bias [windows, H, T, T]; one window stands for all where none is shifted."""
-        index = relative_position_index(self.window_size)
+    def bias(self) -> jax.Array:
+        windows = self.windows
+        index = relative_position_index(windows.window_size)
         bias = self.relative_position_bias_table[index].transpose(2, 0, 1)[None]
-        if self.shift:
-            mask = shift_mask(self.grid_size, self.window_size, self.shift)
+        if windows.shift:
+            mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
             bias = bias + mask[:, None].astype(bias.dtype)
         return bias
-
-    def into_windows(self, x: jax.Array) -> jax.Array:
-        """Reorders tokens [B*N, D] from row by row to window by window."""
-        side, window = self.grid_size, self.window_size
-        grid = x.reshape(-1, side, side, x.shape[-1])
-        if self.shift:
-            grid = jnp.roll(grid, (-self.shift, -self.shift), (1, 2))
-        windows = grid.reshape(-1, side // window, window, side // window, window, x.shape[-1])
-        return windows.swapaxes(2, 3).reshape(x.shape)
-
-    def out_of_windows(self, x: jax.Array) -> jax.Array:
-        """Undoes `into_windows`."""
-        side, window = self.grid_size, self.window_size
-        windows = x.reshape(-1, side // window, side // window, window, window, x.shape[-1])
-        grid = windows.swapaxes(2, 3).reshape(-1, side, side, x.shape[-1])
-        if self.shift:
-            grid = jnp.roll(grid, (self.shift, self.shift), (1, 2))
-        return grid.reshape(x.shape)
 
 
 @functools.lru_cache
@@ -167,7 +136,8 @@ def _blocks(
         for i in range(stage.depth):
             block, layers, into = next(blocks)
             shift = stage.shift if i % 2 else 0
-            attention = WindowAttention(stage, shift, layers.qkv, block, linear, rngs=rngs)
+            windows = Windows(stage.grid_size, stage.window_size, shift)
+            attention = ShiftedWindowAttention(windows, layers.qkv, block, linear, rngs=rngs)
             merging = None
             if i == 0 and before is not None:
                 merging = PatchMerging(before, epsilon, rngs=rngs)
@@ -175,5 +145,5 @@ def _blocks(
                 linear(layers.fc1, block.ranks[1], rngs=rngs),
                 linear(layers.fc2, block.ranks[2], rngs=rngs),
             )
-            yield make_block(into, attention, mlp, epsilon, merging)
+            yield make_block(into, attention, mlp, epsilon, merging, windows)
         before = stage

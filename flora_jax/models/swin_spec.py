@@ -52,6 +52,7 @@ class SwinSpec(Spec):
     """
 
     family: ClassVar[str] = "swin"
+    title: ClassVar[str] = "Swin"
 
     image_size: int = 224
     patch_size: int = 4

@@ -49,6 +49,7 @@ class ViTSpec(Spec):
     """
 
     family: ClassVar[str] = "vit"
+    title: ClassVar[str] = "ViT"
 
     image_size: int = 224
     patch_size: int = 16

@@ -83,9 +83,9 @@ def _cut_attention(
             parameters[f"{name}.qkv.{part}"] = qkv.reshape(*array.shape[:-1], -1)
     proj = columns(parameters[f"{name}.proj.kernel"].T)
     parameters[f"{name}.proj.kernel"] = proj.reshape(len(proj), -1).T
-    table = f"{name}.relative_position_bias_table"
-    if table in parameters:
-        parameters[table] = parameters[table][:, heads]
+    for table in (f"{name}.relative_position_bias_table", f"{name}.attention_biases"):
+        if table in parameters:
+            parameters[table] = parameters[table][:, heads]
 
 
 def _cut_mlp(parameters, name: str, mlp_dim: int, mask) -> None:

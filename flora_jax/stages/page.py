@@ -84,10 +84,9 @@ def _about(run: Run) -> str:
 
 
 def _network(spec: Spec) -> str:
-    family = {"vit": "ViT", "swin": "Swin"}.get(spec.family, spec.family)
     classes = f"{spec.num_classes:,} classes" if spec.num_classes else "without a classifier"
     blocks, (height, width, _) = len(spec.blocks), spec.image_shape
-    return f"{family} of {blocks} blocks for images of {height} x {width} pixels, {classes}"
+    return f"{spec.title} of {blocks} blocks for images of {height} x {width} pixels, {classes}"
 
 
 def _with_classes(page: Page, run: Run, images: Images | None, names: Sequence[str]) -> Page:

@@ -16,6 +16,7 @@ from flora_jax.weights.layouts import (
     own,
     timm,
     timm_swin,
+    timm_tiny_vit,
     timm_vit,
 )
 from flora_jax.weights.metadata.strangers import check_is_no_adapter
@@ -25,7 +26,7 @@ from flora_jax.weights.rows import Table
 # training put in the place of patches, a layer behind the features, a norm of local crops, a
 # network for texts.
 _NO_WEIGHT = re.compile(
-    r"(^|\.)((relative_position_index|attn_mask|position_ids|num_batches_tracked|n_averaged"
+    r"(^|\.)((relative_position_index|attention_bias_idxs|attn_mask|position_ids|num_batches_tracked|n_averaged"
     r"|mask_token|logit_scale|logit_bias|rope_embed\.periods|qkv\.bias_mask)$"
     r"|(pooler\.dense|text_model|text_projection|visual_projection|local_cls_norm)\.)"
     r"|(^|\.)visual\.head\.|^proj$"  # OpenCLIP's last projection
@@ -55,6 +56,13 @@ LAYOUTS = (
         r"layers?\.\d+\.layernorm_|embeddings\.(cls_token|class_embedding|patch_embedding)",
         hugging_face_vit,
     ),
+    Layout(
+        "timm TinyViT",
+        "tiny_vit",
+        r"stages\.\d+\.blocks\.\d+\.(attn\.attention_biases$|local_conv\.)",
+        timm_tiny_vit,
+    ),
+    Layout("flora_jax TinyViT", "tiny_vit", r"blocks\.\d+\.attn\.attention_biases$", own),
     Layout("timm Swin", "swin", r"layers\.\d+\.blocks\.\d+\.", timm_swin),
     Layout("flora_jax Swin", "swin", r"blocks\.\d+\.attn\.relative_position_bias_table$", own),
     Layout("flora_jax ViT", "vit", r"blocks\.\d+\.attn\.proj\.kernel$", own),

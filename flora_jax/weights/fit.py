@@ -22,14 +22,18 @@ from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.detect import Layout, detect
 from flora_jax.weights.misfits import advice, fields_to_set, misfits, sizes_in
-from flora_jax.weights.resample import resample_pos_embed, resample_relative_position_table
+from flora_jax.weights.resample import (
+    resample_distance_table,
+    resample_pos_embed,
+    resample_relative_position_table,
+)
 from flora_jax.weights.rows import Row, Table
 
 log = logging.getLogger(__name__)
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _POS_EMBEDS = ("pos_embed", "absolute_pos_embed")
-_BIAS_TABLE = "relative_position_bias_table"
+_BIAS_TABLE, _DISTANCE_TABLE = "relative_position_bias_table", "attention_biases"
 
 
 class NotFiniteWarning(UserWarning):
@@ -204,7 +208,7 @@ def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, 
 
 
 def _holds_positions(target: str) -> bool:
-    return target in _POS_EMBEDS or target.endswith(_BIAS_TABLE)
+    return target in _POS_EMBEDS or target.endswith((_BIAS_TABLE, _DISTANCE_TABLE))
 
 
 def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) -> np.ndarray:
@@ -212,6 +216,8 @@ def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) 
     try:
         if row.target.endswith(_BIAS_TABLE):
             return resample_relative_position_table(array, (math.isqrt(shape[0]) + 1) // 2)
+        if row.target.endswith(_DISTANCE_TABLE):
+            return resample_distance_table(array, math.isqrt(shape[0]))
         has_prefix = isinstance(spec, ViTSpec) and spec.positions == "all"
         num_prefix_tokens = spec.num_prefix_tokens if has_prefix else 0
         return resample_pos_embed(array, num_prefix_tokens, spec.image_size // spec.patch_size)

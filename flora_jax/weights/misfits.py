@@ -11,6 +11,7 @@ import numpy as np
 
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.tiny_vit_spec import TinyViTSpec
 from flora_jax.models.vit_spec import POOLS, POSITIONS, ViTSpec
 from flora_jax.weights.detect import Layout, is_buffer
 from flora_jax.weights.rows import Table
@@ -97,7 +98,31 @@ def sizes_in(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarray]) -> di
         tables = [f"blocks.{first}.attn.relative_position_bias_table" for first in firsts]
         if all(len(shapes.get(name, ())) == 2 for name in tables):
             found["num_heads"] = tuple(shapes[name][1] for name in tables)
+    elif isinstance(spec, TinyViTSpec):
+        found |= _of_stages(spec, table, arrays)
     return {name: value for name, value in found.items() if value != getattr(spec, name)}
+
+
+def _of_stages(
+    spec: TinyViTSpec, table: Table, arrays: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int, ...]]:
+    """Widths and heads of a TinyViT, where the first block of every stage is there."""
+    shapes = {
+        row.target: row.change.read(arrays[row.sources[0]]).shape
+        for row in table
+        if row.target.endswith(("conv3.kernel", "attention_biases"))
+        and row.sources[0] in arrays
+        and arrays[row.sources[0]].ndim in (2, 4)
+    }
+    firsts = list(itertools.accumulate((0, *spec.depths[1:-1])))
+    widths = ["mbconvs.0.conv3.kernel", *(f"blocks.{i}.downsample.conv3.kernel" for i in firsts)]
+    heads = [f"blocks.{i}.attn.attention_biases" for i in firsts]
+    if not shapes.keys() >= {*widths, *heads}:
+        return {}
+    return {
+        "embed_dims": tuple(shapes[name][1] for name in widths),
+        "num_heads": (spec.num_heads[0], *(shapes[name][1] for name in heads)),
+    }
 
 
 def _is_registers(name: str, array: np.ndarray, names: Collection[str]) -> bool:

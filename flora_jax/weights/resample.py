@@ -24,12 +24,7 @@ def resample_pos_embed(pos_embed: np.ndarray, num_prefix_tokens: int, grid: int)
             f"a position embedding of {len(pos_embed)} tokens, {num_prefix_tokens} of them before "
             f"the patches, has no square grid: {len(positions)} patches"
         )
-    channels = positions.T.reshape(-1, side, side)
-    resized = [
-        np.asarray(Image.fromarray(channel).resize((grid, grid), Image.Resampling.BICUBIC))
-        for channel in channels
-    ]
-    return np.concatenate([prefix, np.stack(resized, axis=-1).reshape(grid * grid, -1)])
+    return np.concatenate([prefix, _resized(positions, side, grid)])
 
 
 def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarray:
@@ -59,6 +54,31 @@ def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarr
     )
     rows, columns = np.meshgrid(wanted, wanted, indexing="ij")
     return interpolate((rows, columns)).reshape(side * side, -1).astype(np.float32)
+
+
+def resample_distance_table(table: np.ndarray, window: int) -> np.ndarray:
+    """table float32 [w*w, H] of distances in windows of w x w -> [window*window, H].
+
+    Bicubic with antialiasing, as TinyViT and timm do it.
+
+    Raises:
+      InputError: the table is not that of a square window.
+    """
+    side = math.isqrt(len(table))
+    if side == 0 or side * side != len(table):
+        raise InputError(
+            f"a table of {len(table)} distances belongs to no window; a window of w has w*w rows"
+        )
+    return _resized(table, side, window)
+
+
+def _resized(table: np.ndarray, side: int, new_side: int) -> np.ndarray:
+    """[side*side, D] -> [new_side*new_side, D], by Pillow's bicubic, channel by channel."""
+    resized = [
+        np.asarray(Image.fromarray(c).resize((new_side, new_side), Image.Resampling.BICUBIC))
+        for c in table.T.reshape(-1, side, side)
+    ]
+    return np.stack(resized, axis=-1).reshape(new_side * new_side, -1)
 
 
 def _stretched_offsets(source: int, target: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from flora_jax.weights.layouts.hugging_face_names import hugging_face_swin, hugg
 from flora_jax.weights.layouts.open_clip_names import open_clip_vit
 from flora_jax.weights.layouts.pytorch_names import pytorch
 from flora_jax.weights.layouts.timm_names import timm, timm_swin, timm_vit
+from flora_jax.weights.layouts.tiny_vit_names import timm_tiny_vit
 from flora_jax.weights.rows import Row, Table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "pytorch",
     "timm",
     "timm_swin",
+    "timm_tiny_vit",
     "timm_vit",
 ]
 

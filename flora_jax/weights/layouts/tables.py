@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.tiny_vit_spec import TinyViTSpec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.rows import TRANSPOSED, Change, Row, Table
 
 BIAS_TABLE = "attn.relative_position_bias_table"
+# A searchable layer of a published subnet: a pair of factors, or `fc` where it stayed dense.
+_OF_A_SUBNET = re.compile(r"\.(VT|(qkv|fc1|fc2)\.fc)\.weight$")
 _SEARCHABLE = ("attn.qkv", "mlp.fc1", "mlp.fc2")
 
 
@@ -51,6 +54,11 @@ OF_PATCHES = Change(
 )
 
 
+def is_subnet(spec: Spec, keys: Collection[str]) -> bool:
+    """Whether layers that could have factors say so where they have none."""
+    return any(rank is not None for rank in spec.ranks) or any(map(_OF_A_SUBNET.search, keys))
+
+
 def linear(
     ours: str, *theirs: str, kernel: Change = TRANSPOSED, biases: Sequence[str] = ()
 ) -> Table:
@@ -79,7 +87,7 @@ def factors(ours: str, theirs: str) -> Table:
 def downsampling(spec: SwinSpec, theirs: str) -> Table:
     """`theirs` has a place for the number of the `stage` it leads to, or of the one `before`."""
     rows: Table = []
-    for place in _places(spec):
+    for place in places(spec):
         if place["stage"] > 0 and place["i"] == 0:
             ours = f"blocks.{place['block']}.downsample"
             name = theirs.format(**place, before=place["stage"] - 1)
@@ -107,7 +115,7 @@ def blocks(
       scales: LayerScale's vectors by the name of our layer whose outputs they multiply.
     """
     rows: Table = []
-    for place, block in zip(_places(spec), spec.blocks, strict=True):
+    for place, block in zip(places(spec), spec.blocks, strict=True):
         ranks = dict(zip(_SEARCHABLE, block.ranks, strict=True))
         at = prefix.format(**place)
         for name, their_names in names.items():
@@ -161,8 +169,11 @@ def _scaled(row: Row, scales: str) -> Row:
     return ScaledRow(row.target, (*row.sources, scales), row.change)
 
 
-def _places(spec: Spec) -> list[dict[str, int]]:
+def places(spec: Spec) -> list[dict[str, int]]:
     """The number of every block, its stage, and its number `i` within the stage."""
-    depths = spec.depths if isinstance(spec, SwinSpec) else (len(spec.blocks),)
-    places = [(stage, i) for stage, depth in enumerate(depths) for i in range(depth)]
-    return [{"block": block, "stage": stage, "i": i} for block, (stage, i) in enumerate(places)]
+    if isinstance(spec, TinyViTSpec):
+        depths = (0, *spec.depths[1:])  # its first stage has none of these blocks
+    else:
+        depths = spec.depths if isinstance(spec, SwinSpec) else (len(spec.blocks),)
+    pairs = [(stage, i) for stage, depth in enumerate(depths) for i in range(depth)]
+    return [{"block": block, "stage": stage, "i": i} for block, (stage, i) in enumerate(pairs)]

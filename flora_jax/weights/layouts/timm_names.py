@@ -1,7 +1,6 @@
 """The names of timm, of the releases that it reads itself, and of the published subnets."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -15,14 +14,13 @@ from flora_jax.weights.layouts.tables import (
     WithPosition,
     blocks,
     downsampling,
+    is_subnet,
     linear,
     norm,
     present_in,
 )
+from flora_jax.weights.layouts.tiny_vit_names import timm_tiny_vit
 from flora_jax.weights.rows import WITHOUT_FIRST_AXIS, Row, Table, patch_kernel
-
-# A searchable layer of a published subnet: a pair of factors, or `fc` where it stayed dense.
-_OF_A_SUBNET = re.compile(r"\.(VT|(qkv|fc1|fc2)\.fc)\.weight$")
 
 # A block's modules: our name -> theirs.
 _VIT = {name: name for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
@@ -40,12 +38,14 @@ _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 
 def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
     """timm's ViT, DeiT and EVA, and the releases of DeiT, DINOv2 and DINOv3."""
-    is_subnet = _is_subnet(spec, keys)
+    is_of_a_subnet = is_subnet(spec, keys)
     names = dict(_VIT)
-    if spec.gated_mlp and not is_subnet:
+    if spec.gated_mlp and not is_of_a_subnet:
         names |= _gated(spec, keys)
-    is_masked = not spec.k_bias and not is_subnet and "storage_tokens" in keys  # DINOv3's release
-    biases = () if spec.k_bias or is_subnet or is_masked else ("attn.q_bias", "attn.v_bias")
+    is_masked = (
+        not spec.k_bias and not is_of_a_subnet and "storage_tokens" in keys
+    )  # DINOv3's release
+    biases = () if spec.k_bias or is_of_a_subnet or is_masked else ("attn.q_bias", "attn.v_bias")
     registers = next((name for name in _REGISTERS if name in keys), "reg_token")
     class_row = Row("cls_token", ("cls_token",), WITHOUT_FIRST_AXIS)
     positions = Row("pos_embed", ("pos_embed",), WITHOUT_FIRST_AXIS)
@@ -75,7 +75,7 @@ def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
             spec,
             "blocks.{block}",
             names,
-            is_subnet=is_subnet,
+            is_subnet=is_of_a_subnet,
             biases=biases,
             scales=_scales(spec, keys),
         ),
@@ -94,13 +94,17 @@ def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
         *norm("norm", "norm"),
         *linear("head", "head" if "head.weight" in keys else "head.fc"),
         *downsampling(spec, f"layers.{{{'before' if ends_with_it else 'stage'}}}.downsample"),
-        *blocks(spec, "layers.{stage}.blocks.{i}", _SWIN, is_subnet=_is_subnet(spec, keys)),
+        *blocks(spec, "layers.{stage}.blocks.{i}", _SWIN, is_subnet=is_subnet(spec, keys)),
     )
 
 
 def timm(spec: Spec) -> Table:
     """timm's current names; a compressed layer has those of the published subnets."""
-    tables: dict[str, Callable[..., Table]] = {"vit": timm_vit, "swin": timm_swin}
+    tables: dict[str, Callable[..., Table]] = {
+        "vit": timm_vit,
+        "swin": timm_swin,
+        "tiny_vit": timm_tiny_vit,
+    }
     return tables[spec.family](spec)
 
 
@@ -142,7 +146,3 @@ def _scales(spec: ViTSpec, keys: Collection[str]) -> dict[str, str] | None:
         if f"blocks.0.{scales['attn.proj']}" in keys:
             return scales
     return None
-
-
-def _is_subnet(spec: Spec, keys: Collection[str]) -> bool:
-    return any(rank is not None for rank in spec.ranks) or any(map(_OF_A_SUBNET.search, keys))

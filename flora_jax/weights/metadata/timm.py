@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from flora_jax.errors import InputError, UnknownNetworkError
+from flora_jax.models.convolution import KERNEL_SIZE
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
+from flora_jax.models.tiny_vit_spec import TinyViTSpec, tiny_vit
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.metadata.kinds import (
     COUNT,
@@ -43,6 +45,7 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
 }
 _PLAIN = re.compile(r"(vit|deit3?)_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)")
 _SWIN = re.compile(r"swin_([a-z]+)_patch(\d+)_window(\d+)_(\d+)")
+_TINY_VIT = re.compile(r"tiny_vit_(\d+m)_(\d+)")
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
 _KINDS: dict[str, Kind] = {
     "model_args": OBJECT,
@@ -54,9 +57,10 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("fc_norm", "use_fc_norm"), or_null(FLAG)),
     **dict.fromkeys(("architecture", "global_pool"), TEXT),
     **dict.fromkeys(("num_classes", "reg_tokens", "num_reg_tokens"), COUNT),
-    **dict.fromkeys(("embed_dim", "depth", "in_chans"), SIZE),
+    **dict.fromkeys(("embed_dims", "window_sizes"), SIZES),
+    **dict.fromkeys(("embed_dim", "depth", "in_chans", "local_conv_size"), SIZE),
     **dict.fromkeys(("img_size", "patch_size", "window_size", "num_heads"), SIZE_OR_SIZES),
-    **dict.fromkeys(("mlp_ratio", "layer_norm_eps"), NUMBER),
+    **dict.fromkeys(("mlp_ratio", "mbconv_expand_ratio", "layer_norm_eps"), NUMBER),
     **dict.fromkeys(
         (
             *("qkv_bias", "class_token", "no_embed_class", "pre_norm", "swiglu_mlp"),
@@ -100,6 +104,8 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
     arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
     if match := _SWIN.fullmatch(name):
         return _swin(match, name, arguments)
+    if match := _TINY_VIT.fullmatch(name):
+        return _tiny_vit(match, name, arguments)
     match = _PLAIN.fullmatch(name)
     if match is None or match[2] not in _SIZES:
         if kind := kind_of_model(name):
@@ -108,7 +114,7 @@ def spec_of_config(config: Mapping[str, Any]) -> Spec:
             )
         raise UnknownNetworkError(
             f"unknown architecture {name!r}; known of timm: vit_*, deit_*, deit3_* and swin_* with "
-            f"plain blocks, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
+            f"plain blocks, and tiny_vit_*; such as vit_base_patch16_224, vit_base_patch14_dinov2, "
             f"vit_base_patch16_dinov3, vit_base_patch16_siglip_224, vit_base_patch16_clip_224"
         )
     family, size, distilled, patch_size, variant = match.groups()
@@ -241,6 +247,24 @@ def _swin(match: re.Match, name: str, arguments: dict[str, Any]) -> SwinSpec:
         }
         return SwinSpec(**large | fields)
     return swin(size, **fields)
+
+
+def _tiny_vit(match: re.Match, name: str, arguments: dict[str, Any]) -> TinyViTSpec:
+    size, image_size = match.groups()
+    fields = {"img_size": int(image_size)} | arguments
+    fields["img_size"] = _side(fields, "img_size")
+    only = {"global_pool": "avg", "act_layer": "gelu", "local_conv_size": KERNEL_SIZE}
+    for key, value in only.items():
+        if (given := fields.pop(key, None) or value) != value:
+            raise InputError(f"{key} is {given!r}, but a TinyViT has {value!r} here")
+    names = {"img_size": "image_size", "in_chans": "in_channels"}
+    fields = {names.get(key, key): value for key, value in fields.items()}
+    if odd := sorted(fields.keys() - {field.name for field in dataclasses.fields(TinyViTSpec)}):
+        raise _unknown_arguments(name, odd)
+    named = tiny_vit(
+        size, int(image_size)
+    )  # its windows are those of the name, whatever the images
+    return dataclasses.replace(named, blocks=(), **fields)
 
 
 def _unknown_arguments(name: str, odd: list[str]) -> UnknownNetworkError:

@@ -1,0 +1,147 @@
+"""TinyViT (Wu et al. 2022) as NNX modules built from a TinyViTSpec; batch norms are folded."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flora_jax.models.block import Block
+from flora_jax.models.convolution import Convolution, DepthwiseConvolution
+from flora_jax.models.functional import Undecayed
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
+from flora_jax.models.mlp import Mlp, gelu
+from flora_jax.models.network import Network, make_classifier
+from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.tiny_vit_spec import Stage, TinyViTSpec
+from flora_jax.models.windows import WindowAttention, Windows
+
+
+class ConvolutionalEmbed(nnx.Module):
+    """images [B, H, W, C] -> tokens [B*N, D]: two convolutions of stride 2, a GELU between."""
+
+    def __init__(self, in_channels: int, width: int, *, rngs: nnx.Rngs):
+        self.conv1 = Convolution(in_channels, width // 2, 2, rngs=rngs)
+        self.conv2 = Convolution(width // 2, width, 2, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        grid = self.conv2(gelu(self.conv1(images)))
+        return grid.reshape(-1, grid.shape[-1])
+
+
+class PointDepthPoint(nnx.Module):
+    """A 1 x 1, a depthwise 3 x 3 and a 1 x 1 convolution, with a GELU behind the first two."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        grid_size: int,
+        stride: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        before, inside, after = sizes
+        self.conv1 = Linear(before, inside, rngs=rngs)
+        self.conv2 = DepthwiseConvolution(grid_size, inside, stride, rngs=rngs)
+        self.conv3 = Linear(inside, after, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv3(gelu(self.conv2(gelu(self.conv1(x)))))
+
+
+class MBConv(PointDepthPoint):
+    """The same, with a shortcut, and a GELU behind the sum."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return gelu(x + super().__call__(x))
+
+
+class MirroredWindowAttention(WindowAttention):
+    """Attention inside windows, with a learned bias per distance of rows and of columns."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        qkv: LinearShape,
+        block: BlockSpec,
+        linear: MakeLinear,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(windows, qkv, block, linear, rngs=rngs)
+        self.attention_biases = Undecayed(jnp.zeros((windows.window_size**2, block.num_heads)))
+
+    def bias(self) -> jax.Array:
+        index = distance_index(self.windows.window_size)
+        return self.attention_biases[index].transpose(2, 0, 1)[None]
+
+
+@functools.lru_cache
+def distance_index(window_size: int) -> np.ndarray:
+    """[T, T]: the row of the table that holds the bias between two tokens of a window."""
+    row, column = np.divmod(np.arange(window_size**2), window_size)
+    return abs(row[:, None] - row) * window_size + abs(column[:, None] - column)
+
+
+class TinyViT(Network):
+    """A TinyViT: convolutions first, then blocks of attention inside windows."""
+
+    spec: TinyViTSpec
+
+    def __init__(
+        self, spec: TinyViTSpec, linear: MakeLinear, block: type[Block], *, rngs: nnx.Rngs
+    ):
+        self.spec = spec
+        width, inside = spec.embed_dims[0], spec.mbconv_dim
+        self.patch_embed = ConvolutionalEmbed(spec.in_channels, width, rngs=rngs)
+        self.mbconvs = nnx.List(
+            MBConv((width, inside, width), spec.embedded_grid, 1, rngs=rngs)
+            for _ in range(spec.depths[0])
+        )
+        self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
+        self.norm = LayerNorm(spec.num_features, spec.layer_norm_eps)
+        self.head = make_classifier(spec.num_features, spec.num_classes, rngs=rngs)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        check_images(images, self.spec.image_shape)
+        x = self.patch_embed(images)
+        for mbconv in self.mbconvs:
+            x = mbconv(x)
+        return x
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, self.spec.stages[-1].tokens, x.shape[-1])
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        pooled = self.norm(self.normalised(x).mean(1))
+        return pooled if self.head is None else self.head(pooled)
+
+
+def _blocks(
+    spec: TinyViTSpec, linear: MakeLinear, make_block: type[Block], rngs: nnx.Rngs
+) -> Iterator[Block]:
+    """The blocks of all stages of attention; the first of each begins with downsampling."""
+    blocks = zip(spec.blocks, spec.block_layers, spec.block_inputs, strict=True)
+    for stage in spec.stages:
+        for i in range(stage.depth):
+            block, layers, into = next(blocks)
+            windows = stage.windows
+            yield make_block(
+                into,
+                MirroredWindowAttention(windows, layers.qkv, block, linear, rngs=rngs),
+                Mlp(
+                    linear(layers.fc1, block.ranks[1], rngs=rngs),
+                    linear(layers.fc2, block.ranks[2], rngs=rngs),
+                ),
+                spec.layer_norm_eps,
+                _downsampling(stage, rngs) if i == 0 else None,
+                windows,
+                DepthwiseConvolution(windows.grid_size, stage.width, identity=True, rngs=rngs),
+            )
+
+
+def _downsampling(stage: Stage, rngs: nnx.Rngs) -> PointDepthPoint:
+    sizes = (stage.before, stage.width, stage.width)
+    return PointDepthPoint(sizes, stage.grid_before, 2, rngs=rngs)
