@@ -43,6 +43,12 @@ _RUN_LOCAL_MODELS = {
         "num_heads": (2, 4),
         "window_size": 4,
     },
+    "tiny_vit": {
+        "embed_dims": (8, 16, 24),
+        "depths": (1, 1, 2),
+        "num_heads": (1, 2, 3),
+        "window_sizes": (4, 2, 2),
+    },
 }
 
 

@@ -36,6 +36,15 @@ _DINOV3 = _like(
 _CLIP = _like(_TINY, pre_norm=True, patch_bias=False, activation="quick_gelu", layer_norm_eps=1e-5)
 _SIGLIP = _like(_TINY, class_token=False, pool="attention", num_classes=0)
 
+TINY_VIT = flora.TinyViTSpec(
+    image_size=64,
+    embed_dims=(24, 32, 48, 64),
+    depths=(1, 2, 2, 1),
+    num_heads=(1, 2, 3, 4),
+    window_sizes=(7, 4, 4, 2),
+    num_classes=10,
+)
+
 SPECS = {
     "timm_deit3": _like(_TINY, positions="patches", layer_scale=True),
     "timm_dinov2": _DINOV2,
