@@ -90,6 +90,11 @@ KINDS = {
     "timm-siglip": Kind("SigLIP", "vit_base_patch16_siglip_224", _TIMM_TINY),
     "timm-siglip-gap": Kind("SigLIP, mean", "vit_base_patch16_siglip_gap_224", _TIMM_TINY),
     "timm-swin": Kind("Swin", "swin_tiny_patch4_window7_224", _SWIN_TINY | {"img_size": 56}),
+    "timm-tiny-vit": Kind(
+        "TinyViT",
+        "tiny_vit_21m_224",
+        {"embed_dims": (16, 48, 64, 96), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 3)},
+    ),
 }
 COLUMNS = (
     *("checkpoint", "library", "difference", "FLORA", "attention, MLP", "tokens"),
