@@ -35,8 +35,9 @@ NETWORKS = {
     "swin": lambda: random_model(SWIN),
     "subnet of a swin": lambda: low_rank(random_model(SWIN)),
     "slim swin": lambda: slimmed(TINY_SWIN),
-    "tiny_vit, features": lambda: random_model(dataclasses.replace(TINY_HYBRID, num_classes=0)),
-    "subnet of a slim tiny_vit": lambda: low_rank(slimmed(TINY_HYBRID)),
+    "subnet of a slim tiny_vit": lambda: low_rank(
+        slimmed(dataclasses.replace(TINY_HYBRID, num_classes=0))
+    ),
     "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", depth=2)),
     "subnet of a slim one": lambda: low_rank(slimmed(flora.ViTSpec(**TINY, depth=2))),
 } | {name: lambda name=name: random_model(modern.shallow(name, depth=1)) for name in KINDS}

@@ -15,11 +15,12 @@ timm = pytest.importorskip("timm", reason="compares with the models of timm")
 
 pytestmark = pytest.mark.slow
 CLASSES = {"num_classes": 10}
+SHALLOW = {"num_classes": 10, "depths": (1, 1, 1, 1)}
 
 
 def randomised(name, **options):
     """With batch norms that have seen data: without, those of MBConvs give zeros."""
-    network = timm.create_model(name, **CLASSES | options)
+    network = timm.create_model(name, **options)
     randomise(network)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -42,7 +43,7 @@ def assert_close(given, expected):
 
 
 def test_a_folder_of_timm(tmp_path):
-    network = randomised("tiny_vit_21m_224")
+    network = randomised("tiny_vit_21m_224", **CLASSES)
     config = {
         "architecture": "tiny_vit_21m_224",
         "pretrained_cfg": network.pretrained_cfg,
@@ -58,26 +59,25 @@ def test_a_folder_of_timm(tmp_path):
 
 
 def test_windows_interpolated_to_larger_images():
-    shallow = CLASSES | {"depths": (1, 1, 1, 1)}
-    network = randomised("tiny_vit_21m_224", **shallow)
-    larger = timm.create_model("tiny_vit_21m_384", **shallow)
+    network = randomised("tiny_vit_21m_224", **SHALLOW)
+    larger = timm.create_model("tiny_vit_21m_384", **SHALLOW)
     resized = timm.models.tiny_vit.checkpoint_filter_fn(network.state_dict(), larger)
     larger.load_state_dict(resized)
-    model = flora.from_state_dict(arrays_of(network), flora.tiny_vit("21m", 384, **shallow))
+    model = flora.from_state_dict(arrays_of(network), flora.tiny_vit("21m", 384, **SHALLOW))
     images = images_of(model.spec, 1)
     assert_close(logits(model, images), torch_logits(larger, images))
 
 
 def test_windows_that_do_not_tile_and_an_export_back_to_timm(tmp_path):
-    network = randomised("tiny_vit_5m_224")
+    network = randomised("tiny_vit_5m_224", **SHALLOW)
     maps_of_25_13_7 = {"image_size": 200, "window_sizes": (7, 7, 14, 7)}
-    spec = flora.tiny_vit("5m", **maps_of_25_13_7, **CLASSES)
+    spec = flora.tiny_vit("5m", **maps_of_25_13_7, **SHALLOW)
     model = flora.from_state_dict(arrays_of(network), spec)
     images = images_of(spec, 1)
     expected = torch_logits(network, images)
     assert_close(logits(model, images), expected)
 
     export_timm(model, tmp_path / "exported.safetensors")
-    again = timm.create_model("tiny_vit_5m_224", **CLASSES)
+    again = timm.create_model("tiny_vit_5m_224", **SHALLOW)
     again.load_state_dict(files.load_file(tmp_path / "exported.safetensors"), strict=True)
     assert_close(torch_logits(again, images), expected)

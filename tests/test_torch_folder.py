@@ -47,10 +47,9 @@ KINDS = {
     "low rank on slim": lambda: low_rank(slimmed(TINY_VIT)),
     "swin, shifted": lambda: random_model(SHIFTED_SWIN),
     "swin, low rank on slim": lambda: low_rank(slimmed(TINY_SWIN)),
-    "tiny_vit, features, grey": lambda: random_model(
-        dataclasses.replace(TINY_HYBRID, num_classes=0, in_channels=1)
+    "tiny_vit, low rank on slim": lambda: low_rank(
+        slimmed(dataclasses.replace(TINY_HYBRID, num_classes=0, in_channels=1))
     ),
-    "tiny_vit, low rank on slim": lambda: low_rank(slimmed(TINY_HYBRID)),
 }
 
 
