@@ -17,10 +17,11 @@ from flora_jax.models.tiny_vit import MirroredWindowAttention, PointDepthPoint, 
 from flora_jax.models.vit import Attention, TokenSelection, ViT
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.export.onnx_convolutions import (
-    depthwise,
+    downsampling,
     embedding,
+    local_convolution,
     mbconv,
-    point_depth_point,
+    tokens_of,
 )
 from flora_jax.weights.export.onnx_graph import Graph, Value
 from flora_jax.weights.export.onnx_layers import (
@@ -203,7 +204,7 @@ def _embed_tiny_vit(graph: Graph, model: TinyViT, images: Value) -> Value:
     x = embedding(graph.at("patch_embed"), model.patch_embed, images)
     for i, layers in enumerate(model.mbconvs):
         x = mbconv(graph.at(f"mbconvs.{i}"), layers, x)
-    return x
+    return tokens_of(graph, x)
 
 
 def _classify_tiny_vit(graph: Graph, model: TinyViT, x: Value) -> Value:
@@ -216,8 +217,8 @@ _PARTS: dict[type, Callable[[Graph, Any, Value], Value]] = {
     ShiftedWindowAttention: shifted_attention,
     PatchMerging: _merging,
     MirroredWindowAttention: mirrored_attention,
-    PointDepthPoint: point_depth_point,
-    DepthwiseConvolution: depthwise,
+    PointDepthPoint: downsampling,
+    DepthwiseConvolution: local_convolution,
 }
 _FAMILIES: dict[type, tuple[Callable[[Graph, Any, Value], Value], ...]] = {
     ViT: (_embed_vit, _classify_vit),
