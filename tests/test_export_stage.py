@@ -26,7 +26,8 @@ from flora_jax.stages.run import Run
 from flora_jax.stages.settings import Settings
 from flora_jax.weights.export.kinds import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import images_of, random_model
+from tests.helpers.slimming import TINY_HYBRID, images_of, random_model
+from tests.helpers.weights import assert_same
 
 SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=10)
 STAGES = ("pretrain", "calibrate", "allocate", "extract", "evaluate", "report")
@@ -153,6 +154,20 @@ def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
     stage.export(run, Images(run.settings))  # compared on digits
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["slim"]
     assert "ViT-Slim learned" in (tmp_path / "export/slim/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_handed_out_in_every_form(tmp_path):
+    models = {"dense": random_model(TINY_HYBRID), "slim": low_rank(slimmed(TINY_HYBRID))}
+    run = run_in(tmp_path, models, stages=("pretrain", "slim", "report"), export=WRITABLE)
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, model=TINY_HYBRID))
+    stage.export_once(run, None, ())
+    folder = tmp_path / "export/slim"
+    assert {EXPORTS[kind].path for kind in WRITABLE} < {path.name for path in folder.iterdir()}
+    for kind in ("torch", "timm"):
+        assert_same(flora.load(folder / kind), models["slim"])
+    text = (folder / "README.md").read_text()
+    assert "\nA TinyViT that tells 5 classes apart, of images of 32 x 32 pixels: " in text
 
 
 def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(

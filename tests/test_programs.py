@@ -17,7 +17,7 @@ from flora_jax.models import functional
 from flora_jax.weights.export import refusals
 from tests.helpers import modern
 from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import TINY, TINY_SWIN, images_of, logits, random_model
+from tests.helpers.slimming import TINY, TINY_HYBRID, TINY_SWIN, images_of, logits, random_model
 
 FUNCTIONS = {".bin": flora.export_stablehlo, ".onnx": flora.export_onnx}
 DISTILLED = flora.ViTSpec(**TINY, depth=2, distilled=True)
@@ -35,6 +35,9 @@ NETWORKS = {
     "swin": lambda: random_model(SWIN),
     "subnet of a swin": lambda: low_rank(random_model(SWIN)),
     "slim swin": lambda: slimmed(TINY_SWIN),
+    "subnet of a slim tiny_vit": lambda: low_rank(
+        slimmed(dataclasses.replace(TINY_HYBRID, num_classes=0))
+    ),
     "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", depth=2)),
     "subnet of a slim one": lambda: low_rank(slimmed(flora.ViTSpec(**TINY, depth=2))),
 } | {name: lambda name=name: random_model(modern.shallow(name, depth=1)) for name in KINDS}
@@ -100,8 +103,9 @@ def test_onnx_computes_the_same(runtime, name, tmp_path):
     np.testing.assert_allclose(run(runtime, path, images[3:4]), expected[3:4], **tolerance)
 
 
-def test_onnx_in_half(runtime, tmp_path):
-    model, path = NETWORKS["swin"](), tmp_path / "m.onnx"
+@pytest.mark.parametrize("name", ["swin", "subnet of a slim tiny_vit"])
+def test_onnx_in_half(runtime, name, tmp_path):
+    model, path = NETWORKS[name](), tmp_path / "m.onnx"
     flora.export_onnx(model, path, dtype="float16")
     given = run(runtime, path, images := images_of(model.spec, 3))
     expected = logits(model, images)
@@ -112,10 +116,11 @@ def test_onnx_in_half(runtime, tmp_path):
     assert floats == {10}  # float16
 
 
-def test_onnx_in_8_bits(runtime, tmp_path, monkeypatch, caplog):
-    """Only what multiplies two activations stays in float32."""
+@pytest.mark.parametrize("name", ["subnet of a slim one", "subnet of a slim tiny_vit"])
+def test_onnx_in_8_bits(runtime, name, tmp_path, monkeypatch, caplog):
+    """Only convolutions and what multiplies two activations stay in float32."""
     onnx = pytest.importorskip("onnx")
-    model, path = NETWORKS["subnet of a slim one"](), tmp_path / "m.onnx"
+    model, path = NETWORKS[name](), tmp_path / "m.onnx"
     flora.export_onnx(model, path, dtype="int8")
     assert not caplog.records
     images = images_of(model.spec, 3)
@@ -124,9 +129,12 @@ def test_onnx_in_8_bits(runtime, tmp_path, monkeypatch, caplog):
     graph = onnx.load(path).graph
     bits = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     weights = [w for w in bits.values() if w.dtype == np.int8 and w.ndim == 2]
-    pairs = sum(rank is not None for rank in model.spec.ranks)
-    proj, patches, classifier = len(model.spec.blocks), 1, 1
-    assert len(weights) == len(model.spec.layers) + pairs + proj + patches + classifier
+    of_products = [
+        name
+        for name, parameter in functional.split(model)[1].items()
+        if name.endswith(("kernel", "down", "up")) and parameter.ndim == 2 and ".conv" not in name
+    ]
+    assert len(weights) == len(of_products)
     assert max(abs(np.int32(w)).max() for w in weights) <= 64  # what CPUs without VNNI add up
     products = [node for node in graph.node if node.op_type == "MatMul"]
     assert products

@@ -22,7 +22,15 @@ from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights.export import pytorch
 from tests.helpers import modern
 from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import SHIFTED_SWIN, TINY, TINY_SWIN, images_of, logits, random_model
+from tests.helpers.slimming import (
+    SHIFTED_SWIN,
+    TINY,
+    TINY_HYBRID,
+    TINY_SWIN,
+    images_of,
+    logits,
+    random_model,
+)
 
 FILES = ["model.py", "model.safetensors", "spec.json"]
 TINY_VIT = flora.ViTSpec(depth=3, **TINY)
@@ -39,6 +47,9 @@ KINDS = {
     "low rank on slim": lambda: low_rank(slimmed(TINY_VIT)),
     "swin, shifted": lambda: random_model(SHIFTED_SWIN),
     "swin, low rank on slim": lambda: low_rank(slimmed(TINY_SWIN)),
+    "tiny_vit, low rank on slim": lambda: low_rank(
+        slimmed(dataclasses.replace(TINY_HYBRID, num_classes=0, in_channels=1))
+    ),
 }
 
 
@@ -166,7 +177,7 @@ def test_a_key_without_bias_has_zeros(tmp_path, without_torch):
     assert [row.any() for row in bias] == [True, False, True]
 
 
-@pytest.mark.parametrize("spec", [TINY_VIT, TINY_SWIN], ids=["vit", "swin"])
+@pytest.mark.parametrize("spec", [TINY_VIT, TINY_SWIN, TINY_HYBRID], ids=lambda s: s.family)
 def test_the_code_is_one_short_file_that_needs_torch_and_safetensors(spec, tmp_path, without_torch):
     flora.export_torch(random_model(spec), tmp_path)
     code = (tmp_path / "model.py").read_text()

@@ -101,7 +101,7 @@ class TinyViTSpec(Spec):
                     f"{stage.num_heads}; the nearest that divides it: {legal}"
                 )
             head_dim = stage.width // stage.num_heads
-            block = BlockSpec(stage.num_heads, head_dim, round(self.mlp_ratio * stage.width))
+            block = BlockSpec(stage.num_heads, head_dim, int(self.mlp_ratio * stage.width))
             blocks += [block] * stage.depth
         return tuple(blocks)
 

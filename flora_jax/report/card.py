@@ -122,7 +122,8 @@ def _front_matter(card: Card) -> str:
 
 def _what_it_is(card: Card) -> str:
     spec = card.spec
-    kind = "vision transformer" if spec.title == "ViT" else f"{spec.title} transformer"
+    names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
+    kind = names.get(spec.title, spec.title)
     output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
     text = (
         f"A {kind} {output}, of images of {spec.image_size} x {spec.image_size} pixels: "

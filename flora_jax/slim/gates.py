@@ -125,8 +125,8 @@ def add_gates(model: Network, attention: str = "dim", tokens: bool | None = None
         class token.
 
     Raises:
-      InputError: an unknown variant, a model that is already compressed, or token gates on a Swin
-        or on a network that averages all patches.
+      InputError: an unknown variant, a model that is already compressed, or token gates where
+        tokens cannot leave (`Spec.why_tokens_stay`).
     """
     gated = abstract_gated(model.spec, attention, tokens)
     fresh = {

@@ -25,6 +25,15 @@ TINY_SWIN = flora.SwinSpec(
 SHIFTED_SWIN = dataclasses.replace(
     TINY_SWIN, image_size=16, blocks=(), absolute_pos_embed=True, patch_norm=False, num_classes=0
 )
+# A TinyViT, whose windows need padding in one stage and tile the next.
+TINY_HYBRID = flora.TinyViTSpec(
+    image_size=32,
+    embed_dims=(8, 16, 24),
+    depths=(1, 2, 1),
+    num_heads=(1, 2, 3),
+    window_sizes=(3, 3, 2),
+    num_classes=5,
+)
 # Compiling is most of the time here: the quickest program will do.
 QUICK = {"xla_backend_optimization_level": 0}
 

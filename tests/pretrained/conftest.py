@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
+from tests.helpers.slimming import TINY_HYBRID
 from tests.helpers.weights import SWINS, VITS, random_model
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: random_model(spec) for name, spec in (VITS | SWINS).items()}
+    specs = VITS | SWINS | {"tiny_vit": TINY_HYBRID}
+    return {name: random_model(spec) for name, spec in specs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def swin(models):
 def subnets(models):
     """Compressed models; each has a layer that stayed dense."""
     found = {}
-    for name in ("vit", "distilled", "no_qkv_bias", "swin"):
+    for name in ("vit", "distilled", "no_qkv_bias", "swin", "tiny_vit"):
         space = flora.RankSpace.regular(models[name].spec, ratios=(1 / 4, 1 / 2, 1))
         genes = np.arange(space.num_layers) % 3
         found[name] = flora.extract(flora.factorize(models[name], space), genes)

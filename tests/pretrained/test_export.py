@@ -12,7 +12,7 @@ from tests.helpers.weights import VIT, assert_same
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "distilled", "no_qkv_bias", "swin"])
+@pytest.mark.parametrize("name", ["vit", "distilled", "no_qkv_bias", "swin", "tiny_vit"])
 def test_export_and_back_is_exact(models, subnets, tmp_path, name):
     path = tmp_path / "exported.safetensors"
     for model in (models[name], subnets[name]):

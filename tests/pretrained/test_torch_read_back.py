@@ -8,7 +8,7 @@ import flora_jax as flora
 from flora_jax.errors import InputError, MissingFileError
 from tests.helpers import modern
 from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import SHIFTED_SWIN, TINY, random_model
+from tests.helpers.slimming import SHIFTED_SWIN, TINY, TINY_HYBRID, random_model
 from tests.helpers.weights import assert_same
 
 
@@ -21,8 +21,9 @@ def test_an_export_loads_bit_for_bit(name, tmp_path, without_torch):
     assert_same(flora.from_pretrained(tmp_path), model)
 
 
-def test_slimmed_and_swin_exports_load_and_damaged_ones_do_not(tmp_path, without_torch):
-    for model in (low_rank(slimmed(flora.ViTSpec(depth=3, **TINY))), random_model(SHIFTED_SWIN)):
+def test_other_exports_load_and_damaged_ones_do_not(tmp_path, without_torch):
+    slim = (slimmed(spec) for spec in (flora.ViTSpec(depth=3, **TINY), TINY_HYBRID))
+    for model in (*map(low_rank, slim), random_model(SHIFTED_SWIN)):
         folder = tmp_path / model.spec.family
         flora.export_torch(model, folder)
         assert_same(flora.load(folder), model)

@@ -49,8 +49,9 @@ def export_onnx(
     Args:
       dtype: "float32", or "float16" for weights and computation between input and output: half the
         size, outputs within 2e-2 of the largest; or "int8" for products with weights, for CPUs: a
-        quarter of the size, outputs within 1e-1 of the largest. Activations are scaled to 8 bits as
-        they come, all of a batch alike, so that an image's output depends a little on the others.
+        quarter of the size, outputs within 1e-1 of the largest; convolutions stay float32.
+        Activations are scaled to 8 bits as they come, all of a batch alike, so that an image's
+        output depends a little on the others.
       images: float32 [B, H, W, C], normalised, to run the file on; None: two random ones.
 
     Raises:

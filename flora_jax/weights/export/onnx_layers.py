@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def mlp(graph: Graph, mlp: Mlp, x: Value) -> Value:
     return linear(graph.at("fc2"), mlp.fc2, hidden)
 
 
-def _gelu(graph: Graph, x: Value, approximate: str) -> Value:
+def gelu(graph: Graph, x: Value, approximate: str = "none") -> Value:
     return graph.node("Gelu", x, approximate=approximate)
 
 
@@ -62,8 +62,8 @@ def _swish(graph: Graph, x: Value, slope: float) -> Value:
 
 
 _ACTIVATIONS: dict[str, Callable[[Graph, Value], Value]] = {
-    "gelu": functools.partial(_gelu, approximate="none"),
-    "gelu_tanh": functools.partial(_gelu, approximate="tanh"),
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
     "quick_gelu": functools.partial(_swish, slope=1.702),
     "silu": functools.partial(_swish, slope=1),
 }
@@ -101,7 +101,7 @@ def merge(graph: Graph, x: Value, shape: list[int]) -> Value:
     return graph.node("Reshape", x, [0, math.prod(windows) * tokens, num_heads * head_dim])
 
 
-def attend(graph: Graph, qkv: list[Value], shape: list[int], biases: list[Any]) -> Value:
+def attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
     """As `flora_jax.models.attention.attend`; scales the query, whose products fit half floats."""
     query, key, value = qkv
     query = graph.node("Mul", query, np.float32(shape[-1] ** -0.5))

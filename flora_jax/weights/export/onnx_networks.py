@@ -1,30 +1,28 @@
-"""The networks of `flora_jax.models` as graphs of ONNX: each function writes what one module does.
-
-How a Swin moves its tokens is taken from its own code, as the order in which they leave it.
-"""
+"""The networks of `flora_jax.models` as graphs of ONNX: a function for each kind of module."""
 
 from collections.abc import Callable
 from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.models.block import Block
+from flora_jax.models.convolution import DepthwiseConvolution
 from flora_jax.models.layers import whole_bias
 from flora_jax.models.mlp import Mlp
 from flora_jax.models.network import Network
 from flora_jax.models.pooling import AttentionPool
 from flora_jax.models.positions import Rotary, tables
-from flora_jax.models.swin import (
-    PatchMerging,
-    Swin,
-    WindowAttention,
-    relative_position_index,
-    shift_mask,
-)
+from flora_jax.models.swin import PatchMerging, ShiftedWindowAttention, Swin
+from flora_jax.models.tiny_vit import MirroredWindowAttention, PointDepthPoint, TinyViT
 from flora_jax.models.vit import Attention, TokenSelection, ViT
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.export.onnx_convolutions import (
+    downsampling,
+    embedding,
+    local_convolution,
+    mbconv,
+    tokens_of,
+)
 from flora_jax.weights.export.onnx_graph import Graph, Value
 from flora_jax.weights.export.onnx_layers import (
     attend,
@@ -35,6 +33,13 @@ from flora_jax.weights.export.onnx_layers import (
     norm,
     patches,
     unknown_module,
+)
+from flora_jax.weights.export.onnx_windows import (
+    cut,
+    join,
+    mirrored_attention,
+    reordered,
+    shifted_attention,
 )
 
 
@@ -52,8 +57,14 @@ def _block(graph: Graph, block: Block, x: Value) -> Value:
         raise unknown_module(block)
     if block.downsample is not None:
         x = _PARTS[type(block.downsample)](graph.at("downsample"), block.downsample, x)
-    normal = norm(graph.at("norm1"), block.norm1, x)
-    x = graph.node("Add", x, _PARTS[type(block.attn)](graph.at("attn"), block.attn, normal))
+    tokens = x if block.windows is None else cut(graph, block.windows, x)
+    normal = norm(graph.at("norm1"), block.norm1, tokens)
+    mixed = _PARTS[type(block.attn)](graph.at("attn"), block.attn, normal)
+    if block.windows is not None:
+        mixed = join(graph, block.windows, mixed)
+    x = graph.node("Add", x, mixed)
+    if block.local_conv is not None:
+        x = _PARTS[type(block.local_conv)](graph.at("local_conv"), block.local_conv, x)
     normal = norm(graph.at("norm2"), block.norm2, x)
     return graph.node("Add", x, mlp(graph.at("mlp"), cast(Mlp, block.mlp), normal))
 
@@ -103,31 +114,9 @@ def _selection(graph: Graph, selection: TokenSelection, x: Value) -> Value:
     return graph.node("Gather", x, list(selection.positions), axis=1)
 
 
-def _window_attention(graph: Graph, attention: WindowAttention, x: Value) -> Value:
-    num_tokens, window = attention.grid_size**2, attention.window_size**2
-    into = _order(attention.into_windows, num_tokens)
-    shape = [num_tokens // window, window, attention.num_heads, attention.head_dim]
-    qkv = linear(graph.at("qkv"), attention.qkv, graph.node("Gather", x, into, axis=1))
-    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
-    by_pair = graph.node("Gather", table, relative_position_index(attention.window_size), axis=0)
-    biases: list[Any] = [graph.node("Transpose", by_pair, perm=[2, 0, 1])]
-    if attention.shift:
-        mask = shift_mask(attention.grid_size, attention.window_size, attention.shift)
-        biases.append(mask[:, None])
-    mixed = merge(graph, attend(graph, heads(graph, qkv, 3, shape), shape, biases), shape)
-    mixed = linear(graph.at("proj"), attention.proj, mixed)
-    return graph.node("Gather", mixed, _order(attention.out_of_windows, num_tokens), axis=1)
-
-
-def _order(move: Callable[[jax.Array], jax.Array], num_tokens: int) -> np.ndarray:
-    """Which token comes to each place when `move` takes [N, 1] to the same tokens reordered."""
-    return np.asarray(move(jnp.arange(num_tokens)[:, None])).ravel()
-
-
 def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
     width, num_tokens = merging.norm.scale.shape[0], merging.grid_size**2
-    order = _order(merging.side_by_side, num_tokens)
-    x = graph.node("Gather", x, order, axis=1)
+    x = reordered(graph, merging.side_by_side, num_tokens, x)
     x = graph.node("Reshape", x, [0, num_tokens // 4, width])
     return linear(graph.at("reduction"), merging.reduction, norm(graph.at("norm"), merging.norm, x))
 
@@ -211,13 +200,28 @@ def _classify_swin(graph: Graph, model: Swin, x: Value) -> Value:
     return _classified(graph, model, pooled)
 
 
+def _embed_tiny_vit(graph: Graph, model: TinyViT, images: Value) -> Value:
+    x = embedding(graph.at("patch_embed"), model.patch_embed, images)
+    for i, layers in enumerate(model.mbconvs):
+        x = mbconv(graph.at(f"mbconvs.{i}"), layers, x)
+    return tokens_of(graph, x)
+
+
+def _classify_tiny_vit(graph: Graph, model: TinyViT, x: Value) -> Value:
+    return _classified(graph, model, norm(graph.at("norm"), model.norm, _mean(graph, x)))
+
+
 _PARTS: dict[type, Callable[[Graph, Any, Value], Value]] = {
     Attention: _attention,
     TokenSelection: _selection,
-    WindowAttention: _window_attention,
+    ShiftedWindowAttention: shifted_attention,
     PatchMerging: _merging,
+    MirroredWindowAttention: mirrored_attention,
+    PointDepthPoint: downsampling,
+    DepthwiseConvolution: local_convolution,
 }
 _FAMILIES: dict[type, tuple[Callable[[Graph, Any, Value], Value], ...]] = {
     ViT: (_embed_vit, _classify_vit),
     Swin: (_embed_swin, _classify_swin),
+    TinyViT: (_embed_tiny_vit, _classify_tiny_vit),
 }

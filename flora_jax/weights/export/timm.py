@@ -24,10 +24,11 @@ _TOLERANCE = 1e-5  # the same weights in the same program
 def export_timm(model: Network, path: epath.PathLike) -> None:
     """Writes a model as a `.safetensors` file under timm's names, float32.
 
-    A dense model loads into timm as it is. A compressed one loads into this library and the
-    published code, and a warning names the exports that run elsewhere: its searchable layers have
-    the names of the published subnets, `X.VT.weight` [R, in], `X.U.weight` [out, R] and `X.U.bias`
-    for a pair of factors, `X.fc.weight` and `X.fc.bias` for one that stayed dense.
+    A dense model loads into timm as it is; batch norms, which are folded here, do nothing there. A
+    compressed one loads into this library and the published code, and a warning names the exports
+    that run elsewhere: its searchable layers have the names of the published subnets,
+    `X.VT.weight` [R, in], `X.U.weight` [out, R] and `X.U.bias` for a pair of factors,
+    `X.fc.weight` and `X.fc.bias` for one that stayed dense.
 
     Raises:
       InputError: the model is a supernet, or `path` does not end in .safetensors.

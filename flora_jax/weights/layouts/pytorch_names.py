@@ -5,7 +5,7 @@ import numpy as np
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.layouts.timm_names import timm
-from flora_jax.weights.rows import SAME, TRANSPOSED, Change, Row, Table, patch_kernel
+from flora_jax.weights.rows import SAME, TRANSPOSED, Change, Row, Table
 
 # What other names than ours these modules have.
 _MODULES = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm"}
@@ -20,17 +20,19 @@ _PARAMETERS = {
 
 def pytorch(spec: Spec) -> Table:
     """A pair of factors is two Linears; the bias of qkv has zeros for a key without one."""
-    targets = [row.target for row in timm(spec)]
-    return [_row(spec, target, f"{target.removesuffix('bias')}up" in targets) for target in targets]
+    rows = timm(spec)
+    targets = {row.target for row in rows}
+    return [_row(spec, row, f"{row.target.removesuffix('bias')}up" in targets) for row in rows]
 
 
-def _row(spec: Spec, target: str, is_of_a_pair: bool) -> Row:
+def _row(spec: Spec, of_timm: Row, is_of_a_pair: bool) -> Row:
+    target = of_timm.target
     module, _, kind = target.rpartition(".")
     if kind not in _PARAMETERS:
         return Row(target, (target,))
     name, change = _PARAMETERS[kind]
-    if target == "patch_embed.proj.kernel":
-        change = patch_kernel(spec)
+    if kind == "kernel" and not module.endswith("attn.qkv"):  # whose outputs stand as ours do
+        change = of_timm.change
     elif target.endswith("attn.qkv.bias") and isinstance(spec, ViTSpec) and not spec.k_bias:
         change = Change(_without_key, _with_key)
     if kind == "bias" and is_of_a_pair:
