@@ -1,6 +1,5 @@
 """TinyViT (Wu et al. 2022) as NNX modules built from a TinyViTSpec; batch norms are folded."""
 
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -74,15 +73,12 @@ class MirroredWindowAttention(WindowAttention):
         self.attention_biases = Undecayed(jnp.zeros((windows.window_size**2, block.num_heads)))
 
     def bias(self) -> jax.Array:
-        index = distance_index(self.windows.window_size)
-        return self.attention_biases[index].transpose(2, 0, 1)[None]
-
-
-@functools.lru_cache
-def distance_index(window_size: int) -> np.ndarray:
-    """[T, T]: the row of the table that holds the bias between two tokens of a window."""
-    row, column = np.divmod(np.arange(window_size**2), window_size)
-    return abs(row[:, None] - row) * window_size + abs(column[:, None] - column)
+        side = self.windows.window_size
+        distance = abs(np.arange(side)[:, None] - np.arange(side))
+        table = self.attention_biases.reshape(side, side, self.num_heads)
+        by_rows_and_columns = table[distance][:, :, distance]
+        bias = by_rows_and_columns.transpose(4, 0, 2, 1, 3)
+        return bias.reshape(1, self.num_heads, side**2, side**2)
 
 
 class TinyViT(Network):
