@@ -13,7 +13,7 @@ from etils import epath
 from flora_jax.configs import deit_t
 from flora_jax.errors import MissingPackageError, RunError
 from flora_jax.stages.changes import put_aside
-from flora_jax.stages.flora import search
+from flora_jax.stages.search import search
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 from flora_jax.stages.settings import Settings
