@@ -134,12 +134,12 @@ class Comparison:
     def beside_allocated(self, seed: int) -> None:
         """What the rule says of the winner without stopping, and what the test images say."""
         winner = self.without[seed][2]
-        told = "%+.4f (%+.4f..%+.4f)" % self.difference(winner, self.allocated)
+        told = _told(self.difference(winner, self.allocated))
         found = evaluate_images(
             self.supernet, self.test, np.array([winner, self.allocated], np.int32)
         )
         tested = [
-            "%+.4f (%+.4f..%+.4f)" % paired_interval(np.subtract(*np.float64(found[name])))
+            _told(paired_interval(np.subtract(*np.float64(found[name]))))
             for name in ("log_likelihood", "is_correct")
         ]
         print(
@@ -147,6 +147,10 @@ class Comparison:
             f"log-likelihood {tested[0]}, top-1 {tested[1]}",
             flush=True,
         )
+
+
+def _told(interval: tuple[float, float, float]) -> str:
+    return "{:+.4f} ({:+.4f}..{:+.4f})".format(*interval)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def top1(
 
 
 @jax.jit(static_argnums=(0, 1, 2))
-def _of_images(structure, quality: Quality, mesh, parameters, batch, genes):
+def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
     """What is kept of each image of a batch, {name: [B]}, whole on every device."""
 
     def on_one_device(parameters, batch, genes):
@@ -253,7 +253,7 @@ def evaluate_images(
     check_measures(network.spec, evaluation_set)
     structure, parameters = functional.split(network)
     mesh, quality = evaluation_set.mesh, evaluation_set.quality
-    run = functools.partial(_of_images, structure, quality, mesh, replicate(parameters, mesh))
+    run = functools.partial(of_images, structure, quality, mesh, replicate(parameters, mesh))
     found = [[run(batch, one) for one in population] for batch in evaluation_set.some(batches)]
     found = jax.device_get(found)
     is_image = np.concatenate(evaluation_set.is_image_of[batches])

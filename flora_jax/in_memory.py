@@ -34,8 +34,8 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.search import evolution, filter
 from flora_jax.search.block_scores import local_supernet, score_block
-from flora_jax.search.evolution import EvolutionSettings, Window
-from flora_jax.search.halving import SHARES
+from flora_jax.search.evolution import EvolutionSettings
+from flora_jax.search.halving import SHARES, Window
 from flora_jax.search.history import Candidate
 from flora_jax.search.image_scores import image_scores
 from flora_jax.search.laws import space_law
@@ -155,7 +155,7 @@ def train(
     spec = (model if space is None else space).spec
     if teacher is None:
         _check_teaches(images, spec)
-    measured = heldout and _measured(heldout.on_devices, spec, teacher)
+    measured = None if heldout is None else _measured(heldout.on_devices, spec, teacher)
     trained = train_network(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),

@@ -25,14 +25,11 @@ from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.window import WindowSampler
 from flora_jax.search import history
-from flora_jax.search.halving import Contest, ImageScores, race
+from flora_jax.search.halving import ImageScores, Races, Window
 from flora_jax.search.history import Candidate
 from flora_jax.search.proposals import cross_blocks, mutate
 
 log = logging.getLogger(__name__)
-
-Window = tuple[float, float]
-Known = dict[tuple[int, ...], np.ndarray]  # genes -> score on each image, float [num_images]
 
 # Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
 _BATCH = 256
@@ -128,7 +125,7 @@ def evolve(
         sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
     wait_for_all("history is read")  # the first process may cut it
     candidates = [candidate for members in generations for candidate in members]
-    known: Known = {}
+    races = Races(scores, windows, settings.parents)
     with JsonLines(path, kept) if is_first() else contextlib.nullcontext() as lines:
         for generation in range(len(generations), settings.generations):
             rng = np.random.default_rng([seed, generation])
@@ -137,9 +134,7 @@ def evolve(
             if len(genes) == 0:
                 log.info("generation %d: no unseen subnet is left in any window", generation)
                 break
-            members, known = _scored(
-                scores, cost, windows, genes, generation, shown, parents, settings.parents, known
-            )
+            members = _scored(races, cost, genes, generation, shown, parents)
             candidates += members
             if lines is not None:
                 lines.append([history.to_record(generation, members)], durable=True)
@@ -204,48 +199,22 @@ def _unseen(
 
 
 def _scored(
-    scores: ImageScores,
+    races: Races,
     cost: Cost,
-    windows: Sequence[Window],
     genes: np.ndarray,
     generation: int,
     shown: str,
     parents: list[list[Candidate]],
-    places: int,
-    known: Known,
-) -> tuple[list[Candidate], Known]:
-    """The candidates of a generation, and what is known of each image of those that may be parents.
-
-    They compete with the parents of their window for as many places.
-    """
+) -> list[Candidate]:
+    """The candidates of a generation, which compete with the parents of their window."""
     costs = cost(genes)
-    if scores.drops:
-        known = _of_images(scores, parents, known)
-    contests = [
-        Contest(
-            (low <= costs) & (costs <= high),
-            np.array([known[c.genes] for c in own if scores.drops]).reshape(-1, scores.num_images),
-        )
-        for (low, high), own in zip(windows, parents, strict=True)
-    ]
-    raced = race(scores, genes, contests, places)
-    shares = raced.num_seen / scores.num_images
+    raced = races.run(genes, costs, [[parent.genes for parent in own] for own in parents])
+    shares = (raced.num_seen / races.scores.num_images).tolist()
     columns = (genes.tolist(), costs.tolist(), raced.score.tolist(), raced.shown.tolist(), shares)
-    members = [
-        Candidate(generation, tuple(row), price, score, {shown: other}, float(share))
+    return [
+        Candidate(generation, tuple(row), price, score, {shown: other}, share)
         for row, price, score, other, share in zip(*columns, strict=True)
     ]
-    new = zip(members, raced.of_images, strict=True)
-    return members, known | {m.genes: values for m, values in new if m.has_seen_all}
-
-
-def _of_images(scores: ImageScores, parents: list[list[Candidate]], known: Known) -> Known:
-    """The scores of the parents on each image; those that an earlier process scored, anew."""
-    genes = list(dict.fromkeys(candidate.genes for own in parents for candidate in own))
-    if missing := [row for row in genes if row not in known]:
-        values, _ = scores.checked(np.array(missing, np.int32), 0, scores.num_images)
-        known = known | dict(zip(missing, values, strict=True))
-    return {row: known[row] for row in genes}
 
 
 def _best(candidates: Iterable[Candidate], window: Window, count: int) -> list[Candidate]:

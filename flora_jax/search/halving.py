@@ -6,11 +6,14 @@ Who is out has seen a part only, and what it scored there stands beside no score
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+Window = tuple[float, float]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the images, after which candidates are compared
 DEVIATIONS = 2.0  # standard errors behind the last place, which nobody makes up (docs/decisions.md)
@@ -107,6 +110,8 @@ def race(scores: ImageScores, genes: np.ndarray, contests: Sequence[Contest], pl
         num_seen[running] = look
         if look < scores.num_images:
             running = _still_running(scores, values[0, :, :look], running, contests, places)
+        if not len(running):
+            break
     seen = np.arange(scores.num_images) < num_seen[:, None]
     score, shown = np.where(seen, values, 0).sum(axis=-1) / num_seen
     return Raced(num_seen, score, shown, values[0])
@@ -142,3 +147,47 @@ def _has_hope(own: np.ndarray, rivals: np.ndarray, places: int, errors: float) -
     last = np.argsort(-means, kind="stable")[places - 1]
     behind = means[len(rivals) :] - means[last]
     return behind + errors * (own - field[last]).std(axis=1, ddof=1) >= 0
+
+
+class Races:
+    """The races of a search, one a generation, a contest for each window of cost.
+
+    Args:
+      places: parents that a window has.
+    """
+
+    def __init__(self, scores: ImageScores, windows: Sequence[Window], places: int):
+        self.scores, self._windows, self._places = scores, windows, places
+        self._of_images: dict[tuple[int, ...], np.ndarray] = {}  # of possible parents, [num_images]
+
+    def run(
+        self, genes: np.ndarray, costs: np.ndarray, parents: Sequence[Sequence[tuple[int, ...]]]
+    ) -> Raced:
+        """Scores a generation, genes int32 [P, L] of these costs [P].
+
+        Args:
+          parents: genes of the best so far in each window, with whom new ones compete; they are
+            scored again where another process has scored them.
+        """
+        if self.scores.drops:
+            self._recall(list(dict.fromkeys(itertools.chain(*parents))))
+        contests = [
+            Contest((low <= costs) & (costs <= high), self._scores_of(own))
+            for (low, high), own in zip(self._windows, parents, strict=True)
+        ]
+        raced = race(self.scores, genes, contests, self._places)
+        has_seen_all = raced.num_seen == self.scores.num_images
+        rows = map(tuple, genes[has_seen_all].tolist())
+        self._of_images |= zip(rows, raced.of_images[has_seen_all], strict=True)
+        return raced
+
+    def _recall(self, parents: list[tuple[int, ...]]) -> None:
+        """Keeps what is known of the parents, and of no others."""
+        if missing := [genes for genes in parents if genes not in self._of_images]:
+            found, _ = self.scores.checked(np.array(missing, np.int32), 0, self.scores.num_images)
+            self._of_images |= zip(missing, found, strict=True)
+        self._of_images = {genes: self._of_images[genes] for genes in parents}
+
+    def _scores_of(self, parents: Sequence[tuple[int, ...]]) -> np.ndarray:
+        found = [self._of_images[genes] for genes in parents] if self.scores.drops else []
+        return np.array(found).reshape(-1, self.scores.num_images)

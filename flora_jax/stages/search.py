@@ -59,7 +59,7 @@ def search(run: Run, images: Images) -> None:
         for i, allocation in enumerate(load_found(run, ALLOCATION_FILE)):
             low, high = budgets[i].window
             if low <= cost(np.array(allocation.genes)) <= high:
-                found[i] = _better(space, scores, budgets[i], found[i], allocation.genes, shown)
+                found[i] = better(space, scores, budgets[i], found[i], allocation.genes, shown)
     if run.settings.spends_latency:
         table = load_latency_table(run)
         for entry in found:
@@ -93,7 +93,7 @@ def _evolve(
             best = {f"best_{shown}": max(seen_all)} if seen_all else {}
             share = sum(member.share for member in members) / len(members)
             progress.update(1, **best, images_seen=share)
-            write([{"step": generation, **best, "images_seen": share}])
+            write([{"step": generation, **best}])
             if stop_request.is_set():
                 raise stop_request.stopped(
                     f"search is saved at generation {generation + 1} of {total}"
@@ -126,7 +126,7 @@ def _entry(
     }
 
 
-def _better(
+def better(
     space: RankSpace,
     scores: ImageScores,
     budget: Budget,
