@@ -4,7 +4,9 @@
 
 Each search once with all candidates scored on all held-out images, then with those stopped that are
 a number of standard errors behind. The winners are compared on all held-out images, and cut out of
-the supernet on the test images beside the allocated ranks; an interval is one of 95 %.
+the supernet on the test images beside the allocated ranks; an interval is one of 95 %. How far the
+best candidate would lead by luck, if none were better than the allocated ranks, is told by drawing
+images anew, with each candidate's own mean lead taken away.
 """
 
 import argparse
@@ -74,6 +76,7 @@ class Comparison:
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
         entries = json.loads((folder / "allocate/genes.json").read_text())
         self.allocated = tuple(entries[0]["genes"])
+        self.of_images = np.empty((0, self.scores.num_images))  # of the last search of all images
         self.without: dict[int, tuple[float, int, tuple[int, ...]]] = {}
 
     def search(self, seed: int, errors: float) -> dict[str, float]:
@@ -104,11 +107,11 @@ class Comparison:
 
     def timed(self, scores: ImageScores, seed: int) -> tuple[float, int, tuple[int, ...]]:
         """Seconds, images scored over all candidates, and the winner's genes."""
-        counts = []
+        every: list[np.ndarray] = []
 
         def counted(genes, start, stop):
             found = scores.of(genes, start, stop)
-            counts.append(found[0].size)
+            every.append(found[0])
             return found
 
         settings, started = self.run.settings.search.evolution, time.perf_counter()
@@ -123,7 +126,10 @@ class Comparison:
                 pathlib.Path(folder) / "history.jsonl",
                 first=first_genes(self.run, self.space),
             )
-        return time.perf_counter() - started, sum(counts), best.genes
+        seconds = time.perf_counter() - started
+        if not scores.drops:
+            self.of_images = np.concatenate(every)
+        return seconds, sum(found.size for found in every), best.genes
 
     def difference(self, ours, theirs) -> tuple[float, float, float]:
         score, _ = self.scores.checked(
@@ -131,9 +137,28 @@ class Comparison:
         )
         return paired_interval(score[0] - score[1])
 
+    def leads(self, winner) -> tuple[float, np.ndarray]:
+        """In standard errors: the winner's, and those that the best of equals would have by luck."""
+        genes, n = np.array([winner, self.allocated], np.int32), self.scores.num_images
+        ours, allocated = self.scores.checked(genes, 0, n)[0]
+        differences = self.of_images - allocated
+        errors = differences.std(axis=1) / n**0.5
+        differences = (differences - differences.mean(axis=1, keepdims=True))[errors > 0]
+        rng = np.random.default_rng(0)
+        draws = [np.bincount(rng.integers(n, size=n), minlength=n) / n for _ in range(500)]
+        best = [(differences @ draw / errors[errors > 0]).max() for draw in draws]
+        own = ours - allocated
+        return own.mean() / own.std() * n**0.5, np.percentile(best, (50, 90, 95))
+
     def beside_allocated(self, seed: int) -> None:
         """What the rule says of the winner without stopping, and what the test images say."""
         winner = self.without[seed][2]
+        own, lucky = self.leads(winner)
+        print(
+            f"{self.name:8}{seed:4d}  the winner leads the allocated ranks by {own:.2f} standard "
+            f"errors, the best of {len(self.of_images)} equals by {lucky[0]:.2f} in half of all "
+            f"searches, {lucky[1]:.2f} in 1 of 10, {lucky[2]:.2f} in 1 of 20"
+        )
         told = _told(self.difference(winner, self.allocated))
         found = evaluate_images(
             self.supernet, self.test, np.array([winner, self.allocated], np.int32)

@@ -156,7 +156,8 @@ def extract_subnets(run: Run, images: Images) -> None:
 def finetune(run: Run, images: Images) -> None:
     """Fine-tunes the subnet of each budget and its baselines, in the same way.
 
-    A uniform baseline of its own is first trained alone by the supernet's recipe.
+    A uniform baseline of its own is first trained alone by the supernet's recipe. Allocated ranks
+    that the subnet has, too, are not trained a second time.
     """
     settings, teacher = run.settings, load_base(run)
 
@@ -174,7 +175,10 @@ def finetune(run: Run, images: Images) -> None:
             name = budget.folder(kind)
             if (run.folder / name / folder.SPEC_FILE).exists():
                 continue
-            model = folder.load_model(run.folder / "extract" / name)
+            model, twin = folder.load_model(run.folder / "extract" / name), budget.folder("subnet")
+            if kind == "allocated" and model.spec == folder.load_spec(run.folder / twin):
+                folder.save_once(folder.load_model(run.folder / twin), run.folder / name)
+                continue
             if kind == "uniform" and settings.uniform_baseline == "alone":
                 model = train(model, settings.supernet, f"finetune/{name}_alone")
             model = train(model, settings.finetune, f"finetune/{name}")
