@@ -12,6 +12,7 @@ images anew, with each candidate's own mean lead taken away.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import tempfile
 import time
@@ -21,9 +22,10 @@ from common import write_json
 
 import flora_jax as flora
 from flora_jax.comparison import paired_interval
+from flora_jax.data.subsets import shuffled, subset
 from flora_jax.evaluation import evaluate_images
 from flora_jax.search.evolution import evolve
-from flora_jax.search.halving import DEVIATIONS, ImageScores
+from flora_jax.search.halving import DEVIATIONS, SHARES, ImageScores
 from flora_jax.search.image_scores import image_scores
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.images import Images
@@ -37,13 +39,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the search")
     parser.add_argument("--deviations", type=float, nargs="+", default=[DEVIATIONS])
+    parser.add_argument(
+        "--more_images", action="store_true", help="score on test images, too (runs on the digits)"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     print("run     seed  errors  images seen  of the time  winner's score, minus without stopping")
     found = []
     for folder in arguments.runs:
-        compared = Comparison(folder)
+        compared = Comparison(folder, arguments.more_images)
         for seed in arguments.seeds:
             found += [compared.search(seed, errors) for errors in arguments.deviations]
     for errors in arguments.deviations:
@@ -65,14 +70,20 @@ def main() -> None:
 class Comparison:
     """A finished run, searched again."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, more_images: bool):
         self.run, self.name = Run.open(folder), folder.name
         self.space = load_space(self.run)
         self.supernet = flora.Supernet(load_shared(self.run).network, self.space)
         images = Images(self.run.settings)
         self.test = images.evaluation_set(images.splits.test)
         self.window = macs_budgets(self.run.settings, self.run.spec)[0].window
-        self.scores = image_scores(self.supernet, images.heldout_parts, self.run.settings.metric)
+        parts = images.heldout_parts
+        if more_images:
+            heldout, test = images.splits.heldout, images.splits.test
+            rows = [heldout.source.indices[heldout.indices], test.indices]
+            both = subset(test.source, np.concatenate(rows))
+            parts = images.evaluation_set(shuffled(both, 0), math.ceil(len(both) * SHARES[0]))
+        self.scores = image_scores(self.supernet, parts, self.run.settings.metric)
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
         entries = json.loads((folder / "allocate/genes.json").read_text())
         self.allocated = tuple(entries[0]["genes"])
@@ -138,7 +149,7 @@ class Comparison:
         return paired_interval(score[0] - score[1])
 
     def leads(self, winner) -> tuple[float, np.ndarray]:
-        """In standard errors: the winner's, and those that the best of equals would have by luck."""
+        """In standard errors: the winner's, and what the best of equals would have by luck."""
         genes, n = np.array([winner, self.allocated], np.int32), self.scores.num_images
         ours, allocated = self.scores.checked(genes, 0, n)[0]
         differences = self.of_images - allocated

@@ -174,7 +174,7 @@ def test_a_search_that_goes_on_scores_its_parents_again_and_nothing_else(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"looks": (NUM_IMAGES,)}, {"deviations": 1.0}, {"looks": looks_at(NUM_IMAGES)[1:]}]
+    "change", [{"looks": (NUM_IMAGES,)}, {"deviations": 2.0}, {"looks": looks_at(NUM_IMAGES)[1:]}]
 )
 def test_refuses_a_history_that_stops_by_another_rule(tmp_path, finished, change):
     path = tmp_path / "history.jsonl"

@@ -16,7 +16,7 @@ import numpy as np
 Window = tuple[float, float]
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the images, after which candidates are compared
-DEVIATIONS = 2.0  # standard errors behind the last place, which nobody makes up (docs/decisions.md)
+DEVIATIONS = 1.0  # standard errors behind the last place that nobody makes up (docs/decisions.md)
 _FEWEST = 30  # images; fewer do not say how far they spread
 
 
