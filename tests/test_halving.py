@@ -183,6 +183,17 @@ def test_refuses_a_history_that_stops_by_another_rule(tmp_path, finished, change
         search(path, scores=dataclasses.replace(HALVED["scores"], **change), **WINDOWS)
 
 
+def test_a_history_of_before_says_how_it_goes_on(tmp_path):
+    path = tmp_path / "history.jsonl"
+    whole = dataclasses.replace(HALVED["scores"], looks=(NUM_IMAGES,))
+    winners, content = search(path, scores=whole, **WINDOWS), path.read_bytes()
+    assert "halving" not in json.loads(content.splitlines()[0])["search"]
+    with pytest.raises(ValueError, match=r"halving None .* goes on with halving set to False"):
+        search(path, **HALVED, **WINDOWS)
+    path.write_bytes(content[: len(content) // 2])
+    assert search(path, scores=whole, **WINDOWS) == winners
+
+
 def test_only_generations_with_someone_out_say_how_far_each_came(finished):
     for line in map(json.loads, finished[1].splitlines()[1:]):
         assert ("share" in line) == (min(line.get("share", [1])) < 1)

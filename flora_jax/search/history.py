@@ -70,7 +70,10 @@ def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candi
     differing = list(differences(_search_of(path, lines), search))
     if differing:
         told = ", ".join(f"{name} {there} instead of {here}" for name, there, here in differing)
-        raise InputError(f"history {path} belongs to another search ({told}); use another path")
+        advice = "use another path"
+        if [name for name, there, _ in differing if there is None] == ["halving"]:
+            advice = "it goes on with halving set to False, or use another path"
+        raise InputError(f"history {path} belongs to another search ({told}); {advice}")
     generations = _generations(lines)
     complete = lines[: 1 + len(generations)]
     if sum(map(len, complete)) < num_bytes(path):
