@@ -58,7 +58,10 @@ def search(run: Run, images: Images) -> None:
     shown = heldout.quality.shown.name
 
     winners = _evolve(run, space, scores, cost, budgets, shown)
-    found = [_entry(space, best.genes, best.score, best.metrics) for best in winners]
+    found = [
+        {"generation": best.generation} | _entry(space, best.genes, best.score, best.metrics)
+        for best in winners
+    ]
     if "allocate" in run.settings.stages:
         for i, allocation in enumerate(load_found(run, ALLOCATION_FILE)):
             low, high = budgets[i].window
@@ -97,7 +100,8 @@ def _evolve(
             best = {f"best_{shown}": max(seen_all)} if seen_all else {}
             share = sum(member.share for member in members) / len(members)
             progress.update(1, **best, images_seen=share)
-            write([{"step": generation, **best}])
+            if best:
+                write([{"step": generation, **best}])
             if stop_request.is_set():
                 raise stop_request.stopped(
                     f"search is saved at generation {generation + 1} of {total}"
