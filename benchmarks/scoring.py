@@ -4,23 +4,29 @@
 
 A random candidate on one batch in turn with the same forward pass in plain eager PyTorch, if torch
 is installed; then every triple of one block in the middle, with the blocks before it computed once,
-beside scoring the whole network for each.
+beside scoring the whole network for each; then a generation whose candidates are stopped early,
+beside one that all see all images; then several candidates in one program, beside one by one.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import pathlib
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
-from flora_jax.evaluation import EvaluationSet, evaluate
+from flora_jax.evaluation import EvaluationSet, evaluate, evaluate_images
+from flora_jax.models import functional
 from flora_jax.search.block_scores import score_block
+from flora_jax.search.halving import Races
+from flora_jax.search.image_scores import image_scores
 from flora_jax.timing import median_ratio, time_in_turn
 
 
@@ -30,6 +36,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--triples", type=int, default=27, help="of the block, spread evenly")
+    parser.add_argument("--candidates", type=int, default=20, help="of the generation")
+    parser.add_argument("--at_once", type=int, default=4, help="candidates in one program")
     parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
@@ -44,6 +52,8 @@ def main() -> None:
 
     ratios = compare_with_torch(spec, space, supernet, images, evaluation_set, arguments.rounds)
     ratios |= compare_with_whole_networks(supernet, evaluation_set, arguments.triples)
+    ratios |= compare_with_all_images(supernet, arguments.batch, arguments.candidates)
+    ratios |= compare_with_one_by_one(supernet, images, arguments.at_once, arguments.rounds)
     write_json(arguments.json, machine, ratios)
 
 
@@ -95,6 +105,66 @@ def compare_with_whole_networks(supernet, evaluation_set, count: int) -> dict[st
         f"share computed once, {count / whole:.2f} as whole networks: {whole / with_prefix:.2f}x"
     )
     return {"prefix_speedup": whole / with_prefix}
+
+
+def compare_with_all_images(supernet, batch: int, count: int) -> dict[str, float]:
+    """A generation of random candidates of one budget, a fifth of which are to be parents.
+
+    The labels are what the full rank says, so that candidates differ in more than noise.
+    """
+    space = supernet.space
+    images, _ = some_images(space.spec, 8 * batch)
+    batches = [
+        {"image": part, "label": np.zeros(batch, np.int32), "mask": np.ones(batch, np.float32)}
+        for part in np.split(images, 8)
+    ]
+    plain = EvaluationSet(batches, Normalization())
+    labels = evaluate_images(supernet, plain, space.full_rank_genes)["predicted"]
+    scores = image_scores(supernet, plain.relabelled(labels), "log_likelihood")
+    window = [round(share * space.spec.macs()) for share in (0.43, 0.46)]
+    genes = space.sample_within(np.random.default_rng(2), count, window)
+    costs, places = space.macs(genes), max(1, count // 5)
+    of_all = dataclasses.replace(scores, looks=(scores.num_images,))
+    seconds, seen = [], []
+    for each in (of_all, scores):
+        started = time.perf_counter()
+        raced = Races(each, [window], places).run(genes, costs, [[]])
+        seconds.append(time.perf_counter() - started)
+        seen.append(raced.num_seen.sum())
+    images_ratio, time_ratio = seen[1] / seen[0], seconds[1] / seconds[0]
+    print(
+        f"{count} candidates, {places} places, {scores.num_images} images: "
+        f"{count / seconds[0]:.2f} candidates/s on all of them, {count / seconds[1]:.2f} where "
+        f"those behind are stopped: {images_ratio:.3f} of the images, {time_ratio:.3f} of the time"
+    )
+    return {"halving_images": images_ratio, "halving_time": time_ratio}
+
+
+def compare_with_one_by_one(supernet, images, count: int, rounds: int) -> dict[str, float]:
+    """The same forward pass of several candidates in one program, as `jax.vmap` makes it."""
+    space = supernet.space
+    genes = space.sample(np.random.default_rng(3), rounds * count, "uniform")
+    groups = genes.reshape(-1, count, space.num_layers)
+    normalized = Normalization()(jnp.asarray(images))
+    structure, parameters = functional.split(supernet.network)
+
+    def logits(parameters, normalized, genes):
+        return functional.merge(structure, parameters, genes)(normalized)
+
+    one, several = jax.jit(logits), jax.jit(jax.vmap(logits, (None, None, 0)))
+
+    def one_by_one(group) -> None:
+        jax.block_until_ready([one(parameters, normalized, genes) for genes in group])
+
+    def at_once(group) -> None:
+        jax.block_until_ready(several(parameters, normalized, group))
+
+    ways = {"one_by_one": one_by_one, "at_once": at_once}
+    work = {name: one_after_another(way, groups) for name, way in ways.items()}
+    times = time_in_turn(work, rounds, PAUSE)
+    ratio = median_ratio(times["at_once"], times["one_by_one"])
+    print(f"{count} candidates in one program: {ratio:.2f} times the time of one by one")
+    return {"at_once_over_one_by_one": ratio}
 
 
 if __name__ == "__main__":

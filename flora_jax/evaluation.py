@@ -33,6 +33,7 @@ class EvaluationSet:
       labels: int32 [num_images], in the order of the images.
       is_image: bool [B of all batches together], False for what only fills up the last batch and
         for images that could not be decoded.
+      is_image_of: the same of each batch, bool [B].
       num_images: how many are not masked.
       quality: what is measured of a model: what it says about the labels, or, of a set that
         `compared_with` made, how like another's its features are.
@@ -56,10 +57,11 @@ class EvaluationSet:
             raise InputError("an evaluation set needs at least one image")
         self.labels = np.concatenate(labels)[self.is_image]
         self.num_images = len(self.labels)
-        own = np.split(self.is_image.astype(np.float32), np.cumsum([len(mask) for mask in masks]))
+        ends = np.cumsum([len(mask) for mask in masks])
+        self.is_image_of = np.split(self.is_image, ends[:-1])
         self._batches = [
-            [batch, spread(label, mesh), spread(mask, mesh)]
-            for batch, label, mask in zip(images, labels, own[:-1], strict=True)
+            [batch, spread(label, mesh), spread(is_image.astype(np.float32), mesh)]
+            for batch, label, is_image in zip(images, labels, self.is_image_of, strict=True)
         ]
 
     def relabelled(self, labels: np.ndarray) -> "EvaluationSet":
@@ -94,7 +96,11 @@ class EvaluationSet:
         That is labels [B], or the outputs of the network that models are compared with. The mask is
         0 where there is no image, as in `is_image`.
         """
-        for images, labels, mask in self._batches:
+        return self.some(slice(None))
+
+    def some(self, batches: slice) -> Iterator[tuple[jax.Array, Any, jax.Array]]:
+        """Those of the batches that the slice names."""
+        for images, labels, mask in self._batches[batches]:
             normalised = self._normalize(images)
             target = labels if self._reference is None else self._reference(normalised)
             yield normalised, target, mask
@@ -164,14 +170,9 @@ def evaluate(
         another shape than those that they are compared with.
       ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
-    population: Sequence[np.ndarray | None] = [None]
-    if isinstance(model, Supernet):
-        population = list(np.atleast_2d(model.space.validate(genes)))
-        model = model.network
-    elif genes is not None:
-        raise ValueError("a plain model has no genes; pass the Supernet itself")
-    check_measures(model.spec, evaluation_set)
-    structure, parameters = functional.split(model)
+    network, population = _population(model, genes)
+    check_measures(network.spec, evaluation_set)
+    structure, parameters = functional.split(network)
     mesh, quality = evaluation_set.mesh, evaluation_set.quality
     run = functools.partial(
         sum_model_metrics, structure, quality, mesh, replicate(parameters, mesh)
@@ -181,6 +182,15 @@ def evaluate(
         for own, one in zip(sums, population, strict=True):
             own.append(run(batch, one))
     return means(sums, evaluation_set)
+
+
+def _population(model: Network | Supernet, genes) -> tuple[Network, Sequence[np.ndarray | None]]:
+    """The network, and what it is run with one after another."""
+    if isinstance(model, Supernet):
+        return model.network, list(np.atleast_2d(model.space.validate(genes)))
+    if genes is not None:
+        raise ValueError("a plain model has no genes; pass the Supernet itself")
+    return model, [None]
 
 
 def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
@@ -206,40 +216,53 @@ def top1(
 
 
 @jax.jit(static_argnums=(0, 1, 2))
-def _of_images(structure, quality: Quality, mesh, parameters, batch):
+def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
     """What is kept of each image of a batch, {name: [B]}, whole on every device."""
 
-    def on_one_device(parameters, batch):
+    def on_one_device(parameters, batch, genes):
         images, target, _ = batch
-        outputs = quality.of(functional.merge(structure, parameters), images)
+        outputs = quality.of(functional.merge(structure, parameters, genes), images)
         found = quality.of_images(outputs, target)
         return jax.lax.all_gather(found, AXES, tiled=True)
 
-    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, batch)
+    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), WHOLE)
+    return run(parameters, batch, genes)
 
 
-def evaluate_images(model: Network, evaluation_set: EvaluationSet) -> dict[str, np.ndarray]:
-    """What a plain model makes of each image, in the order of the images; `evaluate` has the means.
+def evaluate_images(
+    model: Network | Supernet, evaluation_set: EvaluationSet, genes=None, batches=slice(None)
+) -> dict[str, np.ndarray]:
+    """What a model makes of each image, in the order of the images; `evaluate` has the means.
 
     All processes call it and get the same.
+
+    Args:
+      model, genes: as in `evaluate`.
+      batches: a slice of the set's, on which alone it is run.
 
     Returns:
       {"is_correct": bool [n], "log_likelihood": float32 [n] of the right class,
       "predicted": int32 [n], the class that comes first}, n = evaluation_set.num_images; of images
-      `compared_with` a network {"cosine": float32 [n], "relative_error": float32 [n]}.
+      `compared_with` a network {"cosine": float32 [n], "relative_error": float32 [n]}. Each is
+      [P, n] for a population of genes [P, L].
 
     Raises:
-      InputError: as `evaluate`.
+      InputError, ValueError: as `evaluate`.
     """
-    check_measures(model.spec, evaluation_set)
-    structure, parameters = functional.split(model)
+    network, population = _population(model, genes)
+    check_measures(network.spec, evaluation_set)
+    structure, parameters = functional.split(network)
     mesh, quality = evaluation_set.mesh, evaluation_set.quality
-    run = functools.partial(_of_images, structure, quality, mesh, replicate(parameters, mesh))
-    found = jax.device_get([run(batch) for batch in evaluation_set.batches])
-    return {
-        name: np.concatenate([batch[name] for batch in found])[evaluation_set.is_image]
-        for name in found[0]
+    run = functools.partial(of_images, structure, quality, mesh, replicate(parameters, mesh))
+    found = [[run(batch, one) for one in population] for batch in evaluation_set.some(batches)]
+    found = jax.device_get(found)
+    is_image = np.concatenate(evaluation_set.is_image_of[batches])
+    columns = {
+        name: np.concatenate([[each[name] for each in batch] for batch in found], axis=1)
+        for name in found[0][0]
     }
+    row = ... if np.ndim(genes) == 2 else 0
+    return {name: rows[:, is_image][row] for name, rows in columns.items()}
 
 
 @dataclasses.dataclass(frozen=True)

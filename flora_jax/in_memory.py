@@ -10,6 +10,7 @@ Each step resumes from its directory, as the stages of a run do.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -22,9 +23,10 @@ from flora_jax.data.augment import Augmentation
 from flora_jax.data.batches import Batches, eval_batches, train_batches
 from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
-from flora_jax.data.sources import ArraySource
+from flora_jax.data.sources import ArraySource, Source
+from flora_jax.data.subsets import shuffled
 from flora_jax.errors import InputError
-from flora_jax.evaluation import EvaluationSet, HeldOut, evaluate
+from flora_jax.evaluation import EvaluationSet, HeldOut
 from flora_jax.io.paths import user_path
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet
@@ -32,8 +34,10 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.search import evolution, filter
 from flora_jax.search.block_scores import local_supernet, score_block
-from flora_jax.search.evolution import EvolutionSettings, Window
+from flora_jax.search.evolution import EvolutionSettings
+from flora_jax.search.halving import SHARES, Window
 from flora_jax.search.history import Candidate
+from flora_jax.search.image_scores import image_scores
 from flora_jax.search.laws import space_law
 from flora_jax.stages.sections import FILTER_TRAINING
 from flora_jax.training.loop import train as train_network
@@ -87,10 +91,18 @@ class ImageSet:
     @functools.cached_property
     def on_devices(self) -> EvaluationSet:
         """To evaluate on; the images stay on the devices."""
-        size = min(_EVALUATION_BATCH, len(self))
+        return self._on_devices(self._source, len(self))
+
+    @functools.cached_property
+    def in_parts(self) -> EvaluationSet:
+        """The same, shuffled, in at least as many batches as a search looks at parts of them."""
+        return self._on_devices(shuffled(self._source, seed=0), math.ceil(len(self) * SHARES[0]))
+
+    def _on_devices(self, source: Source, most: int) -> EvaluationSet:
+        size = min(_EVALUATION_BATCH, most)
         size = -(-size // jax.device_count()) * jax.device_count()
         transform = self.augmentation.evaluation(self.images.shape[1:])
-        return EvaluationSet(eval_batches(self._source, transform, size), self.normalization)
+        return EvaluationSet(eval_batches(source, transform, size), self.normalization)
 
     def batches(self, recipe: Recipe, seed: int = 0) -> Callable[[int], Batches]:
         """Makes a function: step -> shuffled, augmented batches from there on."""
@@ -143,6 +155,7 @@ def train(
     spec = (model if space is None else space).spec
     if teacher is None:
         _check_teaches(images, spec)
+    measured = None if heldout is None else _measured(heldout.on_devices, spec, teacher)
     trained = train_network(
         model.network if isinstance(model, Supernet) else model,
         images.batches(recipe, seed),
@@ -152,22 +165,22 @@ def train(
         normalization=images.normalization,
         draw_genes=None if space is None else space_law(space, law, seed),
         teacher=teacher,
-        evaluators=() if heldout is None else [HeldOut(_measured(heldout, spec, teacher), space)],
+        evaluators=() if measured is None else [HeldOut(measured, space)],
         evaluate_every=recipe.evaluate_every(len(images)),
     )
     return cast(Model, trained if space is None else Supernet(trained, space))
 
 
-def _measured(images: ImageSet, spec: Spec, teacher: Network | None) -> EvaluationSet:
+def _measured(images: EvaluationSet, spec: Spec, teacher: Network | None) -> EvaluationSet:
     """What a network of this spec is measured by: labels, or its teacher's features."""
     if spec.num_classes:
-        return images.on_devices
+        return images
     if teacher is None:
         raise InputError(
             "a network without classes is measured by its teacher's features: give the "
             "uncompressed network as teacher="
         )
-    return images.on_devices.compared_with(teacher)
+    return images.compared_with(teacher)
 
 
 def _check_teaches(images: ImageSet, spec: Spec) -> None:
@@ -202,7 +215,7 @@ def filter_space(
       directory: receives a training of each block.
       drop: share of each block's triples to drop.
     """
-    measured, scores = _measured(heldout, supernet.space.spec, teacher), []
+    measured, scores = _measured(heldout.on_devices, supernet.space.spec, teacher), []
     for block in range(supernet.space.num_blocks):
         local = train(
             local_supernet(supernet, block),
@@ -229,6 +242,7 @@ def evolve(
     metric: str = "",
     teacher: Network | None = None,
     first: np.ndarray | None = None,
+    halving: bool = True,
     seed: int = 0,
 ) -> Candidate:
     """Finds the subnet inside a window of MACs that does best on held-out images.
@@ -242,20 +256,19 @@ def evolve(
       teacher: the uncompressed network, whose features those of subnets are compared with; it is
         needed where there are no classes.
       first: genes int32 [F, L] to begin with, such as those of `allocate`.
+      halving: whether a candidate that is behind on a part of the images is not scored on the
+        others.
 
     Returns:
       The best candidate; its `genes` are what `extract` takes.
     """
     space = supernet.space
-    images = _measured(heldout, space.spec, teacher)
-    deciding, shown = images.quality.metric(metric), images.quality.shown.name
-
-    def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = evaluate(supernet, images, genes)
-        return deciding.score(found[deciding.name]), found[shown]
-
+    images = _measured(heldout.in_parts, space.spec, teacher)
+    scores, shown = image_scores(supernet, images, metric, halving=halving), images.quality.shown
     history = user_path(directory) / "history.jsonl"
     [best] = evolution.evolve(
-        space, score, space.macs_cost, [macs], settings, seed, history, first=first, shown=shown
+        *(space, scores, space.macs_cost, [macs], settings, seed, history),
+        first=first,
+        shown=shown.name,
     )
     return best

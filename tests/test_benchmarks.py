@@ -1,5 +1,7 @@
 """The benchmarks run and print what their documentation says, on the smallest case."""
 
+import re
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -16,7 +18,7 @@ from tests.helpers.commands import run_benchmark
         ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
         ("subnet.py --model two_blocks --batch 1 --rounds 1 --subnets 1", "FLORA on ViT-Slim"),
         ("step.py --model two_blocks --batch 1 --rounds 1 --fitted 2 --without torch dense", "R2"),
-        ("scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2", "as whole networks"),
+        ("scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2", "time of one by one"),
         ("labels.py --records 2000 --files 2", "second start"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
         *(
@@ -33,6 +35,15 @@ def test_benchmark_runs(program, last_line):
     done = run_benchmark(*program.split())
     assert done.returncode == 0, done.stderr
     assert last_line in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_searches_of_a_finished_run_are_done_anew(finished_run):
+    done = run_benchmark("halving.py", str(finished_run), "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^1 errors: \d+ % of the images.* a level one in [01] of 1", done.stdout, re.MULTILINE
+    )
 
 
 def test_summary_of_seeds():

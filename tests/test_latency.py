@@ -17,10 +17,10 @@ from flora_jax.search import latency
 from flora_jax.search.history import read_history
 from flora_jax.search.latency import LatencyTable, measure, measure_networks
 from flora_jax.stages.budget import load_budgets, load_latency_table
-from flora_jax.stages.flora import search
 from flora_jax.stages.images import Images
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run, load_space
+from flora_jax.stages.search import search
 from flora_jax.stages.settings import Settings
 
 BATCH = 3

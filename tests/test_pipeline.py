@@ -83,10 +83,16 @@ def test_result_compares_the_models_image_by_image(finished_run):
     assert low <= difference <= high
 
 
-def test_subnet_is_the_best_candidate_of_the_search(finished_run):
+def test_subnet_is_the_best_of_the_search_or_the_allocation(finished_run):
     best = json.loads((finished_run / "search/best.json").read_text())
     candidates = read_history(finished_run / "search/history.jsonl")
-    assert best["score"] == max(candidate.score for candidate in candidates)
+    winner = max((c for c in candidates if c.has_seen_all), key=lambda c: c.score)
+    assert best.get("searched", best)["score"] == winner.score
+    [allocated] = json.loads((finished_run / "allocate/genes.json").read_text())
+    lead, low, high = best["ahead"]
+    assert low <= lead <= high
+    assert best["chosen"] == ("searched" if low > 0 else "allocated")
+    assert best["genes"] == (list(winner.genes) if low > 0 else allocated["genes"])
     supernet = flora.load(finished_run / "supernet")
     assert supernet.space.contains(best["genes"])
     inherited = flora.load(finished_run / "extract/subnet")

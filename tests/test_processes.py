@@ -23,6 +23,7 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.evaluation import evaluate_images
 from flora_jax.io.files import locked, write_json
 from flora_jax.search.evolution import EvolutionSettings, evolve
+from flora_jax.search.image_scores import image_scores
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.commands import ROOT, STOPPED, free_port
 from tests.helpers.training import (
@@ -63,16 +64,15 @@ def train_and_search(directory: pathlib.Path) -> None:
     images = flora.EvaluationSet(
         [batch_of(100) | {"mask": np.ones(SETTINGS.batch_size, np.float32)}], NORMALIZATION
     )
-
-    def score(genes):
-        metrics = flora.evaluation.evaluate(supernet, images, genes)
-        return metrics["log_likelihood"], metrics["top1"]
-
     settings = EvolutionSettings(
         generations=3, population=6, parents=3, mutants=2, crossovers=2, mutation_probability=0.5
     )
     window, history = SPACE.macs_range(), directory / "history.jsonl"
-    [best] = evolve(SPACE, score, SPACE.macs_cost, [window], settings, 0, history)
+    mask = {"mask": np.ones(SETTINGS.batch_size, np.float32)}
+    heldout = flora.EvaluationSet([batch_of(step) | mask for step in (100, 101)], NORMALIZATION)
+    scores = image_scores(supernet, heldout, "log_likelihood")
+    scores = dataclasses.replace(scores, looks=(5, 8, 2 * SETTINGS.batch_size), deviations=0.5)
+    [best] = evolve(SPACE, scores, SPACE.macs_cost, [window], settings, 0, history)
     found["winner"] = [int(gene) for gene in best.genes]
     flora.save(flora.extract(supernet, best.genes), directory / "subnet")
     each = evaluate_images(flora.create(SPEC), images)
@@ -181,7 +181,9 @@ def test_two_processes_find_the_same_subnet(results):
     assert flora.load(results[1] / "subnet").spec == flora.load(results[0] / "subnet").spec
     histories = [(folder / "history.jsonl").read_text().splitlines() for folder in results]
     for ours, theirs in zip(*histories, strict=True):
-        assert json.loads(ours).get("genes") == json.loads(theirs).get("genes")
+        for name in ("genes", "share"):
+            assert json.loads(ours).get(name) == json.loads(theirs).get(name)
+    assert '"share"' in histories[0][-1]
 
 
 def test_two_processes_sum_the_same_moments(results):

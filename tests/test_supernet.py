@@ -155,12 +155,32 @@ def test_one_program_serves_every_subnet(supernet, tiny_images, evaluation_set):
     genes = every_triple(0)
     supernet(tiny_images, genes[0])
     flora.top1(supernet, evaluation_set, genes[:1])
-    compiled = evaluation.sum_model_metrics._cache_size()
+    evaluation.evaluate_images(supernet, evaluation_set, genes[:1], slice(1, 2))
+    programs = (evaluation.sum_model_metrics, evaluation.of_images)
+    compiled = [program._cache_size() for program in programs]
     with jax.no_tracing():
         for one in genes[1:4]:
             supernet(tiny_images, one)
     flora.top1(supernet, evaluation_set, genes)
-    assert evaluation.sum_model_metrics._cache_size() == compiled
+    evaluation.evaluate_images(supernet, evaluation_set, genes)
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_subnets_are_scored_image_by_image(supernet, evaluation_set):
+    genes, of_images = every_triple(1)[::9], evaluation.evaluate_images
+    found = of_images(supernet, evaluation_set, genes)
+    for name, means in (("is_correct", "top1"), ("log_likelihood", "log_likelihood")):
+        expected = flora.evaluate(supernet, evaluation_set, genes)[means]
+        assert found[name].shape == (len(genes), NUM_IMAGES)
+        np.testing.assert_allclose(found[name].mean(axis=1), expected, rtol=1e-6)
+        parts = [
+            of_images(supernet, evaluation_set, genes, slice(first, last))[name]
+            for first, last in ((0, 1), (1, 3))
+        ]
+        assert [part.shape[1] for part in parts] == [BATCH, NUM_IMAGES - BATCH]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), found[name])
+    one = of_images(supernet, evaluation_set, genes[1])
+    np.testing.assert_array_equal(one["predicted"], found["predicted"][1])
 
 
 def test_every_layer_and_rank_matters(supernet, tiny_images):

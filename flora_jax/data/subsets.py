@@ -60,6 +60,11 @@ def subset(source: sources.Source, indices) -> Subset:
     return Subset(source, np.asarray(indices, np.int64))
 
 
+def shuffled(source: sources.Source, seed: int) -> Subset:
+    """All examples, in an order of which every beginning is a fair sample."""
+    return subset(source, np.random.default_rng(seed).permutation(len(source)))
+
+
 def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
     """Splits a source in two by hashed keys, class by class.
 

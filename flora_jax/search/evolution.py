@@ -1,6 +1,7 @@
 """Evolutionary search for the best subnet inside each window of cost (FLORA, evolutionary search).
 
 One search serves several budgets: every scored candidate counts for each window that holds it.
+Which candidates are scored on all images, `halving` decides.
 
 The random numbers of a generation depend on (seed, generation) alone and every scored generation
 is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
@@ -24,13 +25,11 @@ from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.window import WindowSampler
 from flora_jax.search import history
+from flora_jax.search.halving import ImageScores, Races, Window
 from flora_jax.search.history import Candidate
 from flora_jax.search.proposals import cross_blocks, mutate
 
 log = logging.getLogger(__name__)
-
-Window = tuple[float, float]
-Score = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 # Offspring are proposed in batches until enough are new and legal, or the rounds are used up.
 _BATCH = 256
@@ -74,7 +73,7 @@ class EvolutionSettings:
 
 def evolve(
     space: RankSpace,
-    score: Score,
+    scores: ImageScores,
     cost: Cost,
     windows: Sequence[Window],
     settings: EvolutionSettings,
@@ -87,13 +86,13 @@ def evolve(
 ) -> list[Candidate]:
     """Searches for the best subnet of each window; continues the history where there is one.
 
-    No candidate is scored twice, and those of a generation are scored in one call. The search ends
-    early when no unseen legal genes are found for any window.
+    No candidate is scored twice, but for the parents of a search that goes on, whose scores image
+    by image no history keeps. The search ends early when no unseen legal genes are found for any
+    window.
 
     Args:
       space: the kept triples to search.
-      score: genes int32 [P, L] -> (score float [P], what is shown of them float [P]) of inherited
-        subnets on held-out images; the two may be the same.
+      scores: of inherited subnets on held-out images, and when candidates are compared.
       cost: of a candidate, such as `space.macs_cost`.
       windows: least and most cost of a legal candidate for each budget, in ascending order; they
         may touch, but not overlap.
@@ -104,35 +103,38 @@ def evolve(
         not for generations read from the history.
       first: genes int32 [F, L] that the first generation takes before random ones, in this order,
         as far as they are kept, lie in a window and fit its population.
-      shown: the metric that `score` gives beside the score.
+      shown: the metric that `scores` gives beside the score.
 
     Returns:
-      For each window the candidate of the highest score inside it; among equals the cheaper one,
-      then the earlier one.
+      For each window the candidate of the highest score inside it, of those that have seen all
+      images; among equals the cheaper one, then the earlier one.
 
     Raises:
       ValueError: there is no window, windows do not ascend or overlap, one of them holds no kept
-        genes, `first` are no genes of the space, the history belongs to another search, or `score`
+        genes, `first` are no genes of the space, the history belongs to another search, or `scores`
         returns another shape or a value that is not finite.
     """
     if not windows or any(hi > lo for (_, hi), (lo, _) in itertools.pairwise(windows)):
         raise ValueError(f"windows must ascend and not overlap, got {list(windows)}")
     path = epath.Path(history_path)
     sampler = WindowSampler(space.kept, cost)
-    kept, generations = history.resume(path, _identity(space, cost, windows, settings, seed, first))
+    identity = _identity(space, scores, cost, windows, settings, seed, first)
+    kept, generations = history.resume(path, identity)
     first = _kept(space, first)
     for window in windows:
         sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
     wait_for_all("history is read")  # the first process may cut it
     candidates = [candidate for members in generations for candidate in members]
+    races = Races(scores, windows, settings.parents)
     with JsonLines(path, kept) if is_first() else contextlib.nullcontext() as lines:
         for generation in range(len(generations), settings.generations):
             rng = np.random.default_rng([seed, generation])
-            genes = _propose(space, sampler, windows, settings, rng, candidates, first)
+            parents = [_best(candidates, window, settings.parents) for window in windows]
+            genes = _propose(space, sampler, windows, settings, rng, candidates, parents, first)
             if len(genes) == 0:
                 log.info("generation %d: no unseen subnet is left in any window", generation)
                 break
-            members = _scored(score, cost, genes, generation, shown)
+            members = _scored(races, cost, genes, generation, shown, parents)
             candidates += members
             if lines is not None:
                 lines.append([history.to_record(generation, members)], durable=True)
@@ -149,12 +151,13 @@ def _propose(
     settings: EvolutionSettings,
     rng: np.random.Generator,
     candidates: list[Candidate],
+    parents: list[list[Candidate]],
     first: np.ndarray,
 ) -> np.ndarray:
     """Unseen legal genes int32 [P, L], a population for each window or what is left of it."""
     seen = {candidate.genes for candidate in candidates}
-    parents = [_genes(space, _best(candidates, window, settings.parents)) for window in windows]
-    fathers = np.concatenate(parents)  # of all windows: a child may well lie between two
+    mothers_of = [_genes(space, own) for own in parents]
+    fathers = np.concatenate(mothers_of)  # of all windows: a child may well lie between two
 
     def draw(parents: np.ndarray) -> np.ndarray:
         return parents[rng.integers(len(parents), size=_BATCH)]
@@ -175,7 +178,7 @@ def _propose(
         ]
 
     proposed: list[tuple[int, ...]] = []
-    for window, mothers in zip(windows, parents, strict=True):
+    for window, mothers in zip(windows, mothers_of, strict=True):
         end = len(proposed) + settings.population
         for count, batches in ways(window, mothers):
             unseen = _unseen(batches, sampler.cost, window, seen)
@@ -196,21 +199,27 @@ def _unseen(
 
 
 def _scored(
-    score: Score, cost: Cost, genes: np.ndarray, generation: int, shown: str
+    races: Races,
+    cost: Cost,
+    genes: np.ndarray,
+    generation: int,
+    shown: str,
+    parents: list[list[Candidate]],
 ) -> list[Candidate]:
-    scores, others = (np.asarray(values, np.float64) for values in score(genes))
-    for values in (scores, others):
-        if values.shape != (len(genes),) or not np.isfinite(values).all():
-            raise ValueError(f"score must return {len(genes)} finite numbers, got {values}")
-    columns = (genes.tolist(), cost(genes).tolist(), scores.tolist(), others.tolist())
+    """The candidates of a generation, which compete with the parents of their window."""
+    costs = cost(genes)
+    raced = races.run(genes, costs, [[parent.genes for parent in own] for own in parents])
+    shares = (raced.num_seen / races.scores.num_images).tolist()
+    columns = (genes.tolist(), costs.tolist(), raced.score.tolist(), raced.shown.tolist(), shares)
     return [
-        Candidate(generation, tuple(row), price, value, {shown: other})
-        for row, price, value, other in zip(*columns, strict=True)
+        Candidate(generation, tuple(row), price, score, {shown: other}, share)
+        for row, price, score, other, share in zip(*columns, strict=True)
     ]
 
 
 def _best(candidates: Iterable[Candidate], window: Window, count: int) -> list[Candidate]:
-    inside = (c for c in candidates if window[0] <= c.cost <= window[1])
+    """The best that have seen all images; a part of them may flatter."""
+    inside = (c for c in candidates if c.has_seen_all and window[0] <= c.cost <= window[1])
     return sorted(inside, key=lambda candidate: (-candidate.score, candidate.cost))[:count]
 
 
@@ -229,6 +238,7 @@ def _kept(space: RankSpace, first: np.ndarray | None) -> np.ndarray:
 
 def _identity(
     space: RankSpace,
+    scores: ImageScores,
     cost: Cost,
     windows: Sequence[Window],
     settings: EvolutionSettings,
@@ -245,6 +255,8 @@ def _identity(
         "space": _digest(repr(space.spec) + json.dumps(space.to_json())),
         "costs": _digest(json.dumps([cost.fixed, *(layer.tolist() for layer in cost.layers)])),
     }
+    if scores.drops:
+        identity["halving"] = {"looks": list(scores.looks), "deviations": scores.deviations}
     if first is not None:
         identity["first"] = _digest(json.dumps(np.asarray(first).tolist()))
     return identity

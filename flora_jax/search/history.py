@@ -14,6 +14,7 @@ from flora_jax.io.json_lines import read_lines
 log = logging.getLogger(__name__)
 
 _COLUMNS = ("genes", "cost", "score")  # beside those of the metrics
+_SHARE = "share"  # a column of the generations in which a candidate has not seen all images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Candidate:
       cost: in the unit of the search, which the first line of its history names.
       score: what the search maximises.
       metrics: what is shown of it, on the same images, by name, such as "top1" in 0..1.
+      share: of the images, that it was scored on; below 1 it was behind and did not see the others.
     """
 
     generation: int
@@ -32,6 +34,12 @@ class Candidate:
     cost: int
     score: float
     metrics: Mapping[str, float]
+    share: float = 1.0
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether its score can stand beside that of another."""
+        return self.share == 1
 
     @property
     def top1(self) -> float:
@@ -62,7 +70,10 @@ def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candi
     differing = list(differences(_search_of(path, lines), search))
     if differing:
         told = ", ".join(f"{name} {there} instead of {here}" for name, there, here in differing)
-        raise InputError(f"history {path} belongs to another search ({told}); use another path")
+        advice = "use another path"
+        if [name for name, there, _ in differing if there is None] == ["halving"]:
+            advice = "it goes on with halving set to False, or use another path"
+        raise InputError(f"history {path} belongs to another search ({told}); {advice}")
     generations = _generations(lines)
     complete = lines[: 1 + len(generations)]
     if sum(map(len, complete)) < num_bytes(path):
@@ -73,6 +84,8 @@ def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candi
 def to_record(generation: int, members: list[Candidate]) -> dict:
     """The line of a generation."""
     columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
+    if not all(candidate.has_seen_all for candidate in members):
+        columns[_SHARE] = [candidate.share for candidate in members]
     metrics = {name: [c.metrics[name] for c in members] for name in members[0].metrics}
     return {"generation": generation, **columns, **metrics}
 
@@ -102,13 +115,14 @@ def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
     try:
         record = json.loads(line)
         is_next = record.pop("generation") == generation
-        columns = zip(*(record.pop(name) for name in _COLUMNS), strict=True)
+        columns = [record.pop(name) for name in _COLUMNS]
+        shares = record.pop(_SHARE, [1.0] * len(columns[0]))
         metrics = [
             dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True)
         ]
         members = [
-            Candidate(generation, tuple(genes), cost, score, own)
-            for (genes, cost, score), own in zip(columns, metrics, strict=True)
+            Candidate(generation, tuple(genes), cost, score, own, share)
+            for genes, cost, score, own, share in zip(*columns, metrics, shares, strict=True)
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

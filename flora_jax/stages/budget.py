@@ -84,13 +84,22 @@ def load_latency_table(run: Run) -> LatencyTable:
     return LatencyTable.from_json(read_json(run.folder / LATENCY_FILE))
 
 
+SEARCHED, ALLOCATED = "searched", "allocated"
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The subnet of one budget. Attributes: genes, L of them; macs; ranks, L of them."""
+    """The subnet of one budget.
+
+    Attributes:
+      genes, ranks: L of them.
+      chosen: of the search's file, whether the subnet is the search's or the allocation's.
+    """
 
     genes: list[int]
     macs: int
     ranks: list[int]
+    chosen: str = SEARCHED
 
 
 ALLOCATION_FILE, WINNERS_FILE = "allocate/genes.json", "search/best.json"
@@ -99,9 +108,9 @@ ALLOCATION_FILE, WINNERS_FILE = "allocate/genes.json", "search/best.json"
 def load_found(run: Run, file: str) -> list[Found]:
     """What `allocate` or `search` found for each budget."""
     found = read_json(run.folder / file)
-    names = [field.name for field in dataclasses.fields(Found)]
+    names = {field.name for field in dataclasses.fields(Found)}
     entries = found if isinstance(found, list) else [found]
-    return [Found(**{name: entry[name] for name in names}) for entry in entries]
+    return [Found(**{name: entry[name] for name in names & set(entry)}) for entry in entries]
 
 
 def load_ranks(run: Run, file: str) -> list[tuple[int, ...]]:

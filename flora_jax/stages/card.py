@@ -10,7 +10,14 @@ from flora_jax.models.spec import Spec
 from flora_jax.quality import quality_of
 from flora_jax.report.card import Card, card_text
 from flora_jax.report.table import named_entries
-from flora_jax.stages.budget import Finished
+from flora_jax.stages.budget import (
+    ALLOCATED,
+    WINNERS_FILE,
+    Budget,
+    Finished,
+    load_budgets,
+    load_found,
+)
 from flora_jax.stages.companions import EVALUATION_FILE
 from flora_jax.stages.run import Run
 from flora_jax.training.settings import Recipe
@@ -116,12 +123,22 @@ def _steps(run: Run, found: Finished) -> Iterator[str]:
             f"Ranks were searched by evolution, {search.generations} generations of "
             f"{search.population}, scored by {settings.metric} on held-out images."
         )
+        if _chosen(run, found.budget) == ALLOCATED:
+            yield (
+                "None of them was surely better than ranks allocated by measured sensitivity on "
+                f"{settings.allocation.images} images, which the subnet has."
+            )
     else:
         yield (
             f"Ranks were allocated by measured sensitivity on {settings.allocation.images} images."
         )
     if "finetune" in stages:
         yield f"The subnet was fine-tuned: {_recipe(settings.finetune)}."
+
+
+def _chosen(run: Run, budget: Budget) -> str:
+    """Whose ranks the subnet of a budget has."""
+    return load_found(run, WINNERS_FILE)[load_budgets(run).index(budget)].chosen
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -77,7 +77,9 @@ def is_budget_known(run: Run) -> bool:
 
 
 def _candidates(path: epath.Path) -> list[Candidate]:
-    return read_history(path) if read_lines(path) else []
+    """Those whose scores can be drawn beside each other."""
+    found = read_history(path) if read_lines(path) else []
+    return [candidate for candidate in found if candidate.has_seen_all]
 
 
 def _metrics(directory: epath.Path) -> dict[str, list[dict]]:

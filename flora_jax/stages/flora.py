@@ -1,37 +1,24 @@
-"""The stages of FLORA in order: filter, supernet, allocate, search, extract, finetune."""
-
-import logging
+"""The stages of FLORA but for the search: filter, supernet, allocate, extract, finetune."""
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flora_jax.cluster.processes import StopRequest, wait_for_all
-from flora_jax.evaluation import evaluate
+from flora_jax.cluster.processes import wait_for_all
 from flora_jax.io.files import read_json, write_json_once
-from flora_jax.io.json_lines import read_lines
-from flora_jax.lowrank.space import RankSpace
 from flora_jax.lowrank.supernet import Supernet, extract_ranks
 from flora_jax.models.network import Network
-from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
 from flora_jax.search.allocation import allocate_by, full_rank_drops, multiplier_path
 from flora_jax.search.block_scores import local_supernet, score_block
-from flora_jax.search.evolution import evolve
 from flora_jax.search.filter import filter_space
-from flora_jax.search.history import Candidate
-from flora_jax.search.latency import LatencyTable, measure_networks
 from flora_jax.search.laws import Draw, nested_law, sandwich_law, space_law
-from flora_jax.search.proposals import neighbours
 from flora_jax.search.sensitivity import Sensitivity
 from flora_jax.stages.budget import (
     ALLOCATION_FILE,
-    WINNERS_FILE,
     budget_cost,
     extracted_kinds,
     load_budgets,
-    load_found,
-    load_latency_table,
     load_ranks,
     load_uniform_ranks,
     macs_budgets,
@@ -48,12 +35,8 @@ from flora_jax.stages.run import (
     load_space,
 )
 from flora_jax.stages.training import train_stage, train_supernet
-from flora_jax.timing import median_ratio
 from flora_jax.training.settings import Recipe
-from flora_jax.training.watch import watching
 from flora_jax.weights import folder
-
-log = logging.getLogger(__name__)
 
 
 def filter_candidates(run: Run, images: Images) -> None:
@@ -154,105 +137,6 @@ def _load_drops(sensitivity: Sensitivity, file: epath.Path) -> list[np.ndarray]:
     return [np.array(drops) for drops in read_json(file)]
 
 
-def search(run: Run, images: Images) -> None:
-    """Evolves subnets inside the window of each budget, scored on held-out images."""
-    supernet, settings = load_shared(run), run.settings.search
-    supernet = Supernet(supernet.network, load_space(run))
-    space = supernet.space
-    cost = budget_cost(run, space)
-    budgets = load_budgets(run)
-    history = run.folder / "search/history.jsonl"
-    total, start = settings.generations, max(0, len(read_lines(history)) - 1)  # behind the header
-
-    heldout_set = heldout(run, images)
-    metric, shown = heldout_set.quality.metric(run.settings.metric), heldout_set.quality.shown.name
-
-    def score(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        metrics = evaluate(supernet, heldout_set, genes)
-        return metric.score(metrics[metric.name]), metrics[shown]
-
-    if start:
-        log.info("search: goes on at generation %d of %d", start, total)
-    with (
-        StopRequest() as stop_request,
-        watching(run.settings.watch, run.folder, "search")(start) as write,
-        Progress("search", total=total, start=start, unit="generation") as progress,
-    ):
-
-        def on_generation(generation: int, members: list[Candidate]) -> None:
-            best = max(member.metrics[shown] for member in members)
-            progress.update(1, **{f"best_{shown}": best})
-            write([{"step": generation, f"best_{shown}": best}])
-            if stop_request.is_set():
-                raise stop_request.stopped(
-                    f"search is saved at generation {generation + 1} of {total}"
-                )
-
-        winners = evolve(
-            space,
-            score,
-            cost,
-            [budget.window for budget in budgets],
-            settings.evolution,
-            run.settings.seed_of("search"),
-            history,
-            on_generation,
-            first=_first_genes(run, space),
-            shown=shown,
-        )
-    found = [
-        {
-            "generation": best.generation,
-            "genes": best.genes,
-            "macs": int(space.macs(best.genes)),
-            "score": best.score,
-            **best.metrics,
-            "ranks": space.ranks(best.genes).tolist(),
-        }
-        for best in winners
-    ]
-    if run.settings.spends_latency:
-        table = load_latency_table(run)
-        for entry, best in zip(found, winners, strict=True):
-            subnet = space.extracted_spec(best.genes)
-            entry["latency"] = _check_prediction(table, run.spec, subnet, best.cost)
-    write_json_once(run.folder / WINNERS_FILE, found if len(found) > 1 else found[0])
-
-
-def _first_genes(run: Run, space: RankSpace) -> np.ndarray | None:
-    """The allocation of each budget and its neighbours, half of the first population."""
-    if "allocate" not in run.settings.stages:
-        return None
-    rng = np.random.default_rng(run.settings.seed_of("search/first"))
-    count, first = run.settings.search.population // 2, []
-    for found in load_found(run, ALLOCATION_FILE):
-        genes = np.array(found.genes)
-        first += [genes[None], neighbours(space, genes, count - 1, rng)]
-    return np.concatenate(first)
-
-
-def _check_prediction(
-    table: LatencyTable, dense: Spec, subnet: Spec, predicted_ns: int
-) -> dict[str, float]:
-    """Times the subnet as a whole beside the dense model, and compares with the table."""
-    specs = {"dense": dense, "subnet": subnet}
-    ms = measure_networks(specs, table.batch_size, table.dtype)
-    predicted = predicted_ns / 1e6 / table.dense_ms
-    measured = median_ratio(ms["subnet"], ms["dense"])
-    found = {
-        "dense_ms": float(np.median(ms["dense"])),
-        "subnet_ms": float(np.median(ms["subnet"])),
-        "predicted_share": predicted,
-        "measured_share": measured,
-        "error": predicted / measured - 1,
-    }
-    log.info(
-        "latency of the subnet: predicted %.3f of the dense model's, measured %.3f (%+.1f %%)",
-        *(predicted, measured, 100 * found["error"]),
-    )
-    return found
-
-
 def extract_subnets(run: Run, images: Images) -> None:
     """Cuts out the subnet and the baselines of each budget."""
     supernet, kinds = load_shared(run), extracted_kinds(run.settings)
@@ -272,7 +156,8 @@ def extract_subnets(run: Run, images: Images) -> None:
 def finetune(run: Run, images: Images) -> None:
     """Fine-tunes the subnet of each budget and its baselines, in the same way.
 
-    A uniform baseline of its own is first trained alone by the supernet's recipe.
+    A uniform baseline of its own is first trained alone by the supernet's recipe. Allocated ranks
+    that the subnet has, too, are not trained a second time.
     """
     settings, teacher = run.settings, load_base(run)
 
@@ -290,7 +175,10 @@ def finetune(run: Run, images: Images) -> None:
             name = budget.folder(kind)
             if (run.folder / name / folder.SPEC_FILE).exists():
                 continue
-            model = folder.load_model(run.folder / "extract" / name)
+            model, twin = folder.load_model(run.folder / "extract" / name), budget.folder("subnet")
+            if kind == "allocated" and model.spec == folder.load_spec(run.folder / twin):
+                folder.save_once(folder.load_model(run.folder / twin), run.folder / name)
+                continue
             if kind == "uniform" and settings.uniform_baseline == "alone":
                 model = train(model, settings.supernet, f"finetune/{name}_alone")
             model = train(model, settings.finetune, f"finetune/{name}")

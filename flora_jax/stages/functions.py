@@ -10,7 +10,6 @@ from flora_jax.stages.flora import (
     extract_subnets,
     filter_candidates,
     finetune,
-    search,
     train_whole_supernet,
 )
 from flora_jax.stages.images import Images
@@ -18,6 +17,7 @@ from flora_jax.stages.names import STAGES
 from flora_jax.stages.outcome import evaluate
 from flora_jax.stages.report import report
 from flora_jax.stages.run import Run
+from flora_jax.stages.search import search
 from flora_jax.stages.slim import slim_down
 
 _FUNCTIONS = (

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 
 import jax
@@ -13,9 +14,10 @@ from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, load_splits
-from flora_jax.data.subsets import hold_out, subset
+from flora_jax.data.subsets import hold_out, shuffled, subset
 from flora_jax.evaluation import EvaluationSet
 from flora_jax.lowrank.calibration import BATCH_SIZE
+from flora_jax.search.halving import SHARES
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 
@@ -78,13 +80,32 @@ class Images:
 
     @functools.cached_property
     def heldout_set(self) -> EvaluationSet:
-        """The held-out images, which stay on the devices while the run goes on."""
-        return self.evaluation_set(self.splits.heldout)
+        """The held-out images, which stay on the devices while the run goes on.
 
-    def evaluation_set(self, source: Source) -> EvaluationSet:
-        """Every image of a source that can be decoded, on the devices."""
+        They are shuffled, once and for all: sources are often sorted by class.
+        """
+        return self._heldout_in(self._settings.data.eval_batch_size)
+
+    @functools.cached_property
+    def heldout_parts(self) -> EvaluationSet:
+        """The same in at least as many batches as a search looks at parts of them."""
+        size = math.ceil(len(self.splits.heldout) * SHARES[0])
+        if size >= self._settings.data.eval_batch_size:
+            return self.heldout_set
+        return self._heldout_in(size)
+
+    def _heldout_in(self, batch_size: int) -> EvaluationSet:
+        seed = self._settings.seed_of("heldout/order")
+        return self.evaluation_set(shuffled(self.splits.heldout, seed), batch_size)
+
+    def evaluation_set(self, source: Source, batch_size: int | None = None) -> EvaluationSet:
+        """Every image of a source that can be decoded, on the devices.
+
+        Args:
+          batch_size: at most; by default that of the settings.
+        """
         data = self._settings.data
-        size = min(data.eval_batch_size, len(source))
+        size = min(batch_size or data.eval_batch_size, len(source))
         size = -(-size // jax.device_count()) * jax.device_count()
         found = EvaluationSet(eval_batches(source, self._crop, size), data.normalization)
         if skipped := len(source) - found.num_images:

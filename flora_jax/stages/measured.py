@@ -31,6 +31,11 @@ def heldout(run: Run, images: Images) -> EvaluationSet:
     return measured(run, images, images.heldout_set)
 
 
+def heldout_parts(run: Run, images: Images) -> EvaluationSet:
+    """The held-out images in batches that are fair samples of them, as `measured`."""
+    return measured(run, images, images.heldout_parts)
+
+
 def evaluators(run: Run, images: Images, space: RankSpace | None = None) -> list[Evaluator]:
     """What looks at a model while it trains, at a supernet of this space or a plain one.
 

@@ -209,10 +209,13 @@ class SearchSettings(EvolutionSettings):
     Attributes:
       budget: "macs", or "latency" on this device.
       latency_batch: images that the device runs at once.
+      halving: whether a candidate that is behind on a part of the held-out images is not scored on
+        the others.
     """
 
     budget: str = "macs"
     latency_batch: int = 16
+    halving: bool = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,6 +7,7 @@ from flora_jax.lowrank.cost import Cost
 from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.search.evolution import EvolutionSettings, evolve
+from flora_jax.search.halving import ImageScores
 
 SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 REGULAR = RankSpace.regular(SPEC)
@@ -44,9 +45,14 @@ def metrics(genes):
 
 
 def search(path, score=metrics, **change):
-    """Evolves a small population; `change` are other arguments than usual."""
+    """Evolves a small population, scored on one image; `change` are other arguments than usual."""
+
+    def of_one_image(genes, start, stop):
+        return tuple(values[:, None] for values in score(genes))
+
     usual = {"space": SPACE, "cost": SPACE.macs_cost, "windows": [WINDOW], "settings": SMALL}
-    return evolve(score=score, history_path=path, **(usual | {"seed": 7} | change))
+    usual |= {"seed": 7, "scores": ImageScores(of_one_image, 1, (1,))}
+    return evolve(history_path=path, **(usual | change))
 
 
 def best_inside(candidates, window):

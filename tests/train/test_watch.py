@@ -1,7 +1,6 @@
 """A run that is watched: every point once, whatever interrupted it."""
 
 import dataclasses
-import json
 import shutil
 import struct
 import sys
@@ -12,10 +11,11 @@ from etils import epath
 
 from flora_jax.configs import deit_t
 from flora_jax.errors import MissingPackageError, RunError
+from flora_jax.search.history import read_history
 from flora_jax.stages.changes import put_aside
-from flora_jax.stages.flora import search
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
+from flora_jax.stages.search import search
 from flora_jax.stages.settings import Settings
 from flora_jax.stages.validation import check
 from flora_jax.training.watch import opened, watching
@@ -178,6 +178,9 @@ def test_generations_of_a_search(finished_run, tmp_path):
     whole = Run.open(folder)
     settings = dataclasses.replace(whole.settings, watch=("tensorboard",))
     search(Run(settings, folder), Images(settings))
-    best = [max(json.loads(line)["top1"]) for line in history[2:]]
-    expected = [(i, pytest.approx(value)) for i, value in enumerate(best, start=1)]
+    best: dict[int, float] = {}
+    for candidate in read_history(folder / "search/history.jsonl"):
+        if candidate.generation and candidate.has_seen_all:
+            best[candidate.generation] = max(candidate.top1, best.get(candidate.generation, 0))
+    expected = [(generation, pytest.approx(value)) for generation, value in best.items()]
     assert shown_points(tmp_path / "run/search") == {"search/best_top1": expected}
