@@ -18,6 +18,7 @@ import numpy as np
 from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
+from flora_jax.cluster.memory import use_large_pages
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import EvaluationSet, evaluate
 from flora_jax.search.block_scores import score_block
@@ -98,4 +99,5 @@ def compare_with_whole_networks(supernet, evaluation_set, count: int) -> dict[st
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the command line does
     main()
