@@ -125,11 +125,14 @@ def modules(program: str) -> dict[str, str]:
             frame = None if parent == frame else parent
         return "no module"
 
+    computations = re.findall(r"^%(\S+) .*\{\n((?:  .*\n)+)", program, re.MULTILINE)
+    with_product = {name for name, body in computations if " dot(" in body}
     found = {}
     for name, operation in re.findall(r"^ *(?:ROOT )?%(\S+) = (.*)$", program, re.MULTILINE):
         frame = re.search(r"stack_frame_id=(\d+)", operation)
-        is_product = " dot(" in operation or "dot_general" in operation
-        found[name] = module_of(frame and frame[1]) + ", products" * is_product
+        called = re.search(r"calls=%([^\s,)]+)", operation)
+        is_product = " dot(" in operation or (called and called[1] in with_product)
+        found[name] = module_of(frame and frame[1]) + ", products" * bool(is_product)
     return found
 
 
