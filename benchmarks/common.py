@@ -14,6 +14,7 @@ MODELS = {
     "deit_t": flora.deit("tiny"),
     "deit_s": flora.deit("small"),
     "deit_b": flora.deit("base"),
+    "tiny_vit_21m": flora.tiny_vit("21m"),
     "two_blocks": flora.deit("tiny", depth=2),  # to try a program in seconds
 }
 PAUSE = 0.3  # seconds between pieces of work that are timed

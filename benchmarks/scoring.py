@@ -21,6 +21,7 @@ import numpy as np
 from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
+from flora_jax.cluster.memory import use_large_pages
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import EvaluationSet, evaluate, evaluate_images
 from flora_jax.models import functional
@@ -168,4 +169,5 @@ def compare_with_one_by_one(supernet, images, count: int, rounds: int) -> dict[s
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the command line does
     main()

@@ -10,8 +10,8 @@ is one step after another, and a process that has waited has lost its caches and
 `spread` is the mean over the median. The last line fits the sliced step's time against the
 multiply-adds of subnets from the smallest to the largest.
 
-On Linux, MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 in the
-environment lets both sides keep the memory they free (docs/performance.md).
+All have large pages where the system gives them when asked, as the command line has
+(docs/performance.md).
 """
 
 import argparse
@@ -29,6 +29,7 @@ import numpy as np
 from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
 
 import flora_jax as flora
+from flora_jax.cluster.memory import use_large_pages
 from flora_jax.cluster.mesh import make_mesh, shard_batch, shard_parameters
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
@@ -142,6 +143,20 @@ def from_small_to_large(space: flora.RankSpace, count: int) -> np.ndarray:
 
 def compiled_step(network, genes: np.ndarray | None, arguments: argparse.Namespace):
     """step(genes) -> loss, waiting for it; and the seconds of compiling."""
+    started = time.perf_counter()
+    step, state, batch = compile_step(network, genes, arguments)
+    seconds = time.perf_counter() - started
+
+    def run(genes) -> float:
+        nonlocal state
+        state, metrics = step(state, batch, genes, None)
+        return float(metrics[0])
+
+    return run, seconds
+
+
+def compile_step(network, genes: np.ndarray | None, arguments: argparse.Namespace):
+    """A compiled step, and the state and the batch that it starts from."""
     images, labels = some_images(network.spec, arguments.batch)
     settings = TrainSettings(
         steps=10_000,
@@ -154,16 +169,7 @@ def compiled_step(network, genes: np.ndarray | None, arguments: argparse.Namespa
     state = shard_parameters(initial_state(structure, parameters, settings), mesh)
     batch = shard_batch({"image": images, "label": labels}, mesh)
     step = make_step(structure, settings, Normalization(), mesh)
-    started = time.perf_counter()
-    step = step.lower(state, batch, genes, None).compile()
-    seconds = time.perf_counter() - started
-
-    def run(genes) -> float:
-        nonlocal state
-        state, metrics = step(state, batch, genes, None)
-        return float(metrics[0])
-
-    return run, seconds
+    return step.lower(state, batch, genes, None).compile(), state, batch
 
 
 def print_table(times: dict[str, np.ndarray], ratios: dict[str, float]) -> None:
@@ -187,4 +193,5 @@ def print_fit(milliseconds: np.ndarray, macs: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the command line does
     main()

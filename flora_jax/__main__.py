@@ -3,7 +3,7 @@
 import sys
 
 from flora_jax import help
-from flora_jax.cluster import interrupts
+from flora_jax.cluster import interrupts, memory
 
 
 def run() -> None:
@@ -11,6 +11,7 @@ def run() -> None:
     if help.is_asked_for(sys.argv[1:]):
         print(help.text())
         return
+    memory.use_large_pages()
     interrupts.answer_at_once()
     from flora_jax import main  # takes seconds: JAX
 

@@ -11,9 +11,10 @@ import re
 import sys
 import traceback
 
-from flora_jax.cluster import interrupts
+from flora_jax.cluster import interrupts, memory
 
 if __name__ == "__main__":
+    memory.use_large_pages()
     interrupts.answer_at_once()  # also while JAX is imported, which takes seconds
 
 import absl.logging

@@ -5,11 +5,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+    """The exact GELU, x times the normal distribution's share below x; computed in float32.
+
+    `jax.nn.gelu` takes 6 times as long on XLA:CPU, for it is written with erfc, and keeps more for
+    the backward pass.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _share_below(wide)).astype(x.dtype)
+
+
+def _share_below(x: jax.Array) -> jax.Array:
+    return (1 + jax.lax.erf(x * np.float32(0.5**0.5))) / 2
+
+
+def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-wide * wide / 2) * np.float32((2 * np.pi) ** -0.5)
+    return ((grad.astype(jnp.float32) * (_share_below(wide) + wide * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

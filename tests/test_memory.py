@@ -1,0 +1,91 @@
+"""Large pages: a program starts anew with them once, as it was started, and only where it can."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from flora_jax.cluster import memory
+from tests.helpers.commands import ROOT
+
+PROGRAM = """
+import json, os, sys
+from flora_jax.cluster import memory
+{before}
+if __name__ == "__main__":
+    memory.use_large_pages()
+    print(json.dumps([os.getpid(), sys.argv, os.environ.get("GLIBC_TUNABLES")]))
+"""
+CAN = "memory._can_be_asked_for = lambda: True"
+
+
+@pytest.fixture(params=["file", "module"])
+def start(request, tmp_path):
+    """start(what the program does first, tunables) -> its pid and what it printed."""
+
+    def start(before: str, tunables: str | None):
+        (tmp_path / "a program.py").write_text(PROGRAM.format(before=before))
+        (tmp_path / "program.py").write_text(PROGRAM.format(before=before))
+        how = {"file": ["a program.py"], "module": ["-m", "program"]}[request.param]
+        others = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+        with subprocess.Popen(
+            [sys.executable, "-X", "utf8", *how, "--flag", "a b", ""],
+            cwd=tmp_path,
+            env=others
+            | {"PYTHONPATH": str(ROOT)}
+            | ({"GLIBC_TUNABLES": tunables} if tunables else {}),
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        return process.pid, *json.loads(printed)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "before, tunables, expected",
+    [
+        (CAN, None, "glibc.malloc.hugetlb=1"),
+        (CAN, "glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        (CAN, "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        (f"{CAN}; sys.executable = '/nowhere/python'", None, "glibc.malloc.hugetlb=1"),
+        ("memory._can_be_asked_for = lambda: False", None, None),
+    ],
+)
+def test_a_program_starts_anew(start, before, tunables, expected):
+    started, pid, arguments, found = start(before, tunables)
+    assert (pid, arguments[1:], found) == (started, ["--flag", "a b", ""], expected)
+
+
+@pytest.mark.parametrize(
+    "library, mode, can",
+    [
+        ("glibc 2.36", "always [madvise] never", True),
+        ("glibc 2.35.1", "always [madvise] never", True),
+        ("glibc 2.34", "always [madvise] never", False),
+        ("glibc 2.36", "[always] madvise never", False),  # they come unasked
+        ("glibc 2.36", "always madvise [never]", False),
+        ("glibc 2.36", None, False),  # another kernel
+        ("another 2.36", "always [madvise] never", False),
+        (None, "always [madvise] never", False),
+        (ValueError, "always [madvise] never", False),
+        (AttributeError, "always [madvise] never", False),  # not a POSIX system
+    ],
+)
+def test_where_they_can_be_asked_for(monkeypatch, tmp_path, library, mode, can):
+    def confstr(name: str) -> str | None:
+        if isinstance(library, type):
+            raise library(name)
+        return library
+
+    enabled = tmp_path / "enabled"
+    if mode:
+        enabled.write_text(mode + "\n")
+    monkeypatch.setattr(os, "confstr", confstr)
+    monkeypatch.setattr(memory, "_MODE", pathlib.Path(enabled))
+    assert memory._can_be_asked_for() is can
