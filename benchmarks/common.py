@@ -1,5 +1,6 @@
 """What the benchmarks share: models, the machine, the JSON file."""
 
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -10,14 +11,21 @@ import numpy as np
 import flora_jax as flora
 from flora_jax.timing import WARM_UP, describe_device
 
-MODELS = {
+DEITS = {
     "deit_t": flora.deit("tiny"),
     "deit_s": flora.deit("small"),
     "deit_b": flora.deit("base"),
-    "tiny_vit_21m": flora.tiny_vit("21m"),
     "two_blocks": flora.deit("tiny", depth=2),  # to try a program in seconds
 }
+MODELS = DEITS | {"tiny_vit_21m": flora.tiny_vit("21m")}
 PAUSE = 0.3  # seconds between pieces of work that are timed
+
+
+def why_no_peer(spec: flora.Spec) -> str:
+    """Why `torch_peer` cannot compute the same; "" where it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    return "" if isinstance(spec, flora.ViTSpec) else f"there is no {spec.title} in torch_peer.py"
 
 
 def describe_machine(*facts: str) -> str:

@@ -18,7 +18,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
+from common import (
+    MODELS,
+    PAUSE,
+    describe_machine,
+    one_after_another,
+    some_images,
+    why_no_peer,
+    write_json,
+)
 
 import flora_jax as flora
 from flora_jax.cluster.memory import use_large_pages
@@ -62,12 +70,12 @@ def compare_with_torch(spec, space, supernet, images, evaluation_set, rounds) ->
     genes = space.sample(np.random.default_rng(1), rounds, "uniform")
     score = functools.partial(evaluate, supernet, evaluation_set)
     work = {"ours": one_after_another(score, genes)}
-    try:
+    if why := why_no_peer(spec):
+        print(f"{why}: no peer")
+    else:
         import torch
         import torch_peer
-    except ImportError:
-        print("torch is not installed: no peer")
-    else:
+
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         normalized = np.asarray(Normalization()(jnp.asarray(images)))
         forward = torch_peer.make_forward(torch_peer.build(spec), normalized)

@@ -17,7 +17,6 @@ All have large pages where the system gives them when asked, as the command line
 import argparse
 import contextlib
 import functools
-import importlib.util
 import multiprocessing
 import os
 import pathlib
@@ -26,7 +25,15 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import MODELS, PAUSE, describe_machine, one_after_another, some_images, write_json
+from common import (
+    MODELS,
+    PAUSE,
+    describe_machine,
+    one_after_another,
+    some_images,
+    why_no_peer,
+    write_json,
+)
 
 import flora_jax as flora
 from flora_jax.cluster.memory import use_large_pages
@@ -59,8 +66,8 @@ def main() -> None:
     print(machine)
 
     names = [name for name in WORK if name not in arguments.without]
-    if "torch" in names and importlib.util.find_spec("torch") is None:
-        print("torch is not installed: no peer")
+    if "torch" in names and (why := why_no_peer(MODELS[arguments.model])):
+        print(f"{why}: no peer")
         names.remove("torch")
     steps = {name: in_own_process(name, arguments) for name in names}
     work = {name: one_after_another(step, genes, UNTIMED) for name, step in steps.items()}

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import MODELS, PAUSE, describe_machine, write_json
+from common import DEITS, PAUSE, describe_machine, write_json
 
 import flora_jax as flora
 from flora_jax.models import functional
@@ -34,7 +34,7 @@ from flora_jax.timing import median_ratio, time_in_turn
 
 SIXTHS = tuple(i / 6 for i in range(1, 7))
 EIGHTHS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
-RATIOS = dict.fromkeys(MODELS, SIXTHS) | {"deit_b": EIGHTHS}  # the published choices
+RATIOS = dict.fromkeys(DEITS, SIXTHS) | {"deit_b": EIGHTHS}  # the published choices
 _PUBLISHED_NAMES = {"deit_s": "deit_small", "deit_b": "deit_base"}
 _RATIO_NAMES = {"FLORA, published": "realised_saving"}
 PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.json"
@@ -43,7 +43,7 @@ PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.js
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", choices=MODELS)
+    what.add_argument("--model", choices=DEITS)
     what.add_argument("--folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
@@ -68,7 +68,7 @@ def main() -> None:
 
 def prediction_error(arguments: argparse.Namespace) -> float:
     """Of the published subnet, where there is one, and of random ones."""
-    dense, ratios = MODELS[arguments.model], RATIOS[arguments.model]
+    dense, ratios = DEITS[arguments.model], RATIOS[arguments.model]
     space = flora.RankSpace.regular(dense, ratios)
     started = time.perf_counter()
     table = measure(space, arguments.batch)
@@ -103,7 +103,7 @@ def _published(model: str) -> list[float]:
 
 
 def full_size(model: str) -> dict[str, Spec]:
-    dense = MODELS[model]
+    dense = DEITS[model]
     specs = {"dense": dense}
     if published := _published(model):
         pairs = zip(published, dense.layers, strict=True)
