@@ -20,6 +20,5 @@ def get_config():
             in_channels=1,
         )
     ).model
-    config.data.augmentation.translate_pixels = 2.8  # 0.7 of the pixels before
     config.budget.macs = (0.72, 0.75)
     return config

@@ -42,10 +42,11 @@ def assert_close(given, expected):
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4 * abs(expected).max())
 
 
-def test_a_folder_of_timm(tmp_path):
-    network = randomised("tiny_vit_21m_224", **CLASSES)
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "tiny_vit_21m_224"])
+def test_a_folder_of_timm(tmp_path, name):
+    network = randomised(name, **CLASSES)
     config = {
-        "architecture": "tiny_vit_21m_224",
+        "architecture": name,
         "pretrained_cfg": network.pretrained_cfg,
         **CLASSES,
     }
@@ -58,13 +59,16 @@ def test_a_folder_of_timm(tmp_path):
     assert flora.num_params(model.spec) == sum(p.numel() for p in network.parameters()) - scales
 
 
-def test_windows_interpolated_to_larger_images():
-    network = randomised("tiny_vit_21m_224", **SHALLOW)
-    larger = timm.create_model("tiny_vit_21m_384", **SHALLOW)
-    resized = timm.models.tiny_vit.checkpoint_filter_fn(network.state_dict(), larger)
-    larger.load_state_dict(resized)
-    model = flora.from_state_dict(arrays_of(network), flora.tiny_vit("21m", 384, **SHALLOW))
-    images = images_of(model.spec, 1)
+@pytest.mark.parametrize("size", ["5m", "21m"])
+def test_windows_interpolated_to_larger_images(size):
+    name, windows = f"tiny_vit_{size}_224", (12, 12, 24, 12)
+    network = randomised(name, **CLASSES)
+    larger = timm.create_model(name, window_sizes=windows, **CLASSES)
+    larger.load_state_dict(timm.models.tiny_vit.checkpoint_filter_fn(network.state_dict(), larger))
+    spec = flora.tiny_vit(size, 384, **CLASSES)
+    assert spec.window_sizes == windows
+    model = flora.from_state_dict(arrays_of(network), spec)
+    images = images_of(spec, 1)
     assert_close(logits(model, images), torch_logits(larger, images))
 
 
