@@ -1,4 +1,4 @@
-"""FLORA on a pretrained DINOv2 ViT-S/14, fine-tuned on clip art; two budgets.
+"""FLORA on a pretrained DINOv2 ViT-S/14 and clip art; two budgets.
 
     pip install '.[benchmarks]'
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14

@@ -58,7 +58,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.model.update({"image_size": 16, "num_classes": 10})
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
     config.data.augmentation = {"name": "digits"}
-    config.space.ratios = (1 / 4, 1 / 2, 1.0)  # fewer to compile and to score
+    config.space.ratios = (1 / 8, 1 / 4, 1 / 2, 1.0)  # fewer to compile and to score
     config.budget.macs = (0.4, 0.6)
     config.filter.train_fraction = 0.5
     config.metric = "log_likelihood"

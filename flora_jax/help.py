@@ -1,5 +1,7 @@
 """What --help says; written without importing JAX, which takes seconds."""
 
+import re
+
 from flora_jax import configs
 from flora_jax.stages.names import STAGES
 
@@ -33,13 +35,27 @@ def text() -> str:
     """A screen of help: the flags, the stages, the configs."""
     return _TEXT.format(
         stages=_table(STAGES),
-        configs=_table({name: configs.first_line(name) for name in configs.names()}),
+        configs=_table(_configs()),
     ).rstrip()
 
 
 def is_asked_for(arguments: list[str]) -> bool:
     """Whether the command line asks for help."""
     return any(argument in ("-h", "--help", "-help") for argument in arguments)
+
+
+def _configs() -> dict[str, str]:
+    """Names and first lines; those that differ in the size of the network stand together."""
+    alike: dict[str, list[str]] = {}
+    for name in configs.names():
+        without_size = re.sub(r"-\w+, ImageNet", ", ImageNet", configs.first_line(name))
+        alike.setdefault(without_size, []).append(name)
+    return {
+        ", ".join([first, *(f"_{name.rpartition('_')[2]}" for name in others)]): (
+            line if others else configs.first_line(first)
+        )
+        for line, (first, *others) in alike.items()
+    }
 
 
 def _table(lines: dict[str, str]) -> str:

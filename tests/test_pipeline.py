@@ -103,7 +103,7 @@ def test_subnet_is_the_best_of_the_search_or_the_allocation(finished_run):
 
 def test_filter_keeps_three_tenths_of_the_triples(finished_run):
     space = flora.load(finished_run / "supernet").space
-    assert [len(triples) for triples in space.kept] == [27 - int(0.7 * 27)] * 2
+    assert [len(triples) for triples in space.kept] == [64 - int(0.7 * 64)] * 2
 
 
 def test_running_again_changes_nothing_and_prints_the_table(finished_run):
