@@ -44,10 +44,10 @@ _RUN_LOCAL_MODELS = {
         "window_size": 4,
     },
     "tiny_vit": {
-        "embed_dims": (8, 16, 24),
-        "depths": (1, 1, 2),
+        "embed_dims": (4, 32, 48),
+        "depths": (1, 2, 2),
         "num_heads": (1, 2, 3),
-        "window_sizes": (4, 2, 2),
+        "window_sizes": (4, 2, 1),
     },
 }
 

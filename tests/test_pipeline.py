@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import flora_jax as flora
 from flora_jax import pipeline
-from flora_jax.configs import digits_swin
+from flora_jax.configs import digits_swin, digits_tiny_vit
 from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
 from flora_jax.search.history import read_history
@@ -192,11 +192,16 @@ def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, ca
         check_predictions(dataclasses.replace(run, folder=tmp_path / "False"))
 
 
-def test_swin_from_end_to_end(tmp_path):
-    config = digits_swin.get_config()
+# Depths that make fewer programs to compile.
+@pytest.mark.parametrize(
+    ("of_family", "depths", "most"), [(digits_swin, (2, 1), 0.6), (digits_tiny_vit, (1, 1, 1), 0.8)]
+)
+def test_another_family_from_end_to_end(of_family, depths, most, tmp_path):
+    config = of_family.get_config()
     for recipe in (config.pretrain, config.filter.train, config.supernet, config.finetune):
         recipe.update({"epochs": 0.5, "warmup_epochs": 0.0})
-    config.model.depths = (2, 1)  # fewer programs to compile
+    config.model.depths = depths
+    config.budget.macs = (most - 0.1, most)
     config.refuse_near_chance = False  # so short a training teaches little
     config.space.ratios = (0.25, 0.5, 1.0)
     config.search.update({"generations": 2, "population": 6, "parents": 3})
@@ -206,9 +211,9 @@ def test_swin_from_end_to_end(tmp_path):
     pipeline.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"dense", "subnet", "data"}  # no baseline
-    assert result["subnet"]["macs"] < 0.6 * result["dense"]["macs"]
+    assert result["subnet"]["macs"] < most * result["dense"]["macs"]
     subnet = flora.load(tmp_path / "subnet")
-    assert subnet.spec.family == "swin"
+    assert subnet.spec.family == config.model.family
     assert flora.macs(subnet.spec) == result["subnet"]["macs"]
     assert any(rank is not None for rank in subnet.spec.ranks)
 

@@ -7,12 +7,28 @@ from ml_collections import ConfigDict, config_flags
 
 import flora_jax as flora
 from flora_jax import main, pipeline
-from flora_jax.configs import deit_b, deit_s, deit_t, digits, swin_b, swin_s, swin_t
+from flora_jax.configs import (
+    deit_b,
+    deit_s,
+    deit_t,
+    digits,
+    swin_b,
+    swin_s,
+    swin_t,
+    tiny_vit_5m,
+    tiny_vit_11m,
+    tiny_vit_21m,
+)
 from flora_jax.stages import validation
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.settings import Settings
 from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
+
+PUBLISHED = (
+    *(deit_b, deit_s, deit_t, swin_b, swin_s, swin_t),
+    *(tiny_vit_5m, tiny_vit_11m, tiny_vit_21m),
+)
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -99,7 +115,7 @@ def test_unknown_field_on_the_command_line(tmp_path):
     assert done.stderr.strip() == """error: 'epoch' Did you mean "epochs" instead of "epoch"?"""
 
 
-@pytest.mark.parametrize("config_file", [deit_b, deit_s, deit_t, swin_b, swin_s, swin_t])
+@pytest.mark.parametrize("config_file", PUBLISHED)
 def test_published_configs_make_sense(config_file, tmp_path):
     config = config_file.get_config()
     settings = Settings.from_config(config)
