@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from flora_jax.lowrank.layer import RankedLinear
 from flora_jax.lowrank.products import masked_product, sliced_product
 from flora_jax.models import functional
-from flora_jax.models.spec import LinearShape
+from flora_jax.models.linear_shape import LinearShape
 
 IN, OUT, RANKS = 12, 20, (2, 5, 9, 12)
 FEW, MANY = 3, 200  # with many tokens the factors of the two largest ranks are merged first

@@ -14,7 +14,8 @@ import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
 from flora_jax.models.layers import make_linear
-from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.linear_shape import LinearShape
+from flora_jax.models.spec import BlockSpec
 from flora_jax.models.swin import ShiftedWindowAttention
 from flora_jax.models.windows import Windows
 from flora_jax.search.block_scores import score_block

@@ -9,7 +9,7 @@ from flora_jax.lowrank.products import masked_product, sliced_product
 from flora_jax.lowrank.tiled import tiled_product
 from flora_jax.models.functional import Slot
 from flora_jax.models.layers import add_bias, zero_bias
-from flora_jax.models.spec import LinearShape
+from flora_jax.models.linear_shape import LinearShape
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "masked": masked_product,

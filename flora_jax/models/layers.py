@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.errors import InputError
-from flora_jax.models.spec import LinearShape, Rank
+from flora_jax.models.linear_shape import LinearShape, Rank
 
 # DeiT's truncated normal of std 0.02 fits a width of 768 only: at width 64 it trains to 88 % on the
 # digits where this reaches 98 % (docs/decisions.md).

@@ -10,6 +10,7 @@ from flora_jax.models.spec import (
     Spec,
     check_multiple,
     nearest,
+    whole_block,
 )
 
 
@@ -125,18 +126,10 @@ class SwinSpec(Spec):
         )
 
     def _regular_blocks(self) -> tuple[BlockSpec, ...]:
-        blocks = []
-        for number, stage in enumerate(self.stages):
-            if stage.width % stage.num_heads:
-                divisors = [n for n in range(1, stage.width + 1) if stage.width % n == 0]
-                legal = nearest(stage.num_heads, divisors.__contains__)
-                raise InputError(
-                    f"stage {number + 1} has width {stage.width}, not a multiple of its num_heads "
-                    f"{stage.num_heads}; the nearest that divides it: {legal}"
-                )
-            head_dim = stage.width // stage.num_heads
-            block = BlockSpec(stage.num_heads, head_dim, round(self.mlp_ratio * stage.width))
-            blocks += [block] * stage.depth
+        blocks: list[BlockSpec] = []
+        for number, stage in enumerate(self.stages, start=1):
+            mlp_dim = round(self.mlp_ratio * stage.width)
+            blocks += [whole_block(number, stage.width, stage.num_heads, mlp_dim)] * stage.depth
         return tuple(blocks)
 
     @property

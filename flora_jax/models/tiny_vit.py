@@ -11,9 +11,10 @@ from flora_jax.models.block import Block
 from flora_jax.models.convolution import Convolution, DepthwiseConvolution
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
+from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.mlp import Mlp, gelu
 from flora_jax.models.network import Network, make_classifier
-from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.spec import BlockSpec
 from flora_jax.models.tiny_vit_spec import Stage, TinyViTSpec
 from flora_jax.models.windows import WindowAttention, Windows
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, unknown
 from flora_jax.models.convolution import KERNEL_SIZE, strided
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec, nearest
+from flora_jax.models.spec import BlockInput, BlockSpec, Spec, whole_block
 from flora_jax.models.windows import Windows
 
 _TAPS = KERNEL_SIZE**2
@@ -91,18 +91,10 @@ class TinyViTSpec(Spec):
         self._check_ranks()
 
     def _regular_blocks(self) -> tuple[BlockSpec, ...]:
-        blocks = []
-        for number, stage in enumerate(self.stages, start=1):
-            if stage.width % stage.num_heads:
-                divisors = [n for n in range(1, stage.width + 1) if stage.width % n == 0]
-                legal = nearest(stage.num_heads, divisors.__contains__)
-                raise InputError(
-                    f"stage {number + 1} has width {stage.width}, not a multiple of its num_heads "
-                    f"{stage.num_heads}; the nearest that divides it: {legal}"
-                )
-            head_dim = stage.width // stage.num_heads
-            block = BlockSpec(stage.num_heads, head_dim, int(self.mlp_ratio * stage.width))
-            blocks += [block] * stage.depth
+        blocks: list[BlockSpec] = []
+        for number, stage in enumerate(self.stages, start=2):
+            mlp_dim = int(self.mlp_ratio * stage.width)
+            blocks += [whole_block(number, stage.width, stage.num_heads, mlp_dim)] * stage.depth
         return tuple(blocks)
 
     @property

@@ -12,11 +12,12 @@ from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images, whole_bias
+from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.mlp import Mlp
 from flora_jax.models.network import Network, make_classifier
 from flora_jax.models.pooling import AttentionPool
 from flora_jax.models.positions import Rotary
-from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.spec import BlockSpec
 from flora_jax.models.vit_spec import ViTSpec
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from flora_jax.models.attention import attend, merge_heads, split_heads
 from flora_jax.models.layers import Linear, MakeLinear
-from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.linear_shape import LinearShape
+from flora_jax.models.spec import BlockSpec
 
 
 @dataclasses.dataclass(frozen=True)

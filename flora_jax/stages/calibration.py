@@ -20,8 +20,8 @@ from flora_jax.lowrank.calibration import (
 )
 from flora_jax.lowrank.supernet import factorize
 from flora_jax.models import functional
+from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.network import Network
-from flora_jax.models.spec import LinearShape
 from flora_jax.progress import Progress
 from flora_jax.stages.images import Images
 from flora_jax.stages.run import INHERITED, Run, load_base
