@@ -6,9 +6,8 @@ Measured on 3,280 drawings: docs/decisions.md.
 """
 
 import numpy as np
+import scipy
 from PIL import Image
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 SIDE = 10  # of a thumbnail
 ALIKE = (0.95, 0.97, 0.98, 0.99, 0.995)  # correlations that link two, each for larger groups
@@ -82,8 +81,9 @@ def _joined(groups: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
     """The groups [n] after those of pictures `one` [k] and `other` [k] have become one."""
     count = len(groups)
     pairs = np.unique(groups[one] * count + groups[other])
-    links = coo_matrix((np.ones(len(pairs)), (pairs // count, pairs % count)), (count, count))
-    return connected_components(links, directed=False)[1][groups]
+    links = (np.ones(len(pairs)), (pairs // count, pairs % count))
+    matrix = scipy.sparse.coo_matrix(links, (count, count))
+    return scipy.sparse.csgraph.connected_components(matrix, directed=False)[1][groups]
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:

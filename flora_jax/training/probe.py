@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.experimental import multihost_utils
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
-from sklearn.covariance import ledoit_wolf
 
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
@@ -80,10 +78,10 @@ def _probe(
     logits, right = features[is_held_out] @ kernel + bias, labels[is_held_out]
 
     def loss(log_scale: float) -> float:
-        log_probs = log_softmax(np.exp(log_scale) * logits, axis=-1)
+        log_probs = scipy.special.log_softmax(np.exp(log_scale) * logits, axis=-1)
         return -log_probs[np.arange(len(right)), right].sum()
 
-    scale = np.exp(minimize_scalar(loss, bounds=(-6, 0), method="bounded").x)
+    scale = np.exp(scipy.optimize.minimize_scalar(loss, bounds=(-6, 0), method="bounded").x)
     kernel, bias = _discriminant(features, labels, num_classes)
     return (scale * kernel).astype(np.float32), (scale * bias).astype(np.float32)
 
@@ -95,6 +93,8 @@ def _discriminant(
 
     A class without an image is as unlikely as one with half an image at the mean of all.
     """
+    from sklearn.covariance import ledoit_wolf  # half a second, which few runs need
+
     counts = np.bincount(labels, minlength=num_classes)
     center = features.mean(axis=0)
     means = np.stack(

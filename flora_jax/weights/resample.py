@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
+import scipy
 from PIL import Image
-from scipy.interpolate import RegularGridInterpolator
 
 from flora_jax.errors import InputError
 
@@ -46,7 +46,7 @@ def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarr
         return table
     offsets = _stretched_offsets(source_side // 2, side // 2)
     wanted = np.arange(-(side // 2), side // 2 + 1)
-    interpolate = RegularGridInterpolator(
+    interpolate = scipy.interpolate.RegularGridInterpolator(
         (offsets, offsets),
         table.reshape(source_side, source_side, -1).astype(np.float64),
         bounds_error=False,

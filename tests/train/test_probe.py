@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from sklearn.covariance import ledoit_wolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import flora_jax as flora
@@ -69,7 +70,7 @@ def test_the_discriminant_is_that_of_scikit_learn():
     features = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 5)) + rng.normal(size=(4, 5))[labels]
     kernel, bias = probe._discriminant(features, labels, 4)
     means = np.stack([features[labels == c].mean(axis=0) for c in range(4)])
-    _, shrinkage = probe.ledoit_wolf(features - means[labels], assume_centered=True)
+    _, shrinkage = ledoit_wolf(features - means[labels], assume_centered=True)
     covariance = np.cov((features - means[labels]).T, bias=True)
     target = np.trace(covariance) / 5 * np.eye(5)
     shrunk = (1 - shrinkage) * covariance + shrinkage * target
