@@ -22,10 +22,9 @@ from flora_jax.stages.changes import (
     tidy_once,
 )
 from flora_jax.stages.companions import describe_models_once, name_run_once
-from flora_jax.stages.functions import STAGE_FUNCTIONS
+from flora_jax.stages.functions import STAGE_FUNCTIONS, report
 from flora_jax.stages.images import Images
 from flora_jax.stages.open_config import settings_of
-from flora_jax.stages.report import report
 from flora_jax.stages.run import (
     CONFIG_FILE,
     DONE_FILE,

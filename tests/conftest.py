@@ -47,9 +47,18 @@ def pytest_sessionfinish(session) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Files with whole runs first: none is left alone at the end, while the other worker waits."""
+    """Files with whole runs first: none is left alone at the end, while the other worker waits.
+
+    Of those that read `finished_run` one is the first of all, and makes it, and the others come
+    last of them, so that they need not wait for it.
+    """
     long_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long_files)
+    readers = list(dict.fromkeys(i.path for i in items if "finished_run" in i.fixturenames))
+
+    def place(item) -> tuple[bool, bool, bool]:
+        return item.path not in readers[:1], item.path not in long_files, item.path in readers
+
+    items.sort(key=place)
 
 
 hypothesis.settings.register_profile("same", derandomize=True, database=None)

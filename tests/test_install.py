@@ -59,6 +59,13 @@ def test_a_config_that_does_not_exist_is_answered_with_the_list(config):
 
 
 @pytest.mark.slow
+def test_a_start_reads_nothing_that_few_need():
+    few_need = {"matplotlib", "onnx", "sklearn", "scipy.stats", "tensorflow_datasets", "torch"}
+    program = f"import sys, flora_jax.main; assert not {few_need} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
 def test_the_wheel_runs_in_an_empty_folder(finished_run, tmp_path):
     source, site, empty = (tmp_path / name for name in ("source", "site", "empty"))
     source.mkdir()

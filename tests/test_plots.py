@@ -264,7 +264,7 @@ def test_sparse_runs_still_give_a_picture(changes, tmp_path):
 def test_pyplot_stays_out():
     program = (
         "import sys\n"
-        "from flora_jax.report import plots\n"
+        "from flora_jax.report import plots, slim_plots\n"
         "from flora_jax.report.drawn import Drawn\n"
         "candidates = dict(macs=[1, 2], top1=[0.5, 0.6], generation=[0, 1])\n"
         "ranks = dict(subnet=[1, 2, 3])\n"

@@ -15,10 +15,17 @@ from flora_jax.stages.flora import (
 from flora_jax.stages.images import Images
 from flora_jax.stages.names import STAGES
 from flora_jax.stages.outcome import evaluate
-from flora_jax.stages.report import report
 from flora_jax.stages.run import Run
 from flora_jax.stages.search import search
 from flora_jax.stages.slim import slim_down
+
+
+def report(run: Run, images: Images | None) -> None:
+    """The stage of `stages/report.py`, which is imported late: Matplotlib takes 0.4 seconds."""
+    from flora_jax.stages import report
+
+    report.report(run, images)
+
 
 _FUNCTIONS = (
     pretrain,

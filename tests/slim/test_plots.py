@@ -1,8 +1,6 @@
 """The picture of a slimmed network: what is drawn is what was given."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -172,12 +170,3 @@ def test_bad_input(changes, options, message):
     gates, masks = network()
     with pytest.raises(ValueError, match=message):
         slim_plots.slim_figure(gates | changes, masks, **options)
-
-
-def test_pyplot_stays_out():
-    program = "import sys; from flora_jax.report import slim_plots; print(sorted(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    )
-    assert "flora_jax.report.slim_plots" in done.stdout
-    assert "matplotlib.pyplot" not in done.stdout

@@ -86,7 +86,7 @@ def show_one_and_four_devices():
 def on_devices():
     """The finished process of `show_one_and_four_devices`."""
     program = "from tests.train import test_devices; test_devices.show_one_and_four_devices()"
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
