@@ -12,7 +12,6 @@ images anew, with each candidate's own mean lead taken away.
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import tempfile
 import time
@@ -25,7 +24,7 @@ from flora_jax.comparison import paired_interval
 from flora_jax.data.subsets import shuffled, subset
 from flora_jax.evaluation import evaluate_images
 from flora_jax.search.evolution import evolve
-from flora_jax.search.halving import DEVIATIONS, SHARES, ImageScores
+from flora_jax.search.halving import DEVIATIONS, ImageScores, looks_at
 from flora_jax.search.image_scores import image_scores
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.images import Images
@@ -82,7 +81,7 @@ class Comparison:
             heldout, test = images.splits.heldout, images.splits.test
             rows = [heldout.source.indices[heldout.indices], test.indices]
             both = subset(test.source, np.concatenate(rows))
-            parts = images.evaluation_set(shuffled(both, 0), math.ceil(len(both) * SHARES[0]))
+            parts = images.evaluation_set(shuffled(both, 0), looks_at(len(both))[0])
         self.scores = image_scores(self.supernet, parts, self.run.settings.metric)
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
         entries = json.loads((folder / "allocate/genes.json").read_text())

@@ -10,7 +10,6 @@ Each step resumes from its directory, as the stages of a run do.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -35,7 +34,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.search import evolution, filter
 from flora_jax.search.block_scores import local_supernet, score_block
 from flora_jax.search.evolution import EvolutionSettings
-from flora_jax.search.halving import SHARES, Window
+from flora_jax.search.halving import Window, looks_at
 from flora_jax.search.history import Candidate
 from flora_jax.search.image_scores import image_scores
 from flora_jax.search.laws import space_law
@@ -96,7 +95,7 @@ class ImageSet:
     @functools.cached_property
     def in_parts(self) -> EvaluationSet:
         """The same, shuffled, in at least as many batches as a search looks at parts of them."""
-        return self._on_devices(shuffled(self._source, seed=0), math.ceil(len(self) * SHARES[0]))
+        return self._on_devices(shuffled(self._source, seed=0), looks_at(len(self))[0])
 
     def _on_devices(self, source: Source, most: int) -> EvaluationSet:
         size = min(_EVALUATION_BATCH, most)

@@ -106,7 +106,8 @@ def test_a_place_in_any_contest_is_enough():
         (59, (30, 59)),
         (100, (50, 100)),
         (269, (34, 68, 135, 269)),
-        (12_800, (1600, 3200, 6400, 12_800)),
+        (719, (45, 90, 180, 360, 719)),
+        (12_800, (400, 800, 1600, 3200, 6400, 12_800)),
     ],
 )
 def test_looks_are_shares_of_the_images_but_never_at_a_few(num_images, looks):
@@ -241,6 +242,6 @@ def test_the_first_parts_are_fair_samples_of_sorted_images():
     labels = np.repeat(np.arange(4), 50)
     images = np.repeat(labels.astype(np.uint8), 12).reshape(-1, 2, 2, 3)
     parts = flora.ImageSet(images, labels).in_parts
-    assert len(parts.is_image_of) >= 8
+    assert len(parts.is_image_of) == 4  # none is compared on fewer than 30
     assert np.bincount(parts.labels[: looks_at(200)[0]], minlength=4).min() >= 5
     assert np.bincount(parts.labels).tolist() == [50] * 4

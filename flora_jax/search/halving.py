@@ -15,14 +15,14 @@ import numpy as np
 
 Window = tuple[float, float]
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the images, after which candidates are compared
+_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # after which candidates are compared
 DEVIATIONS = 1.0  # standard errors behind the last place that nobody makes up (docs/decisions.md)
 _FEWEST = 30  # images; fewer do not say how far they spread
 
 
 def looks_at(num_images: int) -> tuple[int, ...]:
     """After how many images candidates are compared, ascending; the last are all of them."""
-    looks = {math.ceil(share * num_images) for share in SHARES}
+    looks = {math.ceil(share * num_images) for share in _SHARES}
     return tuple(sorted(look for look in looks if look >= _FEWEST)) or (num_images,)
 
 

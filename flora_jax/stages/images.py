@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import logging
-import math
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +16,7 @@ from flora_jax.data.splits import Splits, load_splits
 from flora_jax.data.subsets import hold_out, shuffled, subset
 from flora_jax.evaluation import EvaluationSet
 from flora_jax.lowrank.calibration import BATCH_SIZE
-from flora_jax.search.halving import SHARES
+from flora_jax.search.halving import looks_at
 from flora_jax.stages.run import network_spec
 from flora_jax.stages.settings import Settings
 
@@ -89,7 +88,7 @@ class Images:
     @functools.cached_property
     def heldout_parts(self) -> EvaluationSet:
         """The same in at least as many batches as a search looks at parts of them."""
-        size = math.ceil(len(self.splits.heldout) * SHARES[0])
+        size = looks_at(len(self.splits.heldout))[0]
         if size >= self._settings.data.eval_batch_size:
             return self.heldout_set
         return self._heldout_in(size)
