@@ -245,7 +245,7 @@ def lines_of(directory) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_told_to_end_all_save_the_same_step_and_go_on_from_there(num_processes, tmp_path):
     members = start("train_until_told_to_end", tmp_path, num_processes, 2)
     wait_until(lambda: lines_of(tmp_path) > 10, members)
