@@ -94,7 +94,7 @@ class ImageSet:
 
     @functools.cached_property
     def in_parts(self) -> EvaluationSet:
-        """The same, shuffled, in at least as many batches as a search looks at parts of them."""
+        """The same, shuffled, in batches of the first part that a search looks at."""
         return self._on_devices(shuffled(self._source, seed=0), looks_at(len(self))[0])
 
     def _on_devices(self, source: Source, most: int) -> EvaluationSet:

@@ -87,7 +87,7 @@ class Images:
 
     @functools.cached_property
     def heldout_parts(self) -> EvaluationSet:
-        """The same in at least as many batches as a search looks at parts of them."""
+        """The same in batches no larger than the first part that a search looks at."""
         size = looks_at(len(self.splits.heldout))[0]
         if size >= self._settings.data.eval_batch_size:
             return self.heldout_set
