@@ -16,8 +16,8 @@ from tests.helpers.commands import ROOT
 DIGITS = flora.ViTSpec(
     image_size=8,
     patch_size=2,
-    embed_dim=32,
-    depth=3,
+    embed_dim=24,
+    depth=2,
     num_heads=2,
     num_classes=10,
     in_channels=1,
@@ -34,7 +34,7 @@ def image_set(start: int, stop: int) -> flora.ImageSet:
 def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     """On a dense model that is trained here, as the demo leaves one behind."""
     monkeypatch.chdir(tmp_path)
-    recipe = flora.Recipe(epochs=12, batch_size=50, learning_rate=0.03, warmup_epochs=1)
+    recipe = flora.Recipe(epochs=16, batch_size=50, learning_rate=0.04, warmup_epochs=1)
     dense = flora.train(
         flora.create(DIGITS),
         image_set(0, 1200),
