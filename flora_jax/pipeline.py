@@ -24,6 +24,7 @@ from flora_jax.stages.changes import (
 from flora_jax.stages.companions import describe_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS, report
 from flora_jax.stages.images import Images
+from flora_jax.stages.names import STAGES
 from flora_jax.stages.open_config import settings_of
 from flora_jax.stages.run import (
     CONFIG_FILE,
@@ -64,10 +65,8 @@ def run(
       StorageError: `workdir` cannot hold a run.
     """
     settings = settings_of(config)
-    if stage is not None and stage not in settings.stages:
-        if stage == "export":
-            raise InputError("stage export needs to know as what: --config.export=onnx")
-        raise InputError(unknown("stage", stage, settings.stages))
+    if stage is not None and stage not in (*settings.stages, "report"):
+        raise InputError(_why_not(stage, settings.stages))
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
     this_run = Run(settings, user_path(workdir))
@@ -92,6 +91,15 @@ def run(
         has_work = not {*stages, "report"} <= {*done_stages(this_run), "report"}
         with opened(settings.watch if has_work else (), this_run.folder, settings.to_config()):
             _run_stages(this_run, images, stages)
+
+
+def _why_not(stage: str, stages: tuple[str, ...]) -> str:
+    """Why this stage is none that the run could do now."""
+    if stage == "export":
+        return "stage export needs to know as what: --config.export=onnx"
+    if stage in STAGES:
+        return f"this run has no stage {stage}, only {', '.join(stages)}; --config.stages adds it"
+    return unknown("stage", stage, stages)
 
 
 def _report_what_is_there(this_run: Run) -> None:

@@ -230,6 +230,8 @@ def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
     config.export = ()
     with pytest.raises(InputError, match=r"stage export needs to know as what: --config\.export"):
         pipeline.run(config, tmp_path / "run", stage="export")
+    with pytest.raises(InputError, match=r"no stage slim, only pretrain, .*config\.stages adds it"):
+        pipeline.run(config, tmp_path / "run", "slim")
     assert not (tmp_path / "run").exists()
 
 
