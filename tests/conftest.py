@@ -3,6 +3,7 @@ import math
 import os
 import pathlib
 import sys
+from importlib.metadata import version
 
 # Most of the time goes into compiling; before JAX is imported, also for the processes we start.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -10,7 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",  # gone in it
     )
 )
 
