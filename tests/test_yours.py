@@ -12,6 +12,7 @@ import flora_jax as flora
 from flora_jax.configs import yours
 from flora_jax.preflight.plan import plan
 from flora_jax.stages import rules
+from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.open_config import settings_of
 from flora_jax.stages.validation import check
 from tests.helpers import modern
@@ -70,8 +71,8 @@ def test_all_follows_from_weights_and_pictures(weights, pictures):
     assert settings.metric == "log_likelihood"
     assert (data.heldout_fraction, data.heldout_by) == (0.25, "content")
     assert settings.pretrain.batch_size == 8
-    assert "filter" not in settings.stages
-    assert {"pretrain", "supernet", "search"} < set(settings.stages)
+    assert {"pretrain", "calibrate", "allocate", "finetune"} < set(settings.stages)
+    assert not {"filter", "supernet", "search"} & set(settings.stages)
 
 
 def test_what_is_said_stands(weights, pictures):
@@ -91,7 +92,8 @@ def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
     assert settings.model.num_classes == 0
     assert not settings.train_pretrained
     assert (settings.metric, settings.data.heldout_by) == ("cosine", "name")
-    assert "search" in settings.stages
+    assert {"supernet", "search"} < set(settings.stages)
+    assert "filter" not in settings.stages
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,9 @@ def test_rules_make_recipes(num_images):
 
 
 def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
-    settings = settings_of(config_of(weights, pictures, export=("timm", "stablehlo")))
+    stages = tuple(stage for stage in FLORA_STAGES if stage != "filter")
+    config = config_of(weights, pictures, stages=stages, export=("timm", "stablehlo"))
+    settings = settings_of(config)
     lines = plan(settings, check(settings), tmp_path, {"pretrain": {}}).splitlines()
     rows = {line.split()[0]: line.split() for line in lines[1:] if line and line[0].islower()}
     assert list(rows)[: len(settings.stages)] == list(settings.stages)
@@ -179,12 +183,11 @@ def test_from_pictures_to_a_subnet_in_one_command(weights, pictures, tmp_path):
         "--config.budget.macs=(0.6,0.8)",
         "--config.space.ratios=(0.25,0.5,1.0)",
         "--config.pretrain.epochs=8.0",
-        *(f"--config.{name}.epochs=3.0" for name in ("supernet", "finetune")),
-        "--config.search.generations=2",
+        "--config.finetune.epochs=3.0",
         config="yours",
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "uniform", "allocated", "subnet", "data"}
+    assert set(result) == {"dense", "uniform", "subnet", "data"}
     assert result["dense"]["top1"] > 0.9
     assert result["subnet"]["macs"] < 0.8 * result["dense"]["macs"]

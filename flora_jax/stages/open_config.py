@@ -73,7 +73,7 @@ def closed(config: Mapping) -> dict[str, Any]:
         )
     found: dict[str, Any] = {
         "train_pretrained": not has_classifier,
-        "stages": _stages(spec, num_classes),
+        "stages": _stages(spec),
         "data.heldout_fraction": share,
         "data.heldout_by": rules.heldout_by(values["data"]["name"], num_images),
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
@@ -130,14 +130,13 @@ def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
     return not (known and names) or list(map(str.lower, known)) == list(map(str.lower, names))
 
 
-def _stages(spec: Spec, num_classes: int) -> tuple[str, ...]:
+def _stages(spec: Spec) -> tuple[str, ...]:
     """All but the filter, for which few images are too few.
 
-    Where a classifier has no labels to learn from, ranks are allocated without training a supernet.
+    With a classifier ranks are allocated without training a supernet or searching one: fine-tuned,
+    they come as far, in half of the time (docs/decisions.md).
     """
-    left_out = {"filter"}
-    if spec.num_classes and not num_classes:
-        left_out |= {"supernet", "search"}
+    left_out = {"filter", "supernet", "search"} if spec.num_classes else {"filter"}
     return tuple(stage for stage in FLORA_STAGES if stage not in left_out)
 
 
