@@ -117,8 +117,9 @@ def main(arguments: list[str]) -> None:
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
         elif _DRY_RUN.value:
             this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
-            done = done_stages(this_run)
-            print(plan(this_run.settings, check(this_run.settings, done), this_run.folder, done))
+            images = check(this_run.settings, done_stages(this_run))
+            kept = pipeline.kept_stages(this_run, images)
+            print(plan(this_run.settings, images, this_run.folder, kept))
         elif _CHECK_PREDICTIONS.value:
             settings = settings_of(_CONFIG.value)
             check_predictions(Run(settings, epath.Path(_WORKDIR.value)))

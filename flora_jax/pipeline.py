@@ -122,6 +122,12 @@ def _report_what_is_there(this_run: Run) -> None:
     report(this_run, images)
 
 
+def kept_stages(this_run: Run, images: Images) -> list[str]:
+    """The stages that are done in the folder and that `run` would not do anew. Raises as `run`."""
+    to_redo = _stages_to_redo(this_run, images)
+    return [stage for stage in done_stages(this_run) if stage not in to_redo]
+
+
 def _stages_to_redo(this_run: Run, images: Images | None) -> list[str]:
     """The stages whose results in the folder are another config's."""
     if not has_run(this_run.folder):

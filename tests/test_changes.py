@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
 import flora_jax as flora
 from flora_jax import pipeline
@@ -12,7 +13,9 @@ from flora_jax.configs import digits
 from flora_jax.errors import UserError
 from flora_jax.models import functional
 from flora_jax.stages.changes import stages_to_redo
+from flora_jax.stages.images import Images
 from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.run import Run
 from flora_jax.stages.settings import Settings
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
@@ -104,6 +107,12 @@ def test_workdir_alone_goes_on_with_the_run_that_is_there(changed_run):
     assert "done anew" not in done.stderr
     assert (workdir / "result.json").stat().st_mtime_ns == before
     assert json.loads((workdir / "config.json").read_text())["budget"]["macs"] == [0.6, 0.7]
+
+
+def test_a_plan_counts_what_a_change_makes_necessary(finished_run):
+    settings = Settings.from_config(tiny_config(**{"budget.macs": (0.6, 0.7)}))
+    kept = pipeline.kept_stages(Run(settings, epath.Path(finished_run)), Images(settings))
+    assert kept == ["pretrain", "calibrate", "filter", "supernet"]
 
 
 @pytest.mark.slow

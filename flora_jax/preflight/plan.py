@@ -6,7 +6,7 @@ takes its share of the multiply-adds.
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from etils import epath
@@ -128,7 +128,7 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     return round(_BYTES * (models + 2 * supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * supernet))
 
 
-def plan(settings: Settings, images: Images, workdir: epath.Path, done: dict) -> str:
+def plan(settings: Settings, images: Images, workdir: epath.Path, done: Collection[str]) -> str:
     """The table that --dry_run prints: a line for each thing that a run would do, and its sums."""
     spec, work = network_spec(settings), list(work_of(settings, images))
     batch = min(_MOST_IMAGES, settings.data.eval_batch_size)

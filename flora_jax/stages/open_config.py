@@ -19,7 +19,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.quality import COSINE
 from flora_jax.stages import rules
-from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.stages.settings import Settings
 from flora_jax.weights.metadata.class_names import read_class_names
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
@@ -72,8 +72,8 @@ def closed(config: Mapping) -> dict[str, Any]:
             f"{num_images - num_train} to choose by; at least {rules.LEAST_IMAGES} are needed"
         )
     found: dict[str, Any] = {
-        "train_pretrained": not has_classifier,
         "stages": _stages(spec),
+        "train_pretrained": not has_classifier,
         "data.heldout_fraction": share,
         "data.heldout_by": rules.heldout_by(values["data"]["name"], num_images),
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
@@ -93,7 +93,9 @@ def closed(config: Mapping) -> dict[str, Any]:
     for name, value in found.items():
         if _get(values, name) is None:
             _set(values, name, value)
-            log.info("  %s = %s", name, value)
+            is_of_no_stage = name.partition(".")[0] in set(STAGES) - set(values["stages"])
+            if not is_of_no_stage:
+                log.info("  %s = %s", name, value)
     values["model"] = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
     return values
 
