@@ -136,7 +136,7 @@ def _stages(spec: Spec) -> tuple[str, ...]:
     """All but the filter, for which few images are too few.
 
     With a classifier ranks are allocated without training a supernet or searching one: fine-tuned,
-    they come as far, in half of the time (docs/decisions.md).
+    they come as far, in two thirds of the time (docs/decisions.md).
     """
     left_out = {"filter", "supernet", "search"} if spec.num_classes else {"filter"}
     return tuple(stage for stage in FLORA_STAGES if stage not in left_out)
