@@ -17,13 +17,16 @@ from tests.helpers.commands import run_benchmark
         ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
         ("step.py --model two_blocks --batch 1 --rounds 1 --fitted 2 --without torch dense", "R2"),
         ("step_profile.py --model two_blocks --batch 1 --steps 1", "page faults"),
-        ("scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2", "time of one by one"),
         ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
         *(
             pytest.param(*case, marks=pytest.mark.faults)
             for case in (
                 ("data.py --images 4 --batch 2 --batches 1 --rounds 1", "train, 2 workers"),
                 ("labels.py --records 2000 --files 2", "second start"),
+                (
+                    "scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2",
+                    "time of one by one",
+                ),
                 (
                     "subnet.py --model two_blocks --batch 1 --rounds 1 --subnets 1",
                     "FLORA on ViT-Slim",
