@@ -35,7 +35,7 @@ def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
         *(config.filter.train, config.supernet, config.finetune),
     ):
         recipe.epochs = 2.0
-    config.space.ratios = (0.125, 0.25, 0.5, 1.0)  # fewer programs to compile
+    config.space.ratios = (0.25, 0.5, 1.0)  # fewer programs to compile
     config.update_from_flattened_dict(changes)
     return config
 
