@@ -83,9 +83,10 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of one whole run. Tests read it and leave it as it is.
+    """The folder of one whole run. Tests read it, and run in a copy.
 
-    One of the workers makes it, and the others wait for it.
+    One of the workers makes it, and the others wait for it. They all hold its lock together, so
+    that a run in the folder itself is refused every time, and not only beside another test's.
     """
     workdir = folder_of_all_workers(tmp_path_factory) / "finished"
     with workdir.with_suffix(".lock").open("w") as lock:
@@ -93,7 +94,9 @@ def finished_run(tmp_path_factory):
         if not (workdir / "report.png").exists():
             done = run_flora(workdir)
             assert done.returncode == 0, done.stderr
-    return workdir
+    with (workdir / "run.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield workdir
 
 
 @pytest.fixture(scope="session")
