@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 from flax import nnx
 
 from flora_jax.models.block import Block
@@ -34,4 +35,15 @@ def create_abstract(
     spec: Spec, *, linear: MakeLinear = make_linear, block: type[Block] = Block
 ) -> Network:
     """A model of this spec whose parameters are shapes without values."""
-    return nnx.eval_shape(lambda: create(spec, linear=linear, block=block))
+    return nnx.eval_shape(lambda: _MODELS[spec.family](spec, linear, block, rngs=_SameKey()))
+
+
+class _SameKey(nnx.Rngs):
+    """One key for all parameters, whose values nobody asks for.
+
+    To count what is drawn would take most of the time of a trace: flax asks the count for its
+    sharding, and JAX puts the program so far into words to say that a traced value has none.
+    """
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
