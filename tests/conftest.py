@@ -2,6 +2,7 @@ import fcntl
 import math
 import os
 import pathlib
+import shutil
 import sys
 from importlib.metadata import version
 
@@ -83,7 +84,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of one whole run. Tests read it, and run in a copy.
+    """The folder of one whole run. Tests read it, and run in `own_run`.
 
     One of the workers makes it, and the others wait for it. They all hold its lock together, so
     that a run in the folder itself is refused every time, and not only beside another test's.
@@ -97,6 +98,12 @@ def finished_run(tmp_path_factory):
     with (workdir / "run.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield workdir
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """The folder of a copy of the whole run, to go on in."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -116,22 +116,18 @@ def test_a_plan_counts_what_a_change_makes_necessary(finished_run):
 
 
 @pytest.mark.slow
-def test_a_stage_is_done_again_on_request(finished_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished_run, workdir)
-    done = run_flora(workdir, "--stage=search", "--redo")
+def test_a_stage_is_done_again_on_request(own_run, finished_run):
+    done = run_flora(own_run, "--stage=search", "--redo")
     assert done.returncode == 0, done.stderr
-    best = (workdir / "search/best.json").read_bytes()
+    best = (own_run / "search/best.json").read_bytes()
     assert best == (finished_run / "search/best.json").read_bytes()
-    assert (workdir / "earlier/1/subnet/spec.json").exists()
-    assert not (workdir / "subnet").exists()
-    assert "supernet" in json.loads((workdir / "stages.json").read_text())
+    assert (own_run / "earlier/1/subnet/spec.json").exists()
+    assert not (own_run / "subnet").exists()
+    assert "supernet" in json.loads((own_run / "stages.json").read_text())
 
 
 @pytest.mark.slow
-def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished_run, workdir)
+def test_nothing_is_put_aside_for_what_cannot_go_on(own_run):
     for changes, asked, message in (
         ({"seed": 3}, {}, "made by another config; choose another --workdir or undo:"),
         ({"budget.macs": (0.001, 0.002)}, {}, "cannot be reached: the space spans"),
@@ -139,9 +135,9 @@ def test_nothing_is_put_aside_for_what_cannot_go_on(finished_run, tmp_path):
         ({"finetune.epochs": 2.0}, {"stage": "evaluate"}, "needs 'finetune'"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline.run(tiny_config(**changes), workdir, **asked)
-    assert not (workdir / "earlier").exists()
-    assert (workdir / "subnet/spec.json").exists()
+            pipeline.run(tiny_config(**changes), own_run, **asked)
+    assert not (own_run / "earlier").exists()
+    assert (own_run / "subnet/spec.json").exists()
 
 
 @pytest.mark.slow

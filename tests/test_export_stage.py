@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -248,21 +247,19 @@ def test_what_an_export_touches():
 
 
 @pytest.mark.slow
-def test_a_finished_run_exports_later_and_does_nothing_else(finished_run, tmp_path, caplog):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished_run, workdir)
+def test_a_finished_run_exports_later_and_does_nothing_else(own_run, caplog):
     config = deit_t.get_config("runlocal")
     config.export = ("timm",)
     caplog.set_level("INFO", "flora_jax")
-    pipeline.run(config, workdir, stage="export")
+    pipeline.run(config, own_run, stage="export")
     assert [line for line in caplog.messages if line.endswith(": starts")] == ["export: starts"]
-    assert not (workdir / "earlier").exists()
-    assert [path.name for path in (workdir / "export").iterdir()] == ["subnet"]
+    assert not (own_run / "earlier").exists()
+    assert [path.name for path in (own_run / "export").iterdir()] == ["subnet"]
     config.export = ("stablehlo",)
-    pipeline.run(config, workdir, stage="export")
-    assert (workdir / "earlier/1/export/subnet/timm").exists()
-    assert (workdir / "export/subnet/model.stablehlo.bin").exists()
-    assert (workdir / "report.png").exists()
+    pipeline.run(config, own_run, stage="export")
+    assert (own_run / "earlier/1/export/subnet/timm").exists()
+    assert (own_run / "export/subnet/model.stablehlo.bin").exists()
+    assert (own_run / "report.png").exists()
 
 
 # --- names ----------------------------------------------------------------------------------------

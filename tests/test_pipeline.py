@@ -106,15 +106,13 @@ def test_filter_keeps_three_tenths_of_the_triples(finished_run):
     assert [len(triples) for triples in space.kept] == [64 - int(0.7 * 64)] * 2
 
 
-def test_running_again_changes_nothing_and_prints_the_table(finished_run, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished_run, workdir)
-    before = (workdir / "result.json").stat().st_mtime_ns
-    done = run_flora(workdir)
+def test_running_again_changes_nothing_and_prints_the_table(own_run):
+    before = (own_run / "result.json").stat().st_mtime_ns
+    done = run_flora(own_run)
     assert done.returncode == 0, done.stderr
     assert "pretrain: done in" in done.stderr
     assert "fewer MACs" in done.stdout
-    assert (workdir / "result.json").stat().st_mtime_ns == before
+    assert (own_run / "result.json").stat().st_mtime_ns == before
 
 
 def test_one_stage_needs_those_before_it(tmp_path):
@@ -122,37 +120,33 @@ def test_one_stage_needs_those_before_it(tmp_path):
         pipeline.run(tiny_config(), tmp_path, "search")
 
 
-def test_one_stage_alone(finished_run, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished_run, workdir)
-    (workdir / "stages.json").write_text(
+def test_one_stage_alone(own_run, finished_run):
+    (own_run / "stages.json").write_text(
         json.dumps({name: {"seconds": 1} for name in STAGES if name not in ("evaluate", "report")})
     )
-    (workdir / "result.json").unlink()
-    done = run_flora(workdir, "--stage=evaluate")
+    (own_run / "result.json").unlink()
+    done = run_flora(own_run, "--stage=evaluate")
     assert done.returncode == 0, done.stderr
-    assert (workdir / "result.json").read_bytes() == (finished_run / "result.json").read_bytes()
-    assert "report" not in json.loads((workdir / "stages.json").read_text())
+    assert (own_run / "result.json").read_bytes() == (finished_run / "result.json").read_bytes()
+    assert "report" not in json.loads((own_run / "stages.json").read_text())
 
 
-def test_the_uniform_baseline_trained_alone(finished_run, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished_run, workdir)
+def test_the_uniform_baseline_trained_alone(own_run, finished_run):
     for name in ("extract", "finetune", "uniform", "allocated", "subnet"):
-        shutil.rmtree(workdir / name)
-    (workdir / "config.json").unlink()
+        shutil.rmtree(own_run / name)
+    (own_run / "config.json").unlink()
     done_before = ("pretrain", "calibrate", "filter", "supernet", "allocate", "search")
-    (workdir / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done_before}))
-    done = run_flora(workdir, "--config.uniform_baseline=alone")
+    (own_run / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done_before}))
+    done = run_flora(own_run, "--config.uniform_baseline=alone")
     assert done.returncode == 0, done.stderr
-    result = json.loads((workdir / "result.json").read_text())
+    result = json.loads((own_run / "result.json").read_text())
     expected = json.loads((finished_run / "result.json").read_text())
     against, expected_against = (r["subnet"].pop("against") for r in (result, expected))
     assert against["dense"] == expected_against["dense"]
     assert result["subnet"] == expected["subnet"]
     assert result["uniform"]["macs"] == expected["uniform"]["macs"]
-    steps = (workdir / "finetune/uniform_alone/metrics.jsonl").read_text().count("\n")
-    assert steps == (workdir / "supernet/metrics.jsonl").read_text().count("\n")
+    steps = (own_run / "finetune/uniform_alone/metrics.jsonl").read_text().count("\n")
+    assert steps == (own_run / "supernet/metrics.jsonl").read_text().count("\n")
 
 
 def test_without_filter_the_supernet_has_the_regular_space(tmp_path):

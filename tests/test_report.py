@@ -39,41 +39,39 @@ def test_page_tells_the_whole_run(finished_run):
     assert page.count('<img src="data:image/png;base64,') == min(8, len(pairs))
 
 
-def test_a_report_is_there_at_any_time(finished_run, tmp_path, capsys, monkeypatch, caplog):
+def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, caplog):
     """Beside a process that holds the run, of what there is, and where its images are gone."""
     for name in ("config.json", "images.json"):
-        shutil.copy(finished_run / name, tmp_path)
+        shutil.copy(own_run / name, tmp_path)
     without = tuple(stage for stage in tiny_config().stages if stage != "report")
     with locked(tmp_path / "run.lock"):
         pipeline.run(tiny_config(stages=without), tmp_path, "report")
     assert "Done: nothing. To come: pretrain, " in capsys.readouterr().out
 
-    workdir = tmp_path / "later"
-    shutil.copytree(finished_run, workdir)
     for name in ("result.json", "test_images.safetensors", "report.html", "report.png"):
-        (workdir / name).unlink()
-    shutil.rmtree(workdir / "subnet")  # which is to come out of extract/subnet
-    done = json.loads((workdir / "stages.json").read_text())
+        (own_run / name).unlink()
+    shutil.rmtree(own_run / "subnet")  # which is to come out of extract/subnet
+    done = json.loads((own_run / "stages.json").read_text())
     done = {name: done[name] for name in done if name not in ("finetune", "evaluate", "report")}
-    (workdir / "stages.json").write_text(json.dumps(done))
+    (own_run / "stages.json").write_text(json.dumps(done))
 
     def gone(settings):
         raise MissingFileError("the images are gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "Images", gone)
-        pipeline.run(tiny_config(), workdir, "report")
+        pipeline.run(tiny_config(), own_run, "report")
     assert "goes without the images: the images are gone" in caplog.text
     printed = capsys.readouterr().out
     assert "To come: finetune, evaluate." in printed
     assert [line.split()[0] for line in printed.splitlines() if line.endswith(" k")] == [
         *("dense", "subnet", "allocated", "uniform")
     ]
-    page = (workdir / "report.html").read_text()
+    page = (own_run / "report.html").read_text()
     assert "To come: finetune, evaluate." in page
     assert "<h2>Ranks of the subnet" in page
     assert "<h2>Accuracy by class" not in page
-    assert json.loads((workdir / "stages.json").read_text()) == done
+    assert json.loads((own_run / "stages.json").read_text()) == done
 
 
 def test_a_report_of_another_config_is_refused(finished_run, tmp_path):

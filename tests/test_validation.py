@@ -1,7 +1,5 @@
 """Bad input: every mistake is named before any work starts."""
 
-import shutil
-
 import numpy as np
 import pytest
 from absl import flags
@@ -97,11 +95,9 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_workdir_of_another_config(finished_run, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished_run, workdir)
+def test_workdir_of_another_config(own_run):
     with pytest.raises(ValueError, match=r"made by another config(.|\n)*seed: 0 there, 3 now"):
-        pipeline.run(tiny_config(seed=3), workdir)
+        pipeline.run(tiny_config(seed=3), own_run)
 
 
 @pytest.mark.slow

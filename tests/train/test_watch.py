@@ -1,7 +1,6 @@
 """A run that is watched: every point once, whatever interrupted it."""
 
 import dataclasses
-import shutil
 import struct
 import sys
 import types
@@ -169,10 +168,9 @@ def test_what_cannot_watch_is_said_first(monkeypatch):
 
 
 @pytest.mark.slow
-def test_generations_of_a_search(finished_run, tmp_path):
+def test_generations_of_a_search(own_run):
     pytest.importorskip("tensorboardX", reason="writes the events")
-    folder = epath.Path(tmp_path / "run")
-    shutil.copytree(finished_run, folder)
+    folder = epath.Path(own_run)
     history = (folder / "search/history.jsonl").read_text().splitlines(keepends=True)
     (folder / "search/history.jsonl").write_text("".join(history[:2]))  # one generation
     whole = Run.open(folder)
@@ -183,4 +181,4 @@ def test_generations_of_a_search(finished_run, tmp_path):
         if candidate.generation and candidate.has_seen_all:
             best[candidate.generation] = max(candidate.top1, best.get(candidate.generation, 0))
     expected = [(generation, pytest.approx(value)) for generation, value in best.items()]
-    assert shown_points(tmp_path / "run/search") == {"search/best_top1": expected}
+    assert shown_points(own_run / "search") == {"search/best_top1": expected}
