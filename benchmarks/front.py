@@ -33,12 +33,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
 
-    fronts = {kind: front(arguments.runs, kind) for kind in KINDS}
+    of_kinds = {kind: front(arguments.runs, kind) for kind in KINDS}
+    fronts = {kind: found for kind, found in of_kinds.items() if len(found["macs"]) > 1}
     for name, *runs in arguments.others:
         fronts[name] = front([pathlib.Path(run) for run in runs], "subnet")
         print_ahead(fronts["subnet"], fronts[name], name)
     draw(fronts, arguments)
-    is_front = len(fronts["subnet"]["macs"]) > 2  # one budget and dense say nothing of between
+    is_front = "uniform" in fronts and len(fronts["subnet"]["macs"]) > 2  # not dense and one budget
     for measure in MEASURES if is_front else ():
         saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
         print(f"{measure}: MACs of the subnet and of uniform ranks as good: {saved}")
