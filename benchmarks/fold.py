@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 import flora_jax as flora
-from flora_jax.stages.images import Images
+from flora_jax.runs.images import Images
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.stages.slim import choose_masks, train_gates
 from flora_jax.weights.folder import CHECKPOINTS

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from seeds import mean_over_seeds
 
-from flora_jax.comparison import kind_of, paired_interval
+from flora_jax.evaluation.comparison import kind_of, paired_interval
 from flora_jax.io.files import read_json
 from flora_jax.report.plots import COLORS, padded_layout, save_figure
 from flora_jax.report.table import difference_text, in_points, named_entries

@@ -20,14 +20,14 @@ import numpy as np
 from common import write_json
 
 import flora_jax as flora
-from flora_jax.comparison import paired_interval
 from flora_jax.data.subsets import shuffled, subset
-from flora_jax.evaluation import evaluate_images
-from flora_jax.search.evolution import evolve
-from flora_jax.search.halving import DEVIATIONS, ImageScores, looks_at
-from flora_jax.search.image_scores import image_scores
+from flora_jax.evaluation.comparison import paired_interval
+from flora_jax.evaluation.evaluate import evaluate_images
+from flora_jax.flora.evolution import evolve
+from flora_jax.flora.extras.halving import DEVIATIONS, ImageScores, looks_at
+from flora_jax.flora.image_scores import image_scores
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_shared, load_space
 from flora_jax.stages.search import first_genes
 from flora_jax.timing import describe_device

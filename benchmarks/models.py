@@ -30,9 +30,9 @@ from timm.models import save_for_hf
 
 import flora_jax as flora
 from flora_jax import slim
+from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.models import functional
-from flora_jax.search.block_scores import score_block
-from flora_jax.search.latency import measure_networks
 
 SHARE, BATCH = 0.8, 8
 _HF_TINY = {

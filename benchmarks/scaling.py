@@ -20,8 +20,8 @@ import numpy as np
 
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.tiled import TILE
+from flora_jax.flora.extras.tpu_kernel import TILE
+from flora_jax.flora.space import RankSpace
 from flora_jax.models import functional
 from flora_jax.preflight.programs import (
     DoesNotFitError,
@@ -31,8 +31,8 @@ from flora_jax.preflight.programs import (
     heaviest_training,
 )
 from flora_jax.preflight.topology import GIB, devices_of, use_compiler_only
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.settings import Settings
 
 # docs.cloud.google.com/tpu/docs/v5e: a chip has four links, 1600 Gbit/s together each way.
 PEAK = 197e12 / 2  # bfloat16 multiply-adds a second

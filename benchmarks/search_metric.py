@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 import flora_jax as flora
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 
 

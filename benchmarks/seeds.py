@@ -17,7 +17,7 @@ import sys
 import numpy as np
 from safetensors.numpy import load_file
 
-from flora_jax.comparison import baseline_pairs, compare, kind_of
+from flora_jax.evaluation.comparison import baseline_pairs, compare, kind_of
 from flora_jax.report.table import difference_text, in_points, named_entries
 
 

@@ -20,7 +20,7 @@ from common import describe_machine, write_json
 from dinov2 import crops, load, normalise, photographs
 
 import flora_jax as flora
-from flora_jax.lowrank.calibration import SHRINKAGE
+from flora_jax.closed_form.calibrate import SHRINKAGE
 
 EIGHTHS = tuple(eighth / 8 for eighth in range(1, 9))
 HELDOUT_CROPS = 8  # of each photograph

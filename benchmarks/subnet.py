@@ -25,11 +25,11 @@ import numpy as np
 from common import DEITS, PAUSE, describe_machine, write_json
 
 import flora_jax as flora
+from flora_jax.flora.extras.latency import measure, measure_networks
 from flora_jax.models import functional
 from flora_jax.models.factory import create
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import human_count
-from flora_jax.search.latency import measure, measure_networks
 from flora_jax.timing import median_ratio, time_in_turn
 
 SIXTHS = tuple(i / 6 for i in range(1, 7))

@@ -15,12 +15,12 @@ import sys
 import numpy as np
 
 import flora_jax as flora
-from flora_jax.comparison import compare
-from flora_jax.evaluation import evaluate_images
-from flora_jax.lowrank.supernet import extract_ranks
+from flora_jax.evaluation.comparison import compare
+from flora_jax.evaluation.evaluate import evaluate_images
+from flora_jax.flora.supernet import extract_ranks
 from flora_jax.report.table import difference_text, in_points
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
 
 

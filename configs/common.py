@@ -1,15 +1,15 @@
 """What all configs share: the published FLORA recipe (WACV 2024), and how to shrink it.
 
-The defaults of every field, and what it means, are in flora_jax/stages/settings.py and sections.py.
+The defaults of every field, and what it means, are in flora_jax/runs/settings.py and sections.py.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from flora_jax.evaluation.quality import quality_of
 from flora_jax.models.spec import Spec
-from flora_jax.quality import quality_of
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.settings import Settings
 
 SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
 FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *FLORA_STAGES[1:])

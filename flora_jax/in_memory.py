@@ -25,20 +25,20 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import ArraySource, Source
 from flora_jax.data.subsets import shuffled
 from flora_jax.errors import InputError
-from flora_jax.evaluation import EvaluationSet, HeldOut
+from flora_jax.evaluation.evaluate import EvaluationSet, HeldOut
+from flora_jax.flora import evolution, filter
+from flora_jax.flora.block_scorer import local_supernet, score_block
+from flora_jax.flora.evolution import EvolutionSettings
+from flora_jax.flora.extras.halving import Window, looks_at
+from flora_jax.flora.history import Candidate
+from flora_jax.flora.image_scores import image_scores
+from flora_jax.flora.sampling import space_law
+from flora_jax.flora.space import RankSpace
+from flora_jax.flora.supernet import Supernet
 from flora_jax.io.paths import user_path
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.search import evolution, filter
-from flora_jax.search.block_scores import local_supernet, score_block
-from flora_jax.search.evolution import EvolutionSettings
-from flora_jax.search.halving import Window, looks_at
-from flora_jax.search.history import Candidate
-from flora_jax.search.image_scores import image_scores
-from flora_jax.search.laws import space_law
-from flora_jax.stages.sections import FILTER_TRAINING
+from flora_jax.runs.sections import FILTER_TRAINING
 from flora_jax.training.loop import train as train_network
 from flora_jax.training.settings import Recipe
 

@@ -34,10 +34,10 @@ from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
 from flora_jax.preflight.plan import plan
 from flora_jax.preflight.topology import check_topology, use_compiler_only
-from flora_jax.stages.open_config import settings_of
+from flora_jax.runs.auto_config import settings_of
+from flora_jax.runs.validation import check
 from flora_jax.stages.predictions import check_predictions
 from flora_jax.stages.run import Run, done_stages, has_run
-from flora_jax.stages.validation import check
 
 _DEFAULT_CONFIG = "digits"
 _OF_A_MODEL = ("predict", "evaluate", "benchmark", "push_to_hub")  # flags that need no config

@@ -12,6 +12,9 @@ from flora_jax.errors import InputError, RunError, UserError, listed, unknown
 from flora_jax.io.files import locked, read_json, write_json, write_json_once
 from flora_jax.io.paths import is_url, user_path
 from flora_jax.io.places import check_can_hold_a_run
+from flora_jax.runs.auto_config import settings_of
+from flora_jax.runs.images import Images
+from flora_jax.runs.validation import check
 from flora_jax.stages.budget import check_with_results
 from flora_jax.stages.changes import (
     changes_between,
@@ -23,9 +26,7 @@ from flora_jax.stages.changes import (
 )
 from flora_jax.stages.companions import describe_models_once, name_run_once
 from flora_jax.stages.functions import STAGE_FUNCTIONS, report
-from flora_jax.stages.images import Images
 from flora_jax.stages.names import STAGES
-from flora_jax.stages.open_config import settings_of
 from flora_jax.stages.run import (
     CONFIG_FILE,
     DONE_FILE,
@@ -35,7 +36,6 @@ from flora_jax.stages.run import (
     has_run,
     saved_settings,
 )
-from flora_jax.stages.validation import check
 from flora_jax.training.watch import opened
 from flora_jax.weights.export.kinds import check_packages
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.search.allocation import best_within, multiplier_path, nearly_uniform
-from flora_jax.search.knapsack import least_loss
-from flora_jax.search.sensitivity import Sensitivity
+from flora_jax.closed_form.allocate import best_within, multiplier_path, nearly_uniform
+from flora_jax.closed_form.knapsack import least_loss
+from flora_jax.closed_form.sensitivity import Sensitivity
 
 
 @pytest.fixture(scope="module")

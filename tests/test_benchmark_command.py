@@ -16,7 +16,7 @@ from flora_jax.commands.benchmark import Row, benchmark, measure, table
 from flora_jax.commands.engines import Engine, is_out_of_memory
 from flora_jax.configs import deit_t
 from flora_jax.data.preprocessing import Preprocessing
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.settings import Settings
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.weights import random_model

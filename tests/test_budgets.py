@@ -11,12 +11,12 @@ import flora_jax as flora
 from flora_jax import pipeline
 from flora_jax.cluster.processes import Stopped
 from flora_jax.configs import minutes
+from flora_jax.runs.images import Images
+from flora_jax.runs.sections import BudgetSettings
+from flora_jax.runs.settings import Settings
 from flora_jax.stages import calibration
 from flora_jax.stages.calibration import calibrate_factors
-from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run
-from flora_jax.stages.sections import BudgetSettings
-from flora_jax.stages.settings import Settings
 
 TWO = ((0.4, 0.5), (0.6, 0.7))
 
@@ -113,7 +113,7 @@ def test_calibration_goes_on_where_it_was_stopped(finished_run, tmp_path, monkey
     """In groups of one layer: a stop in the middle of a group, and a crash in the next one."""
     config = unlabelled_config(finished_run, tmp_path)
     monkeypatch.setattr(calibration, "layer_groups", lambda spec: [[la] for la in spec.layers])
-    monkeypatch.setattr("flora_jax.stages.images.BATCH_SIZE", 8)
+    monkeypatch.setattr("flora_jax.runs.images.BATCH_SIZE", 8)
     inherited = {}
     for name in ("whole", "interrupted"):
         run = Run(Settings.from_config(config), tmp_path / name)

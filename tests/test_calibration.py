@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.lowrank.calibration import layer_groups, running_sums, zero_sums
-from flora_jax.lowrank.supernet import svd_factors
+from flora_jax.closed_form.calibrate import layer_groups, running_sums, zero_sums
+from flora_jax.flora.svd import svd_factors
 from flora_jax.models import functional
 from tests.helpers.slimming import TINY_SWIN, gated_model, images_of, random_masks, random_model
 

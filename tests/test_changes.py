@@ -12,11 +12,11 @@ from flora_jax import pipeline
 from flora_jax.configs import digits
 from flora_jax.errors import UserError
 from flora_jax.models import functional
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.changes import stages_to_redo
-from flora_jax.stages.images import Images
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run
-from flora_jax.stages.settings import Settings
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
 

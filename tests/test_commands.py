@@ -24,8 +24,8 @@ from flora_jax.data.batches import eval_batches
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.data.sources import ArraySource
 from flora_jax.data.subsets import subset
-from flora_jax.evaluation import EvaluationSet, evaluate_images
-from flora_jax.lowrank.supernet import abstract_supernet
+from flora_jax.evaluation.evaluate import EvaluationSet, evaluate_images
+from flora_jax.flora.supernet import abstract_supernet
 from flora_jax.models import functional
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers import modern

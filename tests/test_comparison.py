@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 
 import flora_jax as flora
-from flora_jax.comparison import baseline_pairs, budget_name, compare, paired_interval
-from flora_jax.evaluation import evaluate_images
+from flora_jax.evaluation.comparison import baseline_pairs, budget_name, compare, paired_interval
+from flora_jax.evaluation.evaluate import evaluate_images
 from tests.helpers.training import NORMALIZATION, SPEC, batch_of
 
 

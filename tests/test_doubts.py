@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from flora_jax.run import checks as doubts
 
 import flora_jax as flora
 from flora_jax.configs import digits
-from flora_jax.stages import doubts
-from flora_jax.stages.images import Images
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 
 
 def settings_of(**changes) -> Settings:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.search.evolution import EvolutionSettings
-from flora_jax.search.history import read_history
+from flora_jax.flora.evolution import EvolutionSettings
+from flora_jax.flora.history import read_history
 from tests.helpers.searching import (
     FIRST,
     HIGHER,

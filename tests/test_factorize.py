@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.lowrank.supernet import svd_factors
+from flora_jax.flora.svd import svd_factors
 from flora_jax.models import functional
 
 

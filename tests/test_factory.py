@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import flora_jax as flora
-from flora_jax.lowrank.layer import RankedLinear
+from flora_jax.flora.layer import RankedLinear
 from flora_jax.models import functional
 from flora_jax.models.factory import create, create_abstract
 from flora_jax.models.layers import make_linear

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.lowrank.space import RankSpace
+from flora_jax.flora.filter import budget_price, filter_space, keep_triples
+from flora_jax.flora.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec, deit
-from flora_jax.search.filter import budget_price, filter_space, keep_triples
 
 DATA = pathlib.Path(__file__).parent / "data"
 TWO_BLOCKS = ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=1, num_classes=2)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.search.halving import Contest, ImageScores, looks_at, race
-from flora_jax.search.history import read_history
+from flora_jax.flora.extras.halving import Contest, ImageScores, looks_at, race
+from flora_jax.flora.history import read_history
 from flora_jax.stages.budget import Budget
 from flora_jax.stages.search import better
 from tests.helpers.searching import HIGHER, SMALL, SPACE, WINDOW, best_inside, search

@@ -13,17 +13,17 @@ from safetensors import numpy as safetensors
 import flora_jax as flora
 from flora_jax import pipeline
 from flora_jax.cluster.mesh import make_mesh
-from flora_jax.comparison import compare
 from flora_jax.configs import common, minutes
-from flora_jax.evaluation import evaluate_images
+from flora_jax.evaluation.comparison import compare
+from flora_jax.evaluation.evaluate import evaluate_images
+from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION
+from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.history import read_history
 from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
-from flora_jax.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.report.table import comparison_table
-from flora_jax.search.block_scores import score_block
-from flora_jax.search.history import read_history
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.settings import Settings
 from flora_jax.training.step import initial_state, make_step
 from tests.helpers.searching import SMALL, search
 from tests.helpers.training import NORMALIZATION, SETTINGS, batch_of

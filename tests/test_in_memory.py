@@ -9,8 +9,8 @@ import flora_jax as flora
 from flora_jax.configs import digits as digits_config
 from flora_jax.data.sources import digits
 from flora_jax.io.json_lines import read_records
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.settings import Settings
 from tests.helpers.commands import ROOT
 
 DIGITS = flora.ViTSpec(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flora_jax.search.laws import nested_law, sandwich_law, space_law
+from flora_jax.flora.sampling import nested_law, sandwich_law, space_law
 
 
 def test_draws_depend_on_seed_and_step_alone(tiny_space):

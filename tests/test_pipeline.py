@@ -11,15 +11,15 @@ from safetensors.numpy import load_file
 import flora_jax as flora
 from flora_jax import pipeline
 from flora_jax.configs import digits_swin, digits_tiny_vit
+from flora_jax.flora.history import read_history
 from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
-from flora_jax.search.history import read_history
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.flora import train_whole_supernet
-from flora_jax.stages.images import Images
 from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.stages.predictions import check_predictions
 from flora_jax.stages.run import Run, load_base, load_space
-from flora_jax.stages.settings import Settings
 from flora_jax.stages.training import train_stage
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config

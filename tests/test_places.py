@@ -23,9 +23,9 @@ from flora_jax.io.files import locked, user_cache_dir, write_json
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.pipeline import _stages_to_redo
-from flora_jax.stages.images import Images
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run
-from flora_jax.stages.settings import Settings
 from tests.helpers.checkpoints import names, restored_step, state_at
 from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from flora_jax import configs
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.names import FLORA_STAGES, STAGES
-from flora_jax.stages.settings import Settings
 
 
 @pytest.mark.parametrize("name", sorted(set(configs.names()) - {"yours"}))

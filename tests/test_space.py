@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from flora_jax.lowrank.space import RankSpace
+from flora_jax.flora.space import RankSpace
 from flora_jax.models.swin_spec import swin
 from flora_jax.models.vit_spec import ViTSpec, deit
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.lowrank import window
-from flora_jax.lowrank.space import RankSpace
+from flora_jax.flora import window
+from flora_jax.flora.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec, deit
 
 MICRO = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)

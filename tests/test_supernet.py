@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax import evaluation
 from flora_jax.data.normalize import Normalization
-from flora_jax.lowrank.supernet import abstract_supernet, extract_ranks, svd_factors
+from flora_jax.evaluation import evaluate as evaluation
+from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.supernet import abstract_supernet, extract_ranks
+from flora_jax.flora.svd import svd_factors
 from flora_jax.models import functional
-from flora_jax.search.block_scores import score_block
 
 NORMALIZATION = Normalization((0.5,), (0.25,))
 NUM_IMAGES, BATCH = 13, 5

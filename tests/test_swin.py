@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
+from flora_jax.flora.block_scorer import score_block
 from flora_jax.models import functional
 from flora_jax.models.layers import make_linear
 from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.swin import ShiftedWindowAttention
 from flora_jax.models.windows import Windows
-from flora_jax.search.block_scores import score_block
 
 
 def attention_spelled_out(attention, x, windows):

@@ -16,13 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 import flora_jax as flora
 from flora_jax import slim
+from flora_jax.flora.block_scorer import score_block
 from flora_jax.models import functional
 from flora_jax.models.convolution import DepthwiseConvolution
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.loop import Loop
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.windows import Windows
-from flora_jax.search.block_scores import score_block
 from flora_jax.weights.layouts import timm
 from flora_jax.weights.resample import resample_distance_table
 from tests.helpers import modern

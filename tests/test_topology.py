@@ -15,7 +15,7 @@ from flora_jax.models import functional
 from flora_jax.preflight import hlo, topology
 from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
 from flora_jax.preflight.topology import check_topology, devices_of, images_a_device, largest_batch
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.settings import Settings
 from tests.helpers.commands import ROOT, TINY_CONFIG, run_benchmark
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

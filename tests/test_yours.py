@@ -6,15 +6,15 @@ import logging
 
 import numpy as np
 import pytest
+from flora_jax.run import rules
 from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.configs import yours
 from flora_jax.preflight.plan import plan
-from flora_jax.stages import rules
+from flora_jax.runs.auto_config import settings_of
+from flora_jax.runs.validation import check
 from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.open_config import settings_of
-from flora_jax.stages.validation import check
 from tests.helpers import modern
 from tests.helpers.commands import run_flora
 from tests.helpers.pictures import save

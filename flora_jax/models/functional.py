@@ -4,7 +4,7 @@ Parameter names are dotted paths such as "blocks.0.attn.qkv.kernel". A flat dict
 optimiser, the checkpoints, the safetensors files and the weight surgery all work on.
 
 Beside its parameters a network may have slots: integers that are set anew whenever it is put
-together and are never trained. They are the ranks that a supernet takes (`flora_jax.lowrank`).
+together and are never trained. They are the ranks that a supernet takes (`flora_jax.flora`).
 """
 
 import dataclasses

@@ -11,17 +11,17 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from etils import epath
 
+from flora_jax.flora.extras.latency import measure_networks
+from flora_jax.flora.space import RankSpace
 from flora_jax.io.paths import is_url
-from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.preflight.table import aligned, size_text
 from flora_jax.report.table import human_count
-from flora_jax.search.latency import measure_networks
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.budget import extracted_kinds
-from flora_jax.stages.images import Images
 from flora_jax.stages.names import STAGES
 from flora_jax.stages.run import network_spec
-from flora_jax.stages.settings import Settings
 from flora_jax.training.settings import Recipe
 
 # Passes that an image takes, of a DINOv2 ViT-S/14 at 98 pixels on two CPU cores: three would be the

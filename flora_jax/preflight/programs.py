@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from flora_jax.closed_form.calibrate import BATCH_SIZE, TappedLinear, batch_sums, layer_groups
 from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
-from flora_jax.distill.teacher import TOP
 from flora_jax.errors import InputError
-from flora_jax.evaluation import sum_model_metrics
-from flora_jax.lowrank.calibration import BATCH_SIZE, TappedLinear, batch_sums, layer_groups
-from flora_jax.lowrank.supernet import abstract_supernet
+from flora_jax.evaluation.evaluate import sum_model_metrics
+from flora_jax.evaluation.quality import AGREEMENT, quality_of
+from flora_jax.flora.supernet import abstract_supernet
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.preflight import hlo
-from flora_jax.quality import AGREEMENT, quality_of
+from flora_jax.runs.settings import Settings
 from flora_jax.slim.gates import SparsityPenalty, abstract_gated
 from flora_jax.stages.run import network_spec
-from flora_jax.stages.settings import Settings
 from flora_jax.training.settings import Recipe
 from flora_jax.training.step import initial_state, make_step
+from flora_jax.training.teacher import TOP
 
 _Shape = jax.ShapeDtypeStruct
 

@@ -31,8 +31,8 @@ from flora_jax.preflight.programs import (
 )
 from flora_jax.preflight.table import GIB, column, count_parameters, lines_of, size_text
 from flora_jax.report.table import human_count
-from flora_jax.stages.images import Images
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flora_jax.comparison import Interval
 from flora_jax.data.preprocessing import Preprocessing
+from flora_jax.evaluation.comparison import Interval
+from flora_jax.evaluation.quality import Quality, quality_of
 from flora_jax.models.spec import Spec
-from flora_jax.quality import Quality, quality_of
 from flora_jax.report.table import difference_text, human_count, in_points
 from flora_jax.weights.export.kinds import EXPORTS
 

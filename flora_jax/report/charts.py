@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from flora_jax.comparison import kind_of
-from flora_jax.quality import Metric
+from flora_jax.evaluation.comparison import kind_of
+from flora_jax.evaluation.quality import Metric
 from flora_jax.report.drawn import Curve, Drawn
 from flora_jax.report.svg import Chart, padded
 from flora_jax.report.trade_off import cost_axis, front

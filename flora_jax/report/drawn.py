@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from flora_jax.quality import TOP1, Metric
+from flora_jax.evaluation.quality import TOP1, Metric
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps [T], values [T]
 

@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.typing import HashableList
 
+from flora_jax.evaluation.quality import TOP1, Metric
 from flora_jax.io.files import replacing
-from flora_jax.quality import TOP1, Metric
 from flora_jax.report.drawn import Curve, Drawn
 from flora_jax.report.trade_off import legend_below, plot_candidates, plot_models
 

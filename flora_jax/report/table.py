@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flora_jax.comparison import Interval, budget_name, kind_of
-from flora_jax.quality import AGREEMENT, CLASSIFICATION, RELATIVE_ERROR, TOP1, Metric
+from flora_jax.evaluation.comparison import Interval, budget_name, kind_of
+from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION, RELATIVE_ERROR, TOP1, Metric
 
 DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from flora_jax.comparison import kind_of
+from flora_jax.evaluation.comparison import kind_of
 from flora_jax.report.drawn import Drawn
 from flora_jax.report.table import count_unit
 

@@ -5,16 +5,16 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from flora_jax.cluster.processes import wait_for_all
-from flora_jax.comparison import budget_name
 from flora_jax.errors import InputError
+from flora_jax.evaluation.comparison import budget_name
+from flora_jax.flora.cost import Cost
+from flora_jax.flora.extras.latency import LatencyTable, measure
+from flora_jax.flora.space import RankSpace
 from flora_jax.io.files import read_json, write_json_once
-from flora_jax.lowrank.cost import Cost
-from flora_jax.lowrank.space import RankSpace
 from flora_jax.models.spec import Spec
-from flora_jax.search.latency import LatencyTable, measure
+from flora_jax.runs.sections import Window
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.run import Run, load_space
-from flora_jax.stages.sections import Window
-from flora_jax.stages.settings import Settings
 
 LATENCY_FILE = "search/latency.json"
 

@@ -7,9 +7,7 @@ from etils import epath
 from safetensors import numpy as safetensors
 from safetensors import safe_open
 
-from flora_jax.cluster.processes import StopRequest, Timer, by_the_first, wait_for_all
-from flora_jax.io.files import on_disk, replacing
-from flora_jax.lowrank.calibration import (
+from flora_jax.closed_form.calibrate import (
     Arrays,
     Calibration,
     layer_groups,
@@ -18,12 +16,14 @@ from flora_jax.lowrank.calibration import (
     running_sums,
     zero_sums,
 )
-from flora_jax.lowrank.supernet import factorize
+from flora_jax.cluster.processes import StopRequest, Timer, by_the_first, wait_for_all
+from flora_jax.flora.svd import factorize
+from flora_jax.io.files import on_disk, replacing
 from flora_jax.models import functional
 from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
-from flora_jax.stages.images import Images
+from flora_jax.runs.images import Images
 from flora_jax.stages.run import INHERITED, Run, load_base
 from flora_jax.weights import folder
 

@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from flora_jax.evaluation.quality import quality_of
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
-from flora_jax.quality import quality_of
 from flora_jax.report.card import Card, card_text
 from flora_jax.report.table import named_entries
 from flora_jax.stages.budget import (

@@ -4,11 +4,11 @@ import logging
 
 import jax.numpy as jnp
 
-from flora_jax.evaluation import top1
+from flora_jax.evaluation.evaluate import top1
 from flora_jax.models.factory import create
 from flora_jax.models.network import Network
-from flora_jax.stages.doubts import check_not_chance
-from flora_jax.stages.images import Images
+from flora_jax.runs.checks import check_not_chance
+from flora_jax.runs.images import Images
 from flora_jax.stages.measured import evaluators
 from flora_jax.stages.run import Run
 from flora_jax.stages.training import train_stage

@@ -3,13 +3,13 @@
 import numpy as np
 from etils import epath
 
+from flora_jax.evaluation.quality import Metric, quality_of
+from flora_jax.flora.history import Candidate, read_history
 from flora_jax.io.files import matching
 from flora_jax.io.json_lines import read_lines, read_records
 from flora_jax.io.paths import as_text
-from flora_jax.quality import Metric, quality_of
 from flora_jax.report.drawn import Curve, Drawn
 from flora_jax.report.table import human_count, named_entries
-from flora_jax.search.history import Candidate, read_history
 from flora_jax.stages.budget import (
     LATENCY_FILE,
     load_budgets,

@@ -4,16 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from flora_jax.closed_form.allocate import allocate_by, full_rank_drops, multiplier_path
+from flora_jax.closed_form.sensitivity import Sensitivity
 from flora_jax.cluster.processes import wait_for_all
+from flora_jax.flora.block_scorer import local_supernet, score_block
+from flora_jax.flora.filter import filter_space
+from flora_jax.flora.sampling import Draw, nested_law, sandwich_law, space_law
+from flora_jax.flora.supernet import Supernet, extract_ranks
 from flora_jax.io.files import read_json, write_json_once
-from flora_jax.lowrank.supernet import Supernet, extract_ranks
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
-from flora_jax.search.allocation import allocate_by, full_rank_drops, multiplier_path
-from flora_jax.search.block_scores import local_supernet, score_block
-from flora_jax.search.filter import filter_space
-from flora_jax.search.laws import Draw, nested_law, sandwich_law, space_law
-from flora_jax.search.sensitivity import Sensitivity
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import (
     ALLOCATION_FILE,
     budget_cost,
@@ -24,7 +25,6 @@ from flora_jax.stages.budget import (
     macs_budgets,
     winners_file,
 )
-from flora_jax.stages.images import Images
 from flora_jax.stages.measured import evaluators, heldout
 from flora_jax.stages.run import (
     Run,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from flora_jax.runs.images import Images
 from flora_jax.stages.calibration import calibrate_factors
 from flora_jax.stages.dense import pretrain, transfer
 from flora_jax.stages.export import export
@@ -12,7 +13,6 @@ from flora_jax.stages.flora import (
     finetune,
     train_whole_supernet,
 )
-from flora_jax.stages.images import Images
 from flora_jax.stages.names import STAGES
 from flora_jax.stages.outcome import evaluate
 from flora_jax.stages.run import Run

@@ -2,9 +2,9 @@
 
 import logging
 
-from flora_jax.evaluation import EvaluationSet, HeldOut, evaluate_images
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.stages.images import Images
+from flora_jax.evaluation.evaluate import EvaluationSet, HeldOut, evaluate_images
+from flora_jax.flora.space import RankSpace
+from flora_jax.runs.images import Images
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.training.loop import Evaluator
 

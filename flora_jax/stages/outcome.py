@@ -7,17 +7,17 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.comparison import baseline_pairs, compare
-from flora_jax.evaluation import evaluate_images, top1
+from flora_jax.evaluation.comparison import baseline_pairs, compare
+from flora_jax.evaluation.evaluate import evaluate_images, top1
+from flora_jax.evaluation.quality import Quality
+from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.io.files import replacing, write_json_once
 from flora_jax.models.spec import Spec
-from flora_jax.quality import Quality
 from flora_jax.report.table import DATA
-from flora_jax.search.latency import measure_networks
+from flora_jax.runs.checks import doubt_heldout
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import finished_models, load_latency_table
 from flora_jax.stages.companions import report_models_once
-from flora_jax.stages.doubts import doubt_heldout
-from flora_jax.stages.images import Images
 from flora_jax.stages.measured import measured
 from flora_jax.stages.run import Run
 from flora_jax.timing import median_ratio

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from safetensors import numpy as safetensors
 
-from flora_jax.comparison import kind_of
 from flora_jax.errors import UserError, differences
+from flora_jax.evaluation.comparison import kind_of
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import as_text
 from flora_jax.models.spec import Spec
@@ -20,10 +20,10 @@ from flora_jax.report.classes import Confusion, class_accuracies, confusions
 from flora_jax.report.drawn import Drawn
 from flora_jax.report.page import Page
 from flora_jax.report.pictures import thumbnail
-from flora_jax.stages.images import Images
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.stages.outcome import TEST_IMAGES_FILE
 from flora_jax.stages.run import Run, done_stages
-from flora_jax.stages.settings import Settings
 from flora_jax.timing import describe_device
 
 BENCHMARK_FILE = "benchmark.json"

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from flora_jax.distill.stored_teacher import StoredTeacher
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import matching
-from flora_jax.stages.images import Images
+from flora_jax.runs.images import Images
 from flora_jax.stages.run import Run, load_base, load_dense
 from flora_jax.stages.training import stored_teacher
+from flora_jax.training.stored_teacher import StoredTeacher
 
 TOLERANCE = 1e-3  # float16 rounds a probability by 2.5e-4
 

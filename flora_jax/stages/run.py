@@ -29,13 +29,14 @@ import dataclasses
 
 from etils import epath
 
+from flora_jax.flora.space import RankSpace
+from flora_jax.flora.supernet import Supernet
+from flora_jax.flora.svd import factorize
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import user_path
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.supernet import Supernet, factorize
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.settings import Settings
 from flora_jax.weights import folder
 from flora_jax.weights.metadata.spec import describes_itself, read_spec
 

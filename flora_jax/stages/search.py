@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 
 from flora_jax.cluster.processes import StopRequest
+from flora_jax.flora.cost import Cost
+from flora_jax.flora.evolution import evolve
+from flora_jax.flora.extras.halving import ImageScores
+from flora_jax.flora.extras.latency import LatencyTable, measure_networks
+from flora_jax.flora.history import Candidate
+from flora_jax.flora.image_scores import image_scores
+from flora_jax.flora.proposals import neighbours
+from flora_jax.flora.space import RankSpace
+from flora_jax.flora.supernet import Supernet
 from flora_jax.io.files import write_json_once
 from flora_jax.io.json_lines import read_lines
-from flora_jax.lowrank.cost import Cost
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
-from flora_jax.search.evolution import evolve
-from flora_jax.search.halving import ImageScores
-from flora_jax.search.history import Candidate
-from flora_jax.search.image_scores import image_scores
-from flora_jax.search.latency import LatencyTable, measure_networks
-from flora_jax.search.proposals import neighbours
+from flora_jax.runs.images import Images
 from flora_jax.stages.budget import (
     ALLOCATED,
     ALLOCATION_FILE,
@@ -31,7 +32,6 @@ from flora_jax.stages.budget import (
     load_found,
     load_latency_table,
 )
-from flora_jax.stages.images import Images
 from flora_jax.stages.measured import heldout_parts
 from flora_jax.stages.run import Run, load_shared, load_space
 from flora_jax.timing import median_ratio

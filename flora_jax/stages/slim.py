@@ -4,16 +4,16 @@ import dataclasses
 import logging
 
 from flora_jax import slim
-from flora_jax.evaluation import top1
+from flora_jax.evaluation.evaluate import top1
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
+from flora_jax.runs.checks import doubt_gates
+from flora_jax.runs.images import Images
+from flora_jax.runs.sections import SlimSettings
 from flora_jax.slim.masks import write_decision_once
 from flora_jax.stages.budget import check_macs_budget
-from flora_jax.stages.doubts import doubt_gates
-from flora_jax.stages.images import Images
 from flora_jax.stages.measured import evaluators
 from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.sections import SlimSettings
 from flora_jax.stages.training import train_stage
 from flora_jax.weights import folder
 

@@ -9,18 +9,18 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.processes import is_first
 from flora_jax.data.batches import Batches, train_batches
 from flora_jax.data.sources import Source
-from flora_jax.distill.stored_teacher import StoredTeacher
-from flora_jax.distill.teacher import Teacher, describe
+from flora_jax.flora.sampling import Draw
+from flora_jax.flora.supernet import Supernet
 from flora_jax.io.json_lines import read_records
-from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.functional import Parameters
 from flora_jax.models.network import Network
-from flora_jax.search.laws import Draw
-from flora_jax.stages.doubts import doubt_loss
+from flora_jax.runs.checks import doubt_loss
 from flora_jax.stages.run import Run
 from flora_jax.training.loop import Evaluator, train
 from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.training.settings import Recipe, TrainSettings
+from flora_jax.training.stored_teacher import StoredTeacher
+from flora_jax.training.teacher import Teacher, describe
 from flora_jax.training.watch import watching
 
 PREDICTIONS = "predictions"  # stored ones, in the folder of a training

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import replicate
 from flora_jax.cluster.processes import is_first
+from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models.functional import Parameters
-from flora_jax.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.watch import Write

@@ -10,12 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
+from flora_jax.evaluation.quality import relative_error
 from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.loop import Loop
 from flora_jax.models.spec import Spec
-from flora_jax.quality import relative_error
 from flora_jax.training.mixing import mix
 from flora_jax.training.optimizer import make_optimizer
 from flora_jax.training.parallel import data_parallel

@@ -13,6 +13,8 @@ from safetensors import numpy as safetensors
 
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError, MissingFileError, few
+from flora_jax.flora.space import RankSpace
+from flora_jax.flora.supernet import Supernet, abstract_supernet
 from flora_jax.io.checkpoint import (
     has_saved_parameters,
     read_parameters,
@@ -29,8 +31,6 @@ from flora_jax.io.files import (
     write_json_once,
 )
 from flora_jax.io.paths import user_path
-from flora_jax.lowrank.space import RankSpace
-from flora_jax.lowrank.supernet import Supernet, abstract_supernet
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network

@@ -3,11 +3,11 @@
 import numpy as np
 from hypothesis import settings
 
-from flora_jax.lowrank.cost import Cost
-from flora_jax.lowrank.space import RankSpace
+from flora_jax.flora.cost import Cost
+from flora_jax.flora.evolution import EvolutionSettings, evolve
+from flora_jax.flora.extras.halving import ImageScores
+from flora_jax.flora.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.search.evolution import EvolutionSettings, evolve
-from flora_jax.search.halving import ImageScores
 
 SPEC = ViTSpec(image_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 REGULAR = RankSpace.regular(SPEC)

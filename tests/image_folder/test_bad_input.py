@@ -12,7 +12,7 @@ from etils import epath
 from flora_jax.data import augment, batches, sources, subsets
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.normalize import Normalization
-from flora_jax.evaluation import EvaluationSet
+from flora_jax.evaluation.evaluate import EvaluationSet
 from tests.helpers.pictures import keys, not_an_image, save
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from flora_jax.configs import digits
 from flora_jax.data import augment, decoding, splits
 from flora_jax.data.image_folder import image_folder
-from flora_jax.stages.images import Images
-from flora_jax.stages.settings import Settings
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from tests.helpers.pictures import save
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)

@@ -12,9 +12,9 @@ import pytest
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
 from flora_jax.data.subsets import subset
-from flora_jax.distill.records import StoredPredictions, parts_to_write
-from flora_jax.distill.teacher import Teacher, describe, write_predictions
 from flora_jax.models import functional
+from flora_jax.training.records import StoredPredictions, parts_to_write
+from flora_jax.training.teacher import Teacher, describe, write_predictions
 from tests.helpers.predictions import (
     AUGMENTATION,
     BATCH_SIZE,

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from flora_jax.run import validation
 from ml_collections import ConfigDict
 
 import flora_jax as flora
@@ -18,11 +19,10 @@ from flora_jax.configs import (
     vit_slim_deit_s,
 )
 from flora_jax.models import functional
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.slim.masks import read_decision
-from flora_jax.stages import validation
-from flora_jax.stages.images import Images
 from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.settings import Settings
 from flora_jax.stages.slim import DECISION_FILE, train_gates
 
 pytestmark = pytest.mark.slow

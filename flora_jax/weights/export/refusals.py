@@ -5,8 +5,8 @@ from typing import Any
 from etils import epath
 
 from flora_jax.errors import InputError
+from flora_jax.flora.supernet import Supernet
 from flora_jax.io.paths import user_path
-from flora_jax.lowrank.supernet import Supernet
 from flora_jax.models.network import Network
 
 # protobuf (ONNX) and flatbuffers (jax.export) end at 2 GiB; what is not weights needs some of it.

@@ -1,0 +1,1 @@
+"""Closed-form compression (ours): smaller without labels or training."""

@@ -1,1 +1,0 @@
-"""Low-rank supernets: rank spaces, weight inheritance and extraction."""

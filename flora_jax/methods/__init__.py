@@ -1,0 +1,1 @@
+"""Methods, a linear script each: flora, slim, closed_form, transfer."""

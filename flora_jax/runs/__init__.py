@@ -1,0 +1,1 @@
+"""A run: its settings, its folder, its images, and the checks before it."""

@@ -1,0 +1,166 @@
+"""A config that leaves fields open: they follow from the weights and the images that it names.
+
+Open is what is None; the config says that it may be by a field of its own, `image_size`. The rules
+are in `flora_jax.runs.rules`.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from flora_jax.data.preprocessing import Preprocessing
+from flora_jax.data.splits import load_splits
+from flora_jax.errors import InputError
+from flora_jax.evaluation.quality import COSINE
+from flora_jax.models.spec import Spec
+from flora_jax.models.spec_json import spec_to_json
+from flora_jax.run import rules
+from flora_jax.runs.settings import Settings
+from flora_jax.stages.names import FLORA_STAGES, STAGES
+from flora_jax.weights.metadata.class_names import read_class_names
+from flora_jax.weights.metadata.preprocessing import read_preprocessing
+from flora_jax.weights.metadata.spec import read_spec, spec_of_config
+
+log = logging.getLogger(__name__)
+
+# Epochs and learning rate of each training that the rules pass through (docs/decisions.md).
+_MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 5e-4)}
+_MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4), "finetune": (16.0, 5e-4)}
+_OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+_MOST_THREADS = 16
+
+
+def settings_of(config: Mapping) -> Settings:
+    """The settings of a config, its open fields filled in. Raises as `Settings.from_config`."""
+    if "image_size" not in config:
+        return Settings.from_config(config)
+    return Settings.from_config(closed(config))
+
+
+def closed(config: Mapping) -> dict[str, Any]:
+    """The same config with a value for every open field; the log says which.
+
+    Raises:
+      InputError: it names no weights or images, or they cannot be read.
+      MissingFileError: they are not there.
+    """
+    values = _as_dict(config)
+    size = values.pop("image_size")
+    for name, example in (("pretrained", "FOLDER"), ("data.name", "folder:PATH")):
+        if not _get(values, name):
+            raise InputError(f"nothing to start from: give --config.{name}={example}")
+    weights, preprocessing = _read_weights(values["pretrained"], values["model"])
+    num_images, class_names = _count(values["data"])
+    num_classes = len(class_names)
+    spec = dataclasses.replace(
+        weights,
+        image_size=size or preprocessing.image_size,
+        num_classes=num_classes or weights.num_classes,
+    )
+    has_classifier = weights.num_classes == spec.num_classes and _same(
+        read_class_names(values["pretrained"]), class_names
+    )
+    share = values["data"]["heldout_fraction"] or rules.heldout_fraction(num_images, num_classes)
+    num_train = round((1 - share) * num_images)
+    if num_train < rules.LEAST_IMAGES:
+        raise InputError(
+            f"{values['data']['name']} leaves {num_train} images to train with, beside "
+            f"{num_images - num_train} to choose by; at least {rules.LEAST_IMAGES} are needed"
+        )
+    found: dict[str, Any] = {
+        "stages": _stages(spec),
+        "train_pretrained": not has_classifier,
+        "data.heldout_fraction": share,
+        "data.heldout_by": rules.heldout_by(values["data"]["name"], num_images),
+        "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
+        "metric": rules.metric(num_images - num_train) if spec.num_classes else COSINE.name,
+    }
+    for name in _OF_THE_PICTURES:
+        found[f"data.{name}"] = getattr(preprocessing, name)
+    measured = _MEASURED if spec.num_classes else _MEASURED_ON_FEATURES
+    for name, (epochs, rate) in measured.items():
+        batch = values[name]["batch_size"] or rules.batch_size(num_train, jax.device_count())
+        found[f"{name}.batch_size"] = batch
+        found[f"{name}.epochs"] = rules.epochs(epochs, num_train)
+        found[f"{name}.learning_rate"] = rules.learning_rate(rate, batch)
+    log.info("%s: %s", values["pretrained"], _what(spec))
+    if spec.num_classes:
+        log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
+    for name, value in found.items():
+        if _get(values, name) is None:
+            _set(values, name, value)
+            is_of_no_stage = name.partition(".")[0] in set(STAGES) - set(values["stages"])
+            if not is_of_no_stage:
+                log.info("  %s = %s", name, value)
+    values["model"] = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
+    return values
+
+
+def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
+    """What network the weights belong to, and what it wants of a picture."""
+    spec = spec_of_config({"architecture": name}) if name else read_spec(path)
+    if spec != dataclasses.replace(spec, blocks=()):
+        raise InputError(f"{path} holds a compressed model; a dense one is needed to start from")
+    preprocessing = read_preprocessing(path)
+    if preprocessing is None:
+        preprocessing = Preprocessing(spec.image_size)
+        log.warning(
+            "nothing beside the weights says how pictures are prepared for them; assumed are %s",
+            ", ".join(f"{name} {getattr(preprocessing, name)}" for name in _OF_THE_PICTURES),
+        )
+    return spec, preprocessing
+
+
+def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
+    """How many images there are to train and to search with, and the names of their classes."""
+    splits = load_splits(
+        data["name"],
+        data_dir=data["data_dir"] or None,
+        test_split=data["test_split"] or None,
+        heldout_split=data["heldout_split"] or None,
+        classes=tuple(data["classes"]),
+    )
+    return len(splits.train) + len(splits.heldout), splits.class_names
+
+
+def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether the classes that the weights know are these, as far as names are known."""
+    return not (known and names) or list(map(str.lower, known)) == list(map(str.lower, names))
+
+
+def _stages(spec: Spec) -> tuple[str, ...]:
+    """All but the filter, for which few images are too few.
+
+    With a classifier ranks are allocated without training a supernet or searching one: fine-tuned,
+    they come as far, in two thirds of the time (docs/decisions.md).
+    """
+    left_out = {"filter", "supernet", "search"} if spec.num_classes else {"filter"}
+    return tuple(stage for stage in FLORA_STAGES if stage not in left_out)
+
+
+def _what(spec: Spec) -> str:
+    return (
+        f"{len(spec.blocks)} blocks, {spec.num_params() / 1e6:.3g} M parameters, images of "
+        f"{spec.image_size} x {spec.image_size} pixels, {spec.num_classes or 'no'} classes"
+    )
+
+
+def _as_dict(config: Mapping) -> dict[str, Any]:
+    return {
+        name: _as_dict(value) if hasattr(value, "items") else value
+        for name, value in config.items()
+    }
+
+
+def _get(values: Mapping, name: str):
+    section, _, inner = name.rpartition(".")
+    return (values[section] if section else values)[inner]
+
+
+def _set(values: dict, name: str, value) -> None:
+    section, _, inner = name.rpartition(".")
+    (values[section] if section else values)[inner] = value

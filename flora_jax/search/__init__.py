@@ -1,1 +1,0 @@
-"""Architecture search: filtering the rank space and evolving subnets in it."""
