@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from flora_jax.run import checks as doubts
+from flora_jax.runs import checks as doubts
 
 import flora_jax as flora
 from flora_jax.configs import digits

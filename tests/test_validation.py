@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from absl import flags
-from flora_jax.run import validation
+from flora_jax.runs import validation
 from ml_collections import ConfigDict, config_flags
 
 import flora_jax as flora

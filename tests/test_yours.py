@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from flora_jax.run import rules
+from flora_jax.runs import rules
 from safetensors.numpy import save_file
 
 import flora_jax as flora

@@ -18,7 +18,7 @@ from flora_jax.errors import InputError
 from flora_jax.evaluation.quality import COSINE
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
-from flora_jax.run import rules
+from flora_jax.runs import rules
 from flora_jax.runs.settings import Settings
 from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.weights.metadata.class_names import read_class_names

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from flora_jax.run import validation
+from flora_jax.runs import validation
 from safetensors.numpy import save_file
 
 import flora_jax as flora

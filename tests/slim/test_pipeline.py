@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from flora_jax.run import validation
+from flora_jax.runs import validation
 from ml_collections import ConfigDict
 
 import flora_jax as flora
