@@ -17,5 +17,5 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.deit("base"))
+    config = common.published(flora.deit("base"))
     return common.run_local(config) if argument == "runlocal" else config

@@ -17,7 +17,7 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.deit("tiny"))
+    config = common.published(flora.deit("tiny"))
     config.space.ratios = tuple(i / 6 for i in range(1, 7))
     config.budget.macs = (0.57, 0.60)
     config.supernet.update({"epochs": 300.0, "learning_rate": 7.5e-5})

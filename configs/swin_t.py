@@ -17,7 +17,7 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.swin("tiny"))
+    config = common.published(flora.swin("tiny"))
     config.space.ratios = tuple(i / 8 for i in range(1, 9))
     config.budget.macs = (0.55, 0.58)
     return common.run_local(config) if argument == "runlocal" else config

@@ -18,7 +18,7 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.tiny_vit("11m"))
+    config = common.published(flora.tiny_vit("11m"))
     config.space.ratios = tuple(i / 8 for i in range(1, 9))
     config.budget.macs = (0.74, 0.77)
     config.supernet.update({"epochs": 300.0, "learning_rate": 7.5e-5})
