@@ -13,6 +13,7 @@ from flora_jax.closed_form.knapsack import least_loss
 from flora_jax.closed_form.sensitivity import Sensitivity
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
+from flora_jax.flora.filter import hull_options
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet
 from flora_jax.models.spec import by_block
@@ -162,6 +163,25 @@ def best_within(
     picks = least_loss(of_triples, costs, budgets - cost.fixed)
     genes = [triples[pick] for triples, pick in zip(space.kept, picks.T, strict=True)]
     return np.concatenate(genes, axis=1)
+
+
+def multiplier_path(drops: list[np.ndarray], cost: Cost) -> np.ndarray:
+    """The ranks that a falling price of cost picks, int32 [T, L]: nested, cheapest first, to full.
+
+    Along it every layer climbs the lower convex hull of its drops over its costs.
+    """
+    steps = []
+    for layer, (drop, spent) in enumerate(zip(drops, cost.layers, strict=True)):
+        hull = hull_options(-drop, spent)
+        gains = -np.diff(drop[hull]) / np.diff(spent[hull])
+        steps += [(gain, layer, gene) for gain, gene in zip(gains, hull[1:], strict=True)]
+    genes = np.array([hull_options(-d, c)[0] for d, c in zip(drops, cost.layers, strict=True)])
+    path = [genes.copy()]
+    for _, layer, gene in sorted(steps, key=lambda step: -step[0]):
+        genes[layer] = gene
+        path.append(genes.copy())
+    path.append(np.array([len(drop) - 1 for drop in drops]))
+    return np.array(path, np.int32)
 
 
 def _check_reachable(space: RankSpace, cost: Cost, budgets: np.ndarray) -> None:

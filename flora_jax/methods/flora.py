@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from flora_jax.closed_form.allocate import multiplier_path
 from flora_jax.flora.evolution import image_scores, search
 from flora_jax.flora.extras.halving import ImageScores
 from flora_jax.flora.extras.latency import LatencyTable, check_prediction
-from flora_jax.flora.extras.sampling import multiplier_path, nested, sandwich
+from flora_jax.flora.extras.sampling import nested, sandwich
 from flora_jax.flora.extras.warm_start import SURE, first_population, lead
 from flora_jax.flora.filter import filter_space
 from flora_jax.flora.sampling import SAMPLINGS

@@ -5,8 +5,6 @@
 
 import numpy as np
 
-from flora_jax.flora.cost import Cost
-from flora_jax.flora.filter import hull_options
 from flora_jax.flora.sampling import Draw, draw_by_step
 from flora_jax.flora.space import RankSpace
 
@@ -32,22 +30,3 @@ def nested(space: RankSpace, profiles: np.ndarray, seed: int) -> Draw:
         return np.clip(genes, 0, last).astype(np.int32)
 
     return draw
-
-
-def multiplier_path(drops: list[np.ndarray], cost: Cost) -> np.ndarray:
-    """The ranks that a falling price of cost picks, int32 [T, L]: nested, cheapest first, to full.
-
-    Along it every layer climbs the lower convex hull of its drops over its costs.
-    """
-    steps = []
-    for layer, (drop, spent) in enumerate(zip(drops, cost.layers, strict=True)):
-        hull = hull_options(-drop, spent)
-        gains = -np.diff(drop[hull]) / np.diff(spent[hull])
-        steps += [(gain, layer, gene) for gain, gene in zip(gains, hull[1:], strict=True)]
-    genes = np.array([hull_options(-d, c)[0] for d, c in zip(drops, cost.layers, strict=True)])
-    path = [genes.copy()]
-    for _, layer, gene in sorted(steps, key=lambda step: -step[0]):
-        genes[layer] = gene
-        path.append(genes.copy())
-    path.append(np.array([len(drop) - 1 for drop in drops]))
-    return np.array(path, np.int32)
