@@ -17,9 +17,9 @@ from gcp_storage_emulator.handlers import objects
 import flora_jax as flora
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.places import check_can_hold_a_run
+from flora_jax.methods.export import export_once
 from flora_jax.models import functional
-from flora_jax.stages.export import export_once
-from flora_jax.stages.run import Run
+from flora_jax.runs.workdir import Run
 from tests.helpers.checkpoints import program, restored_step, state_at
 from tests.helpers.commands import ROOT, free_port, run_flora
 from tests.helpers.faults import OFTEN, assert_same_run, send_when

@@ -5,18 +5,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from flora_jax.stages.calibration import calibrate_factors
 from PIL import Image
 
 import flora_jax as flora
-from flora_jax import pipeline
 from flora_jax.cluster.processes import Stopped
 from flora_jax.configs import minutes
+from flora_jax.methods import start
 from flora_jax.runs.images import Images
-from flora_jax.runs.sections import BudgetSettings
-from flora_jax.runs.settings import Settings
+from flora_jax.runs.settings import BudgetSettings, Settings
+from flora_jax.runs.workdir import Run
 from flora_jax.stages import calibration
-from flora_jax.stages.calibration import calibrate_factors
-from flora_jax.stages.run import Run
 
 TWO = ((0.4, 0.5), (0.6, 0.7))
 
@@ -49,7 +48,7 @@ def test_a_budget_out_of_reach_is_told_before_anything_starts(stages, tmp_path):
     config = minutes.get_config("runlocal")
     config.stages, config.budget.macs = stages, ((0.01, 0.02), (0.5, 0.6))
     with pytest.raises(ValueError, match=r"budget\.macs \(0\.01, 0\.02\) cannot be reached"):
-        pipeline.run(config, tmp_path / "run")
+        start.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -72,7 +71,7 @@ def test_minutes_without_labels(finished_run, tmp_path, capsys):
     """Two budgets, no training: the models are the inherited ones, and labels are the dense's."""
     config = unlabelled_config(finished_run, tmp_path, **{"budget.macs": TWO})
     run = tmp_path / "run"
-    pipeline.run(config, run)
+    start.run(config, run)
     result = json.loads((run / "result.json").read_text())
     assert result["dense"]["top1"] == 1
     dense = flora.load(run / "dense").spec.macs()
@@ -105,7 +104,7 @@ def test_minutes_without_labels(finished_run, tmp_path, capsys):
 def test_stages_that_need_labels_are_named(finished_run, tmp_path, changes, names):
     config = unlabelled_config(finished_run, tmp_path, **changes)
     with pytest.raises(ValueError, match=f"has no labels, but {names} need"):
-        pipeline.run(config, tmp_path / "run")
+        start.run(config, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -6,17 +6,17 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
+from flora_jax.stages.changes import stages_to_redo
 
 import flora_jax as flora
-from flora_jax import pipeline
 from flora_jax.configs import digits
+from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.errors import UserError
+from flora_jax.methods import start
 from flora_jax.models import functional
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.changes import stages_to_redo
-from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.run import Run
+from flora_jax.runs.workdir import Run
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
 
@@ -28,7 +28,7 @@ def config_with(**changes) -> dict:
 
 
 def without(*stages: str) -> tuple[str, ...]:
-    return tuple(stage for stage in FLORA_STAGES if stage not in stages)
+    return tuple(stage for stage in IMPROVED_STAGES if stage not in stages)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def without(*stages: str) -> tuple[str, ...]:
         ({"budget.macs": (0.5, 0.55)}, "allocate"),
         ({"search.latency_batch": 3}, "allocate"),
         ({"supernet.learning_rate": 1.0}, "supernet"),
-        ({"supernet_law": "sandwich", "finetune.epochs": 1.0}, "supernet"),
+        ({"supernet_sampling": "sandwich", "finetune.epochs": 1.0}, "supernet"),
         ({"metric": "top1"}, "filter"),
         ({"space.ratios": (0.5, 1.0)}, "calibrate"),
         ({"pretrain.epochs": 1.0}, "pretrain"),
@@ -50,7 +50,7 @@ def without(*stages: str) -> tuple[str, ...]:
         ({"data.heldout_fraction": 0.1}, "pretrain"),
         ({"stages": without("finetune")}, "evaluate"),
         ({"stages": without("filter")}, "supernet"),
-        ({"stages": FLORA_STAGES[:5]}, "evaluate and after"),
+        ({"stages": IMPROVED_STAGES[:5]}, "evaluate and after"),
     ],
 )
 def test_a_change_touches_the_stages_that_read_it(changes, first):
@@ -135,7 +135,7 @@ def test_nothing_is_put_aside_for_what_cannot_go_on(own_run):
         ({"finetune.epochs": 2.0}, {"stage": "evaluate"}, "needs 'finetune'"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline.run(tiny_config(**changes), own_run, **asked)
+            start.run(tiny_config(**changes), own_run, **asked)
     assert not (own_run / "earlier").exists()
     assert (own_run / "subnet/spec.json").exists()
 

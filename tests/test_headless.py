@@ -11,19 +11,19 @@ from PIL import Image
 from safetensors import numpy as safetensors
 
 import flora_jax as flora
-from flora_jax import pipeline
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.configs import common, minutes
+from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.evaluation.comparison import compare
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.flora.block_scorer import score_block
 from flora_jax.flora.evolution import read_history
 from flora_jax.io.json_lines import read_records
+from flora_jax.methods import start
 from flora_jax.models import functional
 from flora_jax.report.table import comparison_table
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.training.step import initial_state, make_step
 from tests.helpers.searching import SMALL, search
 from tests.helpers.training import NORMALIZATION, SETTINGS, batch_of
@@ -211,7 +211,7 @@ def config(tmp_path):
         small.resize((10 + i % 3, 9), Image.Resampling.BICUBIC).save(path)
     flora.save(flora.create(SPEC), tmp_path / "weights")
     config = minutes.get_config("runlocal")
-    config.stages, config.pretrained = FLORA_STAGES, str(tmp_path / "weights")
+    config.stages, config.pretrained = IMPROVED_STAGES, str(tmp_path / "weights")
     config.model.update({"image_size": 8, "embed_dim": 8, "num_heads": 2, "num_classes": 0})
     config.model.depth = 1
     config.data.name = f"images:{tmp_path / 'pictures'}"
@@ -227,7 +227,7 @@ def config(tmp_path):
 @pytest.mark.slow
 def test_a_whole_run(config, tmp_path, capsys):
     run = tmp_path / "run"
-    pipeline.run(config, run)
+    start.run(config, run)
     result = json.loads((run / "result.json").read_text())
     assert result["dense"]["cosine"] == pytest.approx(1, abs=1e-5)
     entry = result["subnet"]
@@ -274,5 +274,5 @@ def test_a_whole_run(config, tmp_path, capsys):
 def test_what_a_network_without_classes_cannot_learn_from(config, tmp_path, changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        pipeline.run(config, tmp_path / "run")
+        start.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "dense").exists()

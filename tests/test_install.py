@@ -9,12 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from flora_jax.stages.functions import STAGE_FUNCTIONS
 
 import flora_jax as flora
 from flora_jax import configs, help
 from flora_jax.errors import InputError
-from flora_jax.stages.functions import STAGE_FUNCTIONS
-from flora_jax.stages.names import STAGES
 from tests.helpers.commands import ROOT
 
 

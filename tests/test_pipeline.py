@@ -6,21 +6,22 @@ import shutil
 
 import numpy as np
 import pytest
+from flora_jax.stages.flora import train_whole_supernet
+from flora_jax.stages.run import Run, load_base, load_space
+from flora_jax.stages.training import train_stage
 from safetensors.numpy import load_file
 
 import flora_jax as flora
-from flora_jax import pipeline
+from flora_jax.commands.check_predictions import check_predictions
 from flora_jax.configs import digits_swin, digits_tiny_vit
+from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.flora.evolution import read_history
 from flora_jax.io.json_lines import read_records
+from flora_jax.methods import start
+from flora_jax.methods.listing import stages
 from flora_jax.models import functional
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.flora import train_whole_supernet
-from flora_jax.stages.names import FLORA_STAGES, STAGES
-from flora_jax.stages.predictions import check_predictions
-from flora_jax.stages.run import Run, load_base, load_space
-from flora_jax.stages.training import train_stage
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
 
@@ -117,12 +118,14 @@ def test_running_again_changes_nothing_and_prints_the_table(own_run):
 
 def test_one_stage_needs_those_before_it(tmp_path):
     with pytest.raises(RuntimeError, match="stage 'search' needs 'pretrain'"):
-        pipeline.run(tiny_config(), tmp_path, "search")
+        start.run(tiny_config(), tmp_path, "search")
 
 
 def test_one_stage_alone(own_run, finished_run):
     (own_run / "stages.json").write_text(
-        json.dumps({name: {"seconds": 1} for name in STAGES if name not in ("evaluate", "report")})
+        json.dumps(
+            {name: {"seconds": 1} for name in stages() if name not in ("evaluate", "report")}
+        )
     )
     (own_run / "result.json").unlink()
     done = run_flora(own_run, "--stage=evaluate")
@@ -150,7 +153,7 @@ def test_the_uniform_baseline_trained_alone(own_run, finished_run):
 
 
 def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
-    stages = tuple(name for name in FLORA_STAGES if name != "filter")
+    stages = tuple(name for name in IMPROVED_STAGES if name != "filter")
     run = Run(Settings.from_config(tiny_config(stages=stages)), tmp_path)
     flora.save(flora.create(run.spec), run.folder / "dense")
     assert load_space(run).contains([0] * 6)
@@ -203,8 +206,8 @@ def test_another_family_from_end_to_end(of_family, depths, most, tmp_path):
     config.search.update({"generations": 2, "population": 6, "parents": 3})
     config.search.update({"mutants": 2, "crossovers": 2})
     config.uniform_baseline = "none"
-    config.stages = tuple(name for name in FLORA_STAGES if name != "allocate")
-    pipeline.run(config, tmp_path)
+    config.stages = tuple(name for name in IMPROVED_STAGES if name != "allocate")
+    start.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"dense", "subnet", "data"}  # no baseline
     assert result["subnet"]["macs"] < most * result["dense"]["macs"]
@@ -219,9 +222,9 @@ def test_a_run_of_the_version_before_is_opened_as_what_it_was(finished_run, tmp_
     workdir = tmp_path / "old"
     workdir.mkdir()
     config = json.loads((finished_run / "config.json").read_text())
-    for added in ("calibration", "allocation", "supernet_law", "train_pretrained"):
+    for added in ("calibration", "allocation", "supernet_sampling", "train_pretrained"):
         del config[added]
-    config["stages"] = [name for name in FLORA_STAGES if name not in ("calibrate", "allocate")]
+    config["stages"] = [name for name in IMPROVED_STAGES if name not in ("calibrate", "allocate")]
     (workdir / "config.json").write_text(json.dumps(config))
     done = ("dense", "filter", "supernet")
     for name in done:
@@ -231,15 +234,15 @@ def test_a_run_of_the_version_before_is_opened_as_what_it_was(finished_run, tmp_
     settings = Run.open(workdir).settings
     assert settings.calibration.images == 0
     with pytest.raises(RuntimeError, match="stage 'search' needs 'calibrate'"):
-        pipeline.run(tiny_config(), workdir, "search")
+        start.run(tiny_config(), workdir, "search")
     assert not (workdir / "earlier").exists()
     with pytest.raises(RuntimeError, match="stage 'extract' needs 'search'"):
-        pipeline.run(settings.to_config(), workdir, "extract")
+        start.run(settings.to_config(), workdir, "extract")
 
 
 @pytest.mark.parametrize("law", ["sandwich", "nested"])
 def test_other_laws_train_a_supernet(finished_run, tmp_path, law):
-    config = tiny_config(supernet_law=law, **{"supernet.epochs": 1.0, "allocation.images": 16})
+    config = tiny_config(supernet_sampling=law, **{"supernet.epochs": 1.0, "allocation.images": 16})
     run = Run(Settings.from_config(config), tmp_path)
     for name in ("dense", "inherited", "filter"):
         shutil.copytree(finished_run / name, run.folder / name)

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from flora_jax import configs
+from flora_jax.configs.common import IMPROVED_STAGES
+from flora_jax.methods.listing import stages
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.names import FLORA_STAGES, STAGES
 
 
 @pytest.mark.parametrize("name", sorted(set(configs.names()) - {"yours"}))
@@ -22,7 +23,7 @@ def test_every_config_is_settings_and_back(name):
 
 def test_defaults_are_the_published_method():
     settings = Settings()
-    assert settings.stages == FLORA_STAGES
+    assert settings.stages == IMPROVED_STAGES
     assert settings.supernet.epochs == 150.0
     assert (settings.supernet.learning_rate, settings.finetune.epochs) == (2.5e-5, 30.0)
     assert Settings.from_config({}) == settings
@@ -54,4 +55,4 @@ def test_what_is_wrong_is_named_with_its_section(config, message):
 
 
 def test_stages_come_in_one_order():
-    assert [name for name in STAGES if name in FLORA_STAGES] == list(FLORA_STAGES)
+    assert [name for name in stages() if name in IMPROVED_STAGES] == list(IMPROVED_STAGES)

@@ -6,7 +6,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import flora_jax as flora
-from flora_jax import main, pipeline
+from flora_jax import main
 from flora_jax.configs import (
     deit_b,
     deit_s,
@@ -19,9 +19,9 @@ from flora_jax.configs import (
     tiny_vit_11m,
     tiny_vit_21m,
 )
+from flora_jax.methods import start
 from flora_jax.runs import validation
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.budget import macs_budgets
 from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
 
@@ -80,7 +80,7 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize("changes, message", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_bad_config_fails_before_any_work(changes, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        pipeline.run(tiny_config(**changes), tmp_path / "run")
+        start.run(tiny_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -90,14 +90,14 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path):
     model.blocks[1].norm2.scale[...] *= np.nan
     export_timm(model, config.pretrained)
     with pytest.raises(ValueError, match=r"diverged\.safetensors: .*NaN.*blocks\.1\.norm2\.weight"):
-        pipeline.run(config, tmp_path / "run")
+        start.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_workdir_of_another_config(own_run):
     with pytest.raises(ValueError, match=r"made by another config(.|\n)*seed: 0 there, 3 now"):
-        pipeline.run(tiny_config(seed=3), own_run)
+        start.run(tiny_config(seed=3), own_run)
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.configs import yours
+from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.preflight.plan import plan
 from flora_jax.runs import rules
 from flora_jax.runs.auto_config import settings_of
-from flora_jax.runs.validation import check
-from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.runs.checks import check
 from tests.helpers import modern
 from tests.helpers.commands import run_flora
 from tests.helpers.pictures import save
@@ -160,7 +160,7 @@ def test_rules_make_recipes(num_images):
 
 
 def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
-    stages = tuple(stage for stage in FLORA_STAGES if stage != "filter")
+    stages = tuple(stage for stage in IMPROVED_STAGES if stage != "filter")
     config = config_of(weights, pictures, stages=stages, export=("timm", "stablehlo"))
     settings = settings_of(config)
     lines = plan(settings, check(settings), tmp_path, {"pretrain": {}}).splitlines()
