@@ -24,6 +24,19 @@ def imagenet(spec: Spec) -> ConfigDict:
     return as_config(Settings(model=spec))
 
 
+def published(spec: Spec) -> ConfigDict:
+    """FLORA as published on this network, ImageNet, global batch 1024; recipe of DeiT-B."""
+    return imagenet(spec)
+
+
+def improved(config: ConfigDict) -> ConfigDict:
+    """With everything that this library adds to the published method."""
+    config.stages = FLORA_STAGES
+    config.search.halving = True
+    config.supernet_law = "low_rank_aware"
+    return config
+
+
 def as_config(settings: Settings) -> ConfigDict:
     """The settings as a config, any field of which the command line can set."""
     config = ConfigDict(settings.to_config())
