@@ -23,8 +23,8 @@ from flora_jax.data.subsets import shuffled, subset
 from flora_jax.evaluation.comparison import paired_interval
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.flora.evolution import evolve
-from flora_jax.flora.extras.halving import DEVIATIONS, ImageScores, looks_at
-from flora_jax.flora.image_scores import image_scores
+from flora_jax.flora.extras.halving import DEVIATIONS, ImageScores, rungs_of
+from flora_jax.flora.evolution import image_scores
 from flora_jax.runs.images import Images
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.stages.run import Run, load_shared, load_space
@@ -79,7 +79,7 @@ class Comparison:
             heldout, test = images.splits.heldout, images.splits.test
             rows = [heldout.source.indices[heldout.indices], test.indices]
             both = subset(test.source, np.concatenate(rows))
-            parts = images.evaluation_set(shuffled(both, 0), looks_at(len(both))[0])
+            parts = images.evaluation_set(shuffled(both, 0), rungs_of(len(both))[0])
         self.scores = image_scores(self.supernet, parts, self.run.settings.metric)
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
         entries = json.loads((folder / "allocate/genes.json").read_text())

@@ -13,11 +13,12 @@ from flora_jax.configs import common
 
 
 def get_config():
-    config = common.imagenet(
+    config = common.published(
         flora.ViTSpec(
             image_size=70, patch_size=14, embed_dim=384, depth=12, num_heads=6, num_classes=12
         )
     )
+    config = common.improved(config)
     config.stages = tuple(stage for stage in config.stages if stage != "filter")
     config.pretrained = "runs/material/dinov2_vits14"
     config.train_pretrained = True
@@ -33,7 +34,7 @@ def get_config():
     config.pretrain.update(shared | {"epochs": 7.0, "learning_rate": 3e-4})
     shared["distill_features"] = 5.0  # 12 classes of 2,000 images say little (docs/decisions.md)
     config.supernet.update(shared | {"epochs": 8.0, "learning_rate": 3e-4})
-    config.supernet_law = "nested"  # with few steps ahead of the others (docs/decisions.md)
+    config.supernet_sampling = "nested"  # with few steps ahead of the others (docs/decisions.md)
     config.finetune.update(shared | {"epochs": 8.0, "learning_rate": 5e-4})
     config.allocation.images = 128
     config.search.update({"generations": 4, "population": 24, "mutants": 10, "crossovers": 6})

@@ -1,6 +1,6 @@
-"""What all configs share: the published FLORA recipe (WACV 2024), and how to shrink it.
+"""The published FLORA recipe (WACV 2024), what is ours beside it, and both shrunk to a laptop.
 
-The defaults of every field, and what it means, are in flora_jax/runs/settings.py and sections.py.
+The defaults of every field, and its meaning, are in flora_jax/runs/settings.py.
 """
 
 from ml_collections import ConfigDict
@@ -8,32 +8,30 @@ from ml_collections.config_dict import placeholder
 
 from flora_jax.evaluation.quality import quality_of
 from flora_jax.models.spec import Spec
-from flora_jax.runs.settings import Settings
-from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.runs.settings import ENDING, PUBLISHED_STAGES, Settings
 
 SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
-FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *FLORA_STAGES[1:])
-MINUTES_STAGES = tuple(s for s in FLORA_STAGES if s not in ("filter", "supernet", "search"))
+FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *PUBLISHED_STAGES[1:])
+IMPROVED_STAGES = ("pretrain", "calibrate", "filter", "supernet", "allocate", "search", *ENDING)
+MINUTES_STAGES = ("pretrain", "calibrate", "allocate", *ENDING)
 TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
 NO_MIXING = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}  # for few epochs of small images
 
 
-def imagenet(spec: Spec) -> ConfigDict:
-    """FLORA on a published network, ImageNet, global batch 1024; recipe and budget of DeiT-B."""
+def published(spec: Spec) -> ConfigDict:
+    """FLORA as published on a network, ImageNet, global batch 1024; recipe and budget of DeiT-B."""
     return as_config(Settings(model=spec))
 
 
-def published(spec: Spec) -> ConfigDict:
-    """FLORA as published on this network, ImageNet, global batch 1024; recipe of DeiT-B."""
-    return imagenet(spec)
-
-
 def improved(config: ConfigDict) -> ConfigDict:
-    """With everything that this library adds to the published method."""
-    config.stages = FLORA_STAGES
-    config.search.halving = True
-    config.supernet_law = "low_rank_aware"
+    """The same with all that is ours: weighed factors, and a search that has to beat an allocation.
+
+    What each of them gives is in docs/decisions.md.
+    """
+    slims = ("slim",) if "slim" in config.stages else ()
+    config.stages = ("pretrain", *slims, *IMPROVED_STAGES[1:])  # calibrate and allocate
+    config.search.halving = True  # a candidate that is behind is not scored on every image
     return config
 
 

@@ -8,7 +8,7 @@ from flora_jax.configs import common
 
 
 def get_config():
-    config = common.imagenet(
+    config = common.published(
         flora.ViTSpec(
             image_size=8,
             patch_size=2,
@@ -19,6 +19,7 @@ def get_config():
             in_channels=1,
         )
     )
+    config = common.improved(config)
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})
     config.data.update({"mean": (0.3,), "std": (0.37,), "eval_batch_size": 512})
     config.data.augmentation = {

@@ -9,7 +9,7 @@ from flora_jax.configs import common, digits
 
 def get_config():
     config = digits.get_config()
-    config.model = common.imagenet(
+    config.model = common.published(
         flora.SwinSpec(
             image_size=8,
             patch_size=1,

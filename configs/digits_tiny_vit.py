@@ -9,7 +9,7 @@ from flora_jax.configs import common, digits
 
 def get_config():
     config = digits.get_config()
-    config.model = common.imagenet(
+    config.model = common.published(
         flora.TinyViTSpec(
             image_size=32,
             embed_dims=(16, 48, 96),

@@ -17,7 +17,7 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.deit("base"))
+    config = common.published(flora.deit("base"))
     config.stages = common.FLORA_ON_SLIM_STAGES
     config.slim.budget.macs = 0.6
     if argument == "runlocal":

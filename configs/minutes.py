@@ -19,7 +19,7 @@ from flora_jax.configs import common
 def get_config(argument: str = ""):
     if argument not in ("", "runlocal"):
         raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.imagenet(flora.deit("base"))
+    config = common.published(flora.deit("base"))
     config.stages = common.MINUTES_STAGES
     config.budget.macs = (0.55, 0.6)
     config.data.update({"name": "images:photographs", "heldout_fraction": 0.02})

@@ -3,7 +3,7 @@
 from etils import epath
 
 from flora_jax.configs import common
-from flora_jax.stages.run import saved_settings
+from flora_jax.runs.workdir import saved_settings
 
 
 def get_config(workdir: str):

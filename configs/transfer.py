@@ -27,7 +27,7 @@ def get_config(argument: str = ""):
         config.data.classes = (5, 6, 7, 8, 9)
         config.model.num_classes = 5
     else:
-        config = common.imagenet(flora.deit("base"))
+        config = common.published(flora.deit("base"))
         config.finetune.update({"epochs": 100.0, "learning_rate": 5e-5, "warmup_epochs": 5.0})
     config.stages = common.TRANSFER_STAGES
     config.finetune.distill = False

@@ -17,7 +17,8 @@ from flora_jax.configs import common
 
 
 def get_config():
-    config = common.imagenet(flora.deit("base"))
+    config = common.published(flora.deit("base"))
+    config = common.improved(config)
     with config.ignore_type(), config.unlocked():
         config.model = placeholder(str)  # timm's name, where nothing beside the weights says it
         config.image_size = placeholder(int)
@@ -35,7 +36,7 @@ def get_config():
 
     config.space.ratios = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
     config.budget.macs = (0.45, 0.5)
-    config.supernet_law = "nested"
+    config.supernet_sampling = "nested"
     config.allocation.images = 192
     config.search.update({"generations": 4, "population": 24, "mutants": 10, "crossovers": 6})
     shared = {"warmup_epochs": 0.5, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}

@@ -3,7 +3,7 @@
 import re
 
 from flora_jax import configs
-from flora_jax.stages.names import STAGES
+from flora_jax.methods.listing import stages
 
 _TEXT = """\
 Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Slim.
@@ -23,7 +23,7 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   --profile=STEP, --traceback, --helpfull    a profile; where an error comes from; all flags
   --distributed, --coordinator, --num_processes, --process_id: of several, launch/README.md
 
-Stages, in their order:
+Stages, in the order of their method:
 {stages}
 
 Configs:
@@ -34,7 +34,7 @@ Configs:
 def text() -> str:
     """A screen of help: the flags, the stages, the configs."""
     return _TEXT.format(
-        stages=_table(STAGES),
+        stages=_table(stages()),
         configs=_table(_configs()),
     ).rstrip()
 

@@ -23,21 +23,22 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from flora_jax import configs, help, pipeline
+from flora_jax import configs, help
 from flora_jax.cluster import processes
 from flora_jax.commands.benchmark import BATCH_SIZES, benchmark
+from flora_jax.commands.check_predictions import check_predictions
 from flora_jax.commands.evaluate import evaluate
 from flora_jax.commands.predict import predict
 from flora_jax.commands.push import push
 from flora_jax.errors import UserError
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import user_path
+from flora_jax.methods import start
 from flora_jax.preflight.plan import plan
 from flora_jax.preflight.topology import check_topology, use_compiler_only
 from flora_jax.runs.auto_config import settings_of
-from flora_jax.runs.validation import check
-from flora_jax.stages.predictions import check_predictions
-from flora_jax.stages.run import Run, done_stages, has_run
+from flora_jax.runs.checks import check
+from flora_jax.runs.workdir import Run, done_stages, has_run
 
 _DEFAULT_CONFIG = "digits"
 _OF_A_MODEL = ("predict", "evaluate", "benchmark", "push_to_hub")  # flags that need no config
@@ -117,16 +118,16 @@ def main(arguments: list[str]) -> None:
             print(check_topology(settings, _CHECK_TOPOLOGY.value))
         elif _DRY_RUN.value:
             this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
-            images = check(this_run.settings, done_stages(this_run))
-            kept = pipeline.kept_stages(this_run, images)
-            print(plan(this_run.settings, images, this_run.folder, kept))
+            start.check_stages(this_run)
+            this_run.images = check(this_run.settings, done_stages(this_run))
+            print(plan(this_run, *start.plan_of(this_run)))
         elif _CHECK_PREDICTIONS.value:
             settings = settings_of(_CONFIG.value)
             check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
         else:
             if _PROFILE.value:
                 _CONFIG.value.profile_step = _PROFILE.value
-            pipeline.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
+            start.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
     except processes.Stopped as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         sys.exit(stopped.exit_status)

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from flora_jax.runs import checks as doubts
 
 import flora_jax as flora
 from flora_jax.configs import digits
+from flora_jax.runs import checks as doubts
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax.flora.evolution import EvolutionSettings
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from tests.helpers.searching import (
     FIRST,
     HIGHER,

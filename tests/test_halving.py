@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.flora.extras.halving import Contest, ImageScores, looks_at, race
-from flora_jax.flora.history import read_history
+from flora_jax.flora.extras.halving import Contest, ImageScores, rungs_of, race
+from flora_jax.flora.evolution import read_history
 from flora_jax.stages.budget import Budget
 from flora_jax.stages.search import better
 from tests.helpers.searching import HIGHER, SMALL, SPACE, WINDOW, best_inside, search
@@ -29,7 +29,7 @@ def table_scores(table, batch=1, **change):
         rows = table[genes[:, 0], start : -(-stop // batch) * batch]
         return rows, rows > 0
 
-    return ImageScores(of, num_images, looks_at(num_images), **change)
+    return ImageScores(of, num_images, rungs_of(num_images), **change)
 
 
 def genes_of(table):
@@ -60,7 +60,7 @@ def test_without_noise_those_below_the_last_place_are_out_at_once(field):
     means = np.concatenate([table, rivals]).mean(axis=1)
     last = np.sort(means)[::-1][min(places, len(means)) - 1]
     is_behind = table.mean(axis=1) < last - 1e-9
-    np.testing.assert_array_equal(raced.num_seen, np.where(is_behind, looks_at(240)[0], NUM_IMAGES))
+    np.testing.assert_array_equal(raced.num_seen, np.where(is_behind, rungs_of(240)[0], NUM_IMAGES))
 
 
 @given(fields(noise=1.0), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from([7, 30, 64, 240]))
@@ -73,7 +73,7 @@ def test_who_has_seen_all_is_scored_as_ever(field, deviations, batch):
     np.testing.assert_allclose(raced.score[has_seen_all], table[has_seen_all].mean(axis=1))
     np.testing.assert_allclose(raced.shown[has_seen_all], (table > 0)[has_seen_all].mean(axis=1))
     for number, row, score in zip(raced.num_seen, table, raced.score, strict=True):
-        assert number in looks_at(NUM_IMAGES)
+        assert number in rungs_of(NUM_IMAGES)
         assert score == pytest.approx(row[:number].mean())
     assert has_seen_all.sum() + len(rivals) >= min(places, len(table) + len(rivals))
     np.testing.assert_array_equal(np.isfinite(raced.of_images).all(axis=1), has_seen_all)
@@ -111,7 +111,7 @@ def test_a_place_in_any_contest_is_enough():
     ],
 )
 def test_looks_are_shares_of_the_images_but_never_at_a_few(num_images, looks):
-    assert looks_at(num_images) == looks
+    assert rungs_of(num_images) == looks
 
 
 def noisy(genes, start, stop):
@@ -123,7 +123,7 @@ def noisy(genes, start, stop):
     return score, noise
 
 
-HALVED = {"scores": ImageScores(noisy, NUM_IMAGES, looks_at(NUM_IMAGES))}
+HALVED = {"scores": ImageScores(noisy, NUM_IMAGES, rungs_of(NUM_IMAGES))}
 WINDOWS = {"windows": [WINDOW, HIGHER]}
 
 
@@ -143,7 +143,7 @@ def test_a_part_of_the_images_wins_nothing(finished):
     for candidate in history:
         genes, seen = np.array([candidate.genes]), round(candidate.share * NUM_IMAGES)
         score, noise = noisy(genes, 0, seen)
-        assert seen in looks_at(NUM_IMAGES)
+        assert seen in rungs_of(NUM_IMAGES)
         assert candidate.score == pytest.approx(score.mean())
         assert candidate.top1 == pytest.approx(noise.mean())
 
@@ -175,7 +175,7 @@ def test_a_search_that_goes_on_scores_its_parents_again_and_nothing_else(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"looks": (NUM_IMAGES,)}, {"deviations": 2.0}, {"looks": looks_at(NUM_IMAGES)[1:]}]
+    "change", [{"looks": (NUM_IMAGES,)}, {"deviations": 2.0}, {"looks": rungs_of(NUM_IMAGES)[1:]}]
 )
 def test_refuses_a_history_that_stops_by_another_rule(tmp_path, finished, change):
     path = tmp_path / "history.jsonl"
@@ -243,5 +243,5 @@ def test_the_first_parts_are_fair_samples_of_sorted_images():
     images = np.repeat(labels.astype(np.uint8), 12).reshape(-1, 2, 2, 3)
     parts = flora.ImageSet(images, labels).in_parts
     assert len(parts.is_image_of) == 4  # none is compared on fewer than 30
-    assert np.bincount(parts.labels[: looks_at(200)[0]], minlength=4).min() >= 5
+    assert np.bincount(parts.labels[: rungs_of(200)[0]], minlength=4).min() >= 5
     assert np.bincount(parts.labels).tolist() == [50] * 4

@@ -18,7 +18,7 @@ from flora_jax.evaluation.comparison import compare
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION
 from flora_jax.flora.block_scorer import score_block
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
 from flora_jax.report.table import comparison_table

@@ -14,7 +14,7 @@ from flora_jax import pipeline, timing
 from flora_jax.configs import deit_t
 from flora_jax.flora.extras import latency
 from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from flora_jax.flora.layer import RankedLinear
-from flora_jax.flora.products import masked_product, sliced_product
+from flora_jax.flora.layer import masked_product, sliced_product
 from flora_jax.models import functional
 from flora_jax.models.linear_shape import LinearShape
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import flora_jax as flora
 from flora_jax import pipeline
 from flora_jax.configs import digits_swin, digits_tiny_vit
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.io.json_lines import read_records
 from flora_jax.models import functional
 from flora_jax.runs.images import Images

@@ -22,7 +22,7 @@ from flora_jax.cluster import processes
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.flora.evolution import EvolutionSettings, evolve
-from flora_jax.flora.image_scores import image_scores
+from flora_jax.flora.evolution import image_scores
 from flora_jax.io.files import locked, write_json
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.commands import ROOT, STOPPED, free_port

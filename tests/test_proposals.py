@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.flora.proposals import cross_blocks, mutate, nearest_kept, neighbours
+from flora_jax.flora.evolution import cross_blocks, mutate, nearest_kept, neighbours
 from tests.helpers.searching import LEAST, MOST, REGULAR, SPACE, TARGET, unhurried
 
 

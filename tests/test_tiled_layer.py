@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.flora.extras.tpu_kernel import BLOCKS, TILE, tiled_product
-from flora_jax.flora.products import masked_product
+from flora_jax.flora.layer import masked_product
 from tests.helpers.commands import ROOT
 
 # tokens, in, out, ranks

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from absl import flags
-from flora_jax.runs import validation
 from ml_collections import ConfigDict, config_flags
 
 import flora_jax as flora
@@ -20,6 +19,7 @@ from flora_jax.configs import (
     tiny_vit_11m,
     tiny_vit_21m,
 )
+from flora_jax.runs import validation
 from flora_jax.runs.settings import Settings
 from flora_jax.stages.budget import macs_budgets
 from flora_jax.weights.export.timm import export_timm

@@ -6,12 +6,12 @@ import logging
 
 import numpy as np
 import pytest
-from flora_jax.runs import rules
 from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.configs import yours
 from flora_jax.preflight.plan import plan
+from flora_jax.runs import rules
 from flora_jax.runs.auto_config import settings_of
 from flora_jax.runs.validation import check
 from flora_jax.stages.names import FLORA_STAGES

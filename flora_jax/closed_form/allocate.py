@@ -47,12 +47,12 @@ def allocate(
     budgets, cost = np.atleast_1d(np.asarray(macs)), supernet.space.macs_cost
     _check_reachable(supernet.space, cost, budgets)
     sensitivity = Sensitivity(supernet, images, measure)
-    drops = full_rank_drops(sensitivity)
+    drops = full_rank_sensitivity(sensitivity)
     genes = allocate_by(sensitivity, drops, cost, budgets.tolist())
     return genes if np.ndim(macs) else genes[0]
 
 
-def full_rank_drops(sensitivity: Sensitivity) -> list[np.ndarray]:
+def full_rank_sensitivity(sensitivity: Sensitivity) -> list[np.ndarray]:
     """What each choice of each layer spoils alone; shows its progress."""
     with Progress("sensitivity", total=sensitivity.space.num_blocks, unit="block") as progress:
         return sensitivity.drops(on_block=progress.update)

@@ -1,4 +1,4 @@
-"""What enters each searchable layer on real images: the second moments that weigh its factors.
+"""Calibration: second moments of what enters each searchable layer, which weigh its factors.
 
 The plain SVD of a kernel W minimises the error of W itself. With G the mean of x x^T over the
 tokens x that enter the layer, the error of its outputs on real images is that of W in the norm of
@@ -13,11 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
+from safetensors import numpy as safetensors
+from safetensors import safe_open
 
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.cluster.processes import StopRequest, Timer, by_the_first, wait_for_all
 from flora_jax.errors import InputError
+from flora_jax.io.files import on_disk, replacing
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import Linear, check_images
@@ -29,6 +35,8 @@ from flora_jax.progress import Progress
 SHRINKAGE = 0.05  # docs/decisions.md
 BATCH_SIZE = 64  # images, where the caller gives no batches
 DEVICE_BYTES = 2**30  # of moments that a device computes in one pass over the images
+_SECONDS_BETWEEN_SAVES = 60.0
+_COUNT = "batches"  # beside the sums in a file
 Arrays = dict[str, np.ndarray]
 
 
@@ -93,7 +101,13 @@ class Calibration:
             )
 
 
-def calibrate(model: Network, images: np.ndarray | Iterable[np.ndarray]) -> Calibration:
+def calibrate(
+    model: Network,
+    images: np.ndarray | Iterable[np.ndarray],
+    *,
+    directory: epath.PathLike | None = None,
+    normalize: Callable[[jax.Array], jax.Array] | None = None,
+) -> Calibration:
     """Second moments of what enters each searchable layer, over all images and devices.
 
     They are computed in float32 whatever the model's dtype is, summed over the tokens of a batch in
@@ -105,21 +119,96 @@ def calibrate(model: Network, images: np.ndarray | Iterable[np.ndarray]) -> Cali
       model: a dense model, slimmed or not.
       images: float32 [n, H, W, C], normalised, or batches of such; in several processes, all
         images in each of them.
+      directory: receives the moments, a file for each group of layers, where an interrupted pass
+        goes on; the result reads them there. None: they are held in memory.
+      normalize: makes normalised images of batches uint8, on the device; hashable.
 
     Raises:
       InputError: the model is low-rank already, there is no image, images have another shape or
         are not floating point, or what enters a layer is not finite; names the layer.
+      Stopped: the process was told to end; what is summed so far is in the directory.
     """
-    batches = image_batches(images, model.spec)
+    batches = image_batches(images, model.spec) if normalize is None else list(images)
     groups, total = layer_groups(model.spec), num_images(batches)
-    moments: Arrays = {}
-    with Progress("calibrate", total=len(groups) * total, unit="image") as progress:
-        for layers in groups:
-            sums = zero_sums(layers)
-            for batch in running_sums(model, batches, sums):
-                progress.update(len(batch))
-            moments |= means(sums, layers, total)
-    return Calibration(model.spec, functional.checksum(functional.split(model)[1]), total, moments)
+    folder = None if directory is None else user_path(directory)
+    files = [folder and folder / f"group_{i:03d}.safetensors" for i in range(len(groups))]
+    wait_for_all("groups of moments are looked for")
+    done = sum(file is not None and file.exists() for file in files)
+    moments: dict[str, np.ndarray | epath.Path] = {}
+    with (
+        StopRequest() as stop_request,
+        Progress("calibrate", len(groups) * total, done * total, "image") as progress,
+    ):
+        for layers, file in zip(groups, files, strict=True):
+            if file is None or not file.exists():
+                sums = _sum_up(model, batches, layers, file, normalize, progress, stop_request)
+                found = means(sums, layers, total)
+                if file is not None:
+                    _write_once(file, found)
+            moments |= found if file is None else dict.fromkeys([la.name for la in layers], file)
+    checksum = functional.checksum(functional.split(model)[1])
+    return Calibration(model.spec, checksum, total, _Moments(moments))
+
+
+def _sum_up(
+    model: Network,
+    batches: list[np.ndarray],
+    layers: list[LinearShape],
+    file: epath.Path | None,
+    normalize: Callable[[jax.Array], jax.Array] | None,
+    progress: Progress,
+    stop_request: StopRequest,
+) -> Arrays:
+    """Sums over all batches for a group of layers; raises Stopped when what there is is saved."""
+    partial = file and file.with_suffix(".partial")
+    start, sums = _read_partial(partial) or (0, zero_sums(layers))
+    progress.update(num_images(batches[:start]))
+    timer = Timer(_SECONDS_BETWEEN_SAVES)
+    summed = running_sums(model, batches[start:], sums, normalize=normalize or jnp.asarray)
+    for count, batch in enumerate(summed, start=start + 1):
+        progress.update(len(batch))
+        is_told, is_due = stop_request.is_set(), timer.is_due()
+        if partial is not None and (is_told or is_due):
+            _write_once(partial, sums | {_COUNT: np.array(count)})
+        if is_told:
+            raise stop_request.stopped(
+                f"calibrate is saved at image {progress.done} of {progress.total}"
+            )
+    return sums
+
+
+class _Moments(Mapping[str, np.ndarray]):
+    """Moments of layers, those in a file read whenever they are asked for."""
+
+    def __init__(self, places: Mapping[str, np.ndarray | epath.Path]):
+        self._places = places
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        place = self._places[name]
+        if isinstance(place, np.ndarray):
+            return place
+        with on_disk(place) as path, safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _read_partial(path: epath.Path | None) -> tuple[int, Arrays] | None:
+    """Batches done and the sums over them, of a pass that was interrupted."""
+    if path is None or not path.exists():
+        return None
+    sums = {name: array.copy() for name, array in safetensors.load(path.read_bytes()).items()}
+    return int(sums.pop(_COUNT)), sums
+
+
+@by_the_first
+def _write_once(path: epath.Path, arrays: Arrays) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save(arrays))
 
 
 def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list[np.ndarray]:

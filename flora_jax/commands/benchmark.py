@@ -25,8 +25,8 @@ from flora_jax.io.paths import absolute, as_text, is_url, user_path
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
 from flora_jax.report.table import aligned, human_count
-from flora_jax.stages.budget import finished_models
-from flora_jax.stages.run import DONE_FILE, IMAGES_FILE, Run, done_stages
+from flora_jax.runs.budgets import finished_models
+from flora_jax.runs.workdir import DONE_FILE, IMAGES_FILE, Run, done_stages
 from flora_jax.timing import describe_device, time_in_turn
 from flora_jax.weights.folder import load_model
 from flora_jax.weights.hub import is_repository, local_folder

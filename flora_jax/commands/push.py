@@ -6,7 +6,7 @@ from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import matching
 from flora_jax.io.paths import is_url, user_path
 from flora_jax.report.card import CARD_FILE
-from flora_jax.stages.run import EXPORT
+from flora_jax.runs.workdir import EXPORT
 from flora_jax.weights.hub import uploaded
 from flora_jax.weights.metadata.preprocessing import PREPROCESSING_FILE
 

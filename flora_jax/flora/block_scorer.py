@@ -1,4 +1,4 @@
-"""Measures of every rank triple of one block, with all other blocks at ranks that stay.
+"""Evaluation of many rank triples of one block, with all other blocks at ranks that stay.
 
 Only the block varies, so what comes before it is computed once a batch, and its attention half
 once for each choice of the qkv rank. Every function here is compiled once per block shape.
@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import SPLIT, WHOLE, on_each_device, replicate
-from flora_jax.evaluation.evaluate import EvaluationSet, check_measures, means
 from flora_jax.evaluation.quality import CLASSIFICATION
 from flora_jax.flora.supernet import Supernet
 from flora_jax.models import functional
@@ -22,36 +21,6 @@ from flora_jax.models.spec import LAYERS_PER_BLOCK
 
 # (outputs of the network, target, mask [B]) -> sums over the images, float32 [1, M].
 Measure = Callable[[Any, Any, jax.Array], jax.Array]
-
-
-def local_supernet(supernet: Supernet, block: int) -> Supernet:
-    """The supernet whose other blocks stay at full rank."""
-    space = supernet.space
-    kept = list(space.full_rank_triples[:, None])
-    kept[block] = space.kept[block]
-    return Supernet(supernet.network, space.keep(kept))
-
-
-def score_block(
-    supernet: Supernet, block: int, evaluation_set: EvaluationSet
-) -> dict[str, np.ndarray]:
-    """Metrics of each kept triple of `block`, others at full rank, in the order of `kept[block]`.
-
-    Returns:
-      As `flora_jax.evaluate`, with K in the place of P.
-
-    Raises:
-      InputError: as `flora_jax.evaluate`.
-      ValueError: the network has no such block.
-    """
-    space, quality = supernet.space, evaluation_set.quality
-    check_measures(space.spec, evaluation_set)
-    if not 0 <= block < space.num_blocks:
-        raise ValueError(f"block {block} lies outside 0..{space.num_blocks - 1}")
-    scorer = BlockScorer(supernet, evaluation_set.mesh, quality.outputs)
-    batches, others = evaluation_set.batches, space.full_rank_genes
-    sums = scorer.sums(block, space.kept[block], others, batches, quality.sums)
-    return means(sums, evaluation_set)
 
 
 class BlockScorer:

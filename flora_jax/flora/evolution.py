@@ -1,7 +1,14 @@
-"""Evolutionary search for the best subnet inside each window of cost (FLORA, evolutionary search).
+"""Evolutionary search for the best subnet inside each budget (FLORA, section 3).
 
-One search serves several budgets: every scored candidate counts for each window that holds it.
-Which candidates are scored on all images, `halving` decides.
+    20 generations of 50: the best 10 so far are parents of 25 mutants (each block redrawn with
+    probability 0.2) and 25 crossovers; a candidate is legal inside a range of cost
+
+and is scored on held-out images with the weights that it inherits. Deviations from the published
+code: crossover and mutation exchange whole triples of a block, for a mix of two kept triples need
+not be a kept one; scores are of a split held out of the training images, where the published code
+scores on the validation images that it reports. Ours, behind switches: a first population (`first`)
+and candidates that are compared before they have seen all images (`extras/halving.py`). One search
+serves several budgets: every scored candidate counts for each that holds it.
 
 The random numbers of a generation depend on (seed, generation) alone and every scored generation
 is appended to a history file, so an interrupted search continues bit for bit as if it had not been.
@@ -13,21 +20,28 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
-from flora_jax.cluster.processes import is_first, wait_for_all
-from flora_jax.errors import InputError, check_at_least
-from flora_jax.flora import history
+from flora_jax.cluster.processes import StopRequest, is_first, wait_for_all
+from flora_jax.errors import InputError, check_at_least, differences
+from flora_jax.evaluation.evaluate import EvaluationSet, evaluate_images
 from flora_jax.flora.cost import Cost
-from flora_jax.flora.extras.halving import ImageScores, Races, Window
-from flora_jax.flora.history import Candidate
-from flora_jax.flora.proposals import cross_blocks, mutate
+from flora_jax.flora.extras.halving import ImageScores, Races, Window, rungs_of
+from flora_jax.flora.sampling import WindowSampler
 from flora_jax.flora.space import RankSpace
-from flora_jax.flora.window import WindowSampler
-from flora_jax.io.json_lines import JsonLines
+from flora_jax.flora.supernet import Supernet
+from flora_jax.io.files import num_bytes
+from flora_jax.io.json_lines import JsonLines, read_lines
+from flora_jax.io.paths import user_path
+from flora_jax.models.network import Network
+from flora_jax.models.spec import LAYERS_PER_BLOCK
+from flora_jax.progress import Progress
+from flora_jax.training.image_set import ImageSet
+from flora_jax.training.train import measured_by
+from flora_jax.training.watch import Watch, not_watched
 
 log = logging.getLogger(__name__)
 
@@ -71,18 +85,91 @@ class EvolutionSettings:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A scored subnet.
+
+    Attributes:
+      genes: L of them.
+      cost: in the unit of the search, which the first line of its history names.
+      score: what the search maximises.
+      metrics: what is shown of it, on the same images, by name, such as "top1" in 0..1.
+      share: of the images, that it was scored on; below 1 it was behind and did not see the others.
+    """
+
+    generation: int
+    genes: tuple[int, ...]
+    cost: int
+    score: float
+    metrics: Mapping[str, float]
+    share: float = 1.0
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether its score can stand beside that of another."""
+        return self.share == 1
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in 0..1, of a network with classes."""
+        return self.metrics["top1"]
+
+
 def evolve(
+    supernet: Supernet,
+    heldout: ImageSet | EvaluationSet,
+    macs: Window,
+    settings: EvolutionSettings = EvolutionSettings(),
+    *,
+    directory: epath.PathLike | None = None,
+    metric: str = "",
+    teacher: Network | None = None,
+    first: np.ndarray | None = None,
+    halving: bool = False,
+    seed: int = 0,
+) -> Candidate:
+    """The subnet inside a range of MACs that does best on held-out images.
+
+    Args:
+      macs: (least, most) of the whole network.
+      settings: sizes of the search; the defaults are FLORA's.
+      directory: receives history.jsonl, from which an interrupted search goes on; None: nothing is
+        kept.
+      metric: that is maximised: "top1" or "log_likelihood"; of a network without classes "cosine"
+        or "relative_error". Empty: the first of these.
+      teacher: the uncompressed network, whose features those of subnets are compared with; it is
+        needed where there are no classes.
+      first: genes int32 [F, L] to begin with, such as those of `allocate` (ours).
+      halving: whether a candidate that is behind on a part of the images is not scored on the
+        others (ours).
+
+    Returns:
+      The best candidate; its `genes` are what `extract` takes.
+    """
+    if isinstance(heldout, ImageSet):
+        parts = heldout.in_parts(rungs_of(len(heldout))[0]) if halving else heldout.on_devices
+        heldout = measured_by(parts, supernet.space.spec, teacher)
+    scores = image_scores(supernet, heldout, metric, halving=halving)
+    history = None if directory is None else user_path(directory) / "history.jsonl"
+    shown, cost = heldout.quality.shown.name, supernet.space.macs_cost
+    [best] = search(
+        supernet.space, scores, cost, [macs], settings, seed, history, first=first, shown=shown
+    )
+    return best
+
+
+def search(
     space: RankSpace,
     scores: ImageScores,
     cost: Cost,
     windows: Sequence[Window],
     settings: EvolutionSettings,
     seed: int,
-    history_path: epath.PathLike,
-    on_generation: Callable[[int, list[Candidate]], None] | None = None,
+    history_path: epath.PathLike | None = None,
     *,
     first: np.ndarray | None = None,
     shown: str = "top1",
+    watch: Watch = not_watched,
 ) -> list[Candidate]:
     """Searches for the best subnet of each window; continues the history where there is one.
 
@@ -98,12 +185,12 @@ def evolve(
         may touch, but not overlap.
       settings: sizes of the search.
       seed: of all random draws.
-      history_path: JSON lines, created if missing: what the search is, then every generation.
-      on_generation: called with a generation's number and candidates as soon as it is saved;
-        not for generations read from the history.
+      history_path: JSON lines, created if missing: what the search is, then every generation; None:
+        nothing is kept.
       first: genes int32 [F, L] that the first generation takes before random ones, in this order,
         as far as they are kept, lie in a window and fit its population.
       shown: the metric that `scores` gives beside the score.
+      watch: what else gets the best metric of every generation.
 
     Returns:
       For each window the candidate of the highest score inside it, of those that have seen all
@@ -113,21 +200,33 @@ def evolve(
       ValueError: there is no window, windows do not ascend or overlap, one of them holds no kept
         genes, `first` are no genes of the space, the history belongs to another search, or `scores`
         returns another shape or a value that is not finite.
+      Stopped: the process was told to end; the generation it was at is saved.
     """
     if not windows or any(hi > lo for (_, hi), (lo, _) in itertools.pairwise(windows)):
         raise ValueError(f"windows must ascend and not overlap, got {list(windows)}")
-    path = epath.Path(history_path)
+    path = None if history_path is None else epath.Path(history_path)
     sampler = WindowSampler(space.kept, cost)
     identity = _identity(space, scores, cost, windows, settings, seed, first)
-    kept, generations = history.resume(path, identity)
+    kept, generations = ([], []) if path is None else resume(path, identity)
     first = _kept(space, first)
     for window in windows:
         sampler.draw(np.random.default_rng(0), 1, *window)  # raises before anything is written
     wait_for_all("history is read")  # the first process may cut it
     candidates = [candidate for members in generations for candidate in members]
     races = Races(scores, windows, settings.parents)
-    with JsonLines(path, kept) if is_first() else contextlib.nullcontext() as lines:
-        for generation in range(len(generations), settings.generations):
+    start, total = len(generations), settings.generations
+    if start:
+        log.info("search: goes on at generation %d of %d", start, total)
+    with contextlib.ExitStack() as stack:
+        lines = None
+        if path is not None and is_first():
+            lines = stack.enter_context(JsonLines(path, kept))
+        stop_request = stack.enter_context(StopRequest())
+        write = stack.enter_context(watch(start))
+        progress = stack.enter_context(
+            Progress("search", total=total, start=min(start, total), unit="generation")
+        )
+        for generation in range(start, total):
             rng = np.random.default_rng([seed, generation])
             parents = [_best(candidates, window, settings.parents) for window in windows]
             genes = _propose(space, sampler, windows, settings, rng, candidates, parents, first)
@@ -137,10 +236,18 @@ def evolve(
             members = _scored(races, cost, genes, generation, shown, parents)
             candidates += members
             if lines is not None:
-                lines.append([history.to_record(generation, members)], durable=True)
+                lines.append([to_record(generation, members)], durable=True)
             wait_for_all("generation is saved")
-            if on_generation is not None:
-                on_generation(generation, members)
+            seen_all = [member.metrics[shown] for member in members if member.has_seen_all]
+            best = {f"best_{shown}": max(seen_all)} if seen_all else {}
+            share = sum(member.share for member in members) / len(members)
+            progress.update(1, **best, images_seen=share)
+            if best:
+                write([{"step": generation, **best}])
+            if stop_request.is_set():
+                raise stop_request.stopped(
+                    f"search is saved at generation {generation + 1} of {total}"
+                )
     return [_best(candidates, window, 1)[0] for window in windows]
 
 
@@ -256,7 +363,7 @@ def _identity(
         "costs": _digest(json.dumps([cost.fixed, *(layer.tolist() for layer in cost.layers)])),
     }
     if scores.drops:
-        identity["halving"] = {"looks": list(scores.looks), "deviations": scores.deviations}
+        identity["halving"] = {"rungs": list(scores.rungs), "deviations": scores.deviations}
     if first is not None:
         identity["first"] = _digest(json.dumps(np.asarray(first).tolist()))
     return identity
@@ -264,3 +371,131 @@ def _identity(
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Proposals of new genes.
+
+
+def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndarray) -> np.ndarray:
+    """Children int32 [n, L] that take each block's triple from one of two parents [n, L]."""
+    from_mother = rng.random((len(mothers), mothers.shape[1] // LAYERS_PER_BLOCK)) < 0.5
+    return np.where(np.repeat(from_mother, LAYERS_PER_BLOCK, axis=1), mothers, fathers)
+
+
+def mutate(
+    rng: np.random.Generator, space: RankSpace, genes: np.ndarray, probability: float
+) -> np.ndarray:
+    """genes [n, L] with each block redrawn from its kept triples at this probability."""
+    redrawn = rng.random((len(genes), space.num_blocks)) < probability
+    fresh = space.sample(rng, len(genes))
+    return np.where(np.repeat(redrawn, LAYERS_PER_BLOCK, axis=1), fresh, genes)
+
+
+def image_scores(
+    supernet: Supernet, images: EvaluationSet, metric: str, *, halving: bool = True
+) -> ImageScores:
+    """Scores by a metric of the images, and shows the first one that they have.
+
+    Args:
+      images: in an order of which every beginning is a fair sample, in several batches.
+      metric: a name, as `Quality.metric` takes it.
+      halving: whether candidates are compared before they have seen all images.
+    """
+    deciding, shown = images.quality.metric(metric), images.quality.shown
+    ends = np.cumsum([is_image.sum() for is_image in images.is_image_of])
+
+    def of(genes: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop)
+        found = evaluate_images(supernet, images, genes, slice(first, last + 1))
+        return deciding.score(found[deciding.of_image]), found[shown.of_image]
+
+    num_images = images.num_images
+    return ImageScores(of, num_images, rungs_of(num_images) if halving else (num_images,))
+
+
+# The history file.
+
+_COLUMNS = ("genes", "cost", "score")  # beside those of the metrics
+_SHARE = "share"  # a column of the generations in which a candidate has not seen all images
+
+
+def read_history(path: epath.PathLike) -> list[Candidate]:
+    """Every candidate scored so far, in order; an unfinished last line is left out."""
+    lines = read_lines(path)
+    _search_of(path, lines)
+    return [candidate for members in _generations(lines) for candidate in members]
+
+
+def resume(path: epath.Path, search: dict) -> tuple[list[bytes], list[list[Candidate]]]:
+    """The lines of a history that count, and the complete generations in them.
+
+    Args:
+      search: what tells one search from another, JSON values.
+
+    Raises:
+      InputError: the file is no history, or that of another search.
+    """
+    header = json.dumps({"search": search}).encode() + b"\n"
+    lines = read_lines(path)
+    if not lines and header.startswith(path.read_bytes() if path.exists() else b""):
+        return [header], []  # stopped while the first line was written, or before
+    differing = list(differences(_search_of(path, lines), search))
+    if differing:
+        told = ", ".join(f"{name} {there} instead of {here}" for name, there, here in differing)
+        advice = "use another path"
+        if [name for name, there, _ in differing if there is None] == ["halving"]:
+            advice = "it goes on with halving set to False, or use another path"
+        raise InputError(f"history {path} belongs to another search ({told}); {advice}")
+    generations = _generations(lines)
+    complete = lines[: 1 + len(generations)]
+    if sum(map(len, complete)) < num_bytes(path):
+        log.warning("history %s is cut behind its %d complete generations", path, len(generations))
+    return complete, generations
+
+
+def to_record(generation: int, members: list[Candidate]) -> dict:
+    """The line of a generation."""
+    columns = {name: [getattr(c, name) for c in members] for name in _COLUMNS}
+    if not all(candidate.has_seen_all for candidate in members):
+        columns[_SHARE] = [candidate.share for candidate in members]
+    metrics = {name: [c.metrics[name] for c in members] for name in members[0].metrics}
+    return {"generation": generation, **columns, **metrics}
+
+
+def _search_of(path: epath.PathLike, lines: list[bytes]) -> dict:
+    try:
+        return json.loads(lines[0])["search"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{path} is not the history of a search: its first line does not say so"
+        ) from error
+
+
+def _generations(lines: list[bytes]) -> list[list[Candidate]]:
+    """Reads the generations behind the first line, up to a line that is damaged."""
+    generations: list[list[Candidate]] = []
+    for line in lines[1:]:
+        members = _from_line(line, generation=len(generations))
+        if members is None:
+            break
+        generations.append(members)
+    return generations
+
+
+def _from_line(line: bytes, generation: int) -> list[Candidate] | None:
+    """The candidates of a line of this generation, None for anything else."""
+    try:
+        record = json.loads(line)
+        is_next = record.pop("generation") == generation
+        columns = [record.pop(name) for name in _COLUMNS]
+        shares = record.pop(_SHARE, [1.0] * len(columns[0]))
+        metrics = [
+            dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True)
+        ]
+        members = [
+            Candidate(generation, tuple(genes), cost, score, own, share)
+            for genes, cost, score, own, share in zip(*columns, metrics, shares, strict=True)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return members if is_next else None

@@ -12,12 +12,11 @@ import itertools
 
 import numpy as np
 
-from flora_jax.errors import InputError, unknown
+from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
-from flora_jax.flora.window import WindowSampler
+from flora_jax.flora.sampling import WindowSampler
+from flora_jax.flora.sampling import sample as sampling_of
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
-
-LAWS = ("uniform", "low_rank_aware")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,24 +232,16 @@ class RankSpace:
             inside &= is_kept[tuple(np.moveaxis(in_blocks[..., b, :], -1, 0))]
         return inside
 
-    def sample(self, rng: np.random.Generator, n: int, law: str = "uniform") -> np.ndarray:
+    def sample(self, rng: np.random.Generator, n: int, sampling: str = "uniform") -> np.ndarray:
         """`n` random genes int32 [n, L], blocks independent, over the kept triples.
 
-        Law "low_rank_aware" draws a triple with probability proportional to the product of
-        1/ratio over its layers, ratio = rank / full rank (FLORA, low-rank aware sampling).
+        Sampling "low_rank_aware" draws a triple with probability proportional to the product of
+        1/ratio over its layers, ratio = rank / full rank (`flora_jax/flora/sampling.py`).
+
+        Raises:
+          InputError: an unknown sampling.
         """
-        if law not in LAWS:
-            raise InputError(unknown("law", law, LAWS))
-        picks, choices = [], by_block(self.choices)
-        for triples, layers, ranks in zip(self.kept, self.spec.block_layers, choices, strict=True):
-            weights = np.ones(len(triples))
-            if law == "low_rank_aware":
-                for layer, of_layer, column in zip(layers, ranks, triples.T, strict=True):
-                    weights *= layer.full_rank / np.array(of_layer)[column]
-            picks.append(rng.choice(len(triples), size=n, p=weights / weights.sum()))
-        return np.concatenate(
-            [triples[pick] for triples, pick in zip(self.kept, picks, strict=True)], axis=1
-        )
+        return sampling_of(self, rng, n, sampling)
 
     def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
         """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].

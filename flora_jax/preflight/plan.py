@@ -6,7 +6,7 @@ takes its share of the multiply-adds.
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -17,11 +17,10 @@ from flora_jax.io.paths import is_url
 from flora_jax.models.spec import Spec
 from flora_jax.preflight.table import aligned, size_text
 from flora_jax.report.table import human_count
+from flora_jax.runs.budgets import extracted_kinds
 from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
-from flora_jax.stages.budget import extracted_kinds
-from flora_jax.stages.names import STAGES
-from flora_jax.stages.run import network_spec
+from flora_jax.runs.settings import Settings, network_spec
+from flora_jax.runs.workdir import Run
 from flora_jax.training.settings import Recipe
 
 # Passes that an image takes, of a DINOv2 ViT-S/14 at 98 pixels on two CPU cores: three would be the
@@ -51,8 +50,8 @@ class Work:
     passes: float
 
 
-def work_of(settings: Settings, images: Images) -> Iterator[Work]:
-    """What each stage of a run with these images does, in order."""
+def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterator[Work]:
+    """The work of each of these steps of a run with these images."""
     spec, num_train = network_spec(settings), len(images.train)
     space, heldout = settings.space.of(spec), len(images.splits.heldout)
     low, high = space.macs_range()
@@ -67,7 +66,7 @@ def work_of(settings: Settings, images: Images) -> Iterator[Work]:
         steps = recipe.settings(count).steps if recipe.epochs else 0
         return Work(stage, what, count, recipe.epochs, number * steps, number * passes)
 
-    for stage in settings.stages:
+    for stage in steps:
         if stage == "pretrain" and settings.trains_dense:
             yield training(stage, "training", settings.pretrain, 1, num_train)
         elif stage == "transfer":
@@ -106,7 +105,7 @@ def work_of(settings: Settings, images: Images) -> Iterator[Work]:
         elif stage == "export":
             yield Work(stage, ", ".join(settings.export), 0, 0, 0, 0)
         else:
-            yield Work(stage, STAGES[stage], 0, 0, 0, 0)
+            yield Work(stage, "", 0, 0, 0, 0)
 
 
 def _allocation(space: RankSpace, images: int, budgets: int) -> float:
@@ -128,12 +127,14 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     return round(_BYTES * (models + 2 * supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * supernet))
 
 
-def plan(settings: Settings, images: Images, workdir: epath.Path, done: Collection[str]) -> str:
+def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
     """The table that --dry_run prints: a line for each thing that a run would do, and its sums."""
-    spec, work = network_spec(settings), list(work_of(settings, images))
+    settings, images, steps = run.settings, run.images, list(steps)
+    assert images is not None
+    spec, work = network_spec(settings), list(work_of(settings, images, steps))
     batch = min(_MOST_IMAGES, settings.data.eval_batch_size)
     ms = np.median(measure_networks({"dense": spec}, batch, rounds=5)["dense"]) / batch
-    longest = max(map(len, settings.stages))
+    longest = max(map(len, steps))
     rows, total = [["stage", "images", "epochs", "steps", "minutes"]], 0.0
     for each in work:
         minutes = 0.0 if each.stage in done else each.passes * ms / 60_000
@@ -157,7 +158,7 @@ def plan(settings: Settings, images: Images, workdir: epath.Path, done: Collecti
             f"dense: {human_count(spec.macs())} multiply-adds, {human_count(spec.num_params())} "
             f"parameters, {ms:.3g} ms an image on this device",
             f"about {total:.0f} minutes, apart from compiling, and "
-            f"{size_text(needed)} on disk at most{_free(workdir)}",
+            f"{size_text(needed)} on disk at most{_free(run.folder)}",
         ]
     )
 

@@ -25,12 +25,11 @@ from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.preflight import hlo
-from flora_jax.runs.settings import Settings
+from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.slim.gates import SparsityPenalty, abstract_gated
-from flora_jax.stages.run import network_spec
 from flora_jax.training.settings import Recipe
 from flora_jax.training.step import initial_state, make_step
-from flora_jax.training.teacher import TOP
+from flora_jax.training.stored_predictions import TOP
 
 _Shape = jax.ShapeDtypeStruct
 

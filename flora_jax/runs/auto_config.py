@@ -6,6 +6,7 @@ are in `flora_jax.runs.rules`.
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +19,7 @@ from flora_jax.errors import InputError
 from flora_jax.evaluation.quality import COSINE
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
-from flora_jax.runs import rules
-from flora_jax.runs.settings import Settings
-from flora_jax.stages.names import FLORA_STAGES, STAGES
+from flora_jax.runs.settings import ENDING, Settings
 from flora_jax.weights.metadata.class_names import read_class_names
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
 from flora_jax.weights.metadata.spec import read_spec, spec_of_config
@@ -32,6 +31,13 @@ _MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0
 _MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4), "finetune": (16.0, 5e-4)}
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 _MOST_THREADS = 16
+_MEASURED_IMAGES, _MEASURED_BATCH = 2000, 64
+_FEWEST_EPOCHS, _MOST_EPOCHS = 5.0, 40.0
+_LEAST_IMAGES = 8
+_BATCHES_AN_EPOCH = 8
+_HELD_OUT_A_CLASS, _HELD_OUT_IN_ALL = 30, 300
+_ENOUGH_FOR_TOP1 = 5000
+_COMPARED = 50_000
 
 
 def settings_of(config: Mapping) -> Settings:
@@ -64,36 +70,36 @@ def closed(config: Mapping) -> dict[str, Any]:
     has_classifier = weights.num_classes == spec.num_classes and _same(
         read_class_names(values["pretrained"]), class_names
     )
-    share = values["data"]["heldout_fraction"] or rules.heldout_fraction(num_images, num_classes)
+    share = values["data"]["heldout_fraction"] or _heldout_fraction(num_images, num_classes)
     num_train = round((1 - share) * num_images)
-    if num_train < rules.LEAST_IMAGES:
+    if num_train < _LEAST_IMAGES:
         raise InputError(
             f"{values['data']['name']} leaves {num_train} images to train with, beside "
-            f"{num_images - num_train} to choose by; at least {rules.LEAST_IMAGES} are needed"
+            f"{num_images - num_train} to choose by; at least {_LEAST_IMAGES} are needed"
         )
     found: dict[str, Any] = {
         "stages": _stages(spec),
         "train_pretrained": not has_classifier,
         "data.heldout_fraction": share,
-        "data.heldout_by": rules.heldout_by(values["data"]["name"], num_images),
+        "data.heldout_by": _heldout_by(values["data"]["name"], num_images),
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
-        "metric": rules.metric(num_images - num_train) if spec.num_classes else COSINE.name,
+        "metric": _metric(num_images - num_train) if spec.num_classes else COSINE.name,
     }
     for name in _OF_THE_PICTURES:
         found[f"data.{name}"] = getattr(preprocessing, name)
     measured = _MEASURED if spec.num_classes else _MEASURED_ON_FEATURES
     for name, (epochs, rate) in measured.items():
-        batch = values[name]["batch_size"] or rules.batch_size(num_train, jax.device_count())
+        batch = values[name]["batch_size"] or _batch_size(num_train, jax.device_count())
         found[f"{name}.batch_size"] = batch
-        found[f"{name}.epochs"] = rules.epochs(epochs, num_train)
-        found[f"{name}.learning_rate"] = rules.learning_rate(rate, batch)
+        found[f"{name}.epochs"] = _epochs(epochs, num_train)
+        found[f"{name}.learning_rate"] = _learning_rate(rate, batch)
     log.info("%s: %s", values["pretrained"], _what(spec))
     if spec.num_classes:
         log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
     for name, value in found.items():
         if _get(values, name) is None:
             _set(values, name, value)
-            is_of_no_stage = name.partition(".")[0] in set(STAGES) - set(values["stages"])
+            is_of_no_stage = name.partition(".")[0] in {*measured} - set(values["stages"])
             if not is_of_no_stage:
                 log.info("  %s = %s", name, value)
     values["model"] = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
@@ -133,13 +139,14 @@ def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
 
 
 def _stages(spec: Spec) -> tuple[str, ...]:
-    """All but the filter, for which few images are too few.
+    """Without the filter, for which few images are too few.
 
     With a classifier ranks are allocated without training a supernet or searching one: fine-tuned,
     they come as far, in two thirds of the time (docs/decisions.md).
     """
-    left_out = {"filter", "supernet", "search"} if spec.num_classes else {"filter"}
-    return tuple(stage for stage in FLORA_STAGES if stage not in left_out)
+    if spec.num_classes:
+        return ("pretrain", "calibrate", "allocate", *ENDING)
+    return ("pretrain", "calibrate", "supernet", "allocate", "search", *ENDING)
 
 
 def _what(spec: Spec) -> str:
@@ -164,3 +171,51 @@ def _get(values: Mapping, name: str):
 def _set(values: dict, name: str, value) -> None:
     section, _, inner = name.rpartition(".")
     (values[section] if section else values)[inner] = value
+
+
+# The rules, by the number of images.
+
+
+def _epochs(measured: float, num_images: int) -> float:
+    """As the inverse square root of the number of images, so that few are seen more often."""
+    wanted = measured * math.sqrt(_MEASURED_IMAGES / num_images)
+    return round(min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS), 1)
+
+
+def _batch_size(num_images: int, num_devices: int) -> int:
+    """64, 256 from 20,000 images on, 1,024 from 200,000 on; at least eight batches an epoch.
+
+    A multiple of the number of devices.
+    """
+    wanted = _MEASURED_BATCH
+    for threshold, larger in ((20_000, 256), (200_000, 1024)):
+        if num_images >= threshold:
+            wanted = larger
+    fits = 2 ** int(math.log2(max(num_images / _BATCHES_AN_EPOCH, _LEAST_IMAGES)))
+    return -(-min(wanted, fits) // num_devices) * num_devices
+
+
+def _learning_rate(measured: float, batch_size: int) -> float:
+    """For 512 images; `measured` at a batch of 64.
+
+    The rate of a step grows as the square root of a larger batch, as Adam wants it, and stays in a
+    smaller one, for few images make few steps.
+    """
+    share = _MEASURED_BATCH / batch_size
+    return float(f"{measured * (math.sqrt(share) if share < 1 else share):.2g}")
+
+
+def _heldout_fraction(num_images: int, num_classes: int) -> float:
+    """Thirty images a class and 300 in all, but a quarter at most and a fiftieth at least."""
+    wanted = max(_HELD_OUT_A_CLASS * num_classes, _HELD_OUT_IN_ALL) / num_images
+    return round(min(max(wanted, 0.02), 0.25), 3)
+
+
+def _metric(num_heldout: int) -> str:
+    """The likelihood, which says more on few images, until there are enough for top-1."""
+    return "top1" if num_heldout >= _ENOUGH_FOR_TOP1 else "log_likelihood"
+
+
+def _heldout_by(name: str, num_images: int) -> str:
+    """By the contents of a folder of at most 50,000 images, whose comparison takes a minute."""
+    return "content" if name.startswith("folder:") and num_images <= _COMPARED else "name"

@@ -1,31 +1,237 @@
-"""What is allowed but can hardly be meant: said with the figure, and before the work where it can.
+"""Checks of a run before any expensive work: settings, images, devices and files must agree.
 
-Values that can never be right are refused by the settings and by `validation`.
+Values that can never be right raise; those that are allowed but can hardly be meant are said with
+the figure. A check of one setting alone is with the setting.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Container, Mapping, Sequence
 
+import jax
 import numpy as np
 
+from flora_jax.cluster.mesh import make_mesh
 from flora_jax.cluster.processes import is_first
-from flora_jax.errors import InputError
+from flora_jax.cluster.sharing import equal_share
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.evaluation.quality import quality_of
+from flora_jax.flora.cost import Cost
+from flora_jax.flora.extras.latency import measure_networks
+from flora_jax.flora.space import RankSpace
+from flora_jax.models.spec import Spec
+from flora_jax.runs.budgets import Budget, budgets_of
 from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
+from flora_jax.runs.settings import Settings, Spending, network_spec
+from flora_jax.runs.workdir import Run, SavedSpace
+from flora_jax.slim.gates import abstract_gated
+from flora_jax.training.settings import Recipe
+from flora_jax.training.watch import check_can_watch
+from flora_jax.weights.export.kinds import check_packages
+from flora_jax.weights.fit import NotFiniteWarning
+from flora_jax.weights.folder import load_spec
+from flora_jax.weights.hub import local_folder
+from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)
+
+_LATENCY_SLACK = 1.25  # how far five rounds may be off
+
+
+def check(settings: Settings, done: Container[str] = ()) -> Images:
+    """Checks that a run can be finished, and opens its images.
+
+    Args:
+      done: stages whose results are there, so that what they read may be gone.
+
+    Raises:
+      InputError, MissingFileError, MissingPackageError: it could not be; says why.
+    """
+    if "export" not in done:
+        check_packages(settings.export)
+    check_can_watch(settings.watch)
+    _check_weights(settings, done)
+    spec, data = network_spec(settings), settings.data
+    quality_of(spec).metric(settings.metric)
+    if "slim" in settings.stages:
+        abstract_gated(spec, settings.slim.attention, settings.slim.tokens)
+    else:  # a slimmed model's shape is not known yet
+        check_macs_budget(settings, spec, spec)
+    data.augmentation.train(spec.image_shape)
+    make_mesh(settings.fsdp)
+    images = Images(settings)
+    if not spec.num_classes:
+        _check_learns_features(settings)
+    elif not images.splits.num_classes:
+        _check_needs_no_labels(settings)
+    elif images.splits.num_classes != spec.num_classes:
+        raise InputError(
+            f"model.num_classes is {spec.num_classes}, but {data.name} has "
+            f"{images.splits.num_classes} classes"
+        )
+    for name, recipe, num_images in settings.trainings(len(images.train)):
+        _check_batch(name, recipe, num_images)
+    if settings.spends_latency and "slim" not in settings.stages and "search" not in done:
+        _check_latency(settings, spec)
+    if not all(stage in done for stage in settings.stages):
+        warn_of_doubtful_settings(settings, images)
+    return images
+
+
+def _check_needs_no_labels(settings: Settings) -> None:
+    stages = set(settings.stages) & {"transfer", "slim", "filter", "search"}
+    if settings.trains_dense:
+        stages.add("pretrain")
+    recipes = {"supernet": settings.supernet, "finetune": settings.finetune}
+    stages |= {name for name, recipe in recipes.items() if not recipe.distill} & set(
+        settings.stages
+    )
+    if stages:
+        raise InputError(
+            f"{settings.data.name} has no labels, but {', '.join(sorted(stages))} need them: give "
+            f"weights with pretrained= and leave these stages out, or use folder:PATH"
+        )
+
+
+def _check_learns_features(settings: Settings) -> None:
+    """A network without classes has nothing to learn from but the dense model's features."""
+    stages = {"transfer", "slim"} & set(settings.stages)
+    if settings.trains_dense:
+        stages.add("pretrain")
+    if stages:
+        raise InputError(
+            f"model.num_classes is 0, but {', '.join(sorted(stages))} need classes to learn: give "
+            f"weights with pretrained=, leave train_pretrained=False, and leave transfer and slim "
+            f"out"
+        )
+    for name, recipe, _ in settings.trainings(0):
+        for field, needed in (("distill", True), ("stored_predictions", False)):
+            if getattr(recipe, field) != needed:
+                raise InputError(
+                    f"{name}.{field} must be {needed}: model.num_classes is 0, and such a network "
+                    f"learns the features of its teacher in every step"
+                )
+
+
+def _check_weights(settings: Settings, done: Container[str]) -> None:
+    """Reads the weights once, before anything else, where a stage is going to."""
+    path = settings.pretrained
+    reads = [stage for stage in ("pretrain", "transfer") if stage in settings.stages]
+    if not reads or reads[0] in done:
+        return
+    if "transfer" in settings.stages and not path:
+        raise InputError("transfer needs weights: set pretrained to their file or folder")
+    if path and not local_folder(path).exists():
+        raise MissingFileError(f"pretrained: no file or folder {path}")
+    if path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the stage itself warns
+            warnings.simplefilter("error", NotFiniteWarning)
+            try:
+                from_pretrained(path, network_spec(settings))
+            except NotFiniteWarning as found:
+                raise InputError(f"{path}: {found}") from None
+
+
+def _check_latency(settings: Settings, spec: Spec) -> None:
+    """A quick look at whether the cheapest subnet is quick enough; the table decides later."""
+    space = settings.space.of(spec)
+    specs = {"dense": spec, "cheapest": space.extracted_spec(space.cheapest_genes)}
+    batch_size, dtype = settings.search.latency_batch, settings.finetune.compute_dtype
+    ms = measure_networks(specs, batch_size, dtype, rounds=5)
+    least = ms["cheapest"].min() / ms["dense"].min()  # which other work on the machine spoils last
+    for window in settings.budget.windows("latency"):
+        if window[1] < least / _LATENCY_SLACK:
+            raise InputError(
+                f"budget.latency {window} cannot be reached on this device: at {batch_size} images "
+                f"the cheapest subnet takes about {least:.2f} of the dense model's time"
+            )
+
+
+def _check_batch(name: str, recipe: Recipe, num_images: int) -> None:
+    if recipe.batch_size > num_images:
+        raise InputError(f"{name}: batch_size {recipe.batch_size} exceeds its {num_images} images")
+    equal_share(f"{name}: batch_size", recipe.batch_size, jax.device_count(), recipe.accumulate)
+
+
+def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
+    """Checks that FLORA, where it will run, can reach its MAC windows from a model of spec `base`.
+
+    Raises:
+      InputError: it cannot; names the window and what can be reached.
+    """
+    if settings.finds_ranks:
+        _check_macs(settings, dense, settings.space.of(base), is_filtered=False)
+
+
+def check_with_results(run: Run, to_redo: Collection[str]) -> None:
+    """Checks the MAC windows with what the run has found already: slimmed model, kept triples.
+
+    Args:
+      to_redo: steps whose results do not count.
+
+    Raises:
+      InputError: as `check_macs_budget`.
+    """
+    settings = run.settings
+    found = {"slim": "slim/spec.json", "filter": "filter/space.json"}
+    deciding = [stage for stage in found if stage in settings.stages]
+    is_known = all((run.folder / found[s]).exists() and s not in to_redo for s in deciding)
+    if not (deciding and is_known and settings.finds_ranks) or settings.spends_latency:
+        return
+    if "filter" in deciding:
+        _check_macs(settings, run.spec, SavedSpace(found["filter"]).load(run.folder), True)
+    else:
+        space = settings.space.of(load_spec(run.folder / "slim"))
+        _check_macs(settings, run.spec, space, is_filtered=False)
+
+
+def _check_macs(settings: Settings, dense: Spec, space: RankSpace, is_filtered: bool) -> None:
+    for budget in budgets_of(Spending("macs", settings.budget.windows("macs")), dense):
+        try:
+            check_budget("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
+        except InputError as error:
+            hint = ""
+            if is_filtered:
+                hint = "; --stage=filter --redo keeps other triples for it"
+            elif budget.window[1] < space.macs_range()[0]:
+                hint = _ratio_to_add(space, budget.window[1])
+            raise InputError(f"{error}{hint}") from error
+
+
+def check_budget(
+    name: str, budget: Budget, cost: Cost, space: RankSpace, dense: float, dense_cost: str
+) -> None:
+    """Raises InputError where no subnet of the space costs what this budget allows."""
+    (least, most), (low, high) = cost.range_over(space.kept), budget.window
+    if high < least or low > most:
+        raise InputError(
+            f"budget.{name} {budget.shares} cannot be reached: the space spans "
+            f"{least / dense:.3f}..{most / dense:.3f} of the dense model's {dense_cost}"
+        )
+
+
+def _ratio_to_add(space: RankSpace, macs: int) -> str:
+    """Which ratio of full rank brings a budget below the space into reach, for its message."""
+    for denominator in (8, 12, 16, 24, 32, 48, 64):
+        smaller = RankSpace.regular(space.spec, (1 / denominator, 1.0))
+        if smaller.macs_range()[0] <= macs:
+            return f"; with a ratio of 1/{denominator} in space.ratios it would be"
+    return "; no rank of this network is low enough"
+
+
+# What can hardly be meant.
 
 _SAMPLE = 32  # images whose pixels are looked at
 _FAR_MEAN, _FAR_STD = 2.0, 4.0  # standard deviations off, and times too wide or too narrow
 _FEW_A_CLASS, _FEW_IN_ALL = 20, 200
 _LEAST_TRAVEL = 2e-3  # a tenth of the standard deviation that weights start with
 _FAR_ACCURACY = 0.03
-_SAME_LOSS = 0.98
 _SAME_GATE = 0.05
 
 
-def say_doubts(settings: Settings, images: Images) -> None:
+def warn_of_doubtful_settings(settings: Settings, images: Images) -> None:
     """The first process logs a warning for each setting that is unlikely to be meant.
 
     All processes call it together.
@@ -118,23 +324,7 @@ def check_not_chance(settings: Settings, top1: float, num_images: int) -> None:
     )
 
 
-def doubt_loss(name: str, losses: Sequence[float]) -> None:
-    """Warns of a training at whose end the loss [steps] is that of its beginning."""
-    tenth = len(losses) // 10
-    if not tenth:
-        return
-    first, last = np.mean(losses[:tenth]), np.mean(losses[-tenth:])
-    if last > _SAME_LOSS * first:
-        log.warning(
-            "%s: the loss has not moved, %.4g in its first tenth and %.4g in its last: see "
-            "learning rate, epochs and labels",
-            name,
-            first,
-            last,
-        )
-
-
-def doubt_heldout(heldout: float, num_heldout: int, test: float, num_test: int) -> None:
+def warn_of_remembered_images(heldout: float, num_heldout: int, test: float, num_test: int) -> None:
     """Warns where weights know the images that subnets were ranked by.
 
     Args:
@@ -151,7 +341,7 @@ def doubt_heldout(heldout: float, num_heldout: int, test: float, num_test: int) 
         )
 
 
-def doubt_gates(gates: Mapping[str, Sequence[np.ndarray]]) -> None:
+def warn_of_idle_gates(gates: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Warns of kinds of gates, one array a block, that have stayed where they started, at 1."""
     for kind, of_blocks in gates.items():
         values = np.concatenate([block.ravel() for block in of_blocks])

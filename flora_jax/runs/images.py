@@ -1,4 +1,4 @@
-"""The images of a run: what it trains with, searches with and reports on."""
+"""The images of a run: to train with, to search with and to report on."""
 
 import contextlib
 import functools
@@ -8,17 +8,19 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from flora_jax.closed_form.calibrate import BATCH_SIZE
-from flora_jax.cluster.processes import true_in_all
+from flora_jax.cluster.processes import is_first, true_in_all
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, load_splits
 from flora_jax.data.subsets import hold_out, shuffled, subset
-from flora_jax.evaluation.evaluate import EvaluationSet
-from flora_jax.flora.extras.halving import looks_at
-from flora_jax.runs.settings import Settings
-from flora_jax.stages.run import network_spec
+from flora_jax.evaluation.evaluate import EvaluationSet, evaluate_images
+from flora_jax.flora.extras.halving import rungs_of
+from flora_jax.models.network import Network
+from flora_jax.runs.settings import Settings, network_spec
+from flora_jax.training.image_set import ImageSet
 
 log = logging.getLogger(__name__)
 _SIZES = 16  # so many images' sizes tell a dataset from a smaller copy of it
@@ -29,7 +31,7 @@ class Images:
 
     def __init__(self, settings: Settings):
         data, self._settings = settings.data, settings
-        spec = network_spec(settings)
+        self.spec = spec = network_spec(settings)
         self._crop = data.preprocessing(spec.image_size).crop(spec.in_channels)
         self.splits: Splits = load_splits(
             data.name,
@@ -50,10 +52,55 @@ class Images:
     def train(self) -> Source:
         return self.splits.train
 
+    @functools.cached_property
+    def train_set(self) -> ImageSet:
+        """The training images, augmented as the settings say."""
+        return self._image_set(self.train)
+
+    def part_of_train_set(self, fraction: float) -> ImageSet:
+        """A part of the training images, such as local supernets see."""
+        return self._image_set(hold_out(self.train, fraction, self.seed_of("filter/part"))[1])
+
+    def _image_set(self, source: Source) -> ImageSet:
+        data = self._settings.data
+        return ImageSet(
+            source,
+            normalization=data.normalization,
+            augmentation=data.augmentation,
+            name=data.name,
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
+        )
+
+    def seed_of(self, purpose: str) -> int:
+        return self._settings.seed_of(purpose)
+
     @property
     def are_labelled(self) -> bool:
         """Whether there are labels, and a network that has classes."""
         return bool(self.splits.num_classes and self._settings.model.num_classes)
+
+    def looked_at(self, dense: Network | None = None) -> EvaluationSet | None:
+        """The held-out images that a model is looked at while it trains; `dense` as in `measured`.
+
+        None where a network has classes and the images have no labels.
+        """
+        if self.spec.num_classes and not self.are_labelled:
+            return None
+        return self.measured(self.heldout_set, dense)
+
+    def measured(self, images: EvaluationSet, dense: Network | None) -> EvaluationSet:
+        """Images of the run, with what models are measured by on them.
+
+        Where there are no labels the dense model stands for them: its features where it has no
+        classes, otherwise its predictions.
+        """
+        if self.are_labelled or dense is None:
+            return images
+        if not dense.spec.num_classes:
+            return images.compared_with(dense)
+        log.info("the images have no labels: the dense model's predictions stand for them")
+        return images.relabelled(evaluate_images(dense, images)["predicted"])
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -62,7 +109,14 @@ class Images:
 
     @functools.cached_property
     def signature(self) -> str:
-        """Tells these images from others, wherever they lie: names and labels, and some sizes."""
+        """Tells these images from others, wherever they lie: names and labels, and some sizes.
+
+        The first process reads them for all, which call it together.
+        """
+        digest = np.frombuffer(self._digest() if is_first() else bytes(32), np.uint8)
+        return bytes(multihost_utils.broadcast_one_to_all(digest)).hex()
+
+    def _digest(self) -> bytes:
         digest = hashlib.sha256()
         splits = self.splits
         for source in (splits.train, splits.heldout, splits.test):
@@ -75,7 +129,7 @@ class Images:
         for index in np.linspace(0, len(splits.test) - 1, _SIZES).astype(int):
             with contextlib.suppress(BadImageError):
                 digest.update(str(splits.test[int(index)]["image"].shape).encode())
-        return digest.hexdigest()
+        return digest.digest()
 
     @functools.cached_property
     def heldout_set(self) -> EvaluationSet:
@@ -88,13 +142,13 @@ class Images:
     @functools.cached_property
     def heldout_parts(self) -> EvaluationSet:
         """The same in batches no larger than the first part that a search looks at."""
-        size = looks_at(len(self.splits.heldout))[0]
+        size = rungs_of(len(self.splits.heldout))[0]
         if size >= self._settings.data.eval_batch_size:
             return self.heldout_set
         return self._heldout_in(size)
 
     def _heldout_in(self, batch_size: int) -> EvaluationSet:
-        seed = self._settings.seed_of("heldout/order")
+        seed = self.seed_of("heldout/order")
         return self.evaluation_set(shuffled(self.splits.heldout, seed), batch_size)
 
     def evaluation_set(self, source: Source, batch_size: int | None = None) -> EvaluationSet:
@@ -151,7 +205,7 @@ class Images:
     def _some_of(
         self, source: Source, number: int, purpose: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        seed = self._settings.seed_of(purpose)
+        seed = self.seed_of(purpose)
         order = np.random.default_rng(seed).permutation(len(source))[:number]
         data, some = self._settings.data, subset(source, np.sort(order))
         size = min(data.eval_batch_size, BATCH_SIZE)
@@ -159,8 +213,3 @@ class Images:
             is_image = true_in_all(batch["mask"] > 0)
             if is_image.any():
                 yield batch["image"][is_image], batch["label"][is_image]
-
-    def filter_part(self) -> Source:
-        """The training images that local supernets see."""
-        fraction = self._settings.filter.train_fraction
-        return hold_out(self.train, fraction, self._settings.seed_of("filter/part"))[1]

@@ -1,33 +1,326 @@
-"""All settings of a run as one frozen value, made of a config and as good as one."""
+"""All settings of a run as one frozen value: every section and every default, once."""
 
 import dataclasses
-import zlib
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
-
-from flora_jax.errors import InputError, check_at_least, check_known, unknown
+from flora_jax.closed_form.calibrate import SHRINKAGE
+from flora_jax.data.augment import Augmentation
+from flora_jax.data.decoding import MAX_MEGAPIXELS
+from flora_jax.data.normalize import Normalization
+from flora_jax.data.preprocessing import Preprocessing
+from flora_jax.errors import InputError, check_at_least, check_between, check_known, unknown
 from flora_jax.evaluation.quality import METRICS, quality_of
-from flora_jax.flora.sampling import SUPERNET_LAWS
+from flora_jax.flora.evolution import EvolutionSettings
+from flora_jax.flora.extras.sampling import EXTRA_SAMPLINGS
+from flora_jax.flora.filter import LOCAL_TRAINING
+from flora_jax.flora.sampling import SAMPLINGS
+from flora_jax.flora.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import deit
 from flora_jax.runs.config_tree import from_mapping, to_mapping
-from flora_jax.runs.data_section import DataSettings
-from flora_jax.runs.sections import (
-    DEIT_TRAINING,
-    AllocationSettings,
-    BudgetSettings,
-    CalibrationSettings,
-    FilterSettings,
-    SearchSettings,
-    SlimSettings,
-    SpaceSettings,
-)
-from flora_jax.stages.names import FLORA_STAGES, STAGES
-from flora_jax.training.settings import Recipe
+from flora_jax.slim.gates import ATTENTION_GATES, SparsityPenalty
+from flora_jax.training.settings import Recipe, seed_of, without_effect
 from flora_jax.training.watch import PACKAGES
 from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.metadata.spec import describes_itself, read_spec
+
+ENDING = ("extract", "finetune", "evaluate", "report")
+PUBLISHED_STAGES = ("pretrain", "filter", "supernet", "search", *ENDING)
+BUDGETS = ("macs", "latency")
+Window = tuple[float, float]
+
+# DeiT's own training, for the dense model and after slimming.
+DEIT_TRAINING: dict[str, Any] = {
+    "epochs": 300.0,
+    "learning_rate": 5e-4,
+    "warmup_learning_rate": 1e-6,
+    "min_learning_rate": 1e-5,
+    "weight_decay": 0.05,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "repeats": 3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimBudget:
+    """Shares of each kind of gate to keep, or one share of the dense MACs that sets them all.
+
+    Attributes:
+      macs: 0 where the other three count.
+    """
+
+    attn: float = 0.7
+    mlp: float = 0.7
+    patch: float = 0.7
+    macs: float = 0.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            share = getattr(self, field.name)
+            if not (0 < share <= 1 or (field.name == "macs" and share == 0)):
+                raise InputError(f"{field.name} must lie in (0, 1], got {share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimSettings:
+    """ViT-Slim (CVPR 2022), where the stages name it.
+
+    Attributes:
+      attention: kind of the attention gates, as in `flora_jax.slim.add_gates`.
+      tokens: whether tokens get gates; None: where the network's tokens can leave.
+      gates, retrain: trainings of the gates, and of what is left after the cut.
+      fold: as in `flora_jax.slim.extract`.
+      tile: widths are rounded up to a multiple of it.
+    """
+
+    attention: str = "dim"
+    tokens: bool | None = None
+    penalty: SparsityPenalty = SparsityPenalty()
+    gates: Recipe = Recipe(
+        epochs=50.0,
+        learning_rate=5e-4,
+        min_learning_rate=5e-4,
+        warmup_epochs=0.0,
+        weight_decay=1e-3,
+        distill=False,
+    )
+    budget: SlimBudget = SlimBudget()
+    fold: bool = True
+    tile: int = 1
+    retrain: Recipe = Recipe(**DEIT_TRAINING)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "tile")
+        check_known(self, "attention", ATTENTION_GATES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceSettings:
+    """Rank choices: ratios of full rank, rounded to multiples of a tile apart from full rank."""
+
+    ratios: tuple[float, ...] = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
+    tile: int = 1
+
+    def of(self, spec: Spec) -> RankSpace:
+        """Every rank triple of this network. Raises as `RankSpace.regular`."""
+        return RankSpace.regular(spec, self.ratios, self.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The images that weigh the supernet's factors (`flora_jax.calibrate`).
+
+    Attributes:
+      images: of the training split, without augmentation; fewer where there are fewer. 0: the plain
+        SVD, as published.
+      shrinkage: as in `Calibration`.
+    """
+
+    images: int = 1024
+    shrinkage: float = SHRINKAGE
+
+    def __post_init__(self):
+        check_at_least(self, 0, "images")
+        if not 0 < self.shrinkage <= 1:
+            raise InputError(f"shrinkage must lie in (0, 1], got {self.shrinkage}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationSettings:
+    """The images on which `flora_jax.allocate` measures what each rank spoils.
+
+    Attributes:
+      images: of the training split, without augmentation; fewer where there are fewer.
+    """
+
+    images: int = 256
+
+    def __post_init__(self):
+        check_at_least(self, 1, "images")
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetSettings:
+    """What a subnet may cost, at least and at most, as shares of the dense model's.
+
+    Either is one window (low, high), or several, from each of which comes a subnet.
+
+    Attributes:
+      macs: multiply-adds. The filter's price is in them, whatever the search spends.
+      latency: time on this device.
+    """
+
+    macs: Window | tuple[Window, ...] = (0.43, 0.46)
+    latency: Window | tuple[Window, ...] = (0.55, 0.6)
+
+    def __post_init__(self):
+        for name in BUDGETS:
+            _check_windows(name, getattr(self, name))
+
+    def windows(self, name: str) -> tuple[Window, ...]:
+        """The windows of "macs" or "latency", ascending."""
+        (*windows,) = map(tuple, _listed(getattr(self, name)))
+        return tuple(sorted(windows))
+
+
+def _listed(value) -> Sequence:
+    """One window or several, as several."""
+    return value if any(isinstance(part, Sequence) for part in value) else [value]
+
+
+def _check_windows(name: str, value) -> None:
+    for window in _listed(value):
+        if not (isinstance(window, Sequence) and len(window) == 2):
+            raise InputError(
+                f"{name} must be one window (low, high) or several of them, got {value}"
+            )
+        low, high = window
+        if not 0 < low < high <= 1:
+            raise InputError(
+                f"{name} {window} must be two shares of the dense model's, 0 < low < high <= 1"
+            )
+    windows = sorted(map(tuple, _listed(value)))
+    for lower, upper in itertools.pairwise(windows):
+        if lower == upper:
+            raise InputError(f"{name} {lower} is given twice")
+        if upper[0] < lower[1]:
+            raise InputError(
+                f"{name} {lower} and {upper} overlap: windows must be apart, so that every subnet "
+                f"belongs to one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spending:
+    """The budgets of a run.
+
+    Attributes:
+      unit: "macs", or "latency" on this device.
+      ranges: (least, most) as shares of the dense model's, ascending.
+    """
+
+    unit: str
+    ranges: tuple[Window, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterSettings:
+    """Candidate filtering: the share of triples to drop, and the training of local supernets.
+
+    Attributes:
+      train_fraction: of the training images.
+    """
+
+    drop: float = 0.7
+    train_fraction: float = 0.1
+    train: Recipe = LOCAL_TRAINING
+
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise InputError(f"drop must lie in [0, 1), got {self.drop}")
+        check_between(self, 0, 1, "train_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings(EvolutionSettings):
+    """The evolution, and what it spends.
+
+    Attributes:
+      budget: "macs", or "latency" on this device.
+      latency_batch: images that the device runs at once.
+      halving: whether a candidate that is behind on a part of the held-out images is not scored on
+        the others.
+    """
+
+    budget: str = "macs"
+    latency_batch: int = 16
+    halving: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_known(self, "budget", BUDGETS)
+        check_at_least(self, 1, "latency_batch")
+
+    @property
+    def evolution(self) -> EvolutionSettings:
+        names = [field.name for field in dataclasses.fields(EvolutionSettings)]
+        return EvolutionSettings(**{name: getattr(self, name) for name in names})
+
+
+_PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "background")
+
+# timm turns the published colour jitter of 0.4 off where RandAugment is on.
+_DEIT_AUGMENTATION = {
+    "scale": (0.08, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "rand_augment": True,
+    "magnitude": 9.0,
+    "magnitude_std": 0.5,
+    "num_operations": 2,
+    "color_jitter": 0.0,
+    "erase_probability": 0.25,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which images a run uses, and how they are prepared.
+
+    Attributes:
+      name, data_dir, test_split, heldout_split, heldout_by, on_bad_image, heldout_fraction: as in
+        `load_splits`; an empty data_dir or split stands for the default.
+      max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
+        a bad image.
+      classes: some of the dataset's, numbered anew; empty: all.
+      mean, std, crop_pct, crop_mode, interpolation, background: as in `Preprocessing`; what is not
+        random is done to an image with them. The augmentations of small pictures, "digits" and
+        "shift", have a crop mode of their own.
+      num_threads: that prepare training batches.
+      num_workers: processes that prepare training batches in place of threads.
+    """
+
+    name: str = "tfds:imagenet2012"
+    data_dir: str = ""
+    test_split: str = ""
+    heldout_split: str = ""
+    heldout_by: str = "name"
+    on_bad_image: str = "raise"
+    max_megapixels: float = MAX_MEGAPIXELS
+    classes: tuple[int, ...] = ()
+    heldout_fraction: float = 0.02
+    augmentation: Augmentation = Augmentation("deit", _DEIT_AUGMENTATION)
+    mean: tuple[float, ...] = Preprocessing.mean
+    std: tuple[float, ...] = Preprocessing.std
+    crop_pct: float = Preprocessing.crop_pct
+    crop_mode: str = Preprocessing.crop_mode
+    interpolation: str = Preprocessing.interpolation
+    background: tuple[int, ...] = Preprocessing.background
+    eval_batch_size: int = without_effect(256)
+    num_threads: int = without_effect(16)
+    num_workers: int = without_effect(0)
+
+    def __post_init__(self):
+        check_between(self, 0, 1, "heldout_fraction")
+        check_between(self, 0, math.inf, "max_megapixels")
+        check_at_least(self, 1, "eval_batch_size")
+        check_at_least(self, 0, "num_threads", "num_workers")
+        self.preprocessing(1)  # checks what it takes
+
+    def preprocessing(self, image_size: int) -> Preprocessing:
+        """What becomes of a picture before a network that takes images of this size."""
+        shared = {name: getattr(self, name) for name in _PREPROCESSING}
+        if self.augmentation.crop_mode:
+            shared["crop_mode"] = self.augmentation.crop_mode
+        return Preprocessing(image_size, **shared)
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.mean, self.std)
+
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
 _MODEL_STAGES = {"pretrain", "transfer", "slim", "extract"}
@@ -35,11 +328,14 @@ _MODEL_STAGES = {"pretrain", "transfer", "slim", "extract"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run does; the defaults are FLORA's on DeiT-B and ImageNet (WACV 2024).
+    """All settings of a run; the defaults are FLORA as published, on DeiT-B and ImageNet.
+
+    That is: factors of the plain SVD, low-rank-aware sampling, filtered candidates, a uniform first
+    population, every candidate scored on every held-out image, and the search's own winner.
 
     Attributes:
       seed: of everything random.
-      stages: what is done, in order; `export` is one of them exactly where something is exported.
+      stages: the steps of the method's script (`flora_jax/methods`) that are done.
       export: as what finished models are handed out: "onnx", "onnx_float16", "onnx_int8",
         "torch", "stablehlo", "timm"; empty: nothing is.
       keep_checkpoints: whether checkpoints and stored predictions stay when a stage is done.
@@ -54,7 +350,8 @@ class Settings:
       probe_images: training images that the classifier of new classes is fitted to, a linear probe
         of the pretrained features, before any training; 0: it starts with zeros.
       refuse_near_chance: whether a run ends before it compresses a dense model that only guesses.
-      supernet_law: which subnet a step of the supernet trains (`flora_jax.flora.sampling`).
+      supernet_sampling: of the subnets that the supernet is trained by: "low_rank_aware" as
+        published, "uniform", or of ours "sandwich" and "nested".
       uniform_baseline: the uniform-rank network of the same MACs: "supernet" cuts it out of the
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
         supernet and fine-tuning together; "none" leaves it out.
@@ -66,12 +363,12 @@ class Settings:
     """
 
     seed: int = 0
-    stages: tuple[str, ...] = FLORA_STAGES
+    stages: tuple[str, ...] = PUBLISHED_STAGES
     export: tuple[str, ...] = ()
-    keep_checkpoints: bool = False
-    watch: tuple[str, ...] = ()
-    profile_step: int = 0
-    fsdp: int = 1
+    keep_checkpoints: bool = without_effect(False)
+    watch: tuple[str, ...] = without_effect(())
+    profile_step: int = without_effect(0)
+    fsdp: int = without_effect(1)
     model: Spec = deit("base")
     data: DataSettings = DataSettings()
     pretrained: str = ""
@@ -84,7 +381,7 @@ class Settings:
     budget: BudgetSettings = BudgetSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     allocation: AllocationSettings = AllocationSettings()
-    supernet_law: str = "low_rank_aware"
+    supernet_sampling: str = "low_rank_aware"
     uniform_baseline: str = "supernet"
     metric: str = ""
     filter: FilterSettings = FilterSettings()
@@ -94,12 +391,10 @@ class Settings:
 
     def __post_init__(self):
         _check_exports(self.export, self.stages)
-        object.__setattr__(self, "stages", _with_export(self.stages, bool(self.export)))
-        _check_stages(self.stages)
         object.__setattr__(self, "watch", _watchers(self.watch))
         check_at_least(self, 0, "profile_step")
         check_known(self, "uniform_baseline", UNIFORM_BASELINES)
-        check_known(self, "supernet_law", SUPERNET_LAWS)
+        check_known(self, "supernet_sampling", (*SAMPLINGS, *EXTRA_SAMPLINGS))
         object.__setattr__(self, "metric", self.metric or quality_of(self.model).shown.name)
         check_known(self, "metric", tuple(metric.name for metric in METRICS))
         if self.pretrain.distill:
@@ -137,6 +432,12 @@ class Settings:
         return bool({"allocate", "search"} & set(self.stages))
 
     @property
+    def spending(self) -> "Spending":
+        """What the budgets are of, and their ranges."""
+        unit = "latency" if self.spends_latency else "macs"
+        return Spending(unit, self.budget.windows(unit))
+
+    @property
     def spends_latency(self) -> bool:
         """Whether the budget is time on this device, not MACs."""
         return self.finds_ranks and self.search.budget == "latency"
@@ -159,8 +460,7 @@ class Settings:
 
     def seed_of(self, purpose: str) -> int:
         """A seed of its own for everything random, 31 bits."""
-        words = np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode())])
-        return int(words.generate_state(1)[0] >> 1)
+        return seed_of(self.seed, purpose)
 
 
 def _check_exports(kinds: tuple[str, ...], stages: tuple[str, ...]) -> None:
@@ -176,15 +476,6 @@ def _check_exports(kinds: tuple[str, ...], stages: tuple[str, ...]) -> None:
         )
 
 
-def _with_export(stages: tuple[str, ...], is_exported: bool) -> tuple[str, ...]:
-    """Configs need not name the stage `export`, and runs made before it was there do not."""
-    others = tuple(stage for stage in stages if stage != "export")
-    if not is_exported:
-        return others
-    place = others.index("report") if "report" in others else len(others)
-    return (*others[:place], "export", *others[place:])
-
-
 def _watchers(names: tuple[str, ...] | str) -> tuple[str, ...]:
     """Each of the names once; as a text, such as the command line gives, with commas."""
     texts = (names,) if isinstance(names, str) else names
@@ -195,13 +486,12 @@ def _watchers(names: tuple[str, ...] | str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given))
 
 
-def _check_stages(stages: tuple[str, ...]) -> None:
-    for name in stages:
-        if name not in STAGES:
-            raise InputError(unknown("stage", name, STAGES))
-    order = [name for name in STAGES if name in stages]
-    if list(stages) != order:
-        raise InputError(f"stages {list(stages)} must come once each, in the order {order}")
-    others = set(stages) - {"transfer", "evaluate", "export", "report"}
-    if "transfer" in stages and others:
-        raise InputError(f"transfer stands alone, without {', '.join(sorted(others))}")
+def network_spec(settings: Settings) -> Spec:
+    """The spec of the dense model; of a transfer that of the weights, with the other classes.
+
+    A file that stands alone does not say its own: it is the config's.
+    """
+    if "transfer" not in settings.stages or not describes_itself(settings.pretrained):
+        return settings.model
+    given = read_spec(settings.pretrained)
+    return dataclasses.replace(given, num_classes=settings.model.num_classes)

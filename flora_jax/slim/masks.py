@@ -20,6 +20,7 @@ from flora_jax.slim.gates import GATE_NAMES, Gated, per_dimension
 log = logging.getLogger(__name__)
 
 KINDS = tuple(GATE_NAMES)
+DECISION_FILE = "slim/decision.safetensors"  # in the folder of a run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

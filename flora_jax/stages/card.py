@@ -10,7 +10,7 @@ from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
 from flora_jax.report.card import Card, card_text
 from flora_jax.report.table import named_entries
-from flora_jax.stages.budget import (
+from flora_jax.runs.budgets import (
     ALLOCATED,
     WINNERS_FILE,
     Budget,
@@ -18,8 +18,8 @@ from flora_jax.stages.budget import (
     load_budgets,
     load_found,
 )
-from flora_jax.stages.companions import EVALUATION_FILE
-from flora_jax.stages.run import Run
+from flora_jax.runs.model_files import EVALUATION_FILE
+from flora_jax.runs.workdir import Run
 from flora_jax.training.settings import Recipe
 from flora_jax.weights.hub import is_repository, repository_name
 
@@ -114,7 +114,7 @@ def _steps(run: Run, found: Finished) -> Iterator[str]:
     if "supernet" in stages:
         ratios = ", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios)
         yield (
-            f"One supernet of all ranks (ratios {ratios}; {settings.supernet_law} draws) was "
+            f"One supernet of all ranks (ratios {ratios}; {settings.supernet_sampling} draws) was "
             f"trained: {_recipe(settings.supernet)}."
         )
     if "search" in stages:

@@ -4,18 +4,19 @@ import numpy as np
 from etils import epath
 
 from flora_jax.evaluation.quality import Metric, quality_of
-from flora_jax.flora.history import Candidate, read_history
+from flora_jax.flora.evolution import Candidate, read_history
 from flora_jax.io.files import matching
 from flora_jax.io.json_lines import read_lines, read_records
 from flora_jax.io.paths import as_text
 from flora_jax.report.drawn import Curve, Drawn
 from flora_jax.report.table import human_count, named_entries
-from flora_jax.stages.budget import (
+from flora_jax.runs.budgets import (
     LATENCY_FILE,
     load_budgets,
+    load_every_candidate,
     load_uniform_ranks,
 )
-from flora_jax.stages.run import Run, load_regular_space
+from flora_jax.runs.workdir import Run
 from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.weights import folder
 
@@ -39,11 +40,11 @@ def drawn_of(run: Run, result: dict) -> Drawn:
         if ((path := run.folder / "extract" / budget.folder("subnet")) / folder.SPEC_FILE).exists()
     }
     is_extracted = bool(specs) and len(specs) == len(budgets)
-    space = load_regular_space(run) if is_extracted else None
+    space = load_every_candidate(run) if is_extracted else None
     full_ranks = [layer.full_rank for layer in space.spec.layers] if space else []
     uniform_ratios = None
     if space and run.settings.uniform_baseline != "none":
-        uniform_ratios = [ranks[0] / full_ranks[0] for ranks in load_uniform_ranks(run, space)]
+        uniform_ratios = [ranks[0] / full_ranks[0] for ranks in load_uniform_ranks(run)]
     title = as_text(run.folder.name)
     if is_extracted:
         macs = ", ".join(human_count(spec.macs()) for spec in specs.values())

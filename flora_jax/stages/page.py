@@ -22,8 +22,7 @@ from flora_jax.report.page import Page
 from flora_jax.report.pictures import thumbnail
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.outcome import TEST_IMAGES_FILE
-from flora_jax.stages.run import Run, done_stages
+from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages
 from flora_jax.timing import describe_device
 
 BENCHMARK_FILE = "benchmark.json"

@@ -9,13 +9,12 @@ from flora_jax.io.files import read_json, replacing
 from flora_jax.io.paths import as_text
 from flora_jax.report import plots, slim_plots, table
 from flora_jax.report.page import Page, render
+from flora_jax.runs.budgets import finished_models
 from flora_jax.runs.images import Images
-from flora_jax.slim.masks import read_decision
-from flora_jax.stages.budget import finished_models
+from flora_jax.runs.workdir import Run, done_stages
+from flora_jax.slim.masks import DECISION_FILE, read_decision
 from flora_jax.stages.drawing import drawn_of, is_budget_known
 from flora_jax.stages.page import page_of
-from flora_jax.stages.run import Run, done_stages
-from flora_jax.stages.slim import DECISION_FILE
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The training loop of every stage: dense, local supernets, supernet, fine-tuning."""
+"""The training loop: dense model, gates, local supernets, supernet, fine-tuning."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ from flora_jax.progress import Progress
 from flora_jax.training.metrics import METRICS_FILE, BestParameters, MetricsFile, profiled
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import TrainState, initial_state, make_step
-from flora_jax.training.watch import Watch, watching
+from flora_jax.training.watch import Watch, not_watched
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def train(
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     settings: TrainSettings,
     *,
-    directory: epath.PathLike,
+    directory: epath.PathLike | None,
     name: str,
     normalization: Normalization,
     draw_genes: Callable[[int], np.ndarray] | None = None,
@@ -60,7 +60,8 @@ def train(
       batches: step -> this process' batches from that step on: image uint8 [B_local, H, W, C],
         label int32 [B_local].
       directory: receives checkpoints/ and metrics.jsonl, a line a step: loss, gradient norm and
-        learning rate; now and then images a second and what the evaluators find.
+        learning rate; now and then images a second and what the evaluators find. None: nothing is
+        written, and nothing can go on.
       name: what the progress display calls the stage.
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
       teacher: its soft predictions on the same images are the targets, or its features where the
@@ -79,12 +80,14 @@ def train(
 
     Raises:
       InputError: the network has no classes and no teacher, it has classes and its teacher has
-        none, or the folder holds a longer training.
+        none, the folder holds a longer training, or there is none to keep the best parameters in.
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
       Stopped: the process was told to end (SIGTERM, Ctrl-C); the step it was at is saved.
     """
     # What runs.
-    directory = epath.Path(directory)
+    folder = None if directory is None else epath.Path(directory)
+    if folder is None and (settings.keep_best or profile_step):
+        raise InputError("keep_best and profile_step need a directory to write to")
     _check_can_learn(model, teacher, name)
     structure, parameters = functional.split(model)
     teacher_structure, teacher_parameters = functional.split(teacher) if teacher else (None, None)
@@ -96,27 +99,27 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # Where it goes on.
-        checkpoints = stack.enter_context(
-            Checkpoints(directory / "checkpoints", keep_every=settings.keep_every)
-        )
-        state = checkpoints.restore(state)
+        checkpoints = None
+        if folder is not None:
+            checkpoints = Checkpoints(folder / "checkpoints", keep_every=settings.keep_every)
+            state = stack.enter_context(checkpoints).restore(state)
         start = int(state.step)
         if start > settings.steps:
             raise InputError(
-                f"{directory} holds a checkpoint of step {start}, but training ends at step "
+                f"{folder} holds a checkpoint of step {start}, but training ends at step "
                 f"{settings.steps}; choose another folder or at least {start} steps"
             )
         best = None
-        if evaluate_every and settings.keep_best:
-            best = BestParameters(directory / "best", state.final_parameters, mesh)
+        if folder is not None and evaluate_every and settings.keep_best:
+            best = BestParameters(folder / "best", state.final_parameters, mesh)
             stack.enter_context(best)
         if start == settings.steps:
             return _result(structure, state, mesh, best if settings.result == "best" else None)
         if start:
             log.info("%s: goes on at step %d of %d", name, start, settings.steps)
-        write = stack.enter_context((watch or watching((), directory, name))(start))
+        write = stack.enter_context((watch or not_watched)(start))
         metrics_file = stack.enter_context(
-            MetricsFile(directory / METRICS_FILE, start, settings, watch=write)
+            MetricsFile(folder and folder / METRICS_FILE, start, settings, watch=write)
         )
         progress = stack.enter_context(
             Progress(name, total=settings.steps, start=start, unit="step")
@@ -132,8 +135,8 @@ def train(
         for step in range(start, settings.steps):
             genes = None if draw_genes is None else draw_genes(step)
             batch = shard_batch(next(stream), mesh)
-            if profile_step and step == profile_step:
-                run = profiled(step_function, directory / "profile")
+            if folder is not None and profile_step and step == profile_step:
+                run = profiled(step_function, folder / "profile")
             else:
                 run = step_function
             state, metrics = run(state, batch, genes, teacher_parameters)
@@ -157,10 +160,11 @@ def train(
                         best.keep_better(done, state.final_parameters, next(iter(found.values())))
                 progress.update(len(unread), **metrics_file.write(found, durable=saves))
                 unread.clear()
-            if saves:
+            if saves and checkpoints is not None:
                 checkpoints.save(done, state)
             if stops:
-                raise stop_request.stopped(f"{name} is saved at step {done} of {settings.steps}")
+                kept = "was" if checkpoints is None else "is saved"
+                raise stop_request.stopped(f"{name} {kept} at step {done} of {settings.steps}")
         return _result(structure, state, mesh, best if settings.result == "best" else None)
 
 
@@ -183,15 +187,18 @@ def _result(
     )
 
 
-def _check_finite(values: np.ndarray, first: int, draw_genes, checkpoints: Checkpoints) -> None:
+def _check_finite(
+    values: np.ndarray, first: int, draw_genes, checkpoints: Checkpoints | None
+) -> None:
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if not bad.size:
         return
     step = first + int(bad[0])
     loss, gradient_norm = values[bad[0]]
     genes = "" if draw_genes is None else f" with genes {np.asarray(draw_genes(step)).tolist()}"
+    last_good = None if checkpoints is None else checkpoints.latest_path()
     raise NonFiniteLossError(
         f"loss {loss} and gradient norm {gradient_norm} at step {step}{genes}. "
-        f"The last good checkpoint is {checkpoints.latest_path() or 'none yet'}; "
+        f"The last good checkpoint is {last_good or 'none yet'}; "
         f"a lower learning rate, longer warm-up or a smaller clip_norm usually helps."
     )

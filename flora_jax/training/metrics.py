@@ -29,12 +29,13 @@ class MetricsFile:
     last line of each reading: everything else is the same whenever and wherever it is written.
 
     Args:
+      path: None: nothing is written.
       watch: also takes the records that are written, such as `watching` makes it.
     """
 
     def __init__(
         self,
-        path: epath.Path,
+        path: epath.Path | None,
         start: int,
         settings: TrainSettings,
         clock: Callable[[], float] = time.monotonic,
@@ -44,7 +45,8 @@ class MetricsFile:
         self._watch = watch
         self._settings, self._clock, self._next = settings, clock, start
         self._rates = np.asarray(learning_rate_schedule(settings)(np.arange(settings.steps)))
-        self._file = JsonLines(path, read_lines(path)[:start]) if is_first() else None
+        is_written = path is not None and is_first()
+        self._file = JsonLines(path, read_lines(path)[:start]) if is_written else None
         self._records: list[dict] = []
 
     def __enter__(self) -> "MetricsFile":

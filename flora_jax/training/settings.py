@@ -2,12 +2,27 @@
 
 import dataclasses
 import warnings
+import zlib
+from typing import Any
+
+import numpy as np
 
 from flora_jax.errors import InputError, check_at_least, check_known
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RESULTS = ("last", "best")
 _RATES = ("learning_rate", "warmup_learning_rate", "min_learning_rate")
+
+
+def without_effect(default) -> Any:
+    """A field of settings that changes how a result is come by, but not the result."""
+    return dataclasses.field(default=default, metadata={"has_effect": False})
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed of its own, 31 bits, for each purpose of what has this seed."""
+    words = np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])
+    return int(words.generate_state(1)[0] >> 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +62,19 @@ class Hyperparameters:
     min_learning_rate: float = 5e-7
     weight_decay: float = 0.01
     clip_norm: float = 5.0
-    accumulate: int = 1
+    accumulate: int = without_effect(1)
     compute_dtype: str = "float32"
     ema_decay: float = 0.0
     distill_features: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    rematerialize: bool = False
-    log_every: int = 20
-    checkpoint_every: int = 1000
-    checkpoint_minutes: float = 5.0
-    keep_every: int = 0
-    keep_best: bool = False
+    rematerialize: bool = without_effect(False)
+    log_every: int = without_effect(20)
+    checkpoint_every: int = without_effect(1000)
+    checkpoint_minutes: float = without_effect(5.0)
+    keep_every: int = without_effect(0)
+    keep_best: bool = without_effect(False)
     result: str = "last"
 
     def __post_init__(self):
@@ -131,7 +146,7 @@ class Recipe(Hyperparameters):
     repeats: int = 1
     distill: bool = True
     stored_predictions: bool = False
-    evaluate_epochs: float = 1.0
+    evaluate_epochs: float = without_effect(1.0)
 
     def __post_init__(self):
         super().__post_init__()

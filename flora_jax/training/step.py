@@ -10,12 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
-from flora_jax.evaluation.quality import relative_error
 from flora_jax.models import functional
 from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.loop import Loop
-from flora_jax.models.spec import Spec
+from flora_jax.training.losses import distillation_loss, probabilities, soft_targets, task_loss
 from flora_jax.training.mixing import mix
 from flora_jax.training.optimizer import make_optimizer
 from flora_jax.training.parallel import data_parallel
@@ -49,39 +48,11 @@ def initial_state(
     )
 
 
-def task_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Soft cross entropy of logits [B, classes] against probabilities [B, classes], mean over B."""
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
-
-
-def soft_targets(probs: jax.Array, index: jax.Array, num_classes: int) -> jax.Array:
-    """The likeliest classes of a prediction, and the rest of the mass evenly over the others.
-
-    Args:
-      probs: float [B, k], as they were stored, k at most num_classes.
-      index: integer [B, k], the class of each; no class twice in a row.
-
-    Returns:
-      float32 [B, num_classes], rows sum to 1.
-    """
-    probs = probs.astype(jnp.float32)
-    rest = jnp.maximum(1 - probs.sum(-1), 0)
-    others = rest / max(num_classes - probs.shape[-1], 1)
-    targets = jax.vmap(lambda other, i, p: jnp.full(num_classes, other).at[i].set(p))(
-        others, index.astype(jnp.int32), probs
-    )
-    return targets / targets.sum(-1, keepdims=True)  # rounding may have left more or less than 1
-
-
 def teacher_targets(
     structure: Structure, parameters: Parameters, images: jax.Array, run: RunBlocks = run_blocks
 ) -> jax.Array:
     """A teacher's probabilities for normalised images, float32 [B, classes]."""
-    return _probabilities(_forward(structure, parameters, images, run=run)[0])
-
-
-def _probabilities(logits: jax.Array) -> jax.Array:
-    return jax.nn.softmax(logits.astype(jnp.float32))
+    return probabilities(_forward(structure, parameters, images, run=run)[0])
 
 
 def _forward(
@@ -96,24 +67,6 @@ def _forward(
     network = functional.merge(structure, parameters, genes)
     tokens = run(network.blocks, network.embed(images))
     return network.classify(tokens), network.normalised(tokens)
-
-
-def feature_error(features: jax.Array, target: jax.Array) -> jax.Array:
-    """Squared error of features [B, N, D], a token's as a share of its target's square; mean."""
-    return relative_error(features, target).mean()
-
-
-def features_loss(
-    outputs: tuple[jax.Array, jax.Array], taught: tuple[jax.Array, jax.Array], spec: Spec
-) -> jax.Array:
-    """All that a network without classes learns from a teacher: (pooled [B, D], tokens [B, N, D]).
-
-    A pooled feature that is none of the tokens counts as one more: the weights of an attention pool
-    would learn nothing from the tokens, and only decay.
-    """
-    (pooled, tokens), (target_pooled, target_tokens) = outputs, taught
-    error = feature_error(tokens, target_tokens)
-    return error if spec.pools_prefix else error + feature_error(pooled, target_pooled)
 
 
 @functools.lru_cache(maxsize=32)
@@ -145,19 +98,13 @@ def make_step(
         forward = jax.checkpoint(forward, policy=blocks_alone)
 
     def loss(parameters, images, targets, genes, teacher_parameters):
-        outputs = logits, features = forward(parameters, images, genes)
+        outputs = forward(parameters, images, genes)
         extra = jnp.float32(0) if penalty is None else penalty(parameters)
-        if teacher_structure is not None:
-            taught = _forward(teacher_structure, teacher_parameters, images, run=run)
-            spec = functional.merge(structure, parameters).spec
-            if not spec.num_classes:
-                return (settings.distill_features or 1.0) * features_loss(
-                    outputs, taught, spec
-                ) + extra
-            targets = _probabilities(taught[0])
-            if settings.distill_features:
-                extra += settings.distill_features * feature_error(features, taught[1])
-        return task_loss(logits, targets) + extra
+        if teacher_structure is None:
+            return task_loss(outputs[0], targets) + extra
+        taught = _forward(teacher_structure, teacher_parameters, images, run=run)
+        spec = functional.merge(structure, parameters).spec
+        return distillation_loss(outputs, taught, spec, settings.distill_features) + extra
 
     def loss_and_gradient(parameters, images, targets, genes, teacher_parameters):
         value_and_grad = jax.value_and_grad(loss)

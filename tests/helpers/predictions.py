@@ -10,8 +10,7 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
 from flora_jax.data.subsets import subset
 from flora_jax.models import functional
-from flora_jax.training.records import StoredPredictions
-from flora_jax.training.teacher import describe, write_predictions
+from flora_jax.training.stored_predictions import StoredPredictions, describe, write_predictions
 
 SPEC = flora.ViTSpec(
     image_size=8, patch_size=4, in_channels=1, embed_dim=8, depth=1, num_heads=2, num_classes=10

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flora_jax.training.teacher import Teacher
+from flora_jax.training.stored_predictions import Teacher
 from tests.helpers.predictions import NORMALIZATION, a_description, a_model, write
 
 

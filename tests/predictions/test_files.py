@@ -13,8 +13,13 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
 from flora_jax.data.subsets import subset
 from flora_jax.models import functional
-from flora_jax.training.records import StoredPredictions, parts_to_write
-from flora_jax.training.teacher import Teacher, describe, write_predictions
+from flora_jax.training.stored_predictions import (
+    StoredPredictions,
+    Teacher,
+    describe,
+    parts_to_write,
+    write_predictions,
+)
 from tests.helpers.predictions import (
     AUGMENTATION,
     BATCH_SIZE,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.training.records import Description
+from flora_jax.training.stored_predictions import Description
 from tests.helpers.predictions import (
     BATCH_SIZE,
     NORMALIZATION,

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from flora_jax.cluster.mesh import make_mesh, shard_batch
 from flora_jax.models import functional
-from flora_jax.training.records import StoredPredictions
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import initial_state, make_step, soft_targets
-from flora_jax.training.teacher import Teacher, compare_predictions
+from flora_jax.training.stored_predictions import StoredPredictions, Teacher, compare_predictions
 from tests.helpers.predictions import (
     BATCH_SIZE,
     NORMALIZATION,

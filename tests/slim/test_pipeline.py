@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from flora_jax.runs import validation
 from ml_collections import ConfigDict
 
 import flora_jax as flora
@@ -19,6 +18,7 @@ from flora_jax.configs import (
     vit_slim_deit_s,
 )
 from flora_jax.models import functional
+from flora_jax.runs import validation
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.slim.masks import read_decision

@@ -10,7 +10,7 @@ from etils import epath
 
 from flora_jax.configs import deit_t
 from flora_jax.errors import MissingPackageError, RunError
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.validation import check

@@ -1,8 +1,9 @@
-"""Successive halving: a candidate that falls behind on some images is not shown the others.
+"""Successive halving of the search's candidates by images (ours).
 
 All candidates see the same images in the same order, a growing part of them at a time, so that two
 are compared by their differences image by image, which are far smaller than the spread of either.
-Who is out has seen a part only, and what it scored there stands beside no score of all images.
+A candidate that falls behind is not scored on the rest; its score of a part is compared with no
+score of all images.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ DEVIATIONS = 1.0  # standard errors behind the last place that nobody makes up (
 _FEWEST = 30  # images; fewer do not say how far they spread
 
 
-def looks_at(num_images: int) -> tuple[int, ...]:
-    """After how many images candidates are compared, ascending; the last are all of them."""
-    looks = {math.ceil(share * num_images) for share in _SHARES}
-    return tuple(sorted(look for look in looks if look >= _FEWEST)) or (num_images,)
+def rungs_of(num_images: int) -> tuple[int, ...]:
+    """Numbers of images after which candidates are compared, ascending; the last are all."""
+    rungs = {math.ceil(share * num_images) for share in _SHARES}
+    return tuple(sorted(rung for rung in rungs if rung >= _FEWEST)) or (num_images,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +36,19 @@ class ImageScores:
         images from number `start` on, to number `stop` or beyond it, as whole batches end. Images
         must be in an order of which every beginning is a fair sample.
       num_images: how many there are.
-      looks: after how many of them candidates are compared; (num_images,): never.
+      rungs: after how many of them candidates are compared; (num_images,): never.
       deviations: standard errors behind the last place that a candidate cannot make up.
     """
 
     of: Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
     num_images: int
-    looks: tuple[int, ...]
+    rungs: tuple[int, ...]
     deviations: float = DEVIATIONS
 
     @property
     def drops(self) -> bool:
         """Whether a candidate may be out before it has seen all images."""
-        return len(self.looks) > 1
+        return len(self.rungs) > 1
 
     def checked(self, genes: np.ndarray, start: int, stop: int) -> np.ndarray:
         """What `of` returns, float64 [2, P, n]; raises ValueError unless all are numbers."""
@@ -102,14 +103,14 @@ def race(scores: ImageScores, genes: np.ndarray, contests: Sequence[Contest], pl
     """
     values = np.full((2, len(genes), scores.num_images), np.nan)
     num_seen, running, known = np.zeros(len(genes), int), np.arange(len(genes)), 0
-    for look in scores.looks:
-        if look > known:
-            more = scores.checked(genes[running], known, look)
+    for rung in scores.rungs:
+        if rung > known:
+            more = scores.checked(genes[running], known, rung)
             values[:, running, known : known + more.shape[2]] = more
             known += more.shape[2]
-        num_seen[running] = look
-        if look < scores.num_images:
-            running = _still_running(scores, values[0, :, :look], running, contests, places)
+        num_seen[running] = rung
+        if rung < scores.num_images:
+            running = _still_running(scores, values[0, :, :rung], running, contests, places)
         if not len(running):
             break
     seen = np.arange(scores.num_images) < num_seen[:, None]
@@ -125,12 +126,12 @@ def _still_running(
     places: int,
 ) -> np.ndarray:
     """Those of the running candidates, by number, that have hope in a contest."""
-    is_hopeful, look = np.zeros(len(values), bool), values.shape[1]
+    is_hopeful, rung = np.zeros(len(values), bool), values.shape[1]
     # Of the mean over all images, of which those seen are a part.
-    errors = scores.deviations * math.sqrt(1 / look - 1 / scores.num_images)
+    errors = scores.deviations * math.sqrt(1 / rung - 1 / scores.num_images)
     for entrants, rivals in contests:
         own = running[entrants[running]]
-        is_hopeful[own] |= _has_hope(values[own], rivals[:, :look], places, errors)
+        is_hopeful[own] |= _has_hope(values[own], rivals[:, :rung], places, errors)
     return running[is_hopeful[running]]
 
 

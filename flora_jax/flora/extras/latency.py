@@ -222,3 +222,24 @@ def _compiled(function: Callable, dtype: str, *shapes) -> Callable[[], None]:
     arguments = jax.tree.map(small, shapes)
     program = jax.jit(function).lower(*arguments).compile()
     return lambda: jax.block_until_ready(program(*arguments))
+
+
+def check_prediction(
+    table: LatencyTable, dense: Spec, subnet: Spec, predicted_ns: int
+) -> dict[str, float]:
+    """Times a subnet as a whole beside the dense model, and compares with the table."""
+    ms = measure_networks({"dense": dense, "subnet": subnet}, table.batch_size, table.dtype)
+    predicted = predicted_ns / 1e6 / table.dense_ms
+    measured = median_ratio(ms["subnet"], ms["dense"])
+    found = {
+        "dense_ms": float(np.median(ms["dense"])),
+        "subnet_ms": float(np.median(ms["subnet"])),
+        "predicted_share": predicted,
+        "measured_share": measured,
+        "error": predicted / measured - 1,
+    }
+    log.info(
+        "latency of the subnet: predicted %.3f of the dense model's, measured %.3f (%+.1f %%)",
+        *(predicted, measured, 100 * found["error"]),
+    )
+    return found

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.errors import InputError
-from flora_jax.flora.products import Ranks
 
+Ranks = tuple[int, ...]
 # Components: the side of the matrix unit, which is no faster for fewer, so that a tile which the
 # rank fills in part never costs more than smaller tiles that it fills.
 TILE = 128

@@ -1,13 +1,14 @@
-"""Are the predictions that a run has stored those of its teacher? A command, not a stage."""
+"""flora_jax --check_predictions: stored predictions beside a fresh pass of their teacher."""
 
 from collections.abc import Iterator
 
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import matching
 from flora_jax.runs.images import Images
-from flora_jax.stages.run import Run, load_base, load_dense
-from flora_jax.stages.training import stored_teacher
-from flora_jax.training.stored_teacher import StoredTeacher
+from flora_jax.runs.workdir import Run
+from flora_jax.training.stored_predictions import StoredTeacher
+from flora_jax.training.train import PREDICTIONS, stored_teacher
+from flora_jax.weights.folder import load_model
 
 TOLERANCE = 1e-3  # float16 rounds a probability by 2.5e-4
 
@@ -37,6 +38,7 @@ def check_predictions(run: Run) -> None:
 
 def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
     settings, images = run.settings, Images(run.settings)
+    base = "slim" if "slim" in settings.stages else "dense"
     for pattern, recipe in (
         ("slim/gates", settings.slim.gates),
         ("slim/retrain", settings.slim.retrain),
@@ -44,10 +46,12 @@ def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
         ("supernet", settings.supernet),
         ("finetune/*", settings.finetune),
     ):
-        for folder in matching(run.folder, f"{pattern}/predictions"):
+        for folder in matching(run.folder, f"{pattern}/{PREDICTIONS}"):
             name = str(folder.parent.relative_to(run.folder))
             is_alone = name.endswith("_alone")  # trained as the supernet was
             own = settings.supernet if is_alone else recipe
-            source = images.filter_part() if name.startswith("filter/") else images.train
-            teacher = load_dense(run) if name.startswith("slim/") else load_base(run)
-            yield name, stored_teacher(run, teacher, own, name, source)
+            used = images.train_set
+            if name.startswith("filter/"):
+                used = images.part_of_train_set(settings.filter.train_fraction)
+            teacher = load_model(run.folder / ("dense" if name.startswith("slim/") else base))
+            yield name, stored_teacher(teacher, used, own, name, folder.parent, settings.seed)

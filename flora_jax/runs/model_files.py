@@ -1,16 +1,16 @@
-"""What goes with a run's models: names of their classes, what they want of pictures, accuracy."""
+"""Model files: class names, preprocessing and evaluation, beside the weights of a run's models."""
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
+from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import differences, listed
 from flora_jax.io.files import matching, read_json, write_json
-from flora_jax.stages.changes import outputs
-from flora_jax.stages.run import Run
+from flora_jax.runs.settings import DataSettings
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.metadata.class_names import CLASSES_FILE
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
@@ -37,28 +37,27 @@ def name_run_once(folder: epath.Path, names: Sequence[str]) -> None:
 
 
 @by_the_first
-def describe_models_once(run: Run, stage: str, names: Sequence[str]) -> None:
-    """Writes names and preprocessing beside each model that this stage has left."""
-    for path in _models(run.folder, stage):
-        describe_model(run, path, names, load_spec(path).image_size)
+def describe_models_once(
+    folder: epath.Path, patterns: Sequence[str], names: Sequence[str], data: DataSettings
+) -> None:
+    """Writes names and preprocessing beside each model at these patterns in a run's folder."""
+    for pattern in (each for path in patterns for each in (path, f"{path}/*")):
+        for file in matching(folder, f"{pattern}/{SPEC_FILE}"):
+            describe_model(
+                file.parent, names, data.preprocessing(load_spec(file.parent).image_size)
+            )
 
 
-def describe_model(run: Run, path: epath.Path, names: Sequence[str], image_size: int) -> None:
-    """Writes names of classes, where there are any, and what a model of this size wants."""
+def describe_model(path: epath.Path, names: Sequence[str], preprocessing: Preprocessing) -> None:
+    """Writes the names of the classes, where there are any, and the preprocessing of pictures."""
     if names:
         write_json(path / CLASSES_FILE, list(names))
-    save_preprocessing(path, run.settings.data.preprocessing(image_size))
-
-
-def _models(folder: epath.Path, stage: str) -> Iterator[epath.Path]:
-    for path in outputs(folder, [stage]):
-        pattern = f"*/{SPEC_FILE}" if stage == "extract" else SPEC_FILE
-        yield from (file.parent for file in matching(path, pattern))
+    save_preprocessing(path, preprocessing)
 
 
 @by_the_first
 def report_models_once(
-    run: Run, entries: Mapping[str, Mapping], folders: Mapping[str, str], about: Mapping
+    folder: epath.Path, entries: Mapping[str, Mapping], folders: Mapping[str, str], about: Mapping
 ) -> None:
     """Writes how each finished model did on the test images beside it.
 
@@ -69,5 +68,4 @@ def report_models_once(
     """
     for name, entry in entries.items():
         numbers = {key: value for key, value in entry.items() if isinstance(value, int | float)}
-        path = run.folder / folders[name] / EVALUATION_FILE
-        write_json(path, numbers | {"dataset": run.settings.data.name} | dict(about))
+        write_json(folder / folders[name] / EVALUATION_FILE, numbers | dict(about))

@@ -1,4 +1,4 @@
-"""The export stage: the models that a run is made for, as files that other programs read."""
+"""Export: the models that a run is made for, as files that other programs read."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,10 @@ from flora_jax.errors import InputError
 from flora_jax.io.files import making_folder
 from flora_jax.models.network import Network
 from flora_jax.report.card import CARD_FILE
-from flora_jax.runs.images import Images
-from flora_jax.stages.budget import models_to_hand_out
+from flora_jax.runs.budgets import models_to_hand_out
+from flora_jax.runs.model_files import describe_model
+from flora_jax.runs.workdir import EXPORT, Run, Step
 from flora_jax.stages.card import card_of
-from flora_jax.stages.changes import put_aside
-from flora_jax.stages.companions import describe_model
-from flora_jax.stages.run import EXPORT, Run
 from flora_jax.weights import folder
 from flora_jax.weights.export.kinds import EXPORTS
 from flora_jax.weights.export.onnx import in_onnx_runtime
@@ -27,9 +25,13 @@ Labelled = Iterator[tuple[np.ndarray, np.ndarray]]
 _COMPARED = 8  # images
 
 
-def export(run: Run, images: Images) -> None:
-    """Writes each model to a folder of its own in `export`, compared with it on test images."""
-    normalise = run.settings.data.normalization
+def export(step: Step, models: None, kinds: Sequence[str]) -> None:
+    """hands out the models as files with a card: --config.export=onnx, torch, ...
+
+    Each in a folder of its own in `export`, compared with it on test images.
+    """
+    run, images = step.run, step.images
+    normalise = images.train_set.normalization
     batch, compared = next(images.of_test(_COMPARED, "export"), None), None
     if batch is not None:
         compared = np.asarray(normalise(jnp.asarray(batch)))
@@ -39,17 +41,18 @@ def export(run: Run, images: Images) -> None:
             yield np.asarray(normalise(jnp.asarray(batch))), labels
 
     can_be_tested = images.are_labelled and len(images.splits.test)
-    export_once(run, compared, images.class_names, tested if can_be_tested else None)
+    export_once(run, kinds, compared, images.class_names, tested if can_be_tested else None)
 
 
 @by_the_first
 def export_once(
     run: Run,
+    kinds: Sequence[str],
     compared: np.ndarray | None,
     class_names: Sequence[str],
     tested: Callable[[], Labelled] | None = None,
 ) -> None:
-    """A folder is there whole, with its card, or not at all.
+    """Writes the models to hand out; a folder is there whole, with its card, or not at all.
 
     Args:
       compared: normalised images float32 [B, H, W, C]; None: random ones.
@@ -58,19 +61,21 @@ def export_once(
     Raises:
       InputError: a file would compute something else than its model; names both.
     """
-    put_aside(run.folder, [EXPORT])  # what an export that was interrupted has left
     for found in models_to_hand_out(run):
         target = run.folder / EXPORT / found.folder.rpartition("/")[2]
+        if target.exists():  # by an export that was interrupted after it
+            continue
         model = folder.load_model(run.folder / found.folder)
+        preprocessing = run.settings.data.preprocessing(model.spec.image_size)
         with making_folder(target) as partial:
-            for kind in run.settings.export:
+            for kind in kinds:
                 _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
-                describe_model(run, place, class_names, model.spec.image_size)
-            coarse = _top1_of_coarse(run.settings.export, partial, tested) if tested else {}
+                describe_model(place, class_names, preprocessing)
+            coarse = _top1_of_coarse(kinds, partial, tested) if tested else {}
             card = card_of(run, found, model.spec, class_names, coarse)
             (partial / CARD_FILE).write_bytes(card.encode())
-        log.info("%s as %s: %s", found.name, ", ".join(run.settings.export), target)
+        log.info("%s as %s: %s", found.name, ", ".join(kinds), target)
 
 
 def _top1_of_coarse(

@@ -1,0 +1,344 @@
+"""Steps that methods share: the dense model at the start; cutting, fine-tuning, evaluation, export
+and report at the end."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import numpy as safetensors
+
+from flora_jax.cluster.processes import by_the_first
+from flora_jax.evaluation.comparison import baseline_pairs, compare
+from flora_jax.evaluation.evaluate import evaluate_images, top1
+from flora_jax.evaluation.quality import Quality
+from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
+from flora_jax.flora.space import RankSpace
+from flora_jax.flora.supernet import Supernet, extract_ranks
+from flora_jax.io.files import read_json, replacing, write_json_once
+from flora_jax.methods.export import export
+from flora_jax.models.factory import create
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.report.table import DATA
+from flora_jax.runs.budgets import (
+    LATENCY_FILE,
+    budgets_of,
+    extracted_kinds,
+    finished_models,
+    read_found,
+    uniform_ranks,
+)
+from flora_jax.runs.checks import check_budget, check_not_chance, warn_of_remembered_images
+from flora_jax.runs.model_files import report_models_once
+from flora_jax.runs.settings import Spending
+from flora_jax.runs.workdir import TEST_IMAGES_FILE, After, Result, Run, SavedModel, Step
+from flora_jax.timing import median_ratio
+from flora_jax.training.probe import fit_classifier, has_no_classifier
+from flora_jax.training.settings import Recipe
+from flora_jax.weights import folder
+from flora_jax.weights.pretrained import from_pretrained
+
+log = logging.getLogger(__name__)
+
+PerImage = dict[str, np.ndarray]
+
+
+def start(run: Run) -> Result:
+    """The dense model, read, trained, or both."""
+    settings = run.settings
+    recipe = settings.pretrain if settings.trains_dense else None
+    return run.step(
+        "pretrain",
+        make_dense,
+        *(run.spec, settings.pretrained, settings.probe_images, recipe),
+        run.metric_of(settings.pretrain),
+        saved=SavedModel("dense"),
+    )
+
+
+def make_dense(
+    step: Step,
+    spec: Spec,
+    pretrained: str,
+    probe_images: int,
+    recipe: Recipe | None,
+    metric: str,
+) -> Network:
+    """reads the dense model's weights, or trains it"""
+    if pretrained:
+        model = with_classifier(step, from_pretrained(pretrained, spec), probe_images)
+    else:
+        model = create(spec, step.seed_of("create"))
+    if recipe is not None:
+        folder.save_description_once(model, step.directory)
+        model = step.train(model, recipe, heldout=step.images.looked_at(), metric=metric)
+    if step.images.are_labelled:
+        share = float(top1(model, step.images.heldout_set))
+        log.info("dense model: %.2f %% top-1 held-out", 100 * share)
+        check_not_chance(step.run.settings, share, step.images.heldout_set.num_images)
+    return model
+
+
+def with_classifier(step: Step, model: Network, probe_images: int) -> Network:
+    """The model, its classifier fitted to some training images where it has no weights yet."""
+    images = step.images
+    if not probe_images or not images.are_labelled or not has_no_classifier(model):
+        return model
+    normalization = images.train_set.normalization
+    batches = images.labelled(probe_images, "probe")
+    model = fit_classifier(model, ((normalization(jnp.asarray(i)), y) for i, y in batches))
+    share = 100 * top1(model, images.heldout_set)
+    log.info("new classifier, a linear probe: %.2f %% top-1 held-out", share)
+    return model
+
+
+def latency_table(run: Run, space: Result) -> Result | None:
+    """The latencies of the layers on this device; None where the budget is not latency."""
+    settings = run.settings
+    return run.step(
+        "latency",
+        measure_latency,
+        *(space, run.spec, settings.spending),
+        *(settings.search.latency_batch, settings.finetune.compute_dtype),
+        saved=SavedLatency(),
+        when=settings.spends_latency,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedLatency:
+    """A `LatencyTable` as JSON."""
+
+    path: str = LATENCY_FILE
+
+    def save(self, folder: epath.Path, value: LatencyTable) -> None:
+        write_json_once(folder / self.path, value.to_json())
+
+    def load(self, folder: epath.Path) -> LatencyTable:
+        return LatencyTable.from_json(read_json(folder / self.path))
+
+
+def measure_latency(
+    step: Step, space: RankSpace, dense: Spec, spending: Spending, batch_size: int, dtype: str
+) -> LatencyTable:
+    """measures the latency of every layer's choices, where that is the budget"""
+    table = measure(space, batch_size, dtype, dense=dense)
+    whole = f"{table.dense_ms:.2f} ms on {table.device}"
+    for budget in budgets_of(spending, dense, table):
+        check_budget("latency", budget, table.cost, space, 1e6 * table.dense_ms, whole)
+    return table
+
+
+def cut_and_finish(
+    run: Run,
+    base: Result,
+    inherited: Result,
+    supernet: Result,
+    winners: Result | None,
+    allocated: Result | None,
+    latency: Result | None,
+) -> None:
+    """Extract the subnets and their baselines, fine-tune, and finish."""
+    settings = run.settings
+    kinds, uniform = tuple(extracted_kinds(settings)), settings.uniform_baseline
+    cut = run.step(
+        "extract",
+        extract_subnets,
+        *(supernet, inherited if uniform == "alone" else None, run.spec, settings.spending),
+        *(latency, winners, allocated, kinds),
+    )
+    alone = settings.supernet if uniform == "alone" else None
+    tuned = run.step(
+        "finetune",
+        fine_tune,
+        *(After(cut), base, run.spec, settings.spending, latency, kinds),
+        *(settings.finetune, alone),
+        run.metric_of(settings.finetune),
+        leaves=("subnet*", "allocated*", "uniform*"),
+        otherwise=cut,
+    )
+    finish(run, base, tuned, latency=latency)
+
+
+def extract_subnets(
+    step: Step,
+    supernet: Supernet,
+    inherited: Supernet | None,
+    dense: Spec,
+    spending: Spending,
+    latency: LatencyTable | None,
+    winners: list | dict,
+    allocated: list | None,
+    kinds: Sequence[str],
+) -> None:
+    """cuts out the subnets and their baselines"""
+    budgets, found = budgets_of(spending, dense, latency), read_found(winners)
+    ranks = {"subnet": [tuple(each.ranks) for each in found]}
+    if "allocated" in kinds:
+        ranks["allocated"] = [tuple(each.ranks) for each in read_found(allocated)]
+    if "uniform" in kinds:
+        ranks["uniform"] = uniform_ranks(budgets, found, supernet.space, latency is not None)
+    for kind in kinds:
+        source = supernet if kind != "uniform" or inherited is None else inherited
+        for budget, own_ranks in zip(budgets, ranks[kind], strict=True):
+            model = extract_ranks(source, own_ranks)
+            folder.save_once(model, step.directory / budget.folder(kind))
+
+
+def fine_tune(
+    step: Step,
+    cut: None,
+    base: Network,
+    dense: Spec,
+    spending: Spending,
+    latency: LatencyTable | None,
+    kinds: Sequence[str],
+    recipe: Recipe,
+    alone: Recipe | None,
+    metric: str,
+) -> None:
+    """trains them on, in the same way
+
+    A uniform baseline of its own is first trained `alone` by the supernet's recipe. Allocated ranks
+    that the subnet has, too, are not trained a second time.
+    """
+    workdir = step.run.folder
+
+    def train(model: Network, own: Recipe, name: str) -> Network:
+        if not own.epochs:
+            return model
+        folder.save_description_once(model, workdir / name)
+        looks = step.images.looked_at(folder.load_model(workdir / "dense"))
+        return step.train(model, own, name, teacher=base, heldout=looks, metric=metric)
+
+    for budget in budgets_of(spending, dense, latency):
+        twin = budget.folder("subnet")
+        for kind in kinds:
+            name = budget.folder(kind)
+            if (workdir / name / folder.SPEC_FILE).exists():
+                continue
+            model = folder.load_model(workdir / "extract" / name)
+            if kind == "allocated" and model.spec == folder.load_spec(workdir / twin):
+                folder.save_once(folder.load_model(workdir / twin), workdir / name)
+                continue
+            if kind == "uniform" and alone is not None:
+                model = train(model, alone, f"finetune/{name}_alone")
+            model = train(model, recipe, f"finetune/{name}")
+            folder.save_once(model, workdir / name)
+
+
+def finish(run: Run, *results: Result, latency: Result | None = None) -> None:
+    """Evaluate on the test images, export, report."""
+    settings, models = run.settings, After(*results)
+    leaves = ("result.json", TEST_IMAGES_FILE, "benchmark.json")
+    run.step("evaluate", evaluate, models, latency, bool(settings.pretrained), leaves=leaves)
+    run.step("export", export, models, settings.export, when=bool(settings.export))
+    leaves = ("report.html", "report.png", "slim.png")
+    run.step("report", report, models, leaves=leaves, is_always_done=True)
+
+
+def report(step: Step, models: None) -> None:
+    """prints the table, writes report.html"""
+    from flora_jax.stages.report import report  # Matplotlib takes 0.4 seconds
+
+    report(step.run, step.images)
+
+
+def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrained: bool) -> None:
+    """compares all models on the test images: result.json
+
+    It is the only look at them.
+    """
+    run, images = step.run, step.images
+    finished = list(finished_models(run))
+    dense = None
+    if "pretrain" in run.settings.stages:
+        dense = folder.load_model(run.folder / "dense")
+    test_set = images.measured(images.evaluation_set(images.splits.test), dense)
+    entries, specs, found = {}, {}, {}
+    for _, name, path, budget in finished:
+        model = folder.load_model(run.folder / path)
+        specs[name], found[name] = model.spec, evaluate_images(model, test_set)
+        entries[name] = _entry(specs[name], test_set.quality, found[name])
+        if name == "dense" and is_pretrained and images.are_labelled:
+            heldout = images.heldout_set
+            share = float(top1(model, heldout))
+            numbers = heldout.num_images, entries[name]["top1"], test_set.num_images
+            warn_of_remembered_images(share, *numbers)
+        if budget is not None:
+            entries[name]["budget"] = budget.shares
+    labels = test_set.labels if run.spec.num_classes else None
+    save_images_once(run.folder / TEST_IMAGES_FILE, labels, found)
+    for name, against in compare(found, baseline_pairs(found)).items():
+        entries[name]["against"] = against
+        if "dense" in against and run.spec.num_classes:
+            entries[name]["agreement"] = _agreement(found[name], found["dense"])
+    for name, ms in _milliseconds(run.spec, latency, specs).items():
+        entries[name]["ms"] = ms
+    result: dict[str, Any] = {}
+    for kind, name, _, budget in finished:
+        if budget is None or budget.is_only:
+            result[kind] = entries[name]
+        else:
+            result.setdefault(kind, []).append(entries[name])
+    result[DATA] = {
+        "classes": list(images.class_names),
+        "left_out": {
+            "train": images.splits.train.left_out,
+            "test": images.splits.test.left_out,
+        },
+        "test_images": test_set.num_images,
+        "skipped_test_images": len(images.splits.test) - test_set.num_images,
+    }
+    write_json_once(run.folder / "result.json", result)
+    about = {
+        "dataset": run.settings.data.name,
+        "test_images": test_set.num_images,
+        "labels_of": "the dataset" if images.splits.num_classes else "the dense model",
+    }
+    report_models_once(run.folder, entries, {name: path for _, name, path, _ in finished}, about)
+
+
+@by_the_first
+def save_images_once(
+    path: epath.Path, labels: np.ndarray | None, found: dict[str, PerImage]
+) -> None:
+    """Writes what each model makes of each image. Raises as `replacing`.
+
+    Args:
+      labels: int32 [n]; stored as "label".
+      found: {model: what `evaluate_images` gives}; stored as "model/is_correct" (uint8 [n]),
+        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]), or as "model/cosine"
+        and "model/relative_error" (float32 [n]).
+    """
+    tensors = {} if labels is None else {"label": labels}
+    for model, values in found.items():
+        for name, value in values.items():
+            is_bool = value.dtype == bool
+            tensors[f"{model}/{name}"] = value.astype(np.uint8) if is_bool else value
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save(tensors))
+
+
+def _entry(spec: Spec, quality: Quality, found: PerImage) -> dict:
+    means = {m.name: float(found[m.of_image].mean(dtype=np.float64)) for m in quality.metrics}
+    return means | {"macs": spec.macs(), "params": spec.num_params()}
+
+
+def _agreement(ours: PerImage, theirs: PerImage) -> float:
+    """Share of the images of which both predict the same class."""
+    return float((ours["predicted"] == theirs["predicted"]).mean())
+
+
+def _milliseconds(
+    dense: Spec, latency: LatencyTable | None, specs: dict[str, Spec]
+) -> dict[str, float]:
+    """Times of the finished models, on the scale of the table that the search used."""
+    if latency is None:
+        return {}
+    times = measure_networks(specs | {"dense": dense}, latency.batch_size, latency.dtype)
+    return {name: latency.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}

@@ -1,0 +1,37 @@
+"""Transfer (ours): any model, compressed or not, fine-tuned on other classes.
+
+The shape is that of the model in the folder `pretrained`, which a run or `flora_jax.save` wrote, or
+Hugging Face or timm; of the config's `model` section only num_classes counts. A file that stands
+alone has the shape of that section.
+"""
+
+from flora_jax.methods import shared
+from flora_jax.models.network import Network
+from flora_jax.models.spec import Spec
+from flora_jax.runs.workdir import Run, SavedModel, Step
+from flora_jax.training.settings import Recipe
+from flora_jax.weights import folder
+from flora_jax.weights.pretrained import from_pretrained
+
+
+def transfer(run: Run) -> None:
+    """Fine-tune a finished model on other classes."""
+    settings = run.settings
+    model = run.step(
+        "transfer",
+        fine_tune_on_other_classes,
+        *(run.spec, settings.pretrained, settings.probe_images, settings.finetune),
+        run.metric_of(settings.finetune),
+        saved=SavedModel("transfer"),
+    )
+    shared.finish(run, model)
+
+
+def fine_tune_on_other_classes(
+    step: Step, spec: Spec, pretrained: str, probe_images: int, recipe: Recipe, metric: str
+) -> Network:
+    """fine-tunes a finished model on other classes"""
+    model = shared.with_classifier(step, from_pretrained(pretrained, spec), probe_images)
+    folder.save_description_once(model, step.directory / "training")
+    looks = step.images.looked_at()
+    return step.train(model, recipe, "transfer/training", heldout=looks, metric=metric)

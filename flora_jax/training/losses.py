@@ -1,0 +1,80 @@
+"""Losses: the labels, and distillation from the uncompressed model (FLORA, section 4).
+
+The published target is the uncompressed model itself on the same augmented image, its top 100
+probabilities, the rest of the mass spread evenly over the other classes:
+
+    loss = soft cross entropy(logits, targets)
+
+Ours beside it is the weight `distill_features`, of how far the tokens are from the teacher's.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.evaluation.quality import relative_error
+from flora_jax.models.spec import Spec
+
+Outputs = tuple[jax.Array, jax.Array]  # logits or pooled feature [B, ...], tokens [B, N, D]
+
+
+def task_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Soft cross entropy of logits [B, classes] against probabilities [B, classes], mean over B."""
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
+
+
+def soft_targets(probs: jax.Array, index: jax.Array, num_classes: int) -> jax.Array:
+    """The likeliest classes of a prediction, and the rest of the mass evenly over the others.
+
+    Args:
+      probs: float [B, k], as they were stored, k at most num_classes.
+      index: integer [B, k], the class of each; no class twice in a row.
+
+    Returns:
+      float32 [B, num_classes], rows sum to 1.
+    """
+    probs = probs.astype(jnp.float32)
+    rest = jnp.maximum(1 - probs.sum(-1), 0)
+    others = rest / max(num_classes - probs.shape[-1], 1)
+    targets = jax.vmap(lambda other, i, p: jnp.full(num_classes, other).at[i].set(p))(
+        others, index.astype(jnp.int32), probs
+    )
+    return targets / targets.sum(-1, keepdims=True)  # rounding may have left more or less than 1
+
+
+def feature_error(features: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error of features [B, N, D], a token's as a share of its target's square; mean."""
+    return relative_error(features, target).mean()
+
+
+def features_loss(
+    outputs: tuple[jax.Array, jax.Array], taught: tuple[jax.Array, jax.Array], spec: Spec
+) -> jax.Array:
+    """All that a network without classes learns from a teacher: (pooled [B, D], tokens [B, N, D]).
+
+    A pooled feature that is none of the tokens counts as one more: the weights of an attention pool
+    would learn nothing from the tokens, and only decay.
+    """
+    (pooled, tokens), (target_pooled, target_tokens) = outputs, taught
+    error = feature_error(tokens, target_tokens)
+    return error if spec.pools_prefix else error + feature_error(pooled, target_pooled)
+
+
+def distillation_loss(
+    outputs: Outputs, taught: Outputs, spec: Spec, distill_features: float
+) -> jax.Array:
+    """The loss of a network beside its teacher's outputs on the same images, float32 [].
+
+    Args:
+      spec: of the network; without classes it learns the features alone.
+      distill_features: weight of the tokens' error; 0 for none, and for 1 without classes.
+    """
+    if not spec.num_classes:
+        return (distill_features or 1.0) * features_loss(outputs, taught, spec)
+    extra = distill_features * feature_error(outputs[1], taught[1]) if distill_features else 0.0
+    return task_loss(outputs[0], probabilities(taught[0])) + extra
+
+
+def probabilities(logits: jax.Array) -> jax.Array:
+    """Softmax of logits [B, classes] in float32."""
+    return jax.nn.softmax(logits.astype(jnp.float32))
