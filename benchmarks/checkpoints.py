@@ -1,4 +1,4 @@
-"""What checkpoints cost: a supernet's training with them and without, in turn.
+"""Cost of checkpoints: a supernet's training with them and without, in turn.
 
     python benchmarks/checkpoints.py --config digits
 
@@ -8,16 +8,14 @@ the share of the time between two checkpoints that saving one adds: the copy of 
 training waits, and what the writing thread takes of the cores.
 """
 
-import argparse
 import dataclasses
 import importlib
 import itertools
-import pathlib
 import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from common import describe_machine, write_json
+from common import describe_machine, parser_of, write_json
 from etils import epath
 
 import flora_jax as flora
@@ -30,12 +28,10 @@ from flora_jax.timing import median_ratio, time_in_turn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--config", default="digits", help="a module of configs/")
     parser.add_argument("--every", type=int, help="steps between checkpoints; or the config's")
     parser.add_argument("--intervals", type=int, default=3, help="between saves in a training")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
     if arguments.intervals < 2:
         parser.error(f"--intervals must be at least 2, got {arguments.intervals}")

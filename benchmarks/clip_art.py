@@ -111,7 +111,7 @@ def run(*command: object, cwd: pathlib.Path | None = None) -> None:
 
 
 def read(folder: pathlib.Path) -> tuple[collections.Counter[str], list[Drawing]]:
-    """How many pictures each class has in the folder, and the drawings in those that hold one."""
+    """Counts of the pictures of each class in the folder, and the drawings that they hold."""
     paths = [path for category in CLASSES for path in sorted((folder / category).rglob("*.png"))]
     files = sorted({path.resolve() for path in paths})  # many are links to others
     Image.MAX_IMAGE_PIXELS = None  # `square` has its own limit
@@ -145,7 +145,7 @@ def square(picture: Image.Image) -> np.ndarray | None:
 
 
 def drawn_box(page: Image.Image) -> tuple[int, int, int, int]:
-    """Where the page is not white: left, top, right, bottom; all 0 where all is white."""
+    """Box of what is not white: left, top, right, bottom; all 0 where all is white."""
     is_drawn = page.convert("L").point(lambda grey: 255 * (grey < PAPER))
     return is_drawn.getbbox() or (0, 0, 0, 0)
 
@@ -169,7 +169,7 @@ def near_duplicates(drawings: Sequence[Drawing], distance: int = NEAR) -> list[G
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
-    """Where the drawing, in grey and without its margins, gets lighter: bool [2 * CELLS**2].
+    """Signs of the steps of grey in the drawing without its margins: bool [2 * CELLS**2].
 
     Seen from left to right in the first half, from top to bottom in the second.
     """

@@ -1,9 +1,11 @@
-"""What the benchmarks share: models, the machine, the JSON file."""
+"""Shared parts of the benchmarks: models, arguments, the machine, the JSON file."""
 
+import argparse
 import importlib.util
 import itertools
 import json
 import pathlib
+import resource
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,8 +23,32 @@ MODELS = DEITS | {"tiny_vit_21m": flora.tiny_vit("21m")}
 PAUSE = 0.3  # seconds between pieces of work that are timed
 
 
+def parser_of(
+    doc: str,
+    model: str = "",
+    models: Sequence[str] = tuple(MODELS),
+    batch: int = 0,
+    rounds: int = 0,
+) -> argparse.ArgumentParser:
+    """A parser with --json, and with the options for which a default is given."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if model:
+        parser.add_argument("--model", choices=models, default=model)
+    if batch:
+        parser.add_argument("--batch", type=int, default=batch, help="images at once")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
+    return parser
+
+
+def peak_gib() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def why_no_peer(spec: flora.Spec) -> str:
-    """Why `torch_peer` cannot compute the same; "" where it can."""
+    """A reason why `torch_peer` cannot compute the same; "" where it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     return "" if isinstance(spec, flora.ViTSpec) else f"there is no {spec.title} in torch_peer.py"

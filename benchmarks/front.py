@@ -79,15 +79,9 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
                 scale * np.array(column) for column in zip(*intervals, strict=True)
             )
             shares = 100 * found["macs"][:-1] + 0.25 * (i - len(fronts) / 2)  # side by side
-            ax.errorbar(
-                shares,
-                level + middle,
-                yerr=(middle - low, high - middle),
-                color=COLORS[i],
-                marker="o",
-                capsize=3,
-                label=kind,
-            )
+            errors = (middle - low, high - middle)
+            style = {"color": COLORS[i], "marker": "o", "capsize": 3, "label": kind}
+            ax.errorbar(shares, level + middle, yerr=errors, **style)
         ax.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense (100 % of MACs)")
         ax.set_xlabel("multiply-adds (% of dense)")
         ax.set_ylabel(label)
@@ -99,7 +93,7 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
 
 
 def fewer_macs(uniform: dict, subnet: dict, measure: str) -> str:
-    """What the subnets save of what uniform ranks need to be as good, with bootstrap intervals.
+    """MACs that the subnets save against uniform ranks that are as good, with bootstrap intervals.
 
     Read off the front of uniform ranks, which ends at the dense model; what is better than that
     counts as if it were as good.

@@ -1,4 +1,4 @@
-"""What it saves to stop candidates early, and what it costs: searches of finished runs, done anew.
+"""Successive halving measured: searches of finished runs, done anew with it and without.
 
     python benchmarks/halving.py runs/seeds/seed_0 runs/seeds/seed_1 --seeds 0 1 2
 
@@ -9,7 +9,6 @@ best candidate would lead by luck, if none were better than the allocated ranks,
 images anew, with each candidate's own mean lead taken away.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -17,7 +16,7 @@ import tempfile
 import time
 
 import numpy as np
-from common import write_json
+from common import parser_of, write_json
 
 import flora_jax as flora
 from flora_jax.data.subsets import shuffled, subset
@@ -34,14 +33,13 @@ from flora_jax.timing import describe_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the search")
     parser.add_argument("--deviations", type=float, nargs="+", default=[DEVIATIONS])
     parser.add_argument(
         "--more_images", action="store_true", help="score on test images, too (runs on the digits)"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     print("run     seed  errors  images seen  of the time  winner's score, minus without stopping")
@@ -161,7 +159,7 @@ class Comparison:
         return own.mean() / own.std() * n**0.5, np.percentile(best, (50, 90, 95))
 
     def beside_allocated(self, seed: int) -> None:
-        """What the rule says of the winner without stopping, and what the test images say."""
+        """Prints the lead of the winner without stopping, held out and on the test images."""
         winner = self.without[seed][2]
         own, lucky = self.leads(winner)
         print(

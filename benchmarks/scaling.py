@@ -1,4 +1,4 @@
-"""How a supernet's training scales over TPU v5e chips, on paper and from the compiler.
+"""Scaling of a supernet's training over TPU v5e chips, on paper and from the compiler.
 
     python benchmarks/scaling.py --model deit_b --chips v5e:2x2 v5e:4x4 v5e:8x8 v5e:16x16
 

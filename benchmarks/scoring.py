@@ -1,4 +1,4 @@
-"""How many candidates a second the filter and the search can score.
+"""Candidates a second that the filter and the search can score.
 
     python benchmarks/scoring.py --model deit_s --batch 32
 
@@ -8,11 +8,9 @@ beside scoring the whole network for each; then a generation whose candidates ar
 beside one that all see all images; then several candidates in one program, beside one by one.
 """
 
-import argparse
 import dataclasses
 import functools
 import os
-import pathlib
 import time
 
 import jax
@@ -23,6 +21,7 @@ from common import (
     PAUSE,
     describe_machine,
     one_after_another,
+    parser_of,
     some_images,
     why_no_peer,
     write_json,
@@ -40,14 +39,10 @@ from flora_jax.timing import median_ratio, time_in_turn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="deit_s")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = parser_of(__doc__, "deit_s", batch=32, rounds=15)
     parser.add_argument("--triples", type=int, default=27, help="of the block, spread evenly")
     parser.add_argument("--candidates", type=int, default=20, help="of the generation")
     parser.add_argument("--at_once", type=int, default=4, help="candidates in one program")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     spec = MODELS[arguments.model]

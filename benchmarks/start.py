@@ -1,4 +1,4 @@
-"""What a start is worth before any training: a real network at low rank, beside its dense self.
+"""Start of the factors, before any training: a real network at low rank beside its dense self.
 
     python benchmarks/dinov2.py --out runs/material/dinov2_vits14
     python benchmarks/start.py --folder runs/material/dinov2_vits14 --splits 3
@@ -16,8 +16,8 @@ import pathlib
 import sys
 
 import numpy as np
-from common import describe_machine, write_json
-from dinov2 import crops, load, normalise, photographs
+from common import describe_machine, parser_of, write_json
+from dinov2 import cosines, crops, load, normalise, photographs
 
 import flora_jax as flora
 from flora_jax.closed_form.calibrate import SHRINKAGE
@@ -27,7 +27,7 @@ HELDOUT_CROPS = 8  # of each photograph
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--splits", type=int, default=3)
@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[1 / 4, 1 / 2])
     parser.add_argument("--allocate", type=float, nargs="*", default=[1 / 4], help="as --ratios")
     parser.add_argument("--shrinkages", type=float, nargs="+", default=[SHRINKAGE])
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     model = load(arguments.folder, arguments.image_size)
@@ -74,29 +73,27 @@ def measure_split(model, seed: int, arguments: argparse.Namespace) -> dict[str, 
     def same_everywhere(ratio: float) -> np.ndarray:
         return np.full(space.num_layers, EIGHTHS.index(ratio))
 
+    def agreement(supernet: flora.Supernet, genes: np.ndarray) -> float:
+        return float(cosines(np.asarray(supernet(images, genes)), dense).mean())
+
     found = {}
     for start, supernet in starts.items():
         for ratio in arguments.ratios:
-            logits = np.asarray(supernet(images, same_everywhere(ratio)))
-            found[f"uniform {ratio:g}, {start}"] = cosine(logits, dense)
+            found[f"uniform {ratio:g}, {start}"] = agreement(supernet, same_everywhere(ratio))
         if arguments.allocate and start != "plain":
             budgets = [int(space.macs(same_everywhere(ratio))) for ratio in arguments.allocate]
             every = flora.allocate(supernet, to_allocate, macs=budgets, measure="squared_error")
             for ratio, genes in zip(arguments.allocate, every, strict=True):
                 logits = np.asarray(supernet(images, genes))
-                found[f"allocated at the MACs of {ratio:g}, {start}"] = cosine(logits, dense)
+                found[f"allocated at the MACs of {ratio:g}, {start}"] = float(
+                    cosines(logits, dense).mean()
+                )
     return found
 
 
-def cosine(these: np.ndarray, those: np.ndarray) -> float:
-    """The mean over rows [B, D]."""
-    lengths = np.linalg.norm(these, axis=1) * np.linalg.norm(those, axis=1)
-    return float(((these * those).sum(axis=1) / lengths).mean())
-
-
-def print_cosines(title: str, cosines: dict[str, float]) -> None:
+def print_cosines(title: str, found: dict[str, float]) -> None:
     print(title)
-    for name, value in cosines.items():
+    for name, value in found.items():
         print(f"  {value:.3f}  {name}")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""What a training step of the supernet costs, beside its alternatives.
+"""Time of a training step of the supernet, beside its alternatives.
 
     python benchmarks/step.py --model deit_s --batch 16
     python benchmarks/step.py --model deit_b --batch 8 --rounds 30
@@ -19,7 +19,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from common import (
     PAUSE,
     describe_machine,
     one_after_another,
+    parser_of,
     some_images,
     why_no_peer,
     write_json,
@@ -49,14 +49,10 @@ UNTIMED = 1  # steps before each that is timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="deit_s")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser = parser_of(__doc__, "deit_s", batch=16, rounds=30)
     parser.add_argument("--fitted", type=int, default=30, help="draws that the line is fitted to")
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--without", nargs="*", default=[], help="leave out: masked dense torch")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     space = flora.RankSpace.regular(MODELS[arguments.model])

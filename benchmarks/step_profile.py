@@ -1,4 +1,4 @@
-"""Where a training step of the supernet spends its time.
+"""Profile of a training step of the supernet, by module.
 
     python benchmarks/step_profile.py --model deit_s --batch 16 --json profile.json
 
@@ -7,7 +7,6 @@ the module of flora_jax that it comes from, products apart from everything else.
 with a product of another counts for nothing, so that products take more than is said here.
 """
 
-import argparse
 import collections
 import pathlib
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from common import MODELS, describe_machine, write_json
+from common import MODELS, describe_machine, parser_of, write_json
 from step import compile_step
 
 import flora_jax as flora
@@ -28,12 +27,9 @@ WARM_UP = 2  # steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="deit_s")
-    parser.add_argument("--batch", type=int, default=16)
+    parser = parser_of(__doc__, "deit_s", batch=16)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the shares to this file")
     arguments = parser.parse_args()
 
     space = flora.RankSpace.regular(MODELS[arguments.model])
@@ -107,7 +103,7 @@ def by_module(seconds: dict[str, float], modules: dict[str, str], steps: int) ->
 
 
 def modules(program: str) -> dict[str, str]:
-    """What each operation of a compiled program counts for, out of its text."""
+    """Module that each operation of a compiled program counts for, from its text."""
     tables = {
         table: dict(re.findall(r"^(\d+) (.*)$", rows, re.MULTILINE))
         for table, rows in re.findall(r"^(\w+)\n((?:\d+ .*\n)+)", program, re.MULTILINE)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from common import DEITS, PAUSE, describe_machine, write_json
+from common import DEITS, PAUSE, describe_machine, parser_of, write_json
 
 import flora_jax as flora
 from flora_jax.flora.extras.latency import measure, measure_networks
@@ -41,14 +41,11 @@ PUBLISHED = pathlib.Path(__file__).parents[1] / "tests/data/published_subnets.js
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, batch=16, rounds=15)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", choices=DEITS)
     what.add_argument("--folders", nargs="+", type=pathlib.Path)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--subnets", type=int, default=6, help="random ones to predict; 0: none")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
     arguments = parser.parse_args()
 
     machine = describe_machine("float32", f"batch {arguments.batch}")

@@ -69,14 +69,9 @@ class DeiT(nn.Module):
 
 
 def build(spec) -> DeiT:
-    return DeiT(
-        spec.image_size,
-        spec.patch_size,
-        spec.embed_dim,
-        len(spec.blocks),
-        spec.blocks[0].num_heads,
-        spec.num_classes,
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = spec.image_size, spec.patch_size, spec.embed_dim, spec.depth, spec.num_heads
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return DeiT(*sizes, spec.num_classes).to(device)
 
 
 def make_step(model: DeiT, images: np.ndarray, labels: np.ndarray, bfloat16: bool):

@@ -7,7 +7,7 @@ from flora_jax.errors import InputError, unknown
 from flora_jax.io.paths import user_path
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_A_CONFIG = ("__init__", "common", "saved")
+_NOT_A_CONFIG = ("__init__", "common", "imagenet", "saved")
 
 
 def names() -> list[str]:

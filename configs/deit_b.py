@@ -5,17 +5,12 @@ Published: 8.04 G of 17.57 G multiply-adds, 38.2 M of 86.6 M parameters, 81.85 %
     python -m flora_jax.main --config=configs/deit_b.py --workdir=runs/deit_b \
         --config.pretrained=deit_base_patch16_224.safetensors
 
-On a laptop, in seconds, with a tiny model and the bundled digits:
+What this library adds to the published method (docs/how_to/budgets.md) comes with the argument
+`improved`; `runlocal` takes a tiny model and the bundled digits, in seconds on a laptop:
 
     python -m flora_jax.main --config=configs/deit_b.py:runlocal --workdir=runs/tiny
 """
 
-import flora_jax as flora
-from flora_jax.configs import common
+from flora_jax.configs import imagenet
 
-
-def get_config(argument: str = ""):
-    if argument not in ("", "runlocal"):
-        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.published(flora.deit("base"))
-    return common.run_local(config) if argument == "runlocal" else config
+get_config = imagenet.config("deit_b")

@@ -5,21 +5,12 @@ No result was published for this size; the recipe is the one of DeiT-S.
     python -m flora_jax.main --config=configs/deit_t.py --workdir=runs/deit_t \
         --config.pretrained=deit_tiny_patch16_224.safetensors
 
-On a laptop, in seconds, with a tiny model and the bundled digits:
+What this library adds to the published method (docs/how_to/budgets.md) comes with the argument
+`improved`; `runlocal` takes a tiny model and the bundled digits, in seconds on a laptop:
 
     python -m flora_jax.main --config=configs/deit_t.py:runlocal --workdir=runs/tiny
 """
 
-import flora_jax as flora
-from flora_jax.configs import common
+from flora_jax.configs import imagenet
 
-
-def get_config(argument: str = ""):
-    if argument not in ("", "runlocal"):
-        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.published(flora.deit("tiny"))
-    config.space.ratios = tuple(i / 6 for i in range(1, 7))
-    config.budget.macs = (0.57, 0.60)
-    config.supernet.update({"epochs": 300.0, "learning_rate": 7.5e-5})
-    config.filter.train.learning_rate = 7.5e-5
-    return common.run_local(config) if argument == "runlocal" else config
+get_config = imagenet.config("deit_t")

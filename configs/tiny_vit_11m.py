@@ -6,21 +6,12 @@ ratios and no recipe for them: those of DeiT-S here.
     python -m flora_jax.main --config=configs/tiny_vit_11m.py --workdir=runs/tiny_vit_11m \
         --config.pretrained=hf:timm/tiny_vit_11m_224.dist_in22k_ft_in1k
 
-On a laptop, in seconds, with a tiny model and the bundled digits:
+What this library adds to the published method (docs/how_to/budgets.md) comes with the argument
+`improved`; `runlocal` takes a tiny model and the bundled digits, in seconds on a laptop:
 
     python -m flora_jax.main --config=configs/tiny_vit_11m.py:runlocal --workdir=runs/tiny
 """
 
-import flora_jax as flora
-from flora_jax.configs import common
+from flora_jax.configs import imagenet
 
-
-def get_config(argument: str = ""):
-    if argument not in ("", "runlocal"):
-        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
-    config = common.published(flora.tiny_vit("11m"))
-    config.space.ratios = tuple(i / 8 for i in range(1, 9))
-    config.budget.macs = (0.74, 0.77)
-    config.supernet.update({"epochs": 300.0, "learning_rate": 7.5e-5})
-    config.filter.train.learning_rate = 7.5e-5
-    return common.run_local(config) if argument == "runlocal" else config
+get_config = imagenet.config("tiny_vit_11m")

@@ -14,15 +14,13 @@ from tests.helpers.commands import run_benchmark
 @pytest.mark.parametrize(
     "program, last_line",
     [
-        ("load.py --model tiny", "within the limits of 60 s and 3 GiB"),
+        ("load.py --model deit_t", "GiB"),
         ("step.py --model two_blocks --batch 1 --rounds 1 --fitted 2 --without torch dense", "R2"),
         ("step_profile.py --model two_blocks --batch 1 --steps 1", "page faults"),
-        ("space.py --model tiny --population 1000 --draws 10", "10 draws in the window"),
         *(
             pytest.param(*case, marks=pytest.mark.faults)
             for case in (
                 ("data.py --images 4 --batch 2 --batches 1 --rounds 1", "train, 2 workers"),
-                ("labels.py --records 2000 --files 2", "second start"),
                 (
                     "scoring.py --model two_blocks --batch 1 --rounds 1 --triples 2",
                     "time of one by one",
@@ -31,7 +29,6 @@ from tests.helpers.commands import run_benchmark
                     "subnet.py --model two_blocks --batch 1 --rounds 1 --subnets 1",
                     "FLORA on ViT-Slim",
                 ),
-                ("full_size.py --model tiny --batch 1 --steps 1", "within the limit of 16 GiB"),
                 ("compile.py --model two_blocks --batch 1", "peak of sliced over masked"),
                 ("checkpoints.py --every 2 --intervals 2 --rounds 1", "cost of checkpoints"),
             )
@@ -45,12 +42,18 @@ def test_benchmark_runs(program, last_line):
 
 
 @pytest.mark.slow
-def test_searches_of_a_finished_run_are_done_anew(finished_run):
-    done = run_benchmark("halving.py", str(finished_run), "--seeds", "0")
+@pytest.mark.parametrize(
+    "program, line",
+    [
+        ("halving.py RUN --seeds 0", r"^1 errors: \d+ % of the images.* a level one in [01] of 1"),
+        ("trials.py search_metric RUN --subnets 4 --splits 2", r"^ +\d+ +[-\d.n]"),
+        ("trials.py supernets RUN --subnets 1", r"^random, .*: 1 subnets\n +[\d.]+ %"),
+    ],
+)
+def test_trials_on_a_finished_run(finished_run, program, line):
+    done = run_benchmark(*program.replace("RUN", str(finished_run)).split())
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"^1 errors: \d+ % of the images.* a level one in [01] of 1", done.stdout, re.MULTILINE
-    )
+    assert re.search(line, done.stdout, re.MULTILINE)
 
 
 def test_summary_of_seeds():
