@@ -1,8 +1,7 @@
-"""Where the splits of a folder are found, and what is said where they are not."""
+"""Splits of a folder: where they are found, and the errors where they are not."""
 
 import logging
 import re
-import shutil
 
 import pytest
 
@@ -48,7 +47,7 @@ def test_splits_are_found(train, others, tested, place, caplog):
         assert f"{others[0]} is reported on; data.test_split names another" in caplog.text
 
 
-def test_folders_that_only_sound_like_splits(place, tmp_path, caplog):
+def test_folders_that_only_sound_like_splits(place, tmp_path):
     """Pictures of trains, and a test folder whose pictures have no classes."""
     fill(place, "car", "plane", "train")
     loaded = splits.load_splits(f"folder:{place}")
@@ -57,7 +56,6 @@ def test_folders_that_only_sound_like_splits(place, tmp_path, caplog):
     fill(tmp_path / "contest", "test")
     loaded = splits.load_splits(f"folder:{tmp_path}/contest")
     assert all(key.startswith("train/") for key in keys(loaded.test))
-    assert "test holds no class folders and is not used" in caplog.text
 
 
 def pictures(place):
@@ -66,11 +64,6 @@ def pictures(place):
 
 def pictures_in_train(place):
     fill(place, "train")
-
-
-def pictures_and_one_class(place):
-    fill(place.parent, "place")
-    fill(place, "ant")
 
 
 def one_class(place):
@@ -87,15 +80,6 @@ def an_empty_class(place):
     (place / "cow/nothing").mkdir(parents=True)
 
 
-def too_shallow(place):
-    fill(place / "inner/train", "ant", "bee")
-    fill(place / "inner/val", "ant", "bee")
-
-
-def too_shallow_without_splits(place):
-    fill(place / "inner", "ant", "bee")
-
-
 def splits_of_other_names(place):
     fill(place / "Training", "ant", "bee")
     fill(place / "Testing", "ant", "bee")
@@ -107,53 +91,29 @@ def several_without_val(place):
     fill(place / "test", "ant", "bee")
 
 
-def an_archive_inside(place):
-    fill(place.parent / "all", "ant")
-    shutil.make_archive(str(place / "ants"), "zip", place.parent / "all")
-
-
-def nothing(place):
-    place.mkdir()
-
-
 WRONG = {
-    pictures: r"holds pictures, but no class folders.*images:PLACE takes.*folder:ABOVE the folder",
-    pictures_in_train: r"no class folder in PLACE/train.*images:PLACE/train takes pictures without",
-    pictures_and_one_class: r"a single class, 'ant'.*3 images lie outside the class folders",
-    one_class: r"a single class, 'ant', of which nothing.*at least 2 are needed, or 'images:PLACE'",
-    small_classes: r"PLACE is split into 3 parts.*at least 3 images.*: bee has 2, cow has 2; add",
+    pictures: r"no class folder in PLACE: .*PLACE/CLASS/\*\.jpeg; PLACE holds.*images:PLACE takes",
+    pictures_in_train: r"PLACE holds train, which name splits: expected .*PLACE/train",
+    one_class: r"a single class, 'ant', of which nothing.*at least 2 are needed, or images:PATH",
+    small_classes: r"PLACE is split into 3 parts.*at least 3 images.*: bee has 2, cow has 2",
     an_empty_class: r"no image in the class folder PLACE/cow: expected files \*\.jpg",
-    too_shallow: r"inner holds the splits; did you mean 'folder:PLACE/inner'",
-    too_shallow_without_splits: r"single class, 'inner'.*too deep.*ant, bee.*'folder:PLACE/inner'",
-    splits_of_other_names: r"PLACE holds Testing, Training, which seem to be splits.*train.*val",
-    several_without_val: r"test and valid but no val.*data\.test_split=test.*heldout_split=valid",
-    an_archive_inside: r"no class folder in PLACE: .*PLACE holds: ants\.zip",
-    nothing: r"no class folder in PLACE: expected PLACE/CLASS/\*\.jpeg; PLACE holds: nothing",
+    splits_of_other_names: r"PLACE holds Testing, Training, which name splits.*train.*val",
+    several_without_val: r"test and valid but no val.*data\.test_split=test",
 }
 
 
 @pytest.mark.parametrize("make", WRONG, ids=lambda make: make.__name__)
-def test_a_wrong_turn_is_answered_by_a_line_that_names_the_right_one(make, place):
+def test_a_wrong_folder_is_refused_with_what_is_expected(make, place):
     make(place)
-    message = WRONG[make].replace("PLACE", re.escape(str(place)))
-    with pytest.raises(ValueError, match=message.replace("ABOVE", re.escape(str(place.parent)))):
+    with pytest.raises(ValueError, match=WRONG[make].replace("PLACE", re.escape(str(place)))):
         splits.load_splits(f"folder:{place}")
 
 
 @pytest.mark.parametrize("kind", ["folder", "images"])
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("pets.zip", r"pets\.zip is an archive: unpack it"),
-        ("pets.tar.gz", r"is an archive: unpack it"),
-        ("cat.JPG", r"cat\.JPG is a single picture: expected a folder of pictures, PATH/"),
-        ("labels.csv", r"is a file: expected .*tables of labels are not read"),
-    ],
-)
-def test_a_file_is_no_folder(kind, name, message, tmp_path):
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=message):
-        splits.load_splits(f"{kind}:{tmp_path}/{name}")
+def test_a_file_is_no_folder(kind, tmp_path):
+    (tmp_path / "pets.zip").touch()
+    with pytest.raises(ValueError, match=r"pets\.zip is a file: expected a folder of pictures"):
+        splits.load_splits(f"{kind}:{tmp_path}/pets.zip")
 
 
 def test_names_without_a_kind_or_a_place(tmp_path, monkeypatch):
@@ -164,10 +124,3 @@ def test_names_without_a_kind_or_a_place(tmp_path, monkeypatch):
     for name in ("folder:", "images:", ""):
         with pytest.raises(ValueError, match=rf"unknown dataset '{name}'; choose .*'folder:PATH'"):
             splits.load_splits(name)
-
-
-def test_one_folder_too_deep(place, caplog):
-    fill(place / "train", "ant", "bee")
-    fill(place / "val", "ant", "bee")
-    splits.load_splits(f"folder:{place}/train")
-    assert f"val beside it not used: folder:{place} is" in caplog.text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flora_jax.data import splits
-from flora_jax.data.image_folder import image_folder, unlabelled_folder
+from flora_jax.data.image_folder import image_folder
 from tests.helpers.pictures import keys, save
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -176,7 +176,7 @@ def test_images_of_no_class_in_a_tree_with_links(pets):
     save(pets / ".cache/0.png")
     save(pets / "top.png")
     for _ in range(2):
-        source = unlabelled_folder(pets)
+        source = image_folder(pets, by_class=False)
         assert sorted(keys(source)) == sorted(
             path.relative_to(pets).as_posix()
             for path in pets.rglob("[!.]*.png")

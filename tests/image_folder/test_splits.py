@@ -53,7 +53,7 @@ def test_held_out_images_of_ones_own(pets, tmp_path):
         assert keys(loaded.train) == keys(image_folder(pets, "train")), "none is held out"
     assert loaded.heldout.labels.tolist() == loaded.test.labels.tolist()
     save(own / "emu/c.png")
-    with pytest.raises(ValueError, match=r"only in .*unseen: 'emu'"):
+    with pytest.raises(ValueError, match=r"only in .*unseen: emu"):
         splits.load_splits(f"folder:{pets}", heldout_split=str(own))
     with pytest.raises(ValueError, match=r"heldout_split needs a dataset with splits.*not digits"):
         splits.load_splits("digits", heldout_split="val")
@@ -62,12 +62,8 @@ def test_held_out_images_of_ones_own(pets, tmp_path):
 def test_both_splits_need_the_same_classes(pets):
     (pets / "val/dog").rename(pets / "val/doge")
     save(pets / "train/emu/0.png")
-    message = r"train and val in .*pets .*: 'dog', 'emu'; only in val: 'doge'$"
+    message = r"train and val in .*pets .*: dog, emu; only in val: doge$"
     with pytest.raises(ValueError, match=message):
-        splits.load_splits(f"folder:{pets}")
-    for i in range(6):
-        save(pets / f"train/fly {i}/0.png")
-    with pytest.raises(ValueError, match=r"'dog', 'emu', .*'fly 2' and 3 more; only in val"):
         splits.load_splits(f"folder:{pets}")
 
 
@@ -87,20 +83,9 @@ def test_a_skipped_image_is_replaced_out_of_its_own_split_and_class(pets):
 def test_a_single_class_is_refused(pets):
     with pytest.raises(ValueError, match=r"a single class, 'dog', .* at least 2 are needed"):
         splits.load_splits(f"folder:{pets}", 0.5, classes=(1,))
-    for split in ("train", "val"):
-        (pets / split).rename(pets / "old")
-        (pets / split).mkdir()
-        (pets / "old").rename(pets / split / "pictures")
-    with pytest.raises(ValueError, match=r"too deep: pictures holds cat, dog$"):
-        splits.load_splits(f"folder:{pets}", 0.5)
-    (pets / "val/pictures").rename(pets / "val/images")
-    with pytest.raises(ValueError, match=r"same class folders.* too deep: pictures holds cat, dog"):
-        splits.load_splits(f"folder:{pets}", 0.5)
 
 
-def test_names_that_load_splits_does_not_know(pets):
-    with pytest.raises(ValueError, match=r"'folder:PATH'.*did you mean 'folder:data/pets'"):
-        splits.load_splits("data/pets")
+def test_on_bad_image_is_one_of_two(pets):
     with pytest.raises(ValueError, match="unknown on_bad_image 'ignore'; choose 'raise' or 'skip'"):
         splits.load_splits(f"folder:{pets}", on_bad_image="ignore")
 
