@@ -7,7 +7,8 @@ import logging
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -115,7 +116,7 @@ def image_folder(
     split: str = ".",
     cache_dir: epath.PathLike | None = None,
     by_class: bool = True,
-    **decoding,
+    **decoding: Any,
 ) -> ImageFolderSource:
     """The images at root/split/CLASS/**/*.jpeg, with any suffix that torchvision reads.
 
@@ -172,56 +173,44 @@ def image_folder(
     )
 
 
-def open_folder(
-    place: epath.PathLike,
-    test_split: str | None = None,
-    heldout_split: str | None = None,
-    least_side: int | None = None,
-    **decoding,
-) -> dict[str, ImageFolderSource]:
-    """The splits of a dataset: PATH/{train,val}/CLASS, PATH/train/CLASS or PATH/CLASS.
+def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, ImageFolderSource]:
+    """The splits of a folder, all with the labels of the first.
+
+    Raises:
+      InputError: they have different classes; names them.
+    """
+    first, *others = opened.values()
+    for other in others:
+        if set(first.classes) != set(other.classes):
+            raise InputError(
+                f"{first.split} and {other.split} in {first.root} must have the same class "
+                f"folders; only in {first.split}: {few(set(first.classes) - set(other.classes))}; "
+                f"only in {other.split}: {few(set(other.classes) - set(first.classes))}"
+            )
+    return {part: source.numbered_as(first.classes) for part, source in opened.items()}
+
+
+def find_splits(place: str, test_split: str | None = None) -> tuple[epath.Path, str, str | None]:
+    """Folders of the splits of PATH/{train,val}/CLASS, PATH/train/CLASS or PATH/CLASS.
 
     Args:
       place: PATH, local or a URL.
       test_split: the folder that is reported on; None: val, or the one of test, valid and
         validation that there is.
-      heldout_split: the folder that is searched with, if any.
-      least_side, **decoding: as in `decode_rgb`; test images are decoded at full size.
 
     Returns:
-      The "training", "test" and "held-out" images, as far as there are folders of them, with the
-      labels of the first.
+      PATH, and the folders in it to train on, "." for PATH itself, and to report on, if there is
+      one.
 
     Raises:
-      InputError: as `image_folder`, several folders could be val, the splits have other names, or
-        different classes.
+      InputError: PATH is no folder, several folders could be val, or the splits have other names.
     """
     root = absolute(user_path(place))
     check_folder(root)
-    train, test = ("train", test_split) if test_split else _splits_in(root)
-    wanted = {"training": train, "test": test, "held-out": heldout_split}
-    opened = {
-        part: image_folder(
-            root, split, least_side=None if part == "test" else least_side, **decoding
-        )
-        for part, split in wanted.items()
-        if split
-    }
-    classes = opened["training"].classes
-    for other in opened.values():
-        if set(classes) != set(other.classes):
-            raise InputError(
-                f"{train} and {other.split} in {root} must have the same class folders; "
-                f"only in {train}: {few(set(classes) - set(other.classes))}; "
-                f"only in {other.split}: {few(set(other.classes) - set(classes))}"
-            )
-    return {part: source.numbered_as(classes) for part, source in opened.items()}
-
-
-def _splits_in(root: epath.Path) -> tuple[str, str | None]:
-    """The folders in root to train on and to report on; "." where root is not split."""
+    if test_split:
+        return root, "train", test_split
     if (root / "train").is_dir() and (root / "val").is_dir():
-        return "train", "val"
+        return root, "train", "val"
     if any(_folders(root / "train")):  # otherwise it may be the class of trains
         found = [name for name in _TEST_NAMES if any(_folders(root / name))]
         if len(found) > 1:
@@ -231,13 +220,13 @@ def _splits_in(root: epath.Path) -> tuple[str, str | None]:
             )
         for name in found:
             log.info("%s has no val: %s is reported on; data.test_split names another", root, name)
-        return "train", found[0] if found else None
+        return root, "train", found[0] if found else None
     if any(_folders(root)) and all(name.lower() in _SPLIT_NAMES for name in _folders(root)):
         raise InputError(
             f"{root} holds {few(list(_folders(root)))}, which name splits: expected class folders "
             f"in {root}/train, and in {root}/val to report on"
         )
-    return ".", None
+    return root, ".", None
 
 
 def _folders(folder: epath.Path) -> Iterator[str]:

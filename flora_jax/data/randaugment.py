@@ -45,31 +45,12 @@ def _up_to(limit: float) -> Callable[[float], float]:
     return lambda magnitude: magnitude / MAX_MAGNITUDE * limit
 
 
-def _enhance_factor(magnitude: float) -> float:
-    return max(0.1, 1 + magnitude / MAX_MAGNITUDE * 0.9)
-
-
-def _posterize_bits(magnitude: float) -> int:
-    # timm asks for 0 bits at magnitude 10, which Pillow refuses.
-    return max(1, 4 - int(magnitude / MAX_MAGNITUDE * 4))
-
-
-def _solarize_threshold(magnitude: float) -> int:
-    return 256 - int(magnitude / MAX_MAGNITUDE * 256)
-
-
-def _solarize_addend(magnitude: float) -> int:
-    return int(magnitude / MAX_MAGNITUDE * 110)
-
-
 def _enhance(enhancer) -> Operation:
     return Operation(
-        lambda picture, factor: enhancer(picture).enhance(factor), _enhance_factor, signed=True
+        lambda picture, factor: enhancer(picture).enhance(factor),
+        lambda magnitude: max(0.1, 1 + magnitude / MAX_MAGNITUDE * 0.9),
+        signed=True,
     )
-
-
-def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
-    return picture.rotate(degrees, BICUBIC, fillcolor=FILL)
 
 
 def _solarize_add(picture: Image.Image, addend: int) -> Image.Image:
@@ -77,43 +58,37 @@ def _solarize_add(picture: Image.Image, addend: int) -> Image.Image:
     return picture.point(table * 3)
 
 
-def _affine(picture: Image.Image, *inverse: float) -> Image.Image:
-    return picture.transform(picture.size, AFFINE, inverse, BICUBIC, fillcolor=FILL)
+def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
+    return picture.rotate(degrees, BICUBIC, fillcolor=FILL)
 
 
-def _shear_x(picture: Image.Image, slope: float) -> Image.Image:
-    return _affine(picture, 1, slope, 0, 0, 1, 0)
+def _affine(inverse: Callable[..., tuple[float, ...]], limit: float) -> Operation:
+    """A motion by the inverse (picture, argument) -> the six numbers that Pillow takes."""
+
+    def move(picture: Image.Image, argument: float) -> Image.Image:
+        numbers = inverse(picture, argument)
+        return picture.transform(picture.size, AFFINE, numbers, BICUBIC, fillcolor=FILL)
+
+    return Operation(move, _up_to(limit), signed=True)
 
 
-def _shear_y(picture: Image.Image, slope: float) -> Image.Image:
-    return _affine(picture, 1, 0, 0, slope, 1, 0)
-
-
-def _translate_x(picture: Image.Image, share: float) -> Image.Image:
-    return _affine(picture, 1, 0, share * picture.width, 0, 1, 0)
-
-
-def _translate_y(picture: Image.Image, share: float) -> Image.Image:
-    return _affine(picture, 1, 0, 0, 0, 1, share * picture.height)
-
-
-# By timm's names.
+# By timm's names. timm posterizes to 0 bits at magnitude 10, which Pillow refuses.
 OPERATIONS = {
     "AutoContrast": Operation(ImageOps.autocontrast),
     "Equalize": Operation(ImageOps.equalize),
     "Invert": Operation(ImageOps.invert),
     "Rotate": Operation(_rotate, _up_to(30), signed=True),
-    "PosterizeIncreasing": Operation(ImageOps.posterize, _posterize_bits),
-    "SolarizeIncreasing": Operation(ImageOps.solarize, _solarize_threshold),
-    "SolarizeAdd": Operation(_solarize_add, _solarize_addend),
+    "PosterizeIncreasing": Operation(ImageOps.posterize, lambda m: max(1, 4 - int(m / 10 * 4))),
+    "SolarizeIncreasing": Operation(ImageOps.solarize, lambda m: 256 - int(m / 10 * 256)),
+    "SolarizeAdd": Operation(_solarize_add, lambda m: int(m / 10 * 110)),
     "ColorIncreasing": _enhance(ImageEnhance.Color),
     "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
     "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
     "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
-    "ShearX": Operation(_shear_x, _up_to(0.3), signed=True),
-    "ShearY": Operation(_shear_y, _up_to(0.3), signed=True),
-    "TranslateXRel": Operation(_translate_x, _up_to(0.45), signed=True),
-    "TranslateYRel": Operation(_translate_y, _up_to(0.45), signed=True),
+    "ShearX": _affine(lambda picture, slope: (1, slope, 0, 0, 1, 0), 0.3),
+    "ShearY": _affine(lambda picture, slope: (1, 0, 0, slope, 1, 0), 0.3),
+    "TranslateXRel": _affine(lambda picture, share: (1, 0, share * picture.width, 0, 1, 0), 0.45),
+    "TranslateYRel": _affine(lambda picture, share: (1, 0, 0, 0, 1, share * picture.height), 0.45),
 }
 
 
@@ -157,10 +132,7 @@ def rand_augment(
             f"RandAugment takes colour images, uint8 [H, W, 3], got {image.dtype} "
             f"{list(image.shape)}; repeat the channel of a grey image three times"
         )
-    drawn = draw_operations(rng, magnitude, magnitude_std, num_operations)
-    if not drawn:
-        return image
     picture = Image.fromarray(image)
-    for name, strength in drawn:
+    for name, strength in draw_operations(rng, magnitude, magnitude_std, num_operations):
         picture = OPERATIONS[name](picture, strength)
     return np.array(picture)

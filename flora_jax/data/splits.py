@@ -6,16 +6,23 @@ by what the images hold, so that copies stay together (`copies`). The architectu
 """
 
 import dataclasses
+import functools
 import logging
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
 from flora_jax.data import sources
 from flora_jax.data.copies import copies_in
-from flora_jax.data.decoding import WHITE
-from flora_jax.data.image_folder import ImageFolderSource, image_folder, open_folder
+from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE
+from flora_jax.data.image_folder import (
+    ImageFolderSource,
+    find_splits,
+    image_folder,
+    with_same_classes,
+)
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
 from flora_jax.data.subsets import (
@@ -27,6 +34,8 @@ from flora_jax.data.subsets import (
     subset,
 )
 from flora_jax.errors import InputError, few, unknown
+
+S = TypeVar("S", bound=sources.Source)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +73,7 @@ def load_splits(
     classes: tuple[int, ...] = (),
     on_bad_image: str = "raise",
     least_side: int | None = None,
-    max_megapixels: float = sources.MAX_MEGAPIXELS,
+    max_megapixels: float = MAX_MEGAPIXELS,
     heldout_split: str | None = None,
     background: tuple[int, ...] = WHITE,
     heldout_by: str = "name",
@@ -139,26 +148,27 @@ def _open(
     heldout_split: str | None,
     least_side: int | None,
     decoding: dict[str, Any],
-) -> dict[str, sources.Source]:
+) -> Mapping[str, sources.Source]:
     """The "training", "test" and "held-out" images of a dataset, where they are apart already."""
     kind, _, place = name.partition(":")
     if heldout_split and not (place and kind in ("folder", "tfds")):
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
-    if kind == "folder" and place:
-        return dict(open_folder(place, test_split, heldout_split, least_side, **decoding))
-    if kind == "tfds" and place:
-        wanted = {
-            "training": "train",
-            "test": test_split or "validation",
-            "held-out": heldout_split,
-        }
+
+    def read(source: Callable[..., S], train: str, test: str | None) -> dict[str, S]:
+        wanted = {"training": train, "test": test, "held-out": heldout_split}
+        sides = {"training": least_side, "test": None, "held-out": least_side}
         return {
-            part: sources.tfds(
-                place, split, data_dir, None if part == "test" else least_side, **decoding
-            )
+            part: source(split=split, least_side=sides[part], **decoding)
             for part, split in wanted.items()
             if split
         }
+
+    if kind == "folder" and place:
+        root, train, test = find_splits(place, test_split)
+        return with_same_classes(read(functools.partial(image_folder, root), train, test))
+    if kind == "tfds" and place:
+        tfds = functools.partial(sources.tfds, place, data_dir=data_dir)
+        return read(tfds, "train", test_split or "validation")
     if name == "digits":
         whole: sources.Source = sources.digits()
     elif kind == "images" and place:
@@ -169,8 +179,7 @@ def _open(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
             f"classes, 'images:PATH'{hint}"
         )
-    training, test = hold_out(whole, TEST_FRACTION, TEST_SEED)
-    return {"training": training, "test": test}
+    return dict(zip(("training", "test"), hold_out(whole, TEST_FRACTION, TEST_SEED), strict=True))
 
 
 def _split_by_content(
