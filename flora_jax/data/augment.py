@@ -19,9 +19,8 @@ from flora_jax.data.geometry import (
     random_resized_crop,
     shift,
 )
-from flora_jax.data.pixels import color_jitter, random_erasing
+from flora_jax.data.pixels import MAX_MAGNITUDE, color_jitter, rand_augment, random_erasing
 from flora_jax.data.preprocessing import Crop, Shape
-from flora_jax.data.randaugment import MAX_MAGNITUDE, rand_augment
 from flora_jax.errors import InputError, did_you_mean, unknown
 
 

@@ -222,13 +222,11 @@ def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) ->
             f"the packages tensorflow and importlib_resources) with: "
             f"tfds build {name} --file_format=array_record --data_dir={folder}"
         ) from error
-    features = records.dataset_info.features
-    if not (
-        "image" in features
-        and isinstance(features.get("label"), tensorflow_datasets.features.ClassLabel)
-    ):
+    features = dict(records.dataset_info.features.items())
+    kind = tensorflow_datasets.features.ClassLabel
+    if "image" not in features or not isinstance(features.get("label"), kind):
         raise InputError(
             f"{name!r} is no image classification dataset: it needs the features image and label, "
-            f"a ClassLabel, and has {dict(features)}"
+            f"a ClassLabel; got {features}"
         )
     return TfdsSource(name, split, records, **decoding)

@@ -82,10 +82,14 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         have the same key; names the key.
     """
     check_fraction(fraction)
-    hashes = _hashes(source, seed)
-    _check_unique(source, hashes)
+    keys = [source.key(i) for i in range(len(source))]
+    if len(set(keys)) < len(keys):
+        repeated, count = collections.Counter(keys).most_common(1)[0]
+        raise InputError(
+            f"{count} examples have the key {repeated!r}; every key must name one example"
+        )
     labels, is_held_out = source.labels, np.zeros(len(source), bool)
-    by_class_and_hash = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
+    by_class_and_hash = np.lexsort((np.array([_hash(seed, key) for key in keys]), labels))
     for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
         is_held_out[members[: round(fraction * len(members))]] = True
     if not 0 < is_held_out.sum() < len(source):
@@ -94,12 +98,6 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
             f"images; both parts need at least one"
         )
     return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
-
-
-def _hashes(source: sources.Source, seed: int) -> np.ndarray:
-    """Of the keys, uint64 [n, 2], which sort as the bytes of the hashes do."""
-    hashes = [_hash(seed, source.key(i)) for i in range(len(source))]
-    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def _hash(seed: int, key: object) -> bytes:
@@ -116,19 +114,6 @@ def of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
             f"classes {tuple(classes)} must be different ones of 0..{source.num_classes - 1}"
         )
     return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
-
-
-def _check_unique(source: sources.Source, hashes: np.ndarray) -> None:
-    if len(np.unique(hashes[:, 0])) == len(hashes):  # the quick half of the answer
-        return
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-    is_repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-    if is_repeated.any():
-        repeated = source.key(int(order[1:][is_repeated][0]))
-        count = sum(source.key(i) == repeated for i in range(len(source)))
-        raise InputError(
-            f"{count} examples have the key {repeated!r}; every key must name one example"
-        )
 
 
 def split_by_content(

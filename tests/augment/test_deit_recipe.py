@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.data import augment, batches, pixels, randaugment, sources
+from flora_jax.data import augment, batches, pixels, sources
 
 SHAPE = (32, 32, 3)
 
@@ -45,7 +45,7 @@ def test_deit_is_crop_flip_rand_augment_jitter_and_erasing_in_this_order(image, 
     rng = np.random.default_rng(seed)
     expected = augment.random_resized_crop(image, rng, 32)
     expected = augment.horizontal_flip(expected, rng)
-    expected = randaugment.rand_augment(expected, rng)
+    expected = pixels.rand_augment(expected, rng)
     expected = pixels.color_jitter(expected, rng, 0.4)
     expected = pixels.random_erasing(expected, rng)
     output = augment.train_transform("deit", SHAPE)(image, np.random.default_rng(seed))
@@ -78,8 +78,8 @@ def test_each_part_of_deit_changes_the_image_by_itself(image, setting):
 
 def test_the_magnitude_of_deit_reaches_the_operations(image, monkeypatch):
     magnitudes = []
-    spy = randaugment.Operation(lambda picture, m: magnitudes.append(m) or picture, lambda m: m)
-    monkeypatch.setattr(randaugment, "OPERATIONS", {"Spy": spy})
+    spy = pixels.Operation(lambda picture, m: magnitudes.append(m) or picture, lambda m: m)
+    monkeypatch.setattr(pixels, "OPERATIONS", {"Spy": spy})
     options = {"magnitude": 4.0, "magnitude_std": 0.0, "num_operations": 3}
     transform = augment.train_transform("deit", SHAPE, **options)
     rng = np.random.default_rng(0)

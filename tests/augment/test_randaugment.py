@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flora_jax.data import randaugment
-from flora_jax.data.randaugment import OPERATIONS
+from flora_jax.data import pixels
+from flora_jax.data.pixels import OPERATIONS
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 
@@ -61,7 +61,7 @@ def test_posterize_keeps_one_bit_at_the_largest_magnitude(image):
 
 def test_two_operations_are_drawn_uniformly_and_each_is_kept_with_probability_one_half():
     rng = np.random.default_rng(0)
-    draws = [randaugment.draw_operations(rng) for _ in range(6000)]
+    draws = [pixels.draw_operations(rng) for _ in range(6000)]
     counts = Counter(len(draw) for draw in draws)
     for number, share in enumerate((1 / 4, 1 / 2, 1 / 4)):
         assert counts[number] / 6000 == pytest.approx(share, abs=0.03)
@@ -75,7 +75,7 @@ def test_two_operations_are_drawn_uniformly_and_each_is_kept_with_probability_on
 
 def test_magnitudes_are_normal_about_nine_and_half_of_the_signed_ones_negative():
     rng = np.random.default_rng(0)
-    drawn = [pair for _ in range(6000) for pair in randaugment.draw_operations(rng)]
+    drawn = [pair for _ in range(6000) for pair in pixels.draw_operations(rng)]
     signed = [magnitude for name, magnitude in drawn if OPERATIONS[name].signed]
     unsigned = [magnitude for name, magnitude in drawn if not OPERATIONS[name].signed]
     assert np.mean(np.array(signed) < 0) == pytest.approx(0.5, abs=0.04)
@@ -91,7 +91,7 @@ def test_magnitudes_are_normal_about_nine_and_half_of_the_signed_ones_negative()
 @repeatable
 @given(seeds, st.floats(0, 10), st.floats(0, 20), st.integers(1, 4))
 def test_drawn_magnitudes_lie_in_the_range_of_the_operations(seed, magnitude, std, number):
-    drawn = randaugment.draw_operations(np.random.default_rng(seed), magnitude, std, number)
+    drawn = pixels.draw_operations(np.random.default_rng(seed), magnitude, std, number)
     assert len(drawn) <= number
     for _, strength in drawn:
         assert -10 <= strength <= 10
@@ -100,11 +100,11 @@ def test_drawn_magnitudes_lie_in_the_range_of_the_operations(seed, magnitude, st
 @repeatable
 @given(seeds)
 def test_rand_augment_does_the_drawn_operations_in_order(image, seed):
-    drawn = randaugment.draw_operations(np.random.default_rng(seed), num_operations=3)
+    drawn = pixels.draw_operations(np.random.default_rng(seed), num_operations=3)
     expected = Image.fromarray(image)
     for name, strength in drawn:
         expected = OPERATIONS[name](expected, strength)
-    output = randaugment.rand_augment(image, np.random.default_rng(seed), num_operations=3)
+    output = pixels.rand_augment(image, np.random.default_rng(seed), num_operations=3)
     assert (output.dtype, output.shape) == (np.uint8, image.shape)
     np.testing.assert_array_equal(output, np.asarray(expected))
 
@@ -112,4 +112,4 @@ def test_rand_augment_does_the_drawn_operations_in_order(image, seed):
 @pytest.mark.parametrize("shape, dtype", [((8, 8, 1), "uint8"), ((8, 8, 3), "float32")])
 def test_rand_augment_refuses_what_is_no_colour_image(shape, dtype):
     with pytest.raises(ValueError, match=f"colour images.*got {dtype}"):
-        randaugment.rand_augment(np.zeros(shape, dtype), np.random.default_rng(0))
+        pixels.rand_augment(np.zeros(shape, dtype), np.random.default_rng(0))
