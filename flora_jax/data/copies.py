@@ -15,6 +15,7 @@ from flora_jax.cluster.processes import is_first
 from flora_jax.data.decoding import BadImageError
 from flora_jax.data.image_folder import ImageFolderSource
 from flora_jax.data.kept import digest, keep, read_kept
+from flora_jax.data.listing import stamp_of
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import is_url
 from flora_jax.progress import Progress
@@ -38,7 +39,7 @@ def copies_in(source: ImageFolderSource) -> np.ndarray:
         return _look(source)
     place = folder / digest(os.fsencode(source.folder)).hex()
     with ThreadPoolExecutor(16) as pool:  # a file's state waits for the disk
-        states = list(pool.map(_state, map(source.path, range(len(source)))))
+        states = list(pool.map(stamp_of, map(source.path, range(len(source)))))
     state = digest(repr((source.keys, states, source.decode.keywords)).encode())
     kept = read_kept(place)
     if kept and kept.startswith(state):
@@ -47,14 +48,6 @@ def copies_in(source: ImageFolderSource) -> np.ndarray:
     if is_first():
         keep(place, state + found.tobytes())
     return found
-
-
-def _state(path: os.PathLike) -> tuple[int, ...]:
-    try:
-        status = os.stat(path)
-    except OSError:  # reading it says why
-        return ()
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
 
 def _look(source: ImageFolderSource) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The labels of a split: are they classes, and what are they where a pass over TFDS tells?
+"""Labels of a split: the check that they are classes, and those of TFDS, kept in a file.
 
 TFDS keeps a label inside the record of its image, so that the labels of ImageNet cost a pass over
-all of it. They are read once and kept in a file, beside the dataset or in the user's cache.
+all of it. They are read once and kept, beside the dataset or in the user's cache.
 """
 
 import functools
@@ -19,7 +19,6 @@ from flora_jax.errors import InputError
 from flora_jax.io.files import user_cache_dir
 
 _RECORDS_AT_ONCE = 512  # of ImageNet 56 MB, in each thread
-_THREADS = 4
 _SAMPLE = 32  # records by which a kept file is known to be of this dataset
 
 log = logging.getLogger(__name__)
@@ -33,10 +32,9 @@ def check_labels(labels: np.ndarray, num_classes: int, of: str) -> None:
     if is_wrong.any():
         values = np.unique(labels[is_wrong])
         shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-        hint = " (-1 stands for none: choose a split that has labels)" if -1 in values else ""
         raise InputError(
             f"{is_wrong.sum()} of the {len(labels)} labels of {of} are no class "
-            f"0..{num_classes - 1}: {shown}{hint}"
+            f"0..{num_classes - 1}: {shown}"
         )
 
 
@@ -77,25 +75,22 @@ def _fingerprint(records: Any) -> str:
 
 def _is_of(records: Any, labels: np.ndarray) -> bool:
     """Whether some records have these labels: files may be replaced by others as long and old."""
-    sample = np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(int).tolist()
+    sample = np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(int)
     return np.array_equal(_labels_of(records, sample), labels[sample])
 
 
 def _read_records(records: Any) -> np.ndarray:
-    parts = np.split(
-        np.arange(len(records)), range(_RECORDS_AT_ONCE, len(records), _RECORDS_AT_ONCE)
-    )
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(functools.partial(_labels_of, records), map(np.ndarray.tolist, parts))
-        return np.concatenate(list(found))
+    parts = np.array_split(np.arange(len(records)), -(-len(records) // _RECORDS_AT_ONCE))
+    with ThreadPoolExecutor(4) as pool:
+        return np.concatenate(list(pool.map(functools.partial(_labels_of, records), parts)))
 
 
-def _labels_of(records: Any, indices: list[int]) -> np.ndarray:
+def _labels_of(records: Any, indices: np.ndarray) -> np.ndarray:
     """Labels int32 [n] of some records, of which nothing else is decoded."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     read = tf_example_pb2.Example.FromString
-    encoded = records.data_source.__getitems__(indices)
+    encoded = records.data_source.__getitems__(indices.tolist())
     labels = [read(one).features.feature["label"].int64_list.value[0] for one in encoded]
     # What no int32 holds is no class either way.
     return np.clip(labels, -1, np.iinfo(np.int32).max).astype(np.int32)

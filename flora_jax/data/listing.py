@@ -84,7 +84,7 @@ def _read(file: epath.Path, folder: epath.Path) -> Index | None:
         content = read_json(file)
         folders = content["folders"].items()
         if content["format"] == _FORMAT and all(
-            _stamp_of(folder / inside) == stamp for inside, (stamp, _) in folders
+            stamp_of(folder / inside) == stamp for inside, (stamp, _) in folders
         ):
             images = {inside: names for inside, (_, names) in folders if names}
             return Index(images, dict(content["left_out"]))
@@ -133,7 +133,7 @@ class _Folder:
         else:
             self.images.append(entry.name)  # where it leads to nothing, reading it says so
             if status:
-                self.linked_images[entry.name] = status.st_dev, status.st_ino
+                self.linked_images[entry.name] = _identity(status)
             elif not is_link:
                 self.inodes.append(entry.inode())
 
@@ -294,12 +294,12 @@ def check_folder(path: epath.Path) -> None:
         )
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no suffix"
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino
+def stamp_of(path: epath.PathLike) -> Stamp:
+    """Changes with a local file or folder, or where another as old takes its place; None: gone."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -307,9 +307,9 @@ def _stamp(status: os.stat_result) -> Stamp:
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
 
 
-def _stamp_of(folder: epath.PathLike) -> Stamp:
-    """Changes when a local folder does, or is replaced by one that is as old; None: gone."""
-    try:
-        return _stamp(os.stat(folder))
-    except FileNotFoundError:
-        return None
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no suffix"

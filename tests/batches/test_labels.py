@@ -106,9 +106,7 @@ def test_labels_of_a_dataset_that_cannot_be_written_are_in_the_cache(data_dir, c
 
 
 def test_a_split_without_labels_is_refused(data_dir):
-    message = (
-        r"5 of the 6 labels of the test split of tfds:tiny_\w+ are no class 0\.\.4: -1 \(-1 st"
-    )
+    message = r"5 of the 6 labels of the test split of tfds:tiny_\w+ are no class 0\.\.4: -1$"
     with pytest.raises(ValueError, match=message):
         splits.load_splits("tfds:tiny_pictures", 0.3, data_dir=str(data_dir), test_split="hidden")
 
