@@ -23,8 +23,11 @@ class Normalization:
     def __post_init__(self):
         for name, values, least in (("mean", self.mean, "[0"), ("std", self.std, "(0")):
             if not all(0 <= v <= 1 and (v or name == "mean") for v in values):
+                hint = ""
+                if all(1 < v <= 255 for v in values):
+                    hint = f" (did you mean {tuple(round(v / 255, 4) for v in values)}?)"
                 raise InputError(
-                    f"{name} must lie in {least}, 1], as of pixels in 0..1; got {values}"
+                    f"{name} must lie in {least}, 1], as of pixels in 0..1; got {values}{hint}"
                 )
 
     def __call__(self, images: jax.Array, dtype=jnp.float32) -> jax.Array:

@@ -1,7 +1,5 @@
 """One-image transforms and the recipes made of them."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,14 +98,6 @@ def test_shift_moves_whole_pixels_and_fills_with_zeros(pixels, seed):
     assert any(np.array_equal(shifted, window) for window in windows)
 
 
-def test_shift_reaches_every_offset():
-    image = np.zeros((5, 5, 1), np.uint8)
-    image[2, 2] = 1
-    rng = np.random.default_rng(0)
-    places = {tuple(np.argwhere(augment.shift(image, rng, 1))[0][:2]) for _ in range(200)}
-    assert places == set(itertools.product((1, 2, 3), repeat=2))
-
-
 class FixedRng:
     """Returns the given uniform numbers; 0.5 is the middle of every symmetric range."""
 
@@ -177,14 +167,6 @@ def test_random_resized_crop_of_a_very_long_image_falls_back_to_its_centre():
     image[:, 198:202] = 200
     crop = augment.random_resized_crop(image, np.random.default_rng(0), 4, scale=(1.0, 1.0))
     assert crop[:, 1:3].min() > 100
-
-
-@pytest.mark.parametrize("ratio, shape", [((0.2, 0.4), (1, 400, 1)), ((3, 4), (400, 1, 1))])
-def test_random_resized_crop_of_one_line_is_not_empty(ratio, shape):
-    crop = augment.random_resized_crop(
-        np.full(shape, 7, np.uint8), np.random.default_rng(0), 4, scale=(1.0, 1.0), ratio=ratio
-    )
-    assert (crop == 7).all()
 
 
 def test_horizontal_flip_mirrors_half_of_the_images():
