@@ -57,7 +57,7 @@ def _look(source: ImageFolderSource) -> np.ndarray:
         content = os.fsencode(source.key(index))
         try:
             content = source.encoded(index)
-            thumbnails[index] = thumbnail(source.decoded(index, content))
+            thumbnails[index] = thumbnail(source.decode(content, source.key(index)))
         except BadImageError:  # on_bad_image decides later
             pass
         return digest(content)[:8]

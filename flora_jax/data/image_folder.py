@@ -41,7 +41,7 @@ class ImageFolderSource:
     Attributes:
       root: the folder of the dataset.
       split: the folder of the split inside it.
-      classes: names of the class folders; label i is that of classes[i]. Empty: no classes.
+      class_names: of the class folders; label i is that of class_names[i]. Empty: no classes.
       labels: int32 [number of images]; 0 where there are no classes.
       keys: paths of the images inside root, with forward slashes.
       left_out: how many things in the folder are no image of it, by kind, as in an `Index`.
@@ -50,7 +50,7 @@ class ImageFolderSource:
 
     root: epath.Path
     split: str
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
     labels: np.ndarray
     keys: list[str]
     left_out: dict[str, int]
@@ -58,21 +58,17 @@ class ImageFolderSource:
 
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.classes
+        return len(self.class_names)
 
     @property
     def folder(self) -> epath.Path:
         """That of the split."""
         return self.root / self.split
 
-    def numbered_as(self, classes: tuple[str, ...]) -> "ImageFolderSource":
+    def numbered_as(self, names: tuple[str, ...]) -> "ImageFolderSource":
         """The same images, their classes in another order."""
-        number = np.array([classes.index(name) for name in self.classes], np.int32)
-        return dataclasses.replace(self, classes=classes, labels=number[self.labels])
+        number = np.array([names.index(name) for name in self.class_names], np.int32)
+        return dataclasses.replace(self, class_names=names, labels=number[self.labels])
 
     def with_least_side(self, least_side: int | None) -> "ImageFolderSource":
         """The same images, of which large JPEGs are decoded at another size."""
@@ -95,10 +91,6 @@ class ImageFolderSource:
             link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
             raise BadImageError(f"{path} cannot be read: {error.strerror}{link}") from error
 
-    def decoded(self, index: int, encoded: bytes) -> np.ndarray:
-        """The pixels uint8 [H, W, 3] of that content; raises BadImageError."""
-        return self.decode(encoded, os.fspath(self.path(index)))
-
     def key(self, index: int) -> str:
         return self.keys[index]
 
@@ -107,7 +99,7 @@ class ImageFolderSource:
 
     def __getitem__(self, index: int) -> Example:
         """Reads an image; raises BadImageError where it is no whole one, OSError for a bad disk."""
-        image = self.decoded(index, self.encoded(index))
+        image = self.decode(self.encoded(index), os.fspath(self.path(index)))
         return {"image": image, "label": int(self.labels[index]), "key": self.key(index)}
 
 
@@ -143,7 +135,7 @@ def image_folder(
     check_folder(place)
     index = read_index(place, by_class, cache_dir)
     # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
-    folders = sorted(index.images, key=lambda inside: (by_class and class_of(inside), inside))
+    folders = sorted(index.images, key=lambda inside: (class_of(inside) * by_class, inside))
     # The same name may be spelled in two ways, by Linux and by a Mac.
     names = [unicodedata.normalize("NFC", class_of(inside)) for inside in folders]
     classes = tuple(dict.fromkeys(names)) if by_class else ()
@@ -154,23 +146,12 @@ def image_folder(
         for inside in folders
         for name in index.images[inside]
     ]
-    log.info(
-        "%s: %d images%s%s",
-        place,
-        len(keys),
-        f" of {len(classes)} classes" if by_class else "",
-        "; left out: " * bool(index.left_out)
-        + ", ".join(f"{count} {kind}" for kind, count in index.left_out.items()),
-    )
-    return ImageFolderSource(
-        root,
-        split,
-        classes,
-        np.repeat(np.array(numbers, np.int32), counts),
-        keys,
-        index.left_out,
-        functools.partial(decode_rgb, **decoding),
-    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in index.left_out.items()) or "nothing"
+    of_classes = f" of {len(classes)} classes" if by_class else ""
+    log.info("%s: %d images%s; left out: %s", place, len(keys), of_classes, kinds)
+    labels = np.repeat(np.array(numbers, np.int32), counts)
+    decode = functools.partial(decode_rgb, **decoding)
+    return ImageFolderSource(root, split, classes, labels, keys, index.left_out, decode)
 
 
 def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, ImageFolderSource]:
@@ -180,14 +161,15 @@ def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, Imag
       InputError: they have different classes; names them.
     """
     first, *others = opened.values()
+    names = set(first.class_names)
     for other in others:
-        if set(first.classes) != set(other.classes):
+        if names != set(other.class_names):
             raise InputError(
                 f"{first.split} and {other.split} in {first.root} must have the same class "
-                f"folders; only in {first.split}: {few(set(first.classes) - set(other.classes))}; "
-                f"only in {other.split}: {few(set(other.classes) - set(first.classes))}"
+                f"folders; only in {first.split}: {few(names - set(other.class_names))}; "
+                f"only in {other.split}: {few(set(other.class_names) - names)}"
             )
-    return {part: source.numbered_as(first.classes) for part, source in opened.items()}
+    return {part: source.numbered_as(first.class_names) for part, source in opened.items()}
 
 
 def find_splits(place: str, test_split: str | None = None) -> tuple[epath.Path, str, str | None]:

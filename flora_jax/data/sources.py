@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-from etils import epath
 
 from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.labels import stored_labels
@@ -215,11 +214,10 @@ def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) ->
         )
     # TFDS raises NotImplementedError for files in another format, KeyError for an unknown split.
     except (tensorflow_datasets.core.DatasetNotFoundError, NotImplementedError, KeyError) as error:
-        folder = epath.Path(data_dir or tensorflow_datasets.core.constants.DATA_DIR)
+        folder = data_dir or tensorflow_datasets.core.constants.DATA_DIR
         raise InputError(
-            f"no ArrayRecord dataset {name!r} in {folder}: expected "
-            f"{folder / name.replace(':', '/')}/.../*.array_record-*; build it (needs "
-            f"the packages tensorflow and importlib_resources) with: "
+            f"no ArrayRecord dataset {name!r} with a split {split!r} in {folder} ({error}); build "
+            f"it (needs the packages tensorflow and importlib_resources) with: "
             f"tfds build {name} --file_format=array_record --data_dir={folder}"
         ) from error
     features = dict(records.dataset_info.features.items())

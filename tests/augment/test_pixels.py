@@ -250,11 +250,8 @@ def test_deit_with_everything_off_is_inception(image, seed):
     "options, message",
     [
         ({"magnitude": 11}, r"magnitude must lie in 0\.\.10, got 11"),
-        ({"magnitude": float("nan")}, "magnitude must lie in .* got nan"),
-        ({"magnitude_std": -0.5}, "magnitude_std .* got -0.5"),
+        ({"magnitude_std": float("nan")}, "magnitude_std must lie in .* got nan"),
         ({"num_operations": 0}, "num_operations .* got 0; rand_augment=False"),
-        ({"num_operations": 1.5}, "num_operations .* integer .* got 1.5"),
-        ({"color_jitter": 1.2}, r"color_jitter must lie in 0\.\.1, got 1.2"),
         ({"erase_probability": 25}, r"erase_probability must lie in 0\.\.1, got 25"),
         ({"erase_probabilty": 0.25}, "did you mean 'erase_probability'"),
         ({"scale": (0.5, 2)}, "scale must be"),

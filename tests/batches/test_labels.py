@@ -126,7 +126,6 @@ def test_a_label_of_another_kind_is_refused(data_dir):
     "bad, message",
     [
         (np.array([0, 3, 7]), r"2 of the 3 labels of x are no class 0\.\.2: 3, 7$"),
-        (np.array([0, 1, -2]), r"1 of the 3 labels .*: -2$"),
         (np.array([0.0, 1.5]), "labels of x must be integers, got float64"),
         (np.arange(9), r": 3, 4, 5, 6, 7, \.\.\.$"),
     ],

@@ -80,7 +80,7 @@ def test_a_folder_named_like_an_image_is_a_folder(pets):
     save(pets / "train/zoo.png/lion.webp/2.png")
     source = image_folder(pets, "train")
     assert keys(source) == as_torchvision_lists(pets, "train")
-    assert source.classes == ("cat", "dog", "zoo.png")
+    assert source.class_names == ("cat", "dog", "zoo.png")
 
 
 LINKS = {
@@ -170,7 +170,7 @@ def test_both_forms_of_a_name_in_one_split(tmp_path):
         save(tmp_path / "train" / unicodedata.normalize(form, "é") / f"{form}.png")
     save(tmp_path / "train/f/0.png")
     source = image_folder(tmp_path, "train")
-    assert source.classes == ("é", "f")
+    assert source.class_names == ("é", "f")
     assert source.labels.tolist() == [0, 1, 0]
 
 
@@ -205,7 +205,7 @@ def test_classes_and_images_are_in_the_order_of_torchvision(tmp_path):
         if not name.endswith(".txt")
     ]
     source = image_folder(tmp_path, "train")
-    assert source.classes == ("B", "a", "a b", "b")
+    assert source.class_names == ("B", "a", "a b", "b")
     assert source.num_classes == 4
     assert list(zip(keys(source), source.labels.tolist(), strict=True)) == expected
     assert len(source) == len(names) + 3
@@ -235,7 +235,7 @@ def test_second_time_the_index_comes_from_the_cache(pets, cache, monkeypatch):
     monkeypatch.setattr(os, "scandir", no_listing)
     second = image_folder(pets, "train")
     assert keys(second) == keys(first)
-    assert second.classes == first.classes
+    assert second.class_names == first.class_names
     np.testing.assert_array_equal(second.labels, first.labels)
     with pytest.raises(AssertionError, match="listed"):
         image_folder(pets, "val")
