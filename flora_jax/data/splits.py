@@ -201,19 +201,17 @@ def _split_by_content(
         )
     copies = copies_in(folder)[:, whole.indices]
     found = split_by_content(labels, copies, list(shares.values()))
+    parts = dict(zip(("training", *shares), found, strict=True))
     _, sizes = np.unique(copies[1], return_counts=True)
     log.info(
         "%s is split here: %s; %d groups of near-duplicates, %d images, are kept together",
         folder.folder,
-        ", ".join(
-            f"{len(indices)} images {_PURPOSES[part]}"
-            for part, indices in zip(("training", *shares), found, strict=True)
-        ),
+        ", ".join(f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items()),
         (sizes > 1).sum(),
         sizes[sizes > 1].sum(),
     )
-    parts = {}
-    for part, indices in zip(("training", *shares), found, strict=True):
+    subsets = {}
+    for part, indices in parts.items():
         if lacking := set(range(len(names))) - set(labels[indices].tolist()):
             log.warning(
                 "no image %s of %s: their images are copies of too few pictures",
@@ -221,5 +219,5 @@ def _split_by_content(
                 few([names[label] for label in lacking]),
             )
         source = folder.with_least_side(None) if part == "test" else folder
-        parts[part] = dataclasses.replace(whole, source=source, indices=whole.indices[indices])
-    return parts
+        subsets[part] = dataclasses.replace(whole, source=source, indices=whole.indices[indices])
+    return subsets

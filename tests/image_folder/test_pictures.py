@@ -24,6 +24,7 @@ from tests.helpers.pictures import keys, not_an_image, save
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 GREY = np.stack([RAMP] * 3, axis=-1)
 COLOUR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], axis=-1)
+GREY_16_BITS = RAMP.astype(np.uint16) * 256 + 77
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # turn by 90 degrees
 
@@ -37,7 +38,7 @@ PALETTE = Image.fromarray(COLOUR).quantize(256)
 KINDS = {
     "rgb": ("x.png", COLOUR, COLOUR, {}),
     "grey": ("x.png", RAMP, GREY, {}),
-    "16 bits": ("x.png", RAMP.astype(np.uint16) * 256 + 77, GREY, {}),
+    "16 bits": ("x.png", GREY_16_BITS, GREY, {}),
     "black and white": ("x.png", RAMP > 99, 255 * (GREY > 99), {}),
     "palette": ("x.png", PALETTE, np.array(PALETTE.convert("RGB")), {}),
     "transparent palette": (
@@ -67,54 +68,37 @@ def test_every_kind_of_picture_becomes_rgb(name, picture, expected, options, tmp
     np.testing.assert_array_equal(image, expected)
 
 
-def on_page(alpha, page, drawn=COLOUR):
-    """What is to be seen of `drawn` [8, 32, 3] with alpha uint8 [8, 32] in front of a colour."""
-    share = alpha[..., None] / 255
-    return share * drawn + (1 - share) * np.array(page)
-
-
 ONE_IS_CLEAR = np.where(RAMP == 9, 0, 255)
+MIXED = Image.merge("LA", [Image.fromarray(RAMP[::-1].copy()), Image.fromarray(RAMP)])
 TRANSPARENT = {
-    "rgba": ("x.png", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
-    "webp": ("x.webp", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {"lossless": True}),
-    "tiff": ("x.tif", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
-    "grey with alpha": (
-        "x.png",
-        Image.merge("LA", [Image.fromarray(RAMP[::-1].copy()), Image.fromarray(RAMP)]),
-        on_page(RAMP, (9, 200, 30), GREY[::-1]),
-        {},
-    ),
+    "rgba": ("x.png", with_alpha(COLOUR), RAMP, COLOUR, {}),
+    "webp": ("x.webp", with_alpha(COLOUR), RAMP, COLOUR, {"lossless": True}),
+    "tiff": ("x.tif", with_alpha(COLOUR), RAMP, COLOUR, {}),
+    "grey with alpha": ("x.png", MIXED, RAMP, GREY[::-1], {}),
     "palette": (
-        "x.png",
-        PALETTE,
-        on_page(np.array(PALETTE), (9, 200, 30), np.array(PALETTE.convert("RGB"))),
+        *("x.png", PALETTE, np.array(PALETTE), np.array(PALETTE.convert("RGB"))),
         {"transparency": bytes(range(256))},
     ),
-    "one clear grey": (
-        "x.png",
-        RAMP,
-        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
-        {"transparency": 9},
-    ),
+    "one clear grey": ("x.png", RAMP, ONE_IS_CLEAR, GREY, {"transparency": 9}),
     "one clear grey of 16 bits": (
-        "x.png",
-        RAMP.astype(np.uint16) * 256 + 77,
-        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
+        *("x.png", GREY_16_BITS, ONE_IS_CLEAR, GREY),
         {"transparency": 9 * 256 + 77},
     ),
     "one clear colour": (
-        "x.png",
-        COLOUR,
-        on_page(ONE_IS_CLEAR, (9, 200, 30)),
+        *("x.png", COLOUR, ONE_IS_CLEAR, COLOUR),
         {"transparency": tuple(map(int, COLOUR[0, 9]))},
     ),
 }
 
 
-@pytest.mark.parametrize("name, picture, expected, options", TRANSPARENT.values(), ids=TRANSPARENT)
-def test_what_is_transparent_shows_the_background(name, picture, expected, options, tmp_path):
+@pytest.mark.parametrize(
+    "name, picture, alpha, drawn, options", TRANSPARENT.values(), ids=TRANSPARENT
+)
+def test_what_is_transparent_shows_the_background(name, picture, alpha, drawn, options, tmp_path):
     save(tmp_path / "train/a" / name, picture, **options)
     image = image_folder(tmp_path, "train", background=(9, 200, 30))[0]["image"]
+    share = alpha[..., None] / 255
+    expected = share * drawn + (1 - share) * np.array((9, 200, 30))
     np.testing.assert_allclose(image, expected, atol=1)
 
 
