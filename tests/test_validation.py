@@ -33,7 +33,7 @@ PUBLISHED = (
 
 
 def tiny_config(**changes) -> ConfigDict:
-    config = deit_t.get_config("runlocal")
+    config = deit_t.get_config("improved,runlocal")
     config.update_from_flattened_dict(changes)
     return config
 

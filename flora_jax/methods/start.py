@@ -9,9 +9,9 @@ from flora_jax.cluster.processes import wait_for_all
 from flora_jax.errors import InputError, RunError, UserError, listed, unknown
 from flora_jax.io.paths import user_path
 from flora_jax.io.places import check_can_hold_a_run
+from flora_jax.methods import listing
 from flora_jax.methods.closed_form import closed_form
 from flora_jax.methods.flora import flora
-from flora_jax.methods.listing import steps_of
 from flora_jax.methods.slim import slim
 from flora_jax.methods.transfer import transfer
 from flora_jax.runs import checks
@@ -107,10 +107,12 @@ _NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract"}}
 def check_stages(this_run: Run, stage: str | None = None) -> None:
     """Raises InputError where the settings, or --stage, name a step that the method lacks."""
     settings, script = this_run.settings, script_of(this_run.settings)
-    names = steps_of(script.__name__)
+    names, every = listing.steps_of(script.__name__), listing.stages()
     for name in settings.stages:
+        if name not in every:
+            raise InputError(unknown("stage", name, every))
         if name not in names:
-            raise InputError(f"{unknown('stage', name, names)} of {script.__name__}")
+            raise InputError(f"{script.__name__} has no stage {name}, only {', '.join(names)}")
     stages = set(settings.stages)
     for name, needed in _NEEDED.items():
         if name in stages and not needed & stages:
@@ -131,7 +133,8 @@ def plan_of(this_run: Run) -> tuple[dict[str, Planned], list[str]]:
     """The steps of a run, and the names of those that are done and that `run` would not do anew."""
     plan = planned(this_run, script_of(this_run.settings))
     to_redo = stale_steps(this_run, plan) if has_run(this_run.folder) else []
-    return plan, [name for name in done_stages(this_run) if name in plan and name not in to_redo]
+    done = done_stages(this_run)
+    return plan, [n for n in plan if n in done and n not in to_redo and not plan[n].is_always_done]
 
 
 def _report_what_is_there(this_run: Run) -> None:

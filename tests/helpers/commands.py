@@ -10,7 +10,7 @@ import sys
 DATA = pathlib.Path(__file__).parents[1] / "data"
 ROOT = pathlib.Path(__file__).parents[2]
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved because it was told to
-TINY_CONFIG = "configs/deit_t.py:runlocal"
+TINY_CONFIG = "configs/deit_t.py:improved,runlocal"
 
 
 def flora_command(workdir: pathlib.Path, *arguments: str, config: str | None = TINY_CONFIG) -> dict:
