@@ -23,7 +23,7 @@ from flora_jax.stages.card import base_model, dataset_name
 from flora_jax.stages.changes import stages_from, stages_to_redo
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.slimming import TINY_HYBRID, images_of, random_model
 from tests.helpers.weights import assert_same

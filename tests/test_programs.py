@@ -14,7 +14,7 @@ import flora_jax as flora
 from flora_jax import slim
 from flora_jax.errors import InputError, MissingPackageError, StorageError
 from flora_jax.models import functional
-from flora_jax.weights.export import refusals
+from flora_jax.weights.export import checks
 from tests.helpers import modern
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.slimming import TINY, TINY_HYBRID, TINY_SWIN, images_of, logits, random_model
@@ -225,7 +225,7 @@ def test_refusals(ending, tiny_model, tiny_space, tmp_path, monkeypatch):
     (folder := tmp_path / f"folder{ending}").mkdir()
     with pytest.raises(InputError, match=f"is a folder: name a file, such as .*/model{ending}"):
         export(tiny_model, folder)
-    monkeypatch.setattr(refusals, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(checks, "LARGEST_FILE", 1000)
     with pytest.raises(InputError, match=r"0\.00 GiB of weights are too many for m\..* 2 GiB at"):
         export(tiny_model, path)
     assert list(tmp_path.iterdir()) == [folder]

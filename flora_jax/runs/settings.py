@@ -27,7 +27,7 @@ from flora_jax.runs.sections import (
 from flora_jax.stages.names import FLORA_STAGES, STAGES
 from flora_jax.training.settings import Recipe
 from flora_jax.training.watch import PACKAGES
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
 _MODEL_STAGES = {"pretrain", "transfer", "slim", "extract"}

@@ -19,7 +19,7 @@ from flora_jax.stages.changes import put_aside
 from flora_jax.stages.companions import describe_model
 from flora_jax.stages.run import EXPORT, Run
 from flora_jax.weights import folder
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.export.onnx import in_onnx_runtime
 
 log = logging.getLogger(__name__)
