@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax import main, pipeline
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share
 from flora_jax.errors import (
     InputError,
     MissingFileError,

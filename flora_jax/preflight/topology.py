@@ -17,8 +17,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from flora_jax.cluster.mesh import make_mesh
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.preflight.programs import (
     DoesNotFitError,

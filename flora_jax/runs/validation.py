@@ -8,8 +8,7 @@ from collections.abc import Container
 
 import jax
 
-from flora_jax.cluster.mesh import make_mesh
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.evaluation.quality import quality_of
 from flora_jax.flora.extras.latency import measure_networks

@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 from etils import epath
 
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share
 from flora_jax.data.batches import Batch, Batches
 from flora_jax.errors import InputError, MissingFileError, differences, listed
 from flora_jax.io.files import (

@@ -8,9 +8,8 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.io.checkpoint import Checkpoints, read_parameters
+from flora_jax.io.checkpoint import Checkpoints, read_parameters, verify
 from flora_jax.io.files import read_json
-from flora_jax.io.manifest import verify
 from tests.helpers.checkpoints import assert_same, files, names, restored_step, state_at
 from tests.helpers.files import flip_a_bit, largest_file
 
