@@ -1,4 +1,4 @@
-"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and what of their saving is real.
+"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and their real saving.
 
 All models of an engine take turns, so that a machine that is busy slows them alike, and each is
 compared with the dense one round by round.
@@ -19,7 +19,7 @@ from etils import epath
 
 from flora_jax.commands.classifier import check_is_model, holds_model, spec_as_used
 from flora_jax.commands.engines import Engine, Forward, Prepare, installed_engines, is_out_of_memory
-from flora_jax.errors import InputError, MissingFileError, StorageError, did_you_mean, few
+from flora_jax.errors import InputError, MissingFileError, StorageError, few
 from flora_jax.io.files import matching, write_json
 from flora_jax.io.paths import absolute, as_text, is_url, user_path
 from flora_jax.models.network import Network
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one model takes for a batch in one engine.
+    """Time of one model for a batch in one engine.
 
     Attributes:
       batch: images.
@@ -231,7 +231,7 @@ def _models(folder: epath.PathLike, against: epath.PathLike | None) -> dict[str,
 
 
 def _is_run(folder: epath.PathLike) -> bool:
-    """Whether a run was started in this folder; folders of models have a `config.json`, too."""
+    """True where a run was started; folders of models have a `config.json`, too."""
     return not is_repository(folder) and has_run(folder) and not holds_model(user_path(folder))
 
 
@@ -249,10 +249,6 @@ def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
 
 def _open(path: epath.PathLike) -> Network:
     folder = local_folder(path)
-    if not folder.exists():
-        siblings = [p.name for p in matching(folder.parent, "*") if p.is_dir()]
-        hint = did_you_mean(folder.name, siblings)
-        raise MissingFileError(f"{folder} is not there: give the folder of a model or a run{hint}")
     if runs := [inside.name for inside in matching(folder, "*") if _is_run(inside)]:
         raise MissingFileError(f"{folder} is no model or run; runs inside it are {few(runs)}")
     check_is_model(folder)

@@ -14,7 +14,7 @@ from PIL import Image
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Crop, Preprocessing
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.errors import InputError, MissingFileError, did_you_mean
 from flora_jax.io.files import matching
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -138,7 +138,7 @@ def _run(structure, normalization: Normalization, mesh, parameters, images):
 
 
 def holds_model(folder: epath.Path) -> bool:
-    """Whether the folder has a file of a model, whoever wrote it."""
+    """True where the folder has a file of a model, whoever wrote it."""
     return any((folder / file).exists() for file in _MODEL_FILES)
 
 
@@ -148,9 +148,11 @@ def check_is_model(folder: epath.Path) -> None:
         if not (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
             raise MissingFileError(f"{folder} has weights, but no {CONFIG_FILE} that says of what")
         return
+    if not folder.exists():
+        siblings = [path.name for path in matching(folder.parent, "*") if path.is_dir()]
+        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, siblings)}")
     if not folder.is_dir():
-        what = "is a file: give the folder that it is in" if folder.exists() else "is not there"
-        raise MissingFileError(f"{folder} {what}")
+        raise MissingFileError(f"{folder} is a file: give the folder that it is in")
     inside = [str(file.parent.relative_to(folder)) for file in matching(folder, f"*/{SPEC_FILE}")]
     looked_for = f"looked for {', '.join(_MODEL_FILES)}"
     hint = f"inside it are {', '.join(inside)}" if inside else looked_for

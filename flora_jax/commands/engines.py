@@ -52,7 +52,7 @@ def installed_engines() -> tuple[list[Engine], list[str]]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is how an engine, or NumPy, says that memory does not suffice."""
+    """True for an error by which an engine, or NumPy, says that memory does not suffice."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 

@@ -1,4 +1,4 @@
-"""flora_jax --evaluate=FOLDER --data=DATASET: how good a model is on labelled pictures."""
+"""flora_jax --evaluate=FOLDER --data=DATASET: accuracy of a model on labelled pictures."""
 
 import collections
 import dataclasses
@@ -33,7 +33,7 @@ _THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of labelled images; shares lie in 0..1.
+    """Accuracy of a model on labelled images; shares lie in 0..1.
 
     Attributes:
       images: how many were evaluated.

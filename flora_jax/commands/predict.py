@@ -1,4 +1,4 @@
-"""flora_jax --predict=FOLDER pictures...: what a model makes of pictures."""
+"""flora_jax --predict=FOLDER pictures...: the likeliest classes of pictures."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = Fal
 def predictions(
     classifier: Classifier, paths: Sequence[epath.Path]
 ) -> Iterator[Prediction | BadImageError]:
-    """What becomes of each picture, in their order; a bad one gives its error."""
+    """Predicts each picture, in their order; a bad one gives its error."""
     run, transform = classifier.log_probabilities(), classifier.transform
     size = batch_size(len(paths))
     read = functools.partial(_read, transform, classifier.preprocessing.background)

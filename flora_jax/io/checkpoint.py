@@ -173,12 +173,12 @@ def save_parameters(parameters: Parameters, folder: epath.PathLike) -> None:
 
 
 def has_saved_parameters(folder: epath.PathLike) -> bool:
-    """Whether `save_parameters` has completed this folder."""
+    """True once `save_parameters` has completed this folder."""
     return _manifest(absolute(folder)).exists()
 
 
 def read_saved_parameters(folder: epath.PathLike) -> Parameters:
-    """What `save_parameters` wrote, on the host. Raises InputError where it is damaged."""
+    """The parameters of `save_parameters`, on the host. Raises InputError where damaged."""
     folder = plainly_named(folder)
     try:
         verify(folder, _manifest(folder))

@@ -95,16 +95,6 @@ class TestPod:
         remote = shlex.split(command.removeprefix("--command="))
         assert remote == ["bash", "flora/src/launch/tpu_worker.sh", "start", *arguments]
 
-    def test_keep_tells_its_rounds(self):
-        options = [*SLICE, "--type=v6e-8", "--poll=5"]
-        lines = output("tpu_pod.sh", "keep", "--dry-run", *options, "--", "--workdir=gs://b/f")
-        assert [line for line in lines if line.startswith("#")] == [
-            "# every 5 s",
-            "# where there is no slice",
-            "# where nothing runs on it",
-            "# where it was taken away",
-        ]
-
     @pytest.fixture
     def pod(self, tmp_path):
         """A function: verb, arguments -> the process; the slice is a folder of this machine."""

@@ -32,7 +32,7 @@ class Export:
 
     @property
     def is_coarse(self) -> bool:
-        """Whether it is an ONNX file of lower precision, whose accuracy may be another."""
+        """True for an ONNX file of lower precision, whose accuracy may be another."""
         return self.tolerance > 1e-4
 
 

@@ -73,7 +73,7 @@ class Graph:
         return full_name
 
     def node(self, operation: str, *inputs: Input, **attributes: Any) -> Value:
-        """What an operation gives."""
+        """Adds an operation; returns the name of its output."""
         return self.nodes(operation, 1, *inputs, **attributes)[0]
 
     def nodes(self, operation: str, number: int, *inputs: Input, **attributes: Any) -> list[Value]:
@@ -144,7 +144,7 @@ def network(graph: Graph, model: Network, images: Value) -> Value:
 
 
 def _module(graph: Graph, module: Any, x: Value) -> Value:
-    """What a module makes of x; a gated one, a subclass of a plain one, is not taken for it."""
+    """Applies a module to x; a gated one, a subclass of a plain one, is not taken for it."""
     if type(module) not in _MODULES:
         raise InputError(
             f"a {type(module).__name__} cannot be written to ONNX: extract a plain network first"
@@ -153,7 +153,7 @@ def _module(graph: Graph, module: Any, x: Value) -> Value:
 
 
 def _inside(graph: Graph, owner: Any, name: str, x: Value) -> Value:
-    """What a module's module of this name makes of x; x itself where there is none."""
+    """Applies the owner's module of this name to x; returns x where there is none."""
     module = getattr(owner, name)
     return x if module is None else _module(graph.at(name), module, x)
 

@@ -99,7 +99,7 @@ def _check_can_hold_an_export(folder: epath.Path) -> None:
 
 
 def _is_an_export(folder: epath.Path) -> bool:
-    """Whether an export was begun here; the `spec.json` of `flora_jax.save` is another."""
+    """True where an export was begun; the `spec.json` of `flora_jax.save` is another."""
     try:
         description = read_json(folder / SPEC_FILE)
     except (OSError, InputError):

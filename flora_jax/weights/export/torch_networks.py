@@ -22,7 +22,7 @@ from torch import nn
 
 
 class Spec(SimpleNamespace):
-    """What spec.json says of the network or of a block; what it leaves out is so."""
+    """Contents of spec.json, of the network or of a block; what it leaves out is so."""
 
     num_registers, positions, rope_theta, rotary_pairs = 0, "all", None, None
     pre_norm, patch_bias, activation, gated_mlp, fc_norm = False, True, "gelu", False, True
