@@ -101,7 +101,7 @@ def _onnx_model(model: Network, dtype: str) -> Any:
     image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     _, size = jax.eval_shape(lambda images: model(images), image).shape
     name = "logits" if spec.num_classes else "features"
-    return graph.model({images: ["B", channels, height, width]}, output, {name: ["B", size]})
+    return graph.model([channels, height, width], output, name, size)
 
 
 def _in_8_bits(model: Any) -> bytes:

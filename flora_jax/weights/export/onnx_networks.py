@@ -101,26 +101,21 @@ class Graph:
             self._initializers[name] = array
         return self._constants[key]
 
-    def model(self, inputs: dict[str, list], output: Value, outputs: dict[str, list]) -> Any:
-        """The finished onnx.ModelProto.
+    def model(self, images: list[int], output: Value, name: str, size: int) -> Any:
+        """The finished onnx.ModelProto: "images" float32 [B, *images] to `name` float32 [B, size].
 
-        Args:
-          inputs: names and shapes, a string for a size that is open; float32.
-          output: what the last node gives; it takes the one name in `outputs`.
+        `output` is what the last node gives; it takes the name.
         """
         from onnx import TensorProto, helper, numpy_helper
 
-        (name,) = outputs
         assert self._nodes[-1].output[0] == output
         self._nodes[-1].output[0] = name
-
-        def infos(shapes):
-            return [
-                helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()
-            ]
-
+        shapes = {"images": ["B", *images], name: ["B", size]}
+        given, made = (
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s)] for n, s in shapes.items()
+        )
         tensors = [numpy_helper.from_array(a, n) for n, a in self._initializers.items()]
-        graph = helper.make_graph(self._nodes, "flora_jax", infos(inputs), infos(outputs), tensors)
+        graph = helper.make_graph(self._nodes, "flora_jax", given, made, tensors)
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(
             graph,
