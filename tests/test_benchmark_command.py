@@ -111,15 +111,12 @@ def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
 
 
 def test_how_engines_say_that_memory_is_short():
-    class RuntimeException(Exception):
-        """As in ONNX Runtime, below no other error."""
-
     for error in (
         MemoryError("Unable to allocate 561. GiB for an array"),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeException("Failed to allocate memory for requested buffer of size 99"),
+        Exception("Failed to allocate memory for requested buffer of size 99"),  # ONNX Runtime
     ):
         assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shapes (3, 4) and (5,) do not fit"))
@@ -204,11 +201,10 @@ def test_one_model_against_another_in_every_engine(tmp_path, quickly, capsys):
     ("place", "sizes", "message"),
     [
         ("mine", "0", r"--batch_sizes must be whole numbers from 1, such as 1,8,64; got 0"),
-        ("mine", "8,-1", r"got 8,-1"),
         ("mine", "8,many", r"got 8,many"),
-        ("mime", "1", r"mime is not there: .* \(did you mean 'mine'\?\)"),
+        ("mime", "1", r"mime is not there \(did you mean 'mine'\?\)"),
         ("begun", "1", r"begun: no model of this run is finished yet"),
-        (".", "1", r"is no model or run; runs inside it are mine"),
+        (".", "1", r"is no model or run; runs inside it are begun, mine"),
         ("mine/extract", "1", r"is no folder of a model; inside it are allocated_0\.4, "),
         ("mine/supernet", "1", r"holds a supernet: .*extract a model first"),
     ],

@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax import main
 from flora_jax.commands.classifier import Classifier
-from flora_jax.commands.evaluate import evaluate, evaluated, load_source
-from flora_jax.commands.labels import matched
+from flora_jax.commands.evaluate import evaluate, evaluated, load_source, matched
 from flora_jax.commands.predict import predict, predictions
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.preprocessing import Preprocessing

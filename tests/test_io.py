@@ -1,12 +1,18 @@
-"""Folders of models: whole, damaged, and half-written."""
+"""Folders of models and files: whole, damaged, and half-written."""
 
 import json
+import pathlib
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flora_jax as flora
+from flora_jax.errors import StorageError
 from flora_jax.io.files import read_json, replacing, write_json
+from flora_jax.io.json_lines import JsonLines, read_lines, read_records
 from flora_jax.models import functional
 from flora_jax.weights.folder import describe, save_description_once
 
@@ -30,24 +36,19 @@ def saved(tiny_model, tmp_path):
     return tmp_path / "model"
 
 
-def assert_same_parameters(ours, theirs):
-    (structure, parameters), (their_structure, their_parameters) = map(
-        functional.split, (ours, theirs)
-    )
-    assert structure == their_structure
-    assert parameters.keys() == their_parameters.keys()
+def assert_same(ours, theirs):
+    (structure, parameters), (wanted, values) = map(functional.split, (ours, theirs))
+    assert structure == wanted
+    assert parameters.keys() == values.keys()
     for name, value in parameters.items():
-        assert value.dtype == their_parameters[name].dtype
-        np.testing.assert_array_equal(value, their_parameters[name])
+        np.testing.assert_array_equal(value, values[name], strict=True)
 
 
-@pytest.mark.parametrize("name", ["tiny_model", "subnet"])
-def test_model_comes_back_bit_for_bit(request, name, tmp_path):
-    model = request.getfixturevalue(name)
-    flora.save(model, tmp_path / "new" / "folder")
+def test_model_comes_back_bit_for_bit(subnet, tmp_path):
+    flora.save(subnet, tmp_path / "new" / "folder")
     again = flora.load(str(tmp_path / "new" / "folder"))
-    assert again.spec == model.spec
-    assert_same_parameters(again, model)
+    assert again.spec == subnet.spec
+    assert_same(again, subnet)
 
 
 def test_supernet_comes_back_bit_for_bit(supernet, tmp_path):
@@ -58,12 +59,12 @@ def test_supernet_comes_back_bit_for_bit(supernet, tmp_path):
     assert again.space.choices == supernet.space.choices
     for ours, theirs in zip(again.space.kept, supernet.space.kept, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert_same_parameters(again.network, supernet.network)
+    assert_same(again.network, supernet.network)
 
 
 def test_saving_over_another_model(saved, subnet):
     flora.save(subnet, saved)
-    assert_same_parameters(flora.load(saved), subnet)
+    assert_same(flora.load(saved), subnet)
     assert sorted(path.name for path in saved.iterdir()) == [WEIGHTS, "spec.json"]
 
 
@@ -76,15 +77,12 @@ def test_flipped_bit(saved, position):
         flora.load(saved)
 
 
-def test_truncated_weights(saved):
-    (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        flora.load(saved)
-
-
-def test_truncated_description(saved):
-    (saved / "spec.json").write_text((saved / "spec.json").read_text()[:-9])
-    with pytest.raises(ValueError, match=r"spec\.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("file", "message"), [(WEIGHTS, "is damaged"), ("spec.json", "is not valid JSON")]
+)
+def test_truncated_file(saved, file, message):
+    (saved / file).write_bytes((saved / file).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{file} {message}"):
         flora.load(saved)
 
 
@@ -148,7 +146,7 @@ def test_save_that_fails_keeps_the_old_model(saved, subnet, tiny_model, monkeypa
     with pytest.raises(OSError, match="disk full"):
         flora.save(subnet, saved)
     monkeypatch.undo()
-    assert_same_parameters(flora.load(saved), tiny_model)
+    assert_same(flora.load(saved), tiny_model)
     assert sorted(saved.iterdir()) == files
 
 
@@ -156,9 +154,33 @@ def _fail(path):
     raise OSError("disk full")
 
 
-def test_json(tmp_path):
-    write_json(tmp_path / "a.json", {"genes": [1, 2], "top1": 0.5})
-    assert read_json(tmp_path / "a.json") == {"genes": [1, 2], "top1": 0.5}
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
-        read_json(tmp_path / "a.json")
+# --- records, which survive an interruption at any byte -------------------------------------------
+
+RECORDS = [{"step": step, "loss": 1 / (step + 1)} for step in range(6)]
+WHOLE = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+@given(cut=st.integers(0, len(WHOLE)), durable=st.booleans())
+def test_a_file_cut_anywhere_goes_on(cut, durable):
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "metrics.jsonl"
+        path.write_bytes(WHOLE[:cut])
+        done = read_records(path)
+        assert done == RECORDS[: len(done)]
+        assert len(done) == WHOLE[:cut].count(b"\n")
+        with JsonLines(path, read_lines(path)) as lines:
+            lines.append(RECORDS[len(done) :], durable=durable)
+            assert path.read_bytes() == WHOLE  # also before it is closed
+
+
+def test_no_file_has_no_records(tmp_path):
+    assert read_lines(tmp_path / "none") == []
+    with JsonLines(tmp_path / "folder/new"):
+        pass
+    assert (tmp_path / "folder/new").read_bytes() == b""
+
+
+def test_a_file_that_cannot_be_written_says_which(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/metrics"):
+        JsonLines(tmp_path / "file/metrics.jsonl")

@@ -1,7 +1,6 @@
 """Exported programs, StableHLO and ONNX: what they compute, how large they are, what is refused."""
 
 import collections
-import dataclasses
 import os
 import subprocess
 import sys
@@ -14,33 +13,17 @@ import flora_jax as flora
 from flora_jax import slim
 from flora_jax.errors import InputError, MissingPackageError, StorageError
 from flora_jax.models import functional
-from flora_jax.weights.export import refusals
+from flora_jax.weights.export import checks
 from tests.helpers import modern
-from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import TINY, TINY_HYBRID, TINY_SWIN, images_of, logits, random_model
+from tests.helpers.compressed import NETWORKS, low_rank, network
+from tests.helpers.slimming import images_of, logits, random_model
 
 FUNCTIONS = {".bin": flora.export_stablehlo, ".onnx": flora.export_onnx}
-DISTILLED = flora.ViTSpec(**TINY, depth=2, distilled=True)
-SWIN = dataclasses.replace(TINY_SWIN, absolute_pos_embed=True, qkv_bias=False, blocks=())
-
-
 # One of each kind that differs in what is computed.
 KINDS = (
     *("timm_deit3", "timm_dinov2_registers", "timm_dinov3", "timm_dinov3_swiglu", "timm_clip"),
     *("timm_siglip", "timm_siglip_gap", "hf_dinov2_classifier", "hf_dinov3", "hf_siglip"),
 )
-NETWORKS = {
-    "distilled": lambda: random_model(DISTILLED),
-    "no bias": lambda: slimmed(flora.ViTSpec(**TINY, depth=2, qkv_bias=False)),
-    "swin": lambda: random_model(SWIN),
-    "subnet of a swin": lambda: low_rank(random_model(SWIN)),
-    "slim swin": lambda: slimmed(TINY_SWIN),
-    "subnet of a slim tiny_vit": lambda: low_rank(
-        slimmed(dataclasses.replace(TINY_HYBRID, num_classes=0))
-    ),
-    "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", depth=2)),
-    "subnet of a slim one": lambda: low_rank(slimmed(flora.ViTSpec(**TINY, depth=2))),
-} | {name: lambda name=name: random_model(modern.shallow(name, depth=1)) for name in KINDS}
 
 
 def compiled(model):
@@ -52,16 +35,13 @@ def compiled(model):
     return jax.jit(lambda images: compute(constants, images))
 
 
-@pytest.mark.parametrize(
-    ("name", "batches"), [("subnet of a slim one", (1, 5)), ("timm_siglip", (5,))]
-)
-def test_stablehlo_is_the_compiled_model(name, batches, tmp_path):
-    model, path = NETWORKS[name](), tmp_path / "m.bin"
+def test_stablehlo_is_the_compiled_model(tmp_path):
+    model, path = network("low rank on slim")[0], tmp_path / "m.bin"
     flora.export_stablehlo(model, path)
     exported = jax.export.deserialize(path.read_bytes())
     assert exported.platforms == ("cpu", "cuda", "tpu")
     forward = compiled(model)
-    for batch in batches:
+    for batch in (1, 5):
         images = images_of(model.spec, batch)
         np.testing.assert_array_equal(exported.call(images), forward(images))
 
@@ -92,23 +72,25 @@ def run(runtime, path, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *KINDS])
 def test_onnx_computes_the_same(runtime, name, tmp_path):
-    model, path = NETWORKS[name](), tmp_path / "m.onnx"
+    path = tmp_path / "m.onnx"
+    if name in NETWORKS:
+        model, images, expected, _ = network(name)
+    else:
+        model = random_model(modern.shallow(name, depth=1))
+        expected = logits(model, images := images_of(model.spec, 5))
     flora.export_onnx(model, path)
-    images = images_of(model.spec, 5)
-    expected = logits(model, images)
     tolerance = {"rtol": 0, "atol": 1e-4 * max(1, abs(expected).max())}
     np.testing.assert_allclose(run(runtime, path, images), expected, **tolerance)
     np.testing.assert_allclose(run(runtime, path, images[3:4]), expected[3:4], **tolerance)
 
 
-@pytest.mark.parametrize("name", ["swin", "subnet of a slim tiny_vit"])
+@pytest.mark.parametrize("name", ["swin", "tiny_vit, low rank on slim"])
 def test_onnx_in_half(runtime, name, tmp_path):
-    model, path = NETWORKS[name](), tmp_path / "m.onnx"
+    (model, images, expected, _), path = network(name), tmp_path / "m.onnx"
     flora.export_onnx(model, path, dtype="float16")
-    given = run(runtime, path, images := images_of(model.spec, 3))
-    expected = logits(model, images)
+    given = run(runtime, path, images)
     assert given.dtype == np.float32
     assert 0 < abs(given - expected).max() <= 2e-2 * max(1, abs(expected).max())
     graph = pytest.importorskip("onnx").load(path).graph
@@ -116,15 +98,14 @@ def test_onnx_in_half(runtime, name, tmp_path):
     assert floats == {10}  # float16
 
 
-@pytest.mark.parametrize("name", ["subnet of a slim one", "subnet of a slim tiny_vit"])
+@pytest.mark.parametrize("name", ["low rank on slim", "tiny_vit, low rank on slim"])
 def test_onnx_in_8_bits(runtime, name, tmp_path, monkeypatch, caplog):
     """Only convolutions and what multiplies two activations stay in float32."""
     onnx = pytest.importorskip("onnx")
-    model, path = NETWORKS[name](), tmp_path / "m.onnx"
+    (model, images, expected, _), path = network(name), tmp_path / "m.onnx"
     flora.export_onnx(model, path, dtype="int8")
     assert not caplog.records
-    images = images_of(model.spec, 3)
-    given, expected = run(runtime, path, images), logits(model, images)
+    given = run(runtime, path, images)
     assert 0 < abs(given - expected).max() <= 5e-2 * max(1, abs(expected).max())
     graph = onnx.load(path).graph
     bits = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -168,12 +149,8 @@ def test_a_pair_of_factors_stays_two_products(runtime, micro_model, tmp_path):
     assert operations["Softmax"] == operations["Gelu"] == depth
     assert operations["Transpose"] == 1 + 5 * depth  # none of weights
     (images,), (output,) = written.graph.input, written.graph.output
-    assert [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim] == [
-        "B",
-        3,
-        32,
-        32,
-    ]
+    sizes = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
+    assert sizes == ["B", 3, 32, 32]
     assert output.name == "logits"
 
 
@@ -222,10 +199,12 @@ def test_refusals(ending, tiny_model, tiny_space, tmp_path, monkeypatch):
         export(slim.add_gates(tiny_model), path)
     with pytest.raises(InputError, match=f"model.pt must end in {ending}"):
         export(tiny_model, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"unknown dtype 'float61'; .* mean 'float16'"):
+        flora.export_onnx(tiny_model, tmp_path / "m.onnx", dtype="float61")
     (folder := tmp_path / f"folder{ending}").mkdir()
     with pytest.raises(InputError, match=f"is a folder: name a file, such as .*/model{ending}"):
         export(tiny_model, folder)
-    monkeypatch.setattr(refusals, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(checks, "LARGEST_FILE", 1000)
     with pytest.raises(InputError, match=r"0\.00 GiB of weights are too many for m\..* 2 GiB at"):
         export(tiny_model, path)
     assert list(tmp_path.iterdir()) == [folder]
@@ -256,8 +235,3 @@ def test_gated_layers_are_not_taken_for_plain_ones(runtime, tiny_model, tmp_path
     with pytest.raises(InputError, match=r"a Gated[A-Za-z0-9]+ cannot be written to ONNX"):
         flora.export_onnx(slim.add_gates(tiny_model, tokens=False).network, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
-
-
-def test_another_dtype(tiny_model, tmp_path):
-    with pytest.raises(InputError, match=r"unknown dtype 'float61'; .* mean 'float16'"):
-        flora.export_onnx(tiny_model, tmp_path / "m.onnx", dtype="float61")

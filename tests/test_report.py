@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from flora_jax import pipeline
+from flora_jax.methods import start
 from flora_jax.errors import MissingFileError
 from flora_jax.io.files import locked
 from tests.helpers.runs import tiny_config
@@ -45,7 +45,7 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
         shutil.copy(own_run / name, tmp_path)
     without = tuple(stage for stage in tiny_config().stages if stage != "report")
     with locked(tmp_path / "run.lock"):
-        pipeline.run(tiny_config(stages=without), tmp_path, "report")
+        start.run(tiny_config(stages=without), tmp_path, "report")
     assert "Done: nothing. To come: pretrain, " in capsys.readouterr().out
 
     for name in ("result.json", "test_images.safetensors", "report.html", "report.png"):
@@ -60,7 +60,7 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "Images", gone)
-        pipeline.run(tiny_config(), own_run, "report")
+        start.run(tiny_config(), own_run, "report")
     assert "goes without the images: the images are gone" in caplog.text
     printed = capsys.readouterr().out
     assert "To come: finetune, evaluate." in printed
@@ -76,6 +76,6 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
 
 def test_a_report_of_another_config_is_refused(finished_run, tmp_path):
     with pytest.raises(RuntimeError, match="holds no run that could be reported on"):
-        pipeline.run(tiny_config(), tmp_path / "none", "report")
+        start.run(tiny_config(), tmp_path / "none", "report")
     with pytest.raises(RuntimeError, match=r"'finetune' of another config.*\n  finetune.epochs"):
-        pipeline.run(tiny_config(**{"finetune.epochs": 9.0}), finished_run, "report")
+        start.run(tiny_config(**{"finetune.epochs": 9.0}), finished_run, "report")

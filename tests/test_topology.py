@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -16,17 +17,11 @@ from flora_jax.preflight import hlo, topology
 from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
 from flora_jax.preflight.topology import check_topology, devices_of, images_a_device, largest_batch
 from flora_jax.runs.settings import Settings
-from tests.helpers.commands import ROOT, TINY_CONFIG, run_benchmark
+from tests.helpers.commands import DATA, ROOT, TINY_CONFIG, run_benchmark
 
-HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(
-    not HAS_COMPILER, reason="the TPU compiler libtpu is not installed"
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FakeMesh:
-    size: int
 
 
 def settings_of(config_file, *arguments: str) -> Settings:
@@ -52,20 +47,14 @@ def test_largest_batch_on_a_line_is_exact(slope, fixed, multiple):
     assert len(tried) <= 2
 
 
-def test_largest_batch_is_one_that_was_tried():
+def test_largest_batch_is_one_that_was_tried_or_none():
     """Where memory grows faster than linearly the second guess may fail; the first one counts."""
     found = largest_batch(lambda images: images**2 / 100, 64, 64**2 / 100, 1000.0, 1)
     assert found**2 / 100 <= 1000
     assert found >= 64
-
-
-def test_largest_batch_shrinks_to_what_fits_and_may_be_none():
     assert largest_batch(lambda images: 10.0 * images, 64, 640.0, 300.0, 1) == 24
     assert largest_batch(lambda images: 1e6 + images, 64, 1e6 + 64, 300.0, 1) == 0
-
-
-def test_a_small_network_is_not_compiled_again():
-    assert largest_batch(pytest.fail, 8, 1e6, 16e9, 1) == 4096
+    assert largest_batch(pytest.fail, 8, 1e6, 16e9, 1) == 4096  # not compiled again
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:4by4", "v5litepod-16", "v5e:2x2x2x2", ""])
@@ -82,12 +71,13 @@ def test_missing_compiler_names_the_command(monkeypatch):
 
 def test_batch_that_the_devices_cannot_share_names_the_nearest():
     training = heaviest_training(settings_of(deit_t, "runlocal"), "masked")  # 32 images
-    assert images_a_device(training, FakeMesh(16)) == 2
+    sixteen = types.SimpleNamespace(size=16)
+    assert images_a_device(training, sixteen) == 2
     with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices; the nearest that can: 36"):
-        images_a_device(training, FakeMesh(12))
+        images_a_device(training, types.SimpleNamespace(size=12))
     recipe = dataclasses.replace(training.recipe, accumulate=4)
     with pytest.raises(ValueError, match=r"16 devices in 4 parts; the nearest that can: 64"):
-        images_a_device(dataclasses.replace(training, recipe=recipe), FakeMesh(16))
+        images_a_device(dataclasses.replace(training, recipe=recipe), sixteen)
 
 
 def test_heaviest_training_of_each_kind_of_run():
@@ -181,13 +171,8 @@ def test_run_that_does_not_fit_says_by_how_much_and_what_to_do(pretended):
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "flora_jax.main", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "flora_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -267,3 +252,71 @@ def test_deit_b_at_64_images_a_device_fits_v5e(shape, batch_size):
     assert unit == "GiB"
     assert float(size) < topology.CHIPS["v5e"].hbm / topology.GIB
     assert "in a branch" not in done.stdout
+
+
+# --- what is read off a compiled program ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def program_text():
+    """What libtpu made of a psum in a branch, then an all_gather, a psum_scatter and a ppermute.
+
+    On v5e:2x2 with float32 [256, 256] a device; the first two were made bfloat16 by the compiler.
+    """
+    return (DATA / "collectives_v5e.hlo").read_text()
+
+
+def test_collectives_of_a_program(program_text):
+    assert hlo.collectives(program_text) == [
+        hlo.Collective("all-reduce", 2 * 256 * 256, in_branch=True),
+        hlo.Collective("all-gather", 2 * 512 * 256, in_branch=False),
+        hlo.Collective("reduce-scatter", 4 * 512 * 512, in_branch=False),
+        hlo.Collective("collective-permute", 4 * 256 * 512, in_branch=False),
+    ]
+
+
+NESTED = """
+%outer (p: f32[2]) -> f32[2] {
+  %inner = f32[2]{0} fusion(%p), kind=kCustom, calls=%region_1.0_spmd
+}
+%other (q: s32[]) -> f32[2] {
+  %choice = f32[2]{0} conditional(%q, %a, %b), true_computation=%outer, false_computation=%none
+}
+"""
+
+
+def test_what_a_branch_calls_is_in_the_branch(program_text):
+    text = program_text.replace("to_apply=%region_3.0", "calls=%region_1.0_spmd")
+    text = text.replace("branch_computations={%region_0.0_spmd, %region_1.0_spmd}", "")
+    assert not any(c.in_branch for c in hlo.collectives(text))
+    nested = f"{text}{NESTED}"
+    assert [c.kind for c in hlo.collectives(nested) if c.in_branch] == ["all-reduce"]
+
+
+def test_a_chain_of_fusions_is_one_collective():
+    part = "  %g.{i} = bf16[256,256]{{1,0:T(8,128)S(1)}} all-gather(%p), replica_groups={groups}, "
+    part += 'frontend_attributes={{chain_id="{chain}"}}'
+    chains = [(0, 0), (1, 0), (2, 1)]
+    lines = [part.format(i=i, chain=chain, groups="{{0,1}}") for i, chain in chains]
+    text = "\n".join(("%fused (p: bf16[128,256]) -> bf16[256,256] {", *lines, "}"))
+    found = hlo.collectives(text)
+    assert [c.num_bytes for c in found] == 2 * [2 * 256 * 256]
+
+
+@pytest.mark.parametrize(
+    "instruction, num_bytes",
+    [
+        ("(f32[3,5]{1,0}, s8[7]{0}, pred[2]{0}, f32[]) all-reduce(%a, %b, %c, %d)", 60 + 7 + 2 + 4),
+        ("f32[4]{0} reduce-scatter(%a), replica_groups=[2,8]<=[16], dimensions={0}", 8 * 16),
+        ("(f32[4]{0}, f32[8]{0}) all-gather-start(%a), replica_groups={{0,1},{2,3}}", 32),
+    ],
+)
+def test_bytes_of_a_collective(instruction, num_bytes):
+    text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  ROOT %x = {instruction}\n}}"
+    assert [c.num_bytes for c in hlo.collectives(text)] == [num_bytes]
+
+
+def test_kernels_are_counted():
+    call = '  %k = f32[8] custom-call(%a), custom_call_target="{}"\n'
+    text = "".join(call.format(name) for name in ("tpu_custom_call", "Sharding", "tpu_custom_call"))
+    assert hlo.num_kernels(text) == 2

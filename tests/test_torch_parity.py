@@ -1,48 +1,31 @@
-"""Logits beside those of the models of transformers and timm."""
+"""Logits beside those of the models of transformers, timm and the published subnets, both ways."""
 
 import numpy as np
 import pytest
 
 import flora_jax as flora
-from flora_jax.models import functional
+from flora_jax.weights.export.pytorch import load_export
 from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.metadata.spec import spec_of_config
 from flora_jax.weights.pretrained import from_pretrained, from_state_dict
 from tests.helpers.torch_models import TOLERANCE, images, randomise, torch, torch_logits
+from tests.helpers.weights import assert_same
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
 pytestmark = pytest.mark.slow
 
 
-VIT_SIZES = {
-    "micro": {
-        "image_size": 32,
-        "patch_size": 8,
-        "hidden_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "intermediate_size": 192,
-    },
-    "tiny": {
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_size": 192,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-        "intermediate_size": 768,
-    },
-}
+def _vit_size(image_size, patch_size, width, depth):
+    sizes = {"image_size": image_size, "patch_size": patch_size, "hidden_size": width}
+    layers = {"num_hidden_layers": depth, "num_attention_heads": 3, "intermediate_size": 4 * width}
+    return sizes | layers
+
+
+VIT_SIZES = {"micro": _vit_size(32, 8, 48, 3), "tiny": _vit_size(224, 16, 192, 12)}
+_SWIN_STAGES = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 SWIN_SIZES = {
-    "micro": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 24,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 4,
-        "use_absolute_embeddings": True,
-    },
+    "micro": {"image_size": 32, "patch_size": 2, "use_absolute_embeddings": True} | _SWIN_STAGES,
     "tiny": {},  # the defaults are Swin-T
 }
 
@@ -61,11 +44,11 @@ def assert_parity(reference, spec, folder, count: int) -> None:
     reference.save_pretrained(folder)
     model = from_pretrained(folder, spec)
     np.testing.assert_allclose(model(batch), expected, **TOLERANCE)
+    assert_same(from_state_dict(arrays_of(reference), spec), model)
 
-    arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    again = functional.split(from_state_dict(arrays, spec))[1]
-    for name, parameter in functional.split(model)[1].items():
-        np.testing.assert_array_equal(parameter, again[name])
+
+def arrays_of(reference) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
 
 
 @pytest.mark.parametrize("size", VIT_SIZES)
@@ -124,10 +107,7 @@ def test_hugging_face_of_today(transformers, tmp_path, model, config, options):
         given, expected = network.features(batch), output.last_hidden_state
     np.testing.assert_allclose(given, expected.numpy(), **TOLERANCE)
 
-    arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
-    again = functional.split(from_state_dict(arrays, network.spec))[1]
-    for name, parameter in functional.split(network)[1].items():
-        np.testing.assert_array_equal(parameter, again[name])
+    assert_same(from_state_dict(arrays_of(reference), network.spec), network)
 
 
 @pytest.mark.parametrize("size", SWIN_SIZES)
@@ -149,37 +129,66 @@ def test_hugging_face_swin(transformers, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        "vit_small_patch14_reg4_dinov2",
-        "vit_small_patch16_dinov3",
-        "vit_base_patch16_siglip_224",
-        "deit3_small_patch16_224",
-        "vit_base_patch16_clip_quickgelu_224",
+        ("deit_tiny_patch16_224", {"qkv_bias": False}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+        ("swin_tiny_patch4_window7_224", {}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+        ("vit_small_patch16_dinov3", {}),
+        ("vit_base_patch16_siglip_224", {}),
+        ("deit3_small_patch16_224", {}),
+        ("vit_base_patch16_clip_quickgelu_224", {}),
     ],
 )
-def test_full_size_models_of_timm(tmp_path, name):
+def test_full_size_models_of_timm(tmp_path, name, options):
     """In from timm's names and config; out to a file that timm takes, LayerScale being ones."""
     timm = pytest.importorskip("timm", reason="compares with the models of timm")
-    reference = timm.create_model(name, img_size=224)
+    options = {"img_size": 224} | options
+    reference = timm.create_model(name, **options)
     randomise(reference)
     config = {
         "architecture": name,
         "num_classes": reference.num_classes,
         "global_pool": reference.global_pool,
         "pretrained_cfg": reference.pretrained_cfg,
-        "model_args": {"img_size": 224},
+        "model_args": options,
     }
     spec = spec_of_config(config)
     batch = images(spec, 1)
     expected = torch_logits(reference, batch)
-    arrays = {n: t.numpy() for n, t in reference.state_dict().items()}
+    arrays = arrays_of(reference)
     model = from_state_dict(arrays, spec)
     np.testing.assert_allclose(model(batch), expected, **TOLERANCE)
     scales = sum(a.size for n, a in arrays.items() if "gamma" in n)
     assert flora.num_params(spec) == sum(p.numel() for p in reference.parameters()) - scales
 
     export_timm(model, tmp_path / "exported.safetensors")
-    again = timm.create_model(name, img_size=224)
+    again = timm.create_model(name, **options)
     again.load_state_dict(load_file(tmp_path / "exported.safetensors"), strict=True)
     np.testing.assert_allclose(torch_logits(again, batch), expected, **TOLERANCE)
+
+
+# --- the names of the published subnets -----------------------------------------------------------
+
+
+def our_name(published: str) -> str:
+    """The name in `model.py` of `flora.export_torch`."""
+    name = published.replace(".VT.", ".down.").replace(".U.", ".up.").replace(".fc.", ".")
+    return name.replace("patch_embed.proj.", "patch_embed.")
+
+
+@pytest.mark.parametrize("config", range(7))  # the golden's last one is dense throughout
+def test_exported_subnet_in_pytorch(micro_model, micro_space, micro_genes, tmp_path, config):
+    """Its layers are torch's, in low rank two Linears: VT, then U with the bias."""
+    subnet = flora.extract(flora.factorize(micro_model, micro_space), micro_genes[config])
+    assert any(rank is not None for rank in subnet.spec.ranks)
+    export_timm(subnet, tmp_path / "subnet.safetensors")
+    flora.export_torch(subnet, tmp_path / "torch")
+    plain, arrays = load_export(tmp_path / "torch"), load_file(tmp_path / "subnet.safetensors")
+    for name in ("cls_token", "pos_embed"):
+        arrays[name] = arrays[name].squeeze(0)
+    plain.load_state_dict({our_name(name): array for name, array in arrays.items()}, strict=True)
+    batch = images(subnet.spec, 3)
+    np.testing.assert_allclose(subnet(batch), torch_logits(plain, batch), **TOLERANCE)

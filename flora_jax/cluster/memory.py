@@ -30,7 +30,7 @@ def use_large_pages() -> None:
 
 
 def _can_be_asked_for() -> bool:
-    """Whether malloc is glibc's, which knows the tunable from 2.35 on, and the kernel listens."""
+    """True if malloc is glibc's, which knows the tunable from 2.35 on, and the kernel listens."""
     try:
         library, version = str(os.confstr("CS_GNU_LIBC_VERSION")).split()
         is_new = tuple(map(int, version.split(".")[:2])) >= (2, 35)

@@ -54,7 +54,7 @@ def connect(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes, or the only one there is."""
+    """True for the process that writes, or for the only one there is."""
     return jax.process_index() == 0
 
 
@@ -79,7 +79,7 @@ def wait_for_all(what: str) -> None:
 
 
 def true_in_all(flags: np.ndarray) -> np.ndarray:
-    """Where the flags bool [n] of every process are true; all get the same, and must all ask."""
+    """The flags bool [n] that are true in every process; all get the same, and must all ask."""
     if jax.process_count() == 1:
         return flags
     return np.logical_and.reduce(multihost_utils.process_allgather(flags))
@@ -95,7 +95,7 @@ def exit_at_once(status: int) -> None:
 
 
 class StopRequest:
-    """Whether this run has been told to end: SIGTERM, Ctrl-C, or notice that machines will go.
+    """Request that a run ends: SIGTERM, Ctrl-C, or notice that machines will go.
 
     While it is open, neither ends the process; a second Ctrl-C is answered as if it were not. All
     processes get the same answer.
@@ -117,7 +117,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def is_set(self) -> bool:
-        """Whether the run was told to end; all processes must ask equally often."""
+        """True once the run was told to end; all processes must ask equally often."""
         if jax.process_count() == 1:
             return self._received is not None
         return multihost_utils.reached_preemption_sync_point(next(self._calls))
@@ -151,7 +151,7 @@ class Timer:
         self._next = clock() + seconds
 
     def is_due(self) -> bool:
-        """Whether the time has come since it last had; all processes must ask equally often."""
+        """True when the time has come since it last had; all processes must ask equally often."""
         if not self._seconds:
             return False
         due = self._clock() >= self._next

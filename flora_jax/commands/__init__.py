@@ -1,1 +1,1 @@
-"""What the command line does with one finished model: predict and evaluate."""
+"""Commands for finished models: predict, evaluate, benchmark, push to the hub."""

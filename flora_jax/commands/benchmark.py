@@ -1,4 +1,4 @@
-"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and what of their saving is real.
+"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and their real saving.
 
 All models of an engine take turns, so that a machine that is busy slows them alike, and each is
 compared with the dense one round by round.
@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from flora_jax.commands.classifier import check_is_model, spec_as_used
+from flora_jax.commands.classifier import check_is_model, holds_model, spec_as_used
 from flora_jax.commands.engines import Engine, Forward, Prepare, installed_engines, is_out_of_memory
-from flora_jax.errors import InputError, MissingFileError, StorageError, did_you_mean, few
+from flora_jax.errors import InputError, MissingFileError, StorageError, few
 from flora_jax.io.files import matching, write_json
 from flora_jax.io.paths import absolute, as_text, is_url, user_path
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
 from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.budgets import finished_models
-from flora_jax.runs.workdir import DONE_FILE, IMAGES_FILE, Run, done_stages
+from flora_jax.runs.workdir import Run, done_stages, has_run
 from flora_jax.timing import describe_device, time_in_turn
 from flora_jax.weights.folder import load_model
 from flora_jax.weights.hub import is_repository, local_folder
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one model takes for a batch in one engine.
+    """Time of one model for a batch in one engine.
 
     Attributes:
       batch: images.
@@ -139,18 +139,12 @@ def measure(
                 continue
             for batch in batch_sizes:
                 times = _times(opened, batch)
-                too_large += [
-                    {"engine": engine.name, "batch": batch, "model": name}
-                    for name in models
-                    if name not in times
-                ]
+                short = [name for name in models if name not in times]
+                too_large += [{"engine": engine.name, "batch": batch, "model": n} for n in short]
                 for name, ms in times.items() if reference in times else ():
                     low, middle, high = np.percentile(ms / times[reference], (25, 50, 75)).tolist()
-                    row = Row(
-                        *(engine.name, batch, name, float(np.median(ms)), middle, low, high),
-                        macs[name] / macs[reference],
-                    )
-                    rows.append(row)
+                    share, median = macs[name] / macs[reference], float(np.median(ms))
+                    rows.append(Row(engine.name, batch, name, median, middle, low, high, share))
                 progress.update(1, batch=batch)
     return rows, too_large
 
@@ -237,9 +231,8 @@ def _models(folder: epath.PathLike, against: epath.PathLike | None) -> dict[str,
 
 
 def _is_run(folder: epath.PathLike) -> bool:
-    """Whether a run was started in this folder; a `config.json` alone is in others, too."""
-    files = (DONE_FILE, IMAGES_FILE)
-    return not is_repository(folder) and any((user_path(folder) / f).exists() for f in files)
+    """True where a run was started; folders of models have a `config.json`, too."""
+    return not is_repository(folder) and has_run(folder) and not holds_model(user_path(folder))
 
 
 def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
@@ -256,11 +249,7 @@ def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
 
 def _open(path: epath.PathLike) -> Network:
     folder = local_folder(path)
-    if not folder.exists():
-        siblings = [p.name for p in matching(folder.parent, "*") if p.is_dir()]
-        hint = did_you_mean(folder.name, siblings)
-        raise MissingFileError(f"{folder} is not there: give the folder of a model or a run{hint}")
-    if runs := [file.parent.name for file in matching(folder, f"*/{DONE_FILE}")]:
+    if runs := [inside.name for inside in matching(folder, "*") if _is_run(inside)]:
         raise MissingFileError(f"{folder} is no model or run; runs inside it are {few(runs)}")
     check_is_model(folder)
     return from_pretrained(folder, spec_as_used(folder, read_preprocessing(folder)))

@@ -13,8 +13,8 @@ from PIL import Image
 
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
-from flora_jax.data.preprocessing import Crop, Preprocessing, Shape
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.data.preprocessing import Crop, Preprocessing
+from flora_jax.errors import InputError, MissingFileError, did_you_mean
 from flora_jax.io.files import matching
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -28,6 +28,7 @@ from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
 from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
 
 _MOST_IMAGES = 64  # of a batch
+_MODEL_FILES = (SPEC_FILE, *HUGGING_FACE_FILES)
 _HOW_TO_CLASSIFY = (
     "A run on labelled pictures puts one on it: --config.pretrained=FOLDER "
     "--config.data.name=folder:PATH, of a compressed model with --config=transfer"
@@ -65,10 +66,7 @@ class Classifier:
         preprocessing = read_preprocessing(folder)
         spec = spec_as_used(folder, preprocessing)
         if not spec.num_classes:
-            raise InputError(
-                f"{folder} has no classifier, so it knows no classes: it gives features. "
-                f"{_HOW_TO_CLASSIFY}"
-            )
+            raise InputError(f"{folder} has no classifier: it gives features. {_HOW_TO_CLASSIFY}")
         names = read_class_names(folder)
         if names and len(names) != spec.num_classes:
             raise InputError(
@@ -96,9 +94,10 @@ class Classifier:
         return self.class_names[label] if self.class_names else str(label)
 
     @property
-    def transform(self) -> "Channels":
+    def transform(self) -> Crop:
         """Image uint8 [H, W, C] -> uint8 [size, size, channels of the network]."""
-        return Channels(self.preprocessing.crop(self.network.spec.in_channels))
+        crop = self.preprocessing.crop(self.network.spec.in_channels)
+        return CropOfColours(**dataclasses.asdict(crop))
 
     def log_probabilities(self) -> Callable[[np.ndarray], np.ndarray]:
         """Makes a function: images uint8 [B, H, W, C] -> float32 [B, num_classes].
@@ -112,20 +111,13 @@ class Classifier:
         return lambda images: jax.device_get(run(spread(images, mesh)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Channels:
+class CropOfColours(Crop):
     """A crop that takes colours, too, where the network takes grey ones."""
-
-    crop: Crop
-
-    @property
-    def image_shape(self) -> Shape:
-        return self.crop.image_shape
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         if self.image_shape[2] == 1 and image.shape[2] == 3:
             image = np.array(Image.fromarray(image).convert("L"))[..., None]
-        return self.crop(image)
+        return super().__call__(image)
 
 
 def batch_size(num_images: int) -> int:
@@ -145,18 +137,25 @@ def _run(structure, normalization: Normalization, mesh, parameters, images):
     return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), WHOLE)(parameters, images)
 
 
+def holds_model(folder: epath.Path) -> bool:
+    """True where the folder has a file of a model, whoever wrote it."""
+    return any((folder / file).exists() for file in _MODEL_FILES)
+
+
 def check_is_model(folder: epath.Path) -> None:
-    """Raises MissingFileError unless the folder holds a model, whoever wrote it."""
-    files = (SPEC_FILE, *HUGGING_FACE_FILES)
-    if any((folder / file).exists() for file in files):
+    """Raises MissingFileError unless the folder holds a model, and says which."""
+    if holds_model(folder):
         if not (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
             raise MissingFileError(f"{folder} has weights, but no {CONFIG_FILE} that says of what")
         return
+    if not folder.exists():
+        siblings = [path.name for path in matching(folder.parent, "*") if path.is_dir()]
+        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, siblings)}")
     if not folder.is_dir():
-        what = "is a file: give the folder that it is in" if folder.exists() else "is not there"
-        raise MissingFileError(f"{folder} {what}")
+        raise MissingFileError(f"{folder} is a file: give the folder that it is in")
     inside = [str(file.parent.relative_to(folder)) for file in matching(folder, f"*/{SPEC_FILE}")]
-    hint = f"inside it are {', '.join(inside)}" if inside else f"looked for {', '.join(files)}"
+    looked_for = f"looked for {', '.join(_MODEL_FILES)}"
+    hint = f"inside it are {', '.join(inside)}" if inside else looked_for
     raise MissingFileError(f"{folder} is no folder of a model; {hint}")
 
 

@@ -42,10 +42,8 @@ class Engine:
 def installed_engines() -> tuple[list[Engine], list[str]]:
     """The engines that can run here, and for each of the others a line how to get it."""
     engines, hints = [Engine("JAX", jax.__version__, _in_jax)], []
-    for name, extra, find in (
-        ("ONNX Runtime", "onnx", _onnx_runtime),
-        ("PyTorch", "torch", _pytorch),
-    ):
+    others = (("ONNX Runtime", "onnx", _onnx_runtime), ("PyTorch", "torch", _pytorch))
+    for name, extra, find in others:
         try:
             engines += find(name)
         except ImportError:
@@ -54,7 +52,7 @@ def installed_engines() -> tuple[list[Engine], list[str]]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is how an engine, or NumPy, says that memory does not suffice."""
+    """True for an error by which an engine, or NumPy, says that memory does not suffice."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
@@ -67,7 +65,7 @@ def _in_jax(network: Network) -> Prepare:
     run = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
 
     def prepare(batch_size: int) -> Forward:
-        images = jax.device_put(_images(network.spec, batch_size), device)
+        images = jax.device_put(_images(network.spec, batch_size, channels_first=False), device)
         return lambda: jax.block_until_ready(run(parameters, images))
 
     return prepare
@@ -98,7 +96,7 @@ def _in_onnx_runtime(device: str, dtype: str, network: Network) -> Prepare:
         session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
 
     def prepare(batch_size: int) -> Forward:
-        images = _channels_first(_images(network.spec, batch_size))
+        images = _images(network.spec, batch_size)
         inputs = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)}
         return lambda: session.run_with_ort_values(None, inputs)
 
@@ -121,7 +119,7 @@ def _in_pytorch(device: str, network: Network) -> Prepare:
         module = load_export(folder).eval().to(device)
 
     def prepare(batch_size: int) -> Forward:
-        images = torch.from_numpy(_channels_first(_images(network.spec, batch_size))).to(device)
+        images = torch.from_numpy(_images(network.spec, batch_size)).to(device)
 
         def run() -> None:
             with torch.inference_mode():
@@ -138,11 +136,8 @@ def _uses_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _images(spec: Spec, batch_size: int) -> np.ndarray:
-    """Random ones as after normalisation, float32 [B, H, W, C]."""
-    shape = (batch_size, *spec.image_shape)
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-
-def _channels_first(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+def _images(spec: Spec, batch_size: int, channels_first: bool = True) -> np.ndarray:
+    """Random ones as after normalisation, float32 [B, C, H, W] or [B, H, W, C]."""
+    height, width, channels = spec.image_shape
+    shape = (channels, height, width) if channels_first else spec.image_shape
+    return np.random.default_rng(0).standard_normal((batch_size, *shape), np.float32)

@@ -1,23 +1,29 @@
-"""flora_jax --evaluate=FOLDER --data=DATASET: how good a model is on labelled pictures."""
+"""flora_jax --evaluate=FOLDER --data=DATASET: accuracy of a model on labelled pictures."""
 
+import collections
 import dataclasses
 import json
+import logging
 import time
+import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
 from flora_jax.commands.classifier import Classifier, batch_size
-from flora_jax.commands.labels import matched
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.decoding import WHITE
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.sources import SkippingSource, Source, tfds
 from flora_jax.data.splits import load_splits
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, few
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.timing import describe_device
+from flora_jax.weights.metadata.class_names import CLASSES_FILE
+
+log = logging.getLogger(__name__)
 
 _TOP = 5
 _MOST_PAIRS = 3
@@ -27,7 +33,7 @@ _THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of labelled images; shares lie in 0..1.
+    """Accuracy of a model on labelled images; shares lie in 0..1.
 
     Attributes:
       images: how many were evaluated.
@@ -141,13 +147,9 @@ def _by_class(classifier: Classifier, confusion: np.ndarray) -> dict[str, list[d
     worst = np.argsort(-mistakes, axis=None, kind="stable")[:_MOST_PAIRS]
     pairs = [divmod(int(place), len(mistakes)) for place in worst]
     confused = [
-        {
-            "class": classifier.name(label),
-            "taken_for": classifier.name(predicted),
-            "images": int(mistakes[label, predicted]),
-        }
-        for label, predicted in pairs
-        if mistakes[label, predicted]
+        {"class": classifier.name(a), "taken_for": classifier.name(b), "images": int(images)}
+        for a, b in pairs
+        if (images := mistakes[a, b])
     ]
     return {"classes": classes, "confused": confused}
 
@@ -172,7 +174,56 @@ def _text(found: Evaluation) -> str:
     ]
     for pair in found.confused:
         names = as_text(pair["class"]), as_text(pair["taken_for"])
-        lines.append(
-            "most often confused: {} taken for {}, {} times".format(*names, pair["images"])
-        )
+        times = pair["images"]
+        lines.append("most often confused: {} taken for {}, {} times".format(*names, times))
     return "\n".join(lines)
+
+
+# --- which class of the model is which of the data ------------------------------------------------
+
+
+def matched(ours: Sequence[str], num_classes: int, theirs: Sequence[str], data: str) -> np.ndarray:
+    """The model's class of each label of the data, int32 [num_classes].
+
+    Args:
+      ours: names of the model's classes; empty where they are unknown, and the order must serve.
+      num_classes: of the model.
+      theirs: names of the data's classes.
+      data: what to call the data in an error.
+
+    Raises:
+      InputError: another number of classes, or other names; shows the difference.
+    """
+    if len(theirs) != num_classes:
+        raise InputError(
+            f"the model has {num_classes} classes, but {data} has {len(theirs)}"
+            f"{_difference(ours, theirs)}"
+        )
+    if not ours:
+        log.warning("the model's classes have no names: taken to be in the order of %s", data)
+        return np.arange(num_classes, dtype=np.int32)
+    ours, theirs = _normal(ours), _normal(theirs)
+    if ours == theirs:  # where two classes may have one name
+        return np.arange(num_classes, dtype=np.int32)
+    if sorted(ours) != sorted(theirs):
+        raise InputError(
+            f"the classes of the model and of {data} have other names"
+            f"{_difference(ours, theirs)}. Where they mean the same, write a {CLASSES_FILE} with "
+            f"the names of the data, in the model's order, to the folder of the model"
+        )
+    if twice := [name for name, count in collections.Counter(ours).items() if count > 1]:
+        raise InputError(
+            f"the classes of the model and of {data} are in another order, and several are called "
+            f"{few(twice)}: they cannot be matched by name"
+        )
+    return np.array([ours.index(name) for name in theirs], np.int32)
+
+
+def _normal(names: Sequence[str]) -> list[str]:
+    """In composed Unicode, as the names of class folders are."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    only = [set(_normal(a)) - set(_normal(b)) for a, b in ((ours, theirs), (theirs, ours))]
+    return f"; only in the model: {few(only[0])}; only in the data: {few(only[1])}" if ours else ""

@@ -1,4 +1,4 @@
-"""flora_jax --predict=FOLDER pictures...: what a model makes of pictures."""
+"""flora_jax --predict=FOLDER pictures...: the likeliest classes of pictures."""
 
 import functools
 import json
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from flora_jax.commands.classifier import Channels, Classifier, batch_size
+from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.listing import read_index
+from flora_jax.data.preprocessing import Crop
 from flora_jax.errors import InputError
 from flora_jax.io.paths import absolute, as_text, user_path
 
@@ -62,12 +63,9 @@ def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = Fal
 def predictions(
     classifier: Classifier, paths: Sequence[epath.Path]
 ) -> Iterator[Prediction | BadImageError]:
-    """What becomes of each picture, in their order; a bad one gives its error."""
-    run, transform, size = (
-        classifier.log_probabilities(),
-        classifier.transform,
-        batch_size(len(paths)),
-    )
+    """Predicts each picture, in their order; a bad one gives its error."""
+    run, transform = classifier.log_probabilities(), classifier.transform
+    size = batch_size(len(paths))
     read = functools.partial(_read, transform, classifier.preprocessing.background)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), size):
@@ -92,11 +90,10 @@ def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
 
 
 def _read(
-    transform: Channels, background: tuple[int, ...], path: epath.Path
+    transform: Crop, background: tuple[int, ...], path: epath.Path
 ) -> np.ndarray | BadImageError:
     try:
-        pixels = decode_rgb(path.read_bytes(), os.fspath(path), background=background)
-        return transform(pixels)
+        return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
     except BadImageError as error:
         return error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""flora_jax --push_to_hub=owner/name --workdir=RUN: what a run hands out, on the hub."""
+"""flora_jax --push_to_hub=owner/name --workdir=RUN: upload of an export to the hub."""
 
 from etils import epath
 
@@ -49,5 +49,5 @@ def export_in(folder: epath.Path) -> epath.Path:
 
 
 def _is_export(folder: epath.Path) -> bool:
-    """Whether a card is here; a README without what a model wants of pictures is none."""
+    """True where a card is; a README without what a model wants of pictures is none."""
     return all((folder / name).exists() for name in (CARD_FILE, PREPROCESSING_FILE))

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from flora_jax.cluster import interrupts
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share
 from flora_jax.data import augment
 from flora_jax.data.sources import Source
 from flora_jax.errors import InputError

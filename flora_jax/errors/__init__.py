@@ -1,4 +1,4 @@
-"""What the user is told: kinds of errors that a user can mend, and hints for their messages."""
+"""Kinds of errors that a user can mend, and hints for their messages."""
 
 from flora_jax.errors.checks import check_at_least, check_between, check_known
 from flora_jax.errors.hints import did_you_mean, differences, few, listed, unknown

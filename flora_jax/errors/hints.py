@@ -28,7 +28,7 @@ def few(names: Collection[str], limit: int = 6) -> str:
 
 
 def differences(there, here, name: str = "") -> Iterator[tuple[str, object, object]]:
-    """Where two nested dicts of JSON values differ: (dotted name, value there, value here)."""
+    """Differences of two nested dicts of JSON values: (dotted name, value there, value here)."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
             inner = f"{name}.{key}" if name else key

@@ -23,8 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flora_jax.cluster.processes import wait_for_all
 from flora_jax.errors import InputError, MissingFileError, StorageError
-from flora_jax.io.files import matching
-from flora_jax.io.manifest import verify, write_manifest
+from flora_jax.io.files import matching, num_bytes, read_json, sha256, write_json
 from flora_jax.io.paths import absolute
 from flora_jax.io.plain_names import plainly_named
 
@@ -174,12 +173,12 @@ def save_parameters(parameters: Parameters, folder: epath.PathLike) -> None:
 
 
 def has_saved_parameters(folder: epath.PathLike) -> bool:
-    """Whether `save_parameters` has completed this folder."""
+    """True once `save_parameters` has completed this folder."""
     return _manifest(absolute(folder)).exists()
 
 
 def read_saved_parameters(folder: epath.PathLike) -> Parameters:
-    """What `save_parameters` wrote, on the host. Raises InputError where it is damaged."""
+    """The parameters of `save_parameters`, on the host. Raises InputError where damaged."""
     folder = plainly_named(folder)
     try:
         verify(folder, _manifest(folder))
@@ -255,3 +254,45 @@ def _complete_steps(directory: epath.Path) -> list[epath.Path]:
 
 def _manifest(folder: epath.Path) -> epath.Path:
     return folder.parent / MANIFESTS / f"{folder.name}.json"
+
+
+def write_manifest(folder: epath.Path, manifest: epath.Path) -> None:
+    """Writes the path, size in bytes and sha256 of every file under `folder` to a JSON file."""
+    write_json(manifest, {name: _fingerprint(path) for name, path in _files(folder).items()})
+
+
+def verify(folder: epath.Path, manifest: epath.Path) -> None:
+    """Returns when the files under `folder` are those of its manifest, bit for bit.
+
+    Only files found in the folder are opened, whatever paths a manifest names.
+
+    Raises:
+      InputError: they are not; says what is wrong.
+    """
+    if not manifest.exists():
+        raise InputError(f"{manifest} is missing, so writing was not finished")
+    recorded, files = read_json(manifest), _files(folder)
+    if not recorded or not isinstance(recorded, dict):
+        raise InputError(f"{manifest} is not a manifest")
+    if missing := sorted(recorded.keys() - files.keys()):
+        raise InputError(f"{', '.join(missing)} missing from {folder}")
+    if unknown := sorted(files.keys() - recorded.keys()):
+        raise InputError(f"{', '.join(unknown)} in {folder}, but not in {manifest}")
+    for name, path in files.items():
+        if (found := _fingerprint(path)) != recorded[name]:
+            raise InputError(f"{path} is altered: {found} instead of {recorded[name]}")
+
+
+def _fingerprint(path: epath.Path) -> dict:
+    return {"bytes": num_bytes(path), "sha256": sha256(path)}
+
+
+def _files(folder: epath.Path) -> dict[str, epath.Path]:
+    """All files by their paths below the folder; on gs://, epath's glob and walk do not serve."""
+    files: dict[str, epath.Path] = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
+        else:
+            files[path.name] = path
+    return files

@@ -115,7 +115,7 @@ def _opened_to_lock(path: epath.Path) -> IO[str]:
 
 
 def user_cache_dir(name: str) -> epath.Path | None:
-    """Where to keep what can be made again: $XDG_CACHE_HOME/flora_jax/name, or in ~/.cache.
+    """A folder for what can be made again: $XDG_CACHE_HOME/flora_jax/name, or in ~/.cache.
 
     None, with a line in the log, where this user can keep nothing.
     """

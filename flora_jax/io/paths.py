@@ -32,7 +32,7 @@ def as_text(name: str) -> str:
 
 
 def is_url(path: epath.PathLike) -> bool:
-    """Whether this is on a service such as gs://, where no file can be locked or appended to."""
+    """True for a path on a service such as gs://, where no file can be locked or appended to."""
     return "://" in os.fspath(path)
 
 

@@ -1,4 +1,4 @@
-"""Whether a folder can hold a run: found out in a moment, instead of when hours are to be saved."""
+"""Trial of a folder for a run: in a moment, instead of when hours are to be saved."""
 
 import contextlib
 import os

@@ -17,7 +17,7 @@ from flora_jax.runs.model_files import describe_model
 from flora_jax.runs.workdir import EXPORT, Run, Step
 from flora_jax.stages.card import card_of
 from flora_jax.weights import folder
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.export.onnx import in_onnx_runtime
 
 log = logging.getLogger(__name__)

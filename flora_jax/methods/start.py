@@ -34,7 +34,7 @@ from flora_jax.runs.workdir import (
     stale_steps,
 )
 from flora_jax.training.watch import opened
-from flora_jax.weights.export.kinds import check_packages
+from flora_jax.weights.export import check_packages
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a compiled program's text says about it: its collectives and its kernels."""
+"""Collectives and kernels of a compiled program, read off its text."""
 
 import collections
 import dataclasses
@@ -10,6 +10,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=([%\w.-]+))")
+_NAME = re.compile(r"[\w.-]+")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
@@ -74,14 +75,10 @@ def _reached_from_branches(computations: dict[str, list[str]]) -> set[str]:
     calls: dict[str, set[str]] = collections.defaultdict(set)
     to_visit: list[str] = []
     for name, lines in computations.items():
-        for line in lines:
-            branches = [
-                branch.strip(" %")
-                for several, one in _BRANCHES.findall(line)
-                for branch in (several or one).split(",")
-            ]
-            calls[name].update(_CALLED.findall(line), branches)
-            to_visit += branches
+        text = "\n".join(lines)
+        branches = _NAME.findall(" ".join(map("".join, _BRANCHES.findall(text))))
+        calls[name].update(_CALLED.findall(text), branches)
+        to_visit += branches
     reached: set[str] = set()
     while to_visit:
         name = to_visit.pop()

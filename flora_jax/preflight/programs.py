@@ -44,13 +44,14 @@ class DoesNotFitError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What was compiled for a topology; bytes are those of one device.
+    """A program compiled for a topology; bytes are those of one device.
 
     Attributes:
       images: that a device takes at once.
-      resident: of what stays on the device beside the program: the held-out images.
+      total: bytes of arguments, temporaries, code, results, and of what is resident.
       seconds: of compiling.
       kernels: calls of Pallas kernels.
+      resident: of what stays on the device beside the program: the held-out images.
     """
 
     images: int
@@ -87,6 +88,10 @@ class Training:
     @property
     def has_teacher(self) -> bool:
         return self.recipe.distill and not self.recipe.stored_predictions
+
+    @property
+    def genes(self) -> jax.ShapeDtypeStruct | None:
+        return None if self.num_genes is None else _Shape((self.num_genes,), jnp.int32)
 
     @property
     def macs(self) -> int:
@@ -133,7 +138,6 @@ def compile_training(settings: Settings, training: Training, mesh: Mesh, images:
     spec, batch_size = training.spec, images * mesh.size
     recipe = dataclasses.replace(training.recipe, batch_size=batch_size)
     step_settings = recipe.settings(batch_size, loop_over_blocks=True)  # as on TPU
-    normalization = settings.data.normalization
     structure, parameters = functional.split(training.network)
     teacher_structure, teacher = None, None
     if training.has_teacher:
@@ -144,17 +148,12 @@ def compile_training(settings: Settings, training: Training, mesh: Mesh, images:
         stored = (batch_size, min(TOP, spec.num_classes))
         batch["target_probs"] = _Shape(stored, jnp.float16)
         batch["target_index"] = _Shape(stored, jnp.int16)
-    step = make_step(
-        structure, step_settings, normalization, mesh, teacher_structure, training.penalty
-    )
+    teaching = (teacher_structure, training.penalty)
+    step = make_step(structure, step_settings, settings.data.normalization, mesh, *teaching)
     state = jax.eval_shape(lambda p: initial_state(structure, p, step_settings), parameters)
-    arguments = (
-        _placed(state, mesh, lambda shape: parameter_partition(shape, mesh)),
-        _placed(batch, mesh, lambda _: SPLIT),
-        _placed(_genes(training), mesh, lambda _: WHOLE),
-        _placed(teacher, mesh, lambda _: WHOLE),
-    )
-    return _compile(step.lower(*arguments), images)
+    state = _placed(state, mesh, lambda shape: parameter_partition(shape, mesh))
+    batch, genes = _split(batch, mesh), _whole(training.genes, mesh)
+    return _compile(step.lower(state, batch, genes, _whole(teacher, mesh)), images)
 
 
 def compile_evaluation(
@@ -174,13 +173,10 @@ def compile_evaluation(
         target = jax.eval_shape(
             lambda w, x: quality.of(functional.merge(dense, w), x), weights, pixels
         )
-    batch = (pixels, target, _Shape((size,), jnp.float32))
-    arguments = (
-        _placed(parameters, mesh, lambda _: WHOLE),
-        _placed(batch, mesh, lambda _: SPLIT),
-        _placed(_genes(training), mesh, lambda _: WHOLE),
-    )
-    program = _compile(sum_model_metrics.lower(structure, quality, mesh, *arguments), images)
+    parameters, genes = _whole((parameters, training.genes), mesh)
+    batch = _split((pixels, target, _Shape((size,), jnp.float32)), mesh)
+    lowered = sum_model_metrics.lower(structure, quality, mesh, parameters, batch, genes)
+    program = _compile(lowered, images)
     resident = -(-num_heldout // size) * images * math.prod(training.spec.image_shape)
     return dataclasses.replace(program, resident=resident, total=program.total + resident)
 
@@ -191,30 +187,27 @@ def compile_calibration(settings: Settings, spec: Spec, mesh: Mesh) -> Program:
     parameters = functional.split(create_abstract(spec))[1]
     group = max(layer_groups(spec), key=lambda layers: sum(la.in_features**2 for la in layers))
     images = -(-BATCH_SIZE // mesh.size)
-    batch = _Shape((images * mesh.size, *spec.image_shape), jnp.uint8)
-    mask = _Shape((images * mesh.size,), jnp.float32)
-    arguments = (
-        _placed(parameters, mesh, lambda _: WHOLE),
-        _placed(batch, mesh, lambda _: SPLIT),
-        _placed(mask, mesh, lambda _: SPLIT),
-    )
+    size = images * mesh.size
+    batch, mask = _Shape((size, *spec.image_shape), jnp.uint8), _Shape((size,), jnp.float32)
+    arguments = (_whole(parameters, mesh), *_split((batch, mask), mesh))
     names = tuple(layer.name for layer in group)
     lowered = batch_sums.lower(structure, mesh, names, settings.data.normalization, *arguments)
     return _compile(lowered, images)
 
 
-def _genes(training: Training):
-    return None if training.num_genes is None else _Shape((training.num_genes,), jnp.int32)
+def _whole(tree, mesh: Mesh):
+    return _placed(tree, mesh, lambda _: WHOLE)
+
+
+def _split(tree, mesh: Mesh):
+    return _placed(tree, mesh, lambda _: SPLIT)
 
 
 def _placed(tree, mesh: Mesh, partition: Callable):
-    """Arrays' shapes with the place that each array would have."""
-
-    def at(x) -> _Shape:
-        sharding = NamedSharding(mesh, partition(x.shape))
-        return _Shape(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(at, tree)
+    """Arrays' shapes with the place that each array would have; `partition` takes a shape."""
+    return jax.tree.map(
+        lambda x: _Shape(x.shape, x.dtype, sharding=NamedSharding(mesh, partition(x.shape))), tree
+    )
 
 
 _NEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMG])")
@@ -235,13 +228,6 @@ def _compile(lowered, images: int) -> Program:
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     code = memory.generated_code_size_in_bytes
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(
-        images=images,
-        arguments=arguments,
-        temporaries=temporaries,
-        code=code,
-        total=arguments + temporaries + code + output,
-        seconds=seconds,
-        kernels=hlo.num_kernels(text),
-        collectives=hlo.collectives(text),
-    )
+    total, kernels = arguments + temporaries + code + output, hlo.num_kernels(text)
+    found = hlo.collectives(text)
+    return Program(images, arguments, temporaries, code, total, seconds, kernels, found)

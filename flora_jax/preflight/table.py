@@ -1,4 +1,4 @@
-"""What a check prints: a column for each program, a row for each thing that it needs."""
+"""Table of a check: a column for each program, a row for each thing that it needs."""
 
 import collections
 import math
@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.preflight.programs import Program
+from flora_jax.report import table
 from flora_jax.report.table import human_count
 
 GIB = 2**30
@@ -54,11 +55,7 @@ def lines_of(columns: list[dict[str, str]]) -> list[str]:
 
 def aligned(rows: list[list[str]]) -> list[str]:
     """The rows as lines, the first column to the left and the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))).rstrip()
-        for row in rows
-    ]
+    return table.aligned(rows).splitlines()
 
 
 def size_text(num_bytes: float) -> str:

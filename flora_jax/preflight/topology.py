@@ -1,4 +1,4 @@
-"""Whether a run fits a TPU slice, from the compiler alone: no TPU is needed.
+"""Check that a run fits a TPU slice, from the compiler alone: no TPU is needed.
 
 libtpu, on any machine, compiles a config's heaviest training step, its evaluation step and the step
 of its calibration for a topology by name.
@@ -17,8 +17,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from flora_jax.cluster.mesh import make_mesh
-from flora_jax.cluster.sharing import equal_share
+from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.preflight.programs import (
     DoesNotFitError,
@@ -85,24 +84,18 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
       MissingPackageError: libtpu, the compiler, is not installed.
       InputError: there is no such topology.
     """
-    generation, _, shape = topology.partition(":")
+    unknown, (generation, _, shape) = f"unknown topology {topology!r}", topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         examples = ", ".join(chip.example for chip in CHIPS.values())
-        raise InputError(
-            f"unknown topology {topology!r}; give a generation and a shape, as in {examples}"
-        )
+        raise InputError(f"{unknown}; give a generation and a shape, as in {examples}")
     if importlib.util.find_spec("libtpu") is None:
-        raise MissingPackageError(
-            "the TPU compiler libtpu is not installed: pip install 'jax[tpu]'"
-        )
+        raise MissingPackageError("the TPU compiler is not installed: pip install 'jax[tpu]'")
     chip = CHIPS[generation]
     try:
         found = topologies.get_topology_desc(topology, "tpu", **chip.options)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"unknown topology {topology!r}; its sides must be multiples of 2, as in "
-            f"{chip.example} ({error})"
-        ) from error
+        reason = f"its sides must be multiples of 2, as in {chip.example}"
+        raise InputError(f"{unknown}; {reason} ({error})") from error
     return chip, found.devices
 
 
@@ -134,15 +127,17 @@ def check_topology(settings: Settings, topology: str) -> str:
     if images not in programs:
         raise InputError(_too_much(training, images, needed_first, largest, mesh, chip))
     log.info("evaluation and calibration: compiling")
+    spec, num_params = training.spec, count_parameters(training.network)
     whole, num_heldout = make_mesh(1, devices), count_heldout(settings)
     evaluation = compile_evaluation(settings, training, whole, num_heldout or 0)
-    supernet_params = count_parameters(training.network)
-    others = [("evaluation", supernet_params, training.forward_macs, evaluation)]
+    rows = [
+        (training.name, num_params, training.macs, programs[images]),
+        ("evaluation", num_params, training.forward_macs, evaluation),
+    ]
     if "calibrate" in settings.stages and settings.calibration.images:
-        calibration = compile_calibration(settings, training.spec, whole)
-        spec = training.spec
-        others.append(("calibrate", spec.num_params(), spec.macs(), calibration))
-    for name, _, _, program in others:
+        calibration = compile_calibration(settings, spec, whole)
+        rows.append(("calibrate", spec.num_params(), spec.macs(), calibration))
+    for name, _, _, program in rows[1:]:
         if program.total > chip.hbm:
             raise InputError(
                 f"{name} needs {size_text(program.total)} of a device's {size_text(chip.hbm)}, "
@@ -153,8 +148,7 @@ def check_topology(settings: Settings, topology: str) -> str:
         f"{training.name} on {topology}: {mesh.size} devices of {size_text(chip.hbm)}; "
         f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
     )
-    first = (training.name, supernet_params, training.macs, programs[images])
-    columns = [column(*each, mesh, chip.hbm) for each in (first, *others)]
+    columns = [column(*row, mesh, chip.hbm) for row in rows]
     fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
     if largest == _MOST_IMAGES:
         fits = f"at least {fits}"
@@ -167,7 +161,7 @@ def check_topology(settings: Settings, topology: str) -> str:
 
 
 def count_heldout(settings: Settings) -> int | None:
-    """How many images are held out; None where the dataset is not on this machine."""
+    """The number of images held out; None where the dataset is not on this machine."""
     if settings.data.name.partition(":")[2].startswith("imagenet2012"):
         return round(settings.data.heldout_fraction * _IMAGENET)
     try:
@@ -216,7 +210,7 @@ def largest_batch(
 
 
 def _where_line_ends(tried: dict[int, float], available: float) -> float:
-    """Where the line through the last two points, or through one and zero, meets `available`."""
+    """The images at which the line through the last two points, or one and zero, is at this."""
     (x0, y0), (x1, y1) = [(0, 0.0), *tried.items()][-2:]
     if y1 == y0 or x1 == x0:
         return _MOST_IMAGES

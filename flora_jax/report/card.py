@@ -12,7 +12,7 @@ from flora_jax.evaluation.comparison import Interval
 from flora_jax.evaluation.quality import Quality, quality_of
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import difference_text, human_count, in_points
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 
 CARD_FILE = "README.md"
 Numbers = Mapping[str, float]
@@ -27,7 +27,7 @@ class Card:
       spec: of the model; dense: of the one that it was made of, None where it is that one.
       base_model: the name of the weights that it began with; empty: none.
       dataset: the name of what it was trained and tested on.
-      exports: the kinds of files that lie beside, of `flora_jax.weights.export.kinds`.
+      exports: the kinds of files that lie beside, of `flora_jax.weights.export`.
       tags: what else it can be found by.
       steps: how it was made, a sentence or two each.
       tested: what was measured of it on the test images; where it is known "test_images", how many

@@ -12,9 +12,8 @@ from collections.abc import Collection, Container, Mapping, Sequence
 import jax
 import numpy as np
 
-from flora_jax.cluster.mesh import make_mesh
+from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.cluster.processes import is_first
-from flora_jax.cluster.sharing import equal_share
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.evaluation.quality import quality_of
 from flora_jax.flora.cost import Cost
@@ -28,7 +27,7 @@ from flora_jax.runs.workdir import Run, SavedSpace
 from flora_jax.slim.gates import abstract_gated
 from flora_jax.training.settings import Recipe
 from flora_jax.training.watch import check_can_watch
-from flora_jax.weights.export.kinds import check_packages
+from flora_jax.weights.export import check_packages
 from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.folder import load_spec
 from flora_jax.weights.hub import local_folder

@@ -24,7 +24,7 @@ from flora_jax.runs.config_tree import from_mapping, to_mapping
 from flora_jax.slim.gates import ATTENTION_GATES, SparsityPenalty
 from flora_jax.training.settings import Recipe, seed_of, without_effect
 from flora_jax.training.watch import PACKAGES
-from flora_jax.weights.export.kinds import EXPORTS
+from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.metadata.spec import describes_itself, read_spec
 
 ENDING = ("extract", "finetune", "evaluate", "report")

@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flora_jax.cluster.mesh import make_mesh, replicate, spread
+from flora_jax.cluster.mesh import equal_share, make_mesh, replicate, spread
 from flora_jax.cluster.processes import wait_for_all
-from flora_jax.cluster.sharing import equal_share
 from flora_jax.data.batches import Batch, Batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import Source

@@ -8,9 +8,8 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora_jax.io.checkpoint import Checkpoints, read_parameters
+from flora_jax.io.checkpoint import Checkpoints, read_parameters, verify
 from flora_jax.io.files import read_json
-from flora_jax.io.manifest import verify
 from tests.helpers.checkpoints import assert_same, files, names, restored_step, state_at
 from tests.helpers.files import flip_a_bit, largest_file
 
@@ -44,59 +43,39 @@ def _delete_the_manifest(run):
     return "6.json is missing, so writing was not finished"
 
 
-def _cut_the_manifest(run):
-    path = run / "manifests" / "6.json"
-    path.write_text(path.read_text()[:-9])
-    return "6.json is not valid JSON"
+def _manifest(change, reason):
+    """A fault that writes what `change` makes of the bytes of the manifest."""
+
+    def fault(run):
+        path = run / "manifests" / "6.json"
+        path.write_bytes(change(path.read_bytes()))
+        return reason
+
+    return fault
 
 
-def _manifest_of_other_bytes(run):
-    (run / "manifests" / "6.json").write_bytes(b"\xff\x00\xfe")
-    return "can't decode byte"
-
-
-def _manifest_of_a_list(run):
-    (run / "manifests" / "6.json").write_text("[1, 2]")
-    return "6.json is not a manifest"
-
-
-def _manifest_of_another_entry(run):
-    path = run / "manifests" / "6.json"
-    path.write_text(path.read_text().replace('"sha256"', '"sha255"', 1))
-    return "is altered"
-
-
-def _manifest_that_leaves_the_folder(run):
-    path = run / "manifests" / "6.json"
-    path.write_text(path.read_text().replace("_CHECKPOINT_METADATA", "../3/_CHECKPOINT_METADATA"))
-    return "../3/_CHECKPOINT_METADATA missing"
-
-
-def _manifest_of_an_absolute_path(run):
-    path = run / "manifests" / "6.json"
-    outside = run / "6" / "_CHECKPOINT_METADATA"
-    path.write_text(path.read_text().replace("_CHECKPOINT_METADATA", str(outside)))
-    return f"{outside} missing"
-
-
-FAULTS = [
-    _flip_a_bit,
-    _truncate,
-    _delete_a_file,
-    _add_a_file,
-    _delete_the_manifest,
-    _cut_the_manifest,
-    _manifest_of_other_bytes,
-    _manifest_of_a_list,
-    _manifest_of_another_entry,
-    _manifest_that_leaves_the_folder,
-    _manifest_of_an_absolute_path,
-]
+FAULTS = {
+    "flipped bit": _flip_a_bit,
+    "truncated file": _truncate,
+    "file missing": _delete_a_file,
+    "file too many": _add_a_file,
+    "no manifest": _delete_the_manifest,
+    "cut manifest": _manifest(lambda text: text[:-9], "6.json is not valid JSON"),
+    "no text": _manifest(lambda text: b"\xff\x00\xfe", "can't decode byte"),
+    "list": _manifest(lambda text: b"[1, 2]", "6.json is not a manifest"),
+    "another entry": _manifest(lambda t: t.replace(b"sha256", b"sha255", 1), "is altered"),
+    "leaves the folder": _manifest(
+        lambda text: text.replace(b"_CHECK", b"../3/_CHECK"), "../3/_CHECKPOINT_METADATA missing"
+    ),
+    "absolute path": _manifest(
+        lambda text: text.replace(b"_CHECK", b"/6/_CHECK"), "/6/_CHECKPOINT_METADATA missing"
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_training_goes_on_from_the_step_before_a_damaged_one(run, fault, caplog):
-    reason = fault(run)
+    reason = FAULTS[fault](run)
     damaged = files(run / "6")
     assert restored_step(run) == 3
     (record,) = [r for r in caplog.records if r.name.startswith("flora_jax")]
@@ -115,7 +94,7 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(run, fault, caplog)
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_reading_parameters_passes_over_a_damaged_step_and_changes_nothing(run, fault, caplog):
-    reason = fault(run)
+    reason = FAULTS[fault](run)
     before = files(run)
     assert_same(read_parameters(run), state_at(3).parameters)
     (record,) = [r for r in caplog.records if r.name.startswith("flora_jax")]

@@ -16,8 +16,6 @@ from tests.helpers.checkpoints import program, restored_step, state_at
 from tests.helpers.commands import ROOT
 
 _program = functools.partial(program, __name__)
-
-
 pytestmark = pytest.mark.slow
 
 
@@ -39,17 +37,20 @@ def limit_file_size():
 
 
 def _output(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    return subprocess.run(command, cwd=ROOT, **options)
+
+
+def _check(done: subprocess.CompletedProcess, folder, reason: str):
+    error, step = done.stdout.splitlines()
+    assert error.startswith(f"saving {folder}/9 failed: ")
+    assert reason in error
+    assert step == "3"
 
 
 def test_a_file_that_may_not_grow(tmp_path):
     done = _output(*_program("limit_file_size()", f"save_until_full({str(tmp_path)!r})"))
-    error, step = done.stdout.splitlines()
-    assert error.startswith(f"saving {tmp_path}/9 failed: ")
-    assert "File too large" in error
-    assert step == "3"
+    _check(done, tmp_path, "File too large")
 
 
 def test_a_full_disk(tmp_path):
@@ -60,7 +61,4 @@ def test_a_full_disk(tmp_path):
     script = 'limit=$1; shift; mount -t tmpfs -o size=1m tmpfs "$limit" && exec "$@"'
     program = _program(f"save_until_full({str(tmp_path)!r})")
     done = _output(*namespace, "sh", "-c", script, "sh", str(tmp_path), *program)
-    error, step = done.stdout.splitlines()
-    assert error.startswith(f"saving {tmp_path}/9 failed: ")
-    assert "No space left on device" in error
-    assert step == "3"
+    _check(done, tmp_path, "No space left on device")

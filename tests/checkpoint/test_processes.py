@@ -17,8 +17,6 @@ from tests.helpers.checkpoints import assert_same, names, program
 from tests.helpers.commands import ROOT, free_port
 
 _program = functools.partial(program, __name__)
-
-
 pytestmark = pytest.mark.processes
 
 
@@ -46,17 +44,10 @@ def save_and_restore_together(directory: str, port: int, process: int):
 
 def test_two_processes_agree_and_one_goes_on_alone(tmp_path):
     port = free_port()
-    started = [
-        subprocess.Popen(
-            _program(f"save_and_restore_together({str(tmp_path)!r}, {port}, {process})"),
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
+    calls = [f"save_and_restore_together({str(tmp_path)!r}, {port}, {i})" for i in range(2)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    options["env"] = os.environ | {"JAX_PLATFORMS": "cpu"}
+    started = [subprocess.Popen(_program(call), **options) for call in calls]
     try:
         outputs = [process.communicate(timeout=60) for process in started]
     finally:

@@ -1,18 +1,24 @@
-"""Saving and restoring states, and errors in the background."""
+"""Saving and restoring states, errors in the background, folders of trainings."""
 
 import functools
 import os
-import sys
 import threading
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import flora_jax as flora
 from flora_jax.cluster import mesh
+from flora_jax.io import checkpoint
 from flora_jax.io.checkpoint import Checkpoints, read_parameters
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state
+from flora_jax.weights.folder import save_description_once
 from tests.helpers.checkpoints import assert_same, files, names, restored_step, state_at
-
-WRITE_MANIFEST = "flora_jax.io.checkpoint.write_manifest"
 
 
 def test_a_state_comes_back_on_the_devices_it_is_wanted_on(saved):
@@ -89,13 +95,13 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
 
 def test_save_returns_before_the_step_is_complete(tmp_path, monkeypatch):
     may_go_on = threading.Event()
-    write = _imported(WRITE_MANIFEST)
+    write = checkpoint.write_manifest
 
     def write_later(*arguments):
         assert may_go_on.wait(timeout=60)
         write(*arguments)
 
-    monkeypatch.setattr(WRITE_MANIFEST, write_later)
+    monkeypatch.setattr(checkpoint, "write_manifest", write_later)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state_at(3))
         assert not (tmp_path / "manifests" / "3.json").exists()
@@ -104,32 +110,27 @@ def test_save_returns_before_the_step_is_complete(tmp_path, monkeypatch):
     assert restored_step(tmp_path) == 3
 
 
-def _imported(name: str):
-    module, attribute = name.rsplit(".", 1)
-    return getattr(sys.modules[module], attribute)
-
-
 def _fail(*_):
     raise OSError("the cable is out")
 
 
-def _save_again(checkpoints):
-    checkpoints.save(12, state_at(12))
+USES = {
+    "save": lambda checkpoints: checkpoints.save(12, state_at(12)),
+    "restore": lambda checkpoints: checkpoints.restore(state_at(0)),
+    "latest_path": Checkpoints.latest_path,
+    "exit": lambda checkpoints: checkpoints.__exit__(None, None, None),
+}
 
 
-def _restore(checkpoints):
-    checkpoints.restore(state_at(0))
-
-
-@pytest.mark.parametrize("use", [_save_again, _restore, Checkpoints.latest_path, None])
+@pytest.mark.parametrize("use", USES)
 def test_an_error_in_the_background_surfaces(run, monkeypatch, use):
     """At the next call, or at the end; only once, and the steps before it stay."""
     checkpoints = Checkpoints(run, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(WRITE_MANIFEST, _fail)
+        patch.setattr(checkpoint, "write_manifest", _fail)
         checkpoints.save(9, state_at(9))
         with pytest.raises(OSError, match=rf"saving {run}/9 failed: the cable is out"):
-            use(checkpoints) if use else checkpoints.__exit__(None, None, None)
+            USES[use](checkpoints)
     checkpoints.__exit__(None, None, None)
     assert restored_step(run) == 6
 
@@ -142,7 +143,58 @@ def test_an_error_in_the_background_is_not_hidden_by_one_in_the_foreground(run, 
             checkpoints.save(9, state_at(9))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(WRITE_MANIFEST, _fail)
+    monkeypatch.setattr(checkpoint, "write_manifest", _fail)
     with pytest.raises(OSError, match=r"saving .*/run/9 failed") as caught:
         stop_after_save()
     assert isinstance(caught.value.__context__, KeyboardInterrupt)
+
+
+# --- opening a training folder --------------------------------------------------------------------
+
+
+def state_of(model, step, ema_decay=0.0):
+    """A state whose moving average differs from its parameters."""
+    settings = TrainSettings(steps=9, batch_size=1, learning_rate=0.1, ema_decay=ema_decay)
+    structure, parameters = functional.split(model)
+    parameters = {name: np.array(value) for name, value in parameters.items()}
+    state = initial_state(structure, parameters, settings)
+    if ema_decay:
+        state = state._replace(average={name: -value for name, value in parameters.items()})
+    return mesh.replicate(state._replace(step=jnp.int32(step)), mesh.make_mesh())
+
+
+def test_load_opens_a_training_folder(tiny_model, tiny_space, tmp_path):
+    supernet = flora.factorize(tiny_model, tiny_space)
+    save_description_once(supernet, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, state_of(supernet.network, 4))
+    again = flora.load(tmp_path)
+    assert_same(functional.split(again.network)[1], functional.split(supernet.network)[1])
+    assert again.space.choices == supernet.space.choices
+
+
+def test_load_prefers_the_moving_average(tiny_model, tmp_path):
+    save_description_once(tiny_model, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, state_of(tiny_model, 4, ema_decay=0.9))
+    loaded, parameters = (functional.split(m)[1] for m in (flora.load(tmp_path), tiny_model))
+    for name, value in parameters.items():
+        np.testing.assert_array_equal(loaded[name], -value)
+
+
+def test_relative_folders(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("run/checkpoints") as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    save_description_once(tiny_model, "run")
+    loaded = functional.split(flora.load("run"))[1]
+    for name, value in state_of(tiny_model, 3).parameters.items():
+        np.testing.assert_array_equal(loaded[name], value)
+
+
+def test_checkpoint_of_another_network(tiny_model, micro_spec, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, state_of(tiny_model, 3))
+    save_description_once(create_abstract(micro_spec), tmp_path)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        flora.load(tmp_path)

@@ -1,10 +1,25 @@
-"""Small compressed networks: of low rank, slimmed, or both."""
+"""Small compressed networks: of low rank, slimmed, or both; and what those to export compute."""
 
+import dataclasses
+import functools
+
+import jax
 import numpy as np
 
 import flora_jax as flora
 from flora_jax import slim
-from tests.helpers.slimming import gated_model, random_masks
+from flora_jax.models import functional
+from tests.helpers import modern
+from tests.helpers.slimming import (
+    SHIFTED_SWIN,
+    TINY,
+    TINY_HYBRID,
+    TINY_SWIN,
+    gated_model,
+    images_of,
+    random_masks,
+    random_model,
+)
 
 
 def low_rank(model):
@@ -26,3 +41,42 @@ def slimmed(spec):
     assert widths != [block.attention_dim for block in spec.blocks]
     assert not tokens or 1 < cut.spec.num_embedded_tokens < spec.num_tokens
     return cut
+
+
+TINY_VIT = flora.ViTSpec(depth=2, **TINY)
+
+
+def _like(spec, **changes):
+    return dataclasses.replace(spec, blocks=(), **changes)
+
+
+# One of each kind that differs in what an export has to write.
+NETWORKS = {
+    "distilled": lambda: random_model(_like(TINY_VIT, distilled=True)),
+    "no bias, grey": lambda: slimmed(_like(TINY_VIT, qkv_bias=False, in_channels=1)),
+    "mean": lambda: random_model(_like(TINY_VIT, pool="mean")),
+    "low rank, gated": lambda: low_rank(modern.model("timm_dinov3_swiglu")),
+    "slim, tokens stay": lambda: slimmed(modern.shallow("timm_siglip_gap", 1)),
+    "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", 2)),
+    "slim, registers": lambda: slimmed(modern.shallow("timm_dinov2_registers", 2)),
+    "low rank on slim": lambda: low_rank(slimmed(TINY_VIT)),
+    "swin": lambda: random_model(_like(SHIFTED_SWIN, qkv_bias=False)),
+    "swin, low rank on slim": lambda: low_rank(slimmed(TINY_SWIN)),
+    "tiny_vit, low rank on slim": lambda: low_rank(
+        slimmed(_like(TINY_HYBRID, num_classes=0, in_channels=1))
+    ),
+}
+
+
+@functools.cache
+def network(name):
+    """The network of this name, five images, and what it makes of them: output and tokens."""
+    model = NETWORKS[name]()
+    images, (structure, parameters) = images_of(model.spec, 5), functional.split(model)
+
+    @jax.jit
+    def forward(parameters):
+        model = functional.merge(structure, parameters)
+        return model(images), model.features(images)
+
+    return model, images, *map(np.asarray, forward(parameters))

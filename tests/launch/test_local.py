@@ -1,5 +1,6 @@
-"""Several processes on one machine, with a stand-in for the interpreter."""
+"""Processes on one machine and SLURM jobs, with stand-ins for the interpreter and SLURM."""
 
+import os
 import re
 import shlex
 import signal
@@ -19,9 +20,8 @@ from tests.helpers.launching import (
     wait_until,
 )
 
-pytestmark = pytest.mark.processes
 
-
+@pytest.mark.processes
 class TestLocal:
     def test_dry_run(self):
         lines = output("local.sh", "--dry-run", "2", *ARGUMENTS)
@@ -52,11 +52,15 @@ class TestLocal:
 
     SLEEPS = 'echo $$ >"$OUT/$BASHPID.new"\nmv "$OUT/$BASHPID.new" "$OUT/$BASHPID"\nsleep 60'
 
-    def test_all_stop_when_one_fails(self, tmp_path):
+    @pytest.fixture
+    def out(self, tmp_path):
+        """A folder with a file for each process, named like it."""
+        (tmp_path / "out").mkdir()
+        return tmp_path / "out"
+
+    def test_all_stop_when_one_fails(self, tmp_path, out):
         fails = 'case "$*" in *--process_id=1*) sleep 0.3; exit 7 ;; esac\n'
         python = executable(tmp_path / "bin/python", fails + self.SLEEPS)
-        out = tmp_path / "out"
-        out.mkdir()
         start = time.monotonic()
         done = launch("local.sh", "3", PYTHON=python, OUT=out)
         assert done.returncode == 7
@@ -64,10 +68,8 @@ class TestLocal:
         assert not any(is_running(int(path.name)) for path in out.iterdir())
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_signal_stops_all(self, tmp_path, number):
+    def test_signal_stops_all(self, tmp_path, out, number):
         python = executable(tmp_path / "bin/python", self.SLEEPS)
-        out = tmp_path / "out"
-        out.mkdir()
         with subprocess.Popen(
             ["env", "--default-signal=INT", LAUNCH / "local.sh", "2"],
             env=environment(PYTHON=python, OUT=out),
@@ -76,3 +78,46 @@ class TestLocal:
             process.send_signal(number)
             assert process.wait(timeout=20) == 130
         assert not any(is_running(int(path.name)) for path in out.iterdir())
+
+
+class TestSlurm:
+    def test_dry_run(self):
+        arguments = ["--workdir=/shared/run", *ARGUMENTS]
+        (line,) = output("slurm.sbatch", "--dry-run", *arguments)
+        command = "srun --kill-on-bad-exit=1 .venv/bin/python -m flora_jax.main --distributed"
+        assert shlex.split(line) == [*command.split(), *arguments]
+
+    @pytest.fixture
+    def job(self, tmp_path):
+        """A function: body of the task -> the job's process, with SLURM's commands."""
+        executable(tmp_path / "bin/scontrol", f'echo "$0 $*" >>{tmp_path}/calls')
+        executable(
+            tmp_path / "bin/scancel", f'echo "$0 $*" >>{tmp_path}/calls\nkill $(<{tmp_path}/task)'
+        )
+
+        def start(task: str) -> subprocess.Popen:
+            executable(tmp_path / "bin/srun", task)
+            path = f"{tmp_path}/bin:{os.environ['PATH']}"
+            return subprocess.Popen(
+                ["bash", LAUNCH / "slurm.sbatch", "--workdir=/shared/run"],
+                env=environment(SLURM_JOB_ID=7, PATH=path),
+            )
+
+        return start
+
+    def test_exit_status_is_the_run_s(self, job, tmp_path):
+        assert job("exit 5").wait(timeout=30) == 5
+        assert not (tmp_path / "calls").exists()
+
+    def test_preempted_job_saves_and_is_queued_again(self, job, tmp_path):
+        save = f"trap 'sleep 0.3; echo saved >>{tmp_path}/calls; exit' TERM\n"
+        started = f"echo $$ >{tmp_path}/task.new\nmv {tmp_path}/task.new {tmp_path}/task\n"
+        with job(save + started + "while true; do sleep 0.05; done") as process:
+            wait_until((tmp_path / "task").exists)
+            process.terminate()
+            process.wait(timeout=30)
+        assert (tmp_path / "calls").read_text().splitlines() == [
+            f"{tmp_path}/bin/scancel --signal=TERM 7",
+            "saved",
+            f"{tmp_path}/bin/scontrol requeue 7",
+        ]

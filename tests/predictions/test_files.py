@@ -1,19 +1,25 @@
-"""Writing and reading: folders that resist."""
+"""Stored predictions: folders that resist, the records, and the description of them."""
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
 from flora_jax.data.subsets import subset
 from flora_jax.models import functional
 from flora_jax.training.stored_predictions import (
+    Description,
     StoredPredictions,
     Teacher,
     describe,
@@ -29,6 +35,7 @@ from tests.helpers.predictions import (
     STEPS,
     a_model,
     batches,
+    first_batches,
     read_all,
     write,
 )
@@ -115,20 +122,11 @@ def test_a_flipped_bit_is_detected_and_only_that_file_written_anew(
     assert content(copy) == content(stored)
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("images", "abc"),
-        ("num_images", 51),
-        ("batch_size", 8),
-        ("steps", 9),
-        ("seed", 4),
-        ("k", 5),
-        ("num_classes", 11),
-        ("teacher", "abc"),
-        ("augmentation", AUGMENTATION | {"name": "shift"}),
-    ],
-)
+OTHER = {"images": "abc", "num_images": 51, "batch_size": 8, "steps": 9, "seed": 4, "k": 5}
+OTHER |= {"num_classes": 11, "teacher": "abc", "augmentation": AUGMENTATION | {"name": "shift"}}
+
+
+@pytest.mark.parametrize("field, value", OTHER.items(), ids=OTHER)
 def test_other_predictions_are_refused(stored, description, field, value):
     other = dataclasses.replace(description, **{field: value})
     there, name = description.to_json()[field], field
@@ -166,12 +164,9 @@ def test_another_teacher_or_other_images_make_another_description(teacher, descr
     assert describe("digits", shifted, teacher, **fields).images != description.images
 
 
-def test_writing_goes_on_with_the_same_number_of_processes(stored, description):
+def test_bad_processes_and_steps(stored, description, tmp_path):
     with pytest.raises(ValueError, match="parts: 1 there, 2 now"):
         parts_to_write(stored, description, 0, 2)
-
-
-def test_bad_processes_and_steps(stored, description, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size 16 cannot be shared by 3 processes; .*: 15"):
         StoredPredictions(stored, description, 0, 3)
     with pytest.raises(ValueError, match=r"process_index 2 lies outside 0\.\.1"):
@@ -180,12 +175,6 @@ def test_bad_processes_and_steps(stored, description, tmp_path):
         StoredPredictions(stored, description).read(8)
     with pytest.raises(FileNotFoundError, match="no predictions are stored there"):
         StoredPredictions(tmp_path, description)
-
-
-def test_a_missing_part_is_named(copy, description):
-    (copy / PART).unlink()
-    with pytest.raises(ValueError, match=rf"{PART} is missing"):
-        StoredPredictions(copy, description)
 
 
 def test_a_full_disk_is_an_error_before_the_work(tmp_path, copy, description, monkeypatch, caplog):
@@ -205,3 +194,82 @@ def test_a_teacher_that_diverged_is_refused(tmp_path, description):
     broken = functional.merge(structure, {name: p * jnp.nan for name, p in parameters.items()})
     with pytest.raises(ValueError, match="predictions at step 0 are not finite"):
         write(tmp_path, description, Teacher(broken, NORMALIZATION))
+
+
+# --- the records, and the description of them -----------------------------------------------------
+
+
+def test_records_are_the_top_classes_of_each_augmented_image(stored, description, teacher):
+    for batch, record in zip(first_batches(), read_all(stored, description), strict=True):
+        probs, index = record["target_probs"], record["target_index"]
+        assert probs.dtype == np.float16
+        assert index.dtype == np.int16
+        wanted = np.asarray(teacher(batch["image"]))
+        order = np.argsort(-wanted, axis=-1)[:, :4]
+        np.testing.assert_array_equal(index, order)
+        np.testing.assert_array_equal(
+            probs, np.take_along_axis(wanted, order, -1).astype(np.float16)
+        )
+
+
+def test_the_teacher_is_the_model_on_normalised_images(teacher):
+    images = first_batches(1)[0]["image"]
+    model = a_model(seed=1)
+    logits = jax.jit(lambda images: model(NORMALIZATION(images)))(images)
+    np.testing.assert_allclose(teacher(images), jax.nn.softmax(logits), atol=1e-5)
+
+
+def test_a_file_holds_the_steps_that_begin_in_its_epoch(stored, description):
+    epochs = [description.steps_of(epoch) for epoch in range(3)]
+    assert epochs == [range(4), range(4, 7), range(7, 8)]
+    sizes = [path.stat().st_size for path in sorted(stored.glob("*.bin"))]
+    assert sizes == [steps * BATCH_SIZE * 4 * 4 for steps in (4, 3, 1)]
+    assert description.num_bytes == sum(sizes)
+    meta = json.loads((stored / "meta.json").read_text())
+    assert meta["parts"] == 1
+    assert meta["augmentation"]["scale"] == [0.9, 1.1]
+    checksum, name = (stored / f"{PART}.sha256").read_text().split()
+    assert (checksum, name) == (hashlib.sha256((stored / PART).read_bytes()).hexdigest(), PART)
+
+
+@given(
+    st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(1, 60),
+)
+@settings(derandomize=True, deadline=None)
+def test_every_step_lies_in_one_epoch(images_and_batch, steps):
+    num_images, batch_size = images_and_batch
+    description = dataclasses.replace(
+        IMAGENET, num_images=num_images, batch_size=batch_size, steps=steps
+    )
+    epochs = [description.steps_of(epoch) for epoch in range(description.num_epochs)]
+    assert list(itertools.chain(*epochs)) == list(range(steps))
+    for epoch, its_steps in enumerate(epochs):
+        assert {description.epoch_of(step) for step in its_steps} == {epoch}
+
+
+_NUMBERS = {"num_images": 1_281_167, "batch_size": 1024, "steps": 1252, "seed": 0, "k": 100}
+_OF = {"dataset": "imagenet", "images": "", "teacher": "", "augmentation": {}}
+IMAGENET = Description(num_classes=1000, **_NUMBERS, **_OF)
+
+
+def test_size_of_imagenet():
+    assert IMAGENET.num_bytes == 1252 * 1024 * 400
+    assert dataclasses.replace(IMAGENET, num_classes=32767).record["index"].base == np.int16
+    many = dataclasses.replace(IMAGENET, num_classes=65536)
+    assert many.record["index"].base == np.uint16
+    assert many.num_bytes == IMAGENET.num_bytes
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("k", 1001, "k must be in 1..1000, got 1001"),
+        ("num_classes", 65537, "num_classes must be in 1..65536, got 65537"),
+        ("batch_size", 1_281_168, "batch_size must be in 1..1281167"),
+        ("steps", 0, "steps must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(IMAGENET, **{field: value})

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from flora_jax.stages.run import network_spec
+from flora_jax.runs.settings import network_spec
 from safetensors.numpy import save_file
 
 import flora_jax as flora

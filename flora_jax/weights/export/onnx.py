@@ -14,20 +14,17 @@ from etils import epath
 from flora_jax.errors import InputError, MissingPackageError, unknown
 from flora_jax.models import functional
 from flora_jax.models.network import Network
-from flora_jax.weights.export.checked import (
+from flora_jax.weights.export.checks import (
     Forward,
     check_computes,
+    check_fits_in_a_file,
+    check_is_one_network,
     exactly,
+    file_named,
     images_to_compare,
     write_program,
 )
-from flora_jax.weights.export.onnx_graph import Graph
-from flora_jax.weights.export.onnx_networks import network
-from flora_jax.weights.export.refusals import (
-    check_fits_in_a_file,
-    check_is_one_network,
-    file_named,
-)
+from flora_jax.weights.export.onnx_networks import Graph, network
 
 log = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
@@ -68,8 +65,8 @@ def export_onnx(
     compared = images_to_compare(model.spec, images)
     num_values = sum(value.size for value in functional.split(model)[1].values())
     smaller = "" if dtype == "float16" else "; dtype='float16' halves it"
-    written_in = _written_in(dtype)
-    check_fits_in_a_file(num_values * np.dtype(written_in).itemsize, path, smaller)
+    graph_dtype = "float32" if dtype == "int8" else dtype  # 8 bits come out of float32
+    check_fits_in_a_file(num_values * np.dtype(graph_dtype).itemsize, path, smaller)
     _check_is_installed(dtype)
 
     def check(content: bytes) -> None:
@@ -79,20 +76,14 @@ def export_onnx(
         check_computes(written, exactly(model), compared, TOLERANCES[dtype])
 
     def make() -> bytes:
-        written = _onnx_model(model, written_in)
+        written = _onnx_model(model, graph_dtype)
         return _in_8_bits(written) if dtype == "int8" else written.SerializeToString()
 
     write_program(path, make, check)
 
 
-def _written_in(dtype: str) -> str:
-    """What the graph is made in; 8 bits come out of float32 (`_in_8_bits`)."""
-    return "float32" if dtype == "int8" else dtype
-
-
 def _check_is_installed(dtype: str) -> None:
-    needed = ["onnx", "onnxruntime"] if dtype == "int8" else ["onnx"]
-    for name in needed:
+    for name in ("onnx", "onnxruntime") if dtype == "int8" else ("onnx",):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -107,10 +98,10 @@ def _onnx_model(model: Network, dtype: str) -> Any:
     images, is_float32 = "images", dtype == "float32"
     x = network(graph, model, images if is_float32 else graph.cast(images, dtype))
     output = x if is_float32 else graph.cast(x, "float32")
-    name, features = (
-        ("logits", spec.num_classes) if spec.num_classes else ("features", _width(model))
-    )
-    return graph.model({images: ["B", channels, height, width]}, output, {name: ["B", features]})
+    image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
+    _, size = jax.eval_shape(lambda images: model(images), image).shape
+    name = "logits" if spec.num_classes else "features"
+    return graph.model([channels, height, width], output, name, size)
 
 
 def _in_8_bits(model: Any) -> bytes:
@@ -131,12 +122,6 @@ def _in_8_bits(model: Any) -> bytes:
             weight_type=QuantType.QInt8,
         )
         return path.read_bytes()
-
-
-def _width(model: Network) -> int:
-    """Of the pooled feature."""
-    image = jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
-    return jax.eval_shape(lambda images: model(images), image).shape[-1]
 
 
 def in_onnx_runtime(content: bytes) -> Forward | None:

@@ -1,89 +1,327 @@
-"""The networks of `flora_jax.models` as graphs of ONNX: a function for each kind of module."""
+"""The networks of `flora_jax.models` as graphs of ONNX: a function for each kind of module.
 
-from collections.abc import Callable
-from typing import Any, cast
+Tokens are [B, N, D] there, maps of convolutions [B, D, n, n]. How tokens move is taken from the
+networks' own code, as the order in which they leave it.
+"""
 
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.models.block import Block
-from flora_jax.models.convolution import DepthwiseConvolution
-from flora_jax.models.layers import whole_bias
+from flora_jax.errors import InputError
+from flora_jax.models.block import Block, PatchEmbed
+from flora_jax.models.convolution import Convolution, DepthwiseConvolution
+from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, whole_bias
 from flora_jax.models.mlp import Mlp
 from flora_jax.models.network import Network
 from flora_jax.models.pooling import AttentionPool
 from flora_jax.models.positions import Rotary, tables
-from flora_jax.models.swin import PatchMerging, ShiftedWindowAttention, Swin
-from flora_jax.models.tiny_vit import MirroredWindowAttention, PointDepthPoint, TinyViT
+from flora_jax.models.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    relative_position_index,
+    shift_mask,
+)
+from flora_jax.models.tiny_vit import (
+    ConvolutionalEmbed,
+    MBConv,
+    MirroredWindowAttention,
+    PointDepthPoint,
+    TinyViT,
+)
 from flora_jax.models.vit import Attention, TokenSelection, ViT
-from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.export.onnx_convolutions import (
-    downsampling,
-    embedding,
-    local_convolution,
-    mbconv,
-    tokens_of,
-)
-from flora_jax.weights.export.onnx_graph import Graph, Value
-from flora_jax.weights.export.onnx_layers import (
-    attend,
-    heads,
-    linear,
-    merge,
-    mlp,
-    norm,
-    patches,
-    unknown_module,
-)
-from flora_jax.weights.export.onnx_windows import (
-    cut,
-    join,
-    mirrored_attention,
-    reordered,
-    shifted_attention,
-)
+from flora_jax.models.windows import WindowAttention, Windows
+
+# Gelu came with 20, and nothing newer is needed: the lowest that has every operation is what most
+# runtimes take (ONNX Runtime from 1.17).
+OPSET = 20
+Value = str  # the name of what a node gives
+Input = Value | np.ndarray | np.generic | list[int]  # all but the first become constants
+
+
+class Graph:
+    """A place in a graph under construction, such as that of a block; `at` gives those inside.
+
+    Floating point constants and parameters take the graph's dtype.
+    """
+
+    def __init__(self, dtype: str):
+        self.dtype = np.dtype(dtype)
+        self._prefix = ""
+        self._nodes: list[Any] = []
+        self._initializers: dict[str, np.ndarray] = {}
+        self._constants: dict[tuple, Value] = {}  # by dtype, shape and content
+
+    def at(self, name: str) -> "Graph":
+        """The same graph, where names begin with this one."""
+        inside = object.__new__(Graph)
+        inside.__dict__ |= self.__dict__
+        inside._prefix = f"{self._prefix}{name}."
+        return inside
+
+    def parameter(self, name: str, array: Any) -> Value:
+        """An initializer under the parameter's own name; `array` may be its transpose."""
+        full_name = self._prefix + name
+        with np.errstate(over="ignore"):  # what half floats cannot hold, the check refuses
+            self._initializers[full_name] = np.asarray(array).astype(self.dtype, order="C")
+        return full_name
+
+    def node(self, operation: str, *inputs: Input, **attributes: Any) -> Value:
+        """Adds an operation; returns the name of its output."""
+        return self.nodes(operation, 1, *inputs, **attributes)[0]
+
+    def nodes(self, operation: str, number: int, *inputs: Input, **attributes: Any) -> list[Value]:
+        """All outputs of an operation that gives several."""
+        from onnx import helper  # an optional package: not before it is needed
+
+        name = f"{self._prefix}{operation}_{len(self._nodes)}"
+        outputs = [name] if number == 1 else [f"{name}_{i}" for i in range(number)]
+        values = [x if isinstance(x, str) else self._constant(np.asarray(x)) for x in inputs]
+        self._nodes.append(helper.make_node(operation, values, outputs, name, **attributes))
+        return outputs
+
+    def cast(self, x: Value, dtype: str) -> Value:
+        from onnx import helper
+
+        return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def _constant(self, array: np.ndarray) -> Value:
+        """Equal ones are stored once."""
+        is_float = np.issubdtype(array.dtype, np.floating)
+        array = np.asarray(array, self.dtype if is_float else np.int64, order="C")
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = name = f"constant_{len(self._constants)}"
+            self._initializers[name] = array
+        return self._constants[key]
+
+    def model(self, images: list[int], output: Value, name: str, size: int) -> Any:
+        """The finished onnx.ModelProto: "images" float32 [B, *images] to `name` float32 [B, size].
+
+        `output` is what the last node gives; it takes the name.
+        """
+        from onnx import TensorProto, helper, numpy_helper
+
+        assert self._nodes[-1].output[0] == output
+        self._nodes[-1].output[0] = name
+        shapes = {"images": ["B", *images], name: ["B", size]}
+        given, made = (
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s)] for n, s in shapes.items()
+        )
+        tensors = [numpy_helper.from_array(a, n) for n, a in self._initializers.items()]
+        graph = helper.make_graph(self._nodes, "flora_jax", given, made, tensors)
+        opsets = [helper.make_opsetid("", OPSET)]
+        return helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets),
+            producer_name="flora_jax",
+        )
 
 
 def network(graph: Graph, model: Network, images: Value) -> Value:
-    """images [B, C, H, W] in the graph's dtype -> logits [B, num_classes], or features [B, D]."""
+    """images [B, C, H, W] in the graph's dtype -> logits [B, num_classes], or features [B, D].
+
+    Raises:
+      InputError: a module is none of a plain network.
+    """
     embed, classify = _FAMILIES[type(model)]
     x = embed(graph, model, images)
     for i, block in enumerate(model.blocks):
-        x = _block(graph.at(f"blocks.{i}"), block, x)
+        x = _module(graph.at(f"blocks.{i}"), block, x)
     return classify(graph, model, x)
 
 
+def _module(graph: Graph, module: Any, x: Value) -> Value:
+    """Applies a module to x; a gated one, a subclass of a plain one, is not taken for it."""
+    if type(module) not in _MODULES:
+        raise InputError(
+            f"a {type(module).__name__} cannot be written to ONNX: extract a plain network first"
+        )
+    return _MODULES[type(module)](graph, module, x)
+
+
+def _inside(graph: Graph, owner: Any, name: str, x: Value) -> Value:
+    """Applies the owner's module of this name to x; returns x where there is none."""
+    module = getattr(owner, name)
+    return x if module is None else _module(graph.at(name), module, x)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def _linear(graph: Graph, layer: Linear, x: Value) -> Value:
+    product = graph.node("MatMul", x, graph.parameter("kernel", layer.kernel))
+    return _with_bias(graph, layer, product, layer.kernel.shape[1])
+
+
+def _low_rank_linear(graph: Graph, layer: LowRankLinear, x: Value) -> Value:
+    low = graph.node("MatMul", x, graph.parameter("down", layer.down[...].T))
+    product = graph.node("MatMul", low, graph.parameter("up", layer.up))
+    return _with_bias(graph, layer, product, layer.up.shape[1])
+
+
+def _with_bias(graph: Graph, layer: Linear | LowRankLinear, x: Value, features: int) -> Value:
+    if layer.bias is None:
+        return x
+    bias = whole_bias(layer.bias[...], features)
+    return graph.node("Add", x, graph.parameter("bias", bias))
+
+
+def _norm(graph: Graph, norm: LayerNorm, x: Value) -> Value:
+    scale, bias = graph.parameter("scale", norm.scale), graph.parameter("bias", norm.bias)
+    return graph.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.epsilon)
+
+
+def _mlp(graph: Graph, mlp: Mlp, x: Value) -> Value:
+    hidden, activate = _inside(graph, mlp, "fc1", x), _ACTIVATIONS[mlp.activation]
+    if mlp.is_gated:
+        gate, value = graph.nodes("Split", 2, hidden, axis=-1, num_outputs=2)
+        hidden = graph.node("Mul", activate(graph, gate), value)
+    else:
+        hidden = activate(graph, hidden)
+    return _inside(graph, mlp, "fc2", hidden)
+
+
+def _gelu(graph: Graph, x: Value, approximate: str = "none") -> Value:
+    return graph.node("Gelu", x, approximate=approximate)
+
+
+def _swish(graph: Graph, x: Value, slope: float) -> Value:
+    steep = x if slope == 1 else graph.node("Mul", x, np.float32(slope))
+    return graph.node("Mul", x, graph.node("Sigmoid", steep))
+
+
+_ACTIVATIONS: dict[str, Callable[[Graph, Value], Value]] = {
+    "gelu": _gelu,
+    "gelu_tanh": functools.partial(_gelu, approximate="tanh"),
+    "quick_gelu": functools.partial(_swish, slope=1.702),
+    "silu": functools.partial(_swish, slope=1),
+}
+
+
 def _block(graph: Graph, block: Block, x: Value) -> Value:
-    if type(block) is not Block:
-        raise unknown_module(block)
-    if block.downsample is not None:
-        x = _PARTS[type(block.downsample)](graph.at("downsample"), block.downsample, x)
-    tokens = x if block.windows is None else cut(graph, block.windows, x)
-    normal = norm(graph.at("norm1"), block.norm1, tokens)
-    mixed = _PARTS[type(block.attn)](graph.at("attn"), block.attn, normal)
+    x = _inside(graph, block, "downsample", x)
+    tokens = x if block.windows is None else _cut(graph, block.windows, x)
+    mixed = _inside(graph, block, "attn", _inside(graph, block, "norm1", tokens))
     if block.windows is not None:
-        mixed = join(graph, block.windows, mixed)
-    x = graph.node("Add", x, mixed)
-    if block.local_conv is not None:
-        x = _PARTS[type(block.local_conv)](graph.at("local_conv"), block.local_conv, x)
-    normal = norm(graph.at("norm2"), block.norm2, x)
-    return graph.node("Add", x, mlp(graph.at("mlp"), cast(Mlp, block.mlp), normal))
+        mixed = _join(graph, block.windows, mixed)
+    x = _inside(graph, block, "local_conv", graph.node("Add", x, mixed))
+    hidden = _inside(graph, block, "mlp", _inside(graph, block, "norm2", x))
+    return graph.node("Add", x, hidden)
+
+
+# --- how tokens move ------------------------------------------------------------------------------
+
+
+def _swap(graph: Graph, x: Value, axes: int, one: int, other: int) -> Value:
+    order = list(range(axes))
+    order[one], order[other] = order[other], order[one]
+    return graph.node("Transpose", x, perm=order)
+
+
+def _cut(graph: Graph, windows: Windows, x: Value) -> Value:
+    """Window by window; `_join` undoes it."""
+    first = 0
+    if windows.padding:  # where `Windows.cut` fills up, it gives 0: the number of a token of zeros
+        x, first = graph.node("Pad", x, [0, 1, 0, 0, 0, 0]), 1
+    return _reordered(graph, windows.cut, windows.grid_size**2, x, first)
+
+
+def _join(graph: Graph, windows: Windows, x: Value) -> Value:
+    num_tokens = windows.grid_size**2 + windows.num_padding_tokens
+    return _reordered(graph, windows.join, num_tokens, x)
+
+
+def _reordered(
+    graph: Graph,
+    move: Callable[[jax.Array], jax.Array],
+    num_tokens: int,
+    x: Value,
+    first: int = 0,
+) -> Value:
+    """Orders the tokens of each image as `move` does those of one, [N, D].
+
+    `first` is the number of the first of them in x, of which what `move` adds has number 0.
+    """
+    numbers = jnp.arange(first, first + num_tokens)
+    order = np.asarray(move(numbers[:, None])).ravel()
+    stays = np.array_equal(order, np.arange(num_tokens))
+    return x if stays else graph.node("Gather", x, order, axis=1)
+
+
+def _selection(graph: Graph, selection: TokenSelection, x: Value) -> Value:
+    return graph.node("Gather", x, list(selection.positions), axis=1)
+
+
+def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
+    width, num_tokens = merging.norm.scale.shape[0], merging.grid_size**2
+    x = _reordered(graph, merging.side_by_side, num_tokens, x)
+    x = graph.node("Reshape", x, [0, num_tokens // 4, width])
+    return _inside(graph, merging, "reduction", _inside(graph, merging, "norm", x))
+
+
+def _for_each_image(graph: Graph, like: Value, value: np.ndarray | Value, axes: int = 4) -> Value:
+    """Repeats what broadcasts to [1, ...] of so many axes for each image that `like` has."""
+    batch = graph.node("Shape", like, start=0, end=1)
+    return graph.node("Expand", value, graph.node("Concat", batch, [1] * (axes - 1), axis=0))
+
+
+def _token(graph: Graph, x: Value, number: int) -> Value:
+    return graph.node("Gather", x, np.int64(number), axis=1)
+
+
+def _mean(graph: Graph, tokens: Value) -> Value:
+    return graph.node("ReduceMean", tokens, [1], keepdims=0)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def _heads(graph: Graph, x: Value, number: int, shape: list[int]) -> list[Value]:
+    """Takes [B, N, number*H*d] to as many [B, ..., H, T, d]; `shape` is [..., T, H, d]."""
+    parts = [x] if number == 1 else graph.nodes("Split", number, x, axis=-1, num_outputs=number)
+    by_token = [graph.node("Reshape", part, [0, *shape]) for part in parts]
+    return [_swap(graph, part, len(shape) + 1, -3, -2) for part in by_token]
+
+
+def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
+    """As `flora_jax.models.attention.attend`, then the heads side by side: [B, N, H*d].
+
+    `shape` as in `_heads`. It is the query that is scaled, so that products fit half floats.
+    """
+    query, key, value = qkv
+    *windows, tokens, num_heads, head_dim = shape
+    query = graph.node("Mul", query, np.float32(head_dim**-0.5))
+    logits = graph.node("MatMul", query, _swap(graph, key, len(shape) + 1, -2, -1))
+    for bias in biases:
+        logits = graph.node("Add", logits, bias)
+    mixed = graph.node("MatMul", graph.node("Softmax", logits, axis=-1), value)
+    mixed = _swap(graph, mixed, len(shape) + 1, -3, -2)
+    return graph.node("Reshape", mixed, [0, math.prod(windows) * tokens, num_heads * head_dim])
 
 
 def _attention(graph: Graph, attention: Attention, x: Value) -> Value:
     shape = [attention.num_tokens, attention.num_heads, attention.head_dim]
-    query, key, value = heads(graph, linear(graph.at("qkv"), attention.qkv, x), 3, shape)
+    query, key, value = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape)
     if attention.rotary is not None:
         query, key = (_turned(graph, attention.rotary, part) for part in (query, key))
     biases = []
     if attention.num_left:
-        constants = _constants(attention)
-        key = graph.node("Concat", key, _for_each_image(graph, x, constants[1]), axis=2)
-        value = graph.node("Concat", value, _for_each_image(graph, x, constants[2]), axis=2)
+        _, key_left, value_left = _constants(attention)
+        key = graph.node("Concat", key, _for_each_image(graph, x, key_left), axis=2)
+        value = graph.node("Concat", value, _for_each_image(graph, x, value_left), axis=2)
         bias = np.zeros((1, 1, 1, attention.num_tokens + 1), np.float32)
         bias[..., -1] = np.log(attention.num_left)
         biases.append(bias)
-    mixed = merge(graph, attend(graph, [query, key, value], shape, biases), shape)
-    return linear(graph.at("proj"), attention.proj, mixed)
+    mixed = _attend(graph, [query, key, value], shape, biases)
+    return _inside(graph, attention, "proj", mixed)
 
 
 def _constants(attention: Attention) -> np.ndarray:
@@ -95,12 +333,6 @@ def _constants(attention: Attention) -> np.ndarray:
     return np.asarray(whole_bias(attention.qkv.bias[...], features)).reshape(shape)
 
 
-def _for_each_image(graph: Graph, like: Value, value: np.ndarray | Value, axes: int = 4) -> Value:
-    """Repeats what broadcasts to [1, ...] of so many axes for each image that `like` has."""
-    batch = graph.node("Shape", like, start=0, end=1)
-    return graph.node("Expand", value, graph.node("Concat", batch, [1] * (axes - 1), axis=0))
-
-
 def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
     cos, sin = tables(rotary)
     half = cos.shape[-1] // 2
@@ -110,23 +342,137 @@ def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
     return graph.node("Add", graph.node("Mul", x, cos), graph.node("Mul", swapped, signed))
 
 
-def _selection(graph: Graph, selection: TokenSelection, x: Value) -> Value:
-    return graph.node("Gather", x, list(selection.positions), axis=1)
+def _shifted_attention(graph: Graph, attention: ShiftedWindowAttention, x: Value) -> Value:
+    windows = attention.windows
+    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
+    by_pair = graph.node("Gather", table, relative_position_index(windows.window_size), axis=0)
+    biases: list[Any] = [graph.node("Transpose", by_pair, perm=[2, 0, 1])]
+    if windows.shift:
+        mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
+        biases.append(mask[:, None])
+    return _window_attention(graph, attention, biases, x)
 
 
-def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
-    width, num_tokens = merging.norm.scale.shape[0], merging.grid_size**2
-    x = reordered(graph, merging.side_by_side, num_tokens, x)
-    x = graph.node("Reshape", x, [0, num_tokens // 4, width])
-    return linear(graph.at("reduction"), merging.reduction, norm(graph.at("norm"), merging.norm, x))
+def _mirrored_attention(graph: Graph, attention: MirroredWindowAttention, x: Value) -> Value:
+    size = attention.windows.window_size
+    table = attention.attention_biases[...].T.reshape(-1, size, size)
+    # Rows, then columns: an index of all pairs of tokens would be as large as the weights.
+    apart = abs(np.arange(size)[:, None] - np.arange(size))
+    by_row = graph.node("Gather", graph.parameter("attention_biases", table), apart, axis=1)
+    by_pair = graph.node("Gather", by_row, apart, axis=3)
+    by_pair = graph.node("Transpose", by_pair, perm=[0, 1, 3, 2, 4])
+    bias = graph.node("Reshape", by_pair, [0, size**2, size**2])
+    return _window_attention(graph, attention, [bias], x)
+
+
+def _window_attention(
+    graph: Graph, attention: WindowAttention, biases: Sequence[Any], x: Value
+) -> Value:
+    windows = attention.windows
+    number, tokens = windows.number_a_side**2, windows.window_size**2
+    shape = [number, tokens, attention.num_heads, attention.head_dim]
+    qkv = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape)
+    return _inside(graph, attention, "proj", _attend(graph, qkv, shape, biases))
+
+
+def _attention_pool(graph: Graph, pool: AttentionPool, tokens: Value) -> Value:
+    width = pool.latent.shape[-1]
+    shape = [pool.num_heads, width // pool.num_heads]
+    latent = graph.parameter("latent", pool.latent[...][None])
+    (query,) = _heads(graph, _inside(graph, pool, "q", latent), 1, [1, *shape])
+    key, value = _heads(graph, _inside(graph, pool, "kv", tokens), 2, [-1, *shape])
+    mixed = _attend(graph, [query, key, value], [1, *shape], [])
+    x = _inside(graph, pool, "proj", graph.node("Reshape", mixed, [0, width]))
+    hidden = _inside(graph, pool, "mlp", _inside(graph, pool, "norm", x))
+    return graph.node("Add", x, hidden)
+
+
+# --- convolutions; those of 1 x 1 are no products of tokens: runtimes are quicker on maps ---------
+
+
+def _tokens_of(graph: Graph, grid: Value) -> Value:
+    """The places of a map, row by row."""
+    return _swap(graph, graph.node("Reshape", grid, [0, 0, -1]), 3, 1, 2)
+
+
+def _map_of(graph: Graph, tokens: Value, side: int) -> Value:
+    return graph.node("Reshape", _swap(graph, tokens, 3, 1, 2), [0, 0, side, side])
+
+
+def _embedding(graph: Graph, embed: ConvolutionalEmbed, images: Value) -> Value:
+    """images [B, C, H, W] -> map."""
+    x = _gelu(graph, _convolution(graph.at("conv1"), embed.conv1, images))
+    return _convolution(graph.at("conv2"), embed.conv2, x)
+
+
+def _mbconv(graph: Graph, mbconv: MBConv, x: Value) -> Value:
+    """map -> map."""
+    return _gelu(graph, graph.node("Add", x, _point_depth_point(graph, mbconv, x)))
+
+
+def _downsampling(graph: Graph, layers: PointDepthPoint, x: Value) -> Value:
+    """tokens -> tokens."""
+    grid = _map_of(graph, x, layers.conv2.grid_size)
+    return _tokens_of(graph, _point_depth_point(graph, layers, grid))
+
+
+def _local_convolution(graph: Graph, convolution: DepthwiseConvolution, x: Value) -> Value:
+    """tokens -> tokens."""
+    grid = _map_of(graph, x, convolution.grid_size)
+    return _tokens_of(graph, _depthwise(graph, convolution, grid))
+
+
+def _point_depth_point(graph: Graph, layers: PointDepthPoint, x: Value) -> Value:
+    x = _gelu(graph, _pointwise(graph.at("conv1"), layers.conv1, x))
+    x = _gelu(graph, _depthwise(graph.at("conv2"), layers.conv2, x))
+    return _pointwise(graph.at("conv3"), layers.conv3, x)
+
+
+def _pointwise(graph: Graph, layer: Linear, x: Value) -> Value:
+    return _conv(graph, layer, layer.kernel[...].T[:, :, None, None], x)
+
+
+def _depthwise(graph: Graph, layer: DepthwiseConvolution, x: Value) -> Value:
+    kernel = layer.kernel[...].transpose(2, 0, 1)[:, None]
+    return _conv(graph, layer, kernel, x, group=len(kernel), **_padded(layer.stride))
+
+
+def _convolution(graph: Graph, layer: Convolution, x: Value) -> Value:
+    kernel = layer.kernel[...].transpose(3, 2, 0, 1)
+    return _conv(graph, layer, kernel, x, **_padded(layer.stride))
+
+
+def _padded(stride: int) -> dict[str, Any]:
+    return {"strides": [stride] * 2, "pads": [1] * 4}
+
+
+def _conv(graph: Graph, layer: Any, kernel: jax.Array, x: Value, **attributes: Any) -> Value:
+    """map -> map; the kernel as ONNX has it, [D, C / group, height, width]."""
+    weights = graph.parameter("kernel", kernel), graph.parameter("bias", layer.bias)
+    return graph.node("Conv", x, *weights, **attributes)
+
+
+# --- families: images to tokens, and tokens to logits or features ---------------------------------
+
+
+def _patches(graph: Graph, patch_embed: PatchEmbed, image_size: int, images: Value) -> Value:
+    size, grid_size = patch_embed.patch_size, image_size // patch_embed.patch_size
+    pixels = patch_embed.proj.kernel.shape[0]
+    grid = graph.node("Reshape", images, [0, pixels // size**2, grid_size, size, grid_size, size])
+    grid = graph.node("Transpose", grid, perm=[0, 2, 4, 3, 5, 1])
+    patches = graph.node("Reshape", grid, [0, grid_size**2, pixels])
+    if patch_embed.kept is not None:
+        patches = graph.node("Gather", patches, list(patch_embed.kept), axis=1)
+    return _inside(graph, patch_embed, "norm", _inside(graph, patch_embed, "proj", patches))
 
 
 def _embed_vit(graph: Graph, model: ViT, images: Value) -> Value:
-    x = patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
+    spec = model.spec
+    x = _patches(graph.at("patch_embed"), model.patch_embed, spec.image_size, images)
     positions = None
     if model.pos_embed is not None:
         positions = graph.parameter("pos_embed", model.pos_embed)
-    if positions and model.spec.positions == "patches":
+    if positions and spec.positions == "patches":
         x = graph.node("Add", x, positions)
     prefix = [
         _for_each_image(graph, images, graph.parameter(name, getattr(model, name)), axes=3)
@@ -135,90 +481,68 @@ def _embed_vit(graph: Graph, model: ViT, images: Value) -> Value:
     ]
     if prefix:
         x = graph.node("Concat", *prefix, x, axis=1)
-    if positions and model.spec.positions == "all":
+    if positions and spec.positions == "all":
         x = graph.node("Add", x, positions)
-    return x if model.norm_pre is None else norm(graph.at("norm_pre"), model.norm_pre, x)
+    return _inside(graph, model, "norm_pre", x)
 
 
 def _classify_vit(graph: Graph, model: ViT, x: Value) -> Value:
     spec, prefix = model.spec, model.spec.num_prefix_tokens
-    last_norm = graph.at("norm")
     if spec.pool == "token":
-        logits = _classified(graph, model, norm(last_norm, model.norm, _token(graph, x, 0)))
+        first = _inside(graph, model, "norm", _token(graph, x, 0))
+        logits = _inside(graph, model, "head", first)
         if not spec.distilled:
             return logits
-        distilled = norm(last_norm, model.norm, _token(graph, x, 1))
-        distilled = _classified(graph, model, distilled, "head_dist")
+        second = _inside(graph, model, "norm", _token(graph, x, 1))
+        distilled = _inside(graph, model, "head_dist", second)
         return graph.node("Mul", graph.node("Add", logits, distilled), np.float32(0.5))
-    tokens = x if spec.normalises_pooled else norm(last_norm, model.norm, x)
+    tokens = x if spec.normalises_pooled else _inside(graph, model, "norm", x)
     if model.attn_pool is not None:
-        return _classified(
-            graph, model, _pooled(graph.at("attn_pool"), model.attn_pool, spec, tokens)
-        )
-    mean = _mean(graph, graph.node("Slice", tokens, [prefix], [spec.num_tokens], [1]))
+        return _inside(graph, model, "head", _inside(graph, model, "attn_pool", tokens))
+    pooled = _mean(graph, graph.node("Slice", tokens, [prefix], [spec.num_tokens], [1]))
     if spec.normalises_pooled:
-        mean = norm(last_norm, model.norm, mean)
+        pooled = _inside(graph, model, "norm", pooled)
     if spec.pool == "token_and_mean":
-        mean = graph.node("Concat", _token(graph, tokens, 0), mean, axis=-1)
-    return _classified(graph, model, mean)
-
-
-def _pooled(graph: Graph, pool: AttentionPool, spec: ViTSpec, tokens: Value) -> Value:
-    width, shape = spec.embed_dim, [pool.num_heads, spec.embed_dim // pool.num_heads]
-    latent = graph.parameter("latent", pool.latent[...][None])
-    (query,) = heads(graph, linear(graph.at("q"), pool.q, latent), 1, [1, *shape])
-    key_value = linear(graph.at("kv"), pool.kv, tokens)
-    key, value = heads(graph, key_value, 2, [spec.num_tokens, *shape])
-    mixed = merge(graph, attend(graph, [query, key, value], [1, *shape], []), [1, *shape])
-    x = linear(graph.at("proj"), pool.proj, graph.node("Reshape", mixed, [0, width]))
-    hidden = mlp(graph.at("mlp"), pool.mlp, norm(graph.at("norm"), pool.norm, x))
-    return graph.node("Add", x, hidden)
-
-
-def _token(graph: Graph, x: Value, number: int) -> Value:
-    return graph.node("Gather", x, np.int64(number), axis=1)
-
-
-def _mean(graph: Graph, tokens: Value) -> Value:
-    return graph.node("ReduceMean", tokens, [1], keepdims=0)
-
-
-def _classified(graph: Graph, model: Network, pooled: Value, name: str = "head") -> Value:
-    head = getattr(model, name)
-    return pooled if head is None else linear(graph.at(name), head, pooled)
+        pooled = graph.node("Concat", _token(graph, tokens, 0), pooled, axis=-1)
+    return _inside(graph, model, "head", pooled)
 
 
 def _embed_swin(graph: Graph, model: Swin, images: Value) -> Value:
-    x = patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
+    x = _patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
     if model.absolute_pos_embed is None:
         return x
     return graph.node("Add", x, graph.parameter("absolute_pos_embed", model.absolute_pos_embed))
 
 
 def _classify_swin(graph: Graph, model: Swin, x: Value) -> Value:
-    pooled = _mean(graph, norm(graph.at("norm"), model.norm, x))
-    return _classified(graph, model, pooled)
+    return _inside(graph, model, "head", _mean(graph, _inside(graph, model, "norm", x)))
 
 
 def _embed_tiny_vit(graph: Graph, model: TinyViT, images: Value) -> Value:
-    x = embedding(graph.at("patch_embed"), model.patch_embed, images)
+    x = _embedding(graph.at("patch_embed"), model.patch_embed, images)
     for i, layers in enumerate(model.mbconvs):
-        x = mbconv(graph.at(f"mbconvs.{i}"), layers, x)
-    return tokens_of(graph, x)
+        x = _mbconv(graph.at(f"mbconvs.{i}"), layers, x)
+    return _tokens_of(graph, x)
 
 
 def _classify_tiny_vit(graph: Graph, model: TinyViT, x: Value) -> Value:
-    return _classified(graph, model, norm(graph.at("norm"), model.norm, _mean(graph, x)))
+    return _inside(graph, model, "head", _inside(graph, model, "norm", _mean(graph, x)))
 
 
-_PARTS: dict[type, Callable[[Graph, Any, Value], Value]] = {
+_MODULES: dict[type, Callable[[Graph, Any, Value], Value]] = {
+    Linear: _linear,
+    LowRankLinear: _low_rank_linear,
+    LayerNorm: _norm,
+    Mlp: _mlp,
+    Block: _block,
     Attention: _attention,
+    AttentionPool: _attention_pool,
     TokenSelection: _selection,
-    ShiftedWindowAttention: shifted_attention,
+    ShiftedWindowAttention: _shifted_attention,
     PatchMerging: _merging,
-    MirroredWindowAttention: mirrored_attention,
-    PointDepthPoint: downsampling,
-    DepthwiseConvolution: local_convolution,
+    MirroredWindowAttention: _mirrored_attention,
+    PointDepthPoint: _downsampling,
+    DepthwiseConvolution: _local_convolution,
 }
 _FAMILIES: dict[type, tuple[Callable[[Graph, Any, Value], Value], ...]] = {
     ViT: (_embed_vit, _classify_vit),

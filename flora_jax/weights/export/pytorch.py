@@ -21,8 +21,12 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights import layouts
-from flora_jax.weights.export.checked import check_computes, exactly, images_to_compare
-from flora_jax.weights.export.refusals import check_is_one_network
+from flora_jax.weights.export.checks import (
+    check_computes,
+    check_is_one_network,
+    exactly,
+    images_to_compare,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +37,10 @@ _TOLERANCE = 1e-4
 def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | None = None) -> None:
     """Writes a model as a folder that runs in PyTorch: it needs torch and safetensors alone.
 
-    `model.py` holds the network as plain torch modules, `spec.json` its shape, `model.safetensors`
-    its weights, float32. `load(folder)` of that file gives a torch module: images float32
-    [B, C, H, W], normalised, to logits [B, num_classes], or to features [B, D] without classes.
+    `model.py` holds the networks as plain torch modules, `spec.json` the shape of this one,
+    `model.safetensors` its weights, float32. `load(folder)` of that file gives a torch module:
+    images float32 [B, C, H, W], normalised, to logits [B, num_classes], or to features [B, D]
+    without classes.
 
     Where torch is installed, the folder's model is compared with this one first, and has to give
     the same within 1e-4 of the largest output; otherwise a warning says that it was not. `model.py`
@@ -59,7 +64,7 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
     arrays = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
     if strange := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise InputError(f"the model holds parameters that are NaN or infinite: {few(strange)}")
-    code = pathlib.Path(__file__).with_name(f"torch_{model.spec.family}.py")
+    code = pathlib.Path(__file__).with_name("torch_networks.py")
     files = {
         SPEC_FILE: (json.dumps(spec_to_json(model.spec), indent=1) + "\n").encode(),
         WEIGHTS_FILE: save(_state_dict(arrays, model.spec), metadata={"format": "pt"}),
@@ -94,7 +99,7 @@ def _check_can_hold_an_export(folder: epath.Path) -> None:
 
 
 def _is_an_export(folder: epath.Path) -> bool:
-    """Whether an export was begun here; the `spec.json` of `flora_jax.save` is another."""
+    """True where an export was begun; the `spec.json` of `flora_jax.save` is another."""
     try:
         description = read_json(folder / SPEC_FILE)
     except (OSError, InputError):

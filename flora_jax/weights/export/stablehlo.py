@@ -9,11 +9,13 @@ from jax import export
 
 from flora_jax.models import functional
 from flora_jax.models.network import Network
-from flora_jax.weights.export.checked import check_computes, images_to_compare, write_program
-from flora_jax.weights.export.refusals import (
+from flora_jax.weights.export.checks import (
+    check_computes,
     check_fits_in_a_file,
     check_is_one_network,
     file_named,
+    images_to_compare,
+    write_program,
 )
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -12,8 +12,13 @@ from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec_json import spec_to_json
-from flora_jax.weights.export.checked import check_computes, exactly, images_to_compare
-from flora_jax.weights.export.refusals import check_is_one_network, file_named
+from flora_jax.weights.export.checks import (
+    check_computes,
+    check_is_one_network,
+    exactly,
+    file_named,
+    images_to_compare,
+)
 from flora_jax.weights.folder import SPEC_FILE, WEIGHTS_FILE, load_model
 from flora_jax.weights.layouts import timm
 
