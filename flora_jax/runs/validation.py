@@ -23,8 +23,8 @@ from flora_jax.stages.run import network_spec
 from flora_jax.training.settings import Recipe
 from flora_jax.training.watch import check_can_watch
 from flora_jax.weights.export.kinds import check_packages
-from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.load_parameters import NotFiniteWarning
 from flora_jax.weights.pretrained import from_pretrained
 
 _LATENCY_SLACK = 1.25  # how far five rounds may be off

@@ -1,9 +1,9 @@
-"""Which names of a file are those of the network, where others stand before or beside them."""
+"""Prefixes of the names in a file, and the one of several copies of a network to read."""
 
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from flora_jax.errors import InputError, few
 
@@ -13,7 +13,7 @@ _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?)\d*([._-]|$)", re.IGNOR
 
 
 def pick(copies: Collection[str], usual: Sequence[str] = ()) -> str:
-    """The one of several copies of a network's weights to read, by the names they stand under.
+    """The copy of a network's weights to read, by the name that it stands under.
 
     That is the moving average, which published evaluations use; a line in the log says so. Without
     one it is the first of the `usual` names that is there.
@@ -33,20 +33,21 @@ def pick(copies: Collection[str], usual: Sequence[str] = ()) -> str:
 
 
 def names_within(keys: Collection[str], expected: Collection[str]) -> dict[str, str]:
-    """What each name of a file is called without what wrappers have put before it.
+    """The names in a file -> without the prefix that most of the expected ones have there.
 
-    Whatever most of the expected names have before them is left out, such as "module." or
-    "_orig_mod.model.", and the names that lack it stay as they are. Of several copies under
-    different prefixes the names of one are returned (see `pick`).
-
-    Returns:
-      The names as they are in the file -> without the prefix.
+    Prefixes are such as "module." or "_orig_mod.model."; names that lack it stay as they are. Of
+    several copies under different prefixes only the names of one are returned (see `pick`).
 
     Raises:
       InputError: several copies without an average among them, or two names that become one.
     """
     expected = set(expected)
-    found = [(prefix, key) for key in keys for prefix, rest in _splits(key) if rest in expected]
+    found = [
+        (key[:start], key)
+        for key in keys
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+        if key[start:] in expected
+    ]
     counts = Counter(prefix for prefix, _ in found)
     most = max(counts.values(), default=0)
     prefix = pick([p for p, count in counts.items() if count == most] or [""])
@@ -55,13 +56,6 @@ def names_within(keys: Collection[str], expected: Collection[str]) -> dict[str, 
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise InputError(f"{few(twice)} stand in the file with {prefix!r} before them and without")
     return names
-
-
-def _splits(key: str) -> Iterator[tuple[str, str]]:
-    """The ways to part a dotted name in two: ("", "a.b"), ("a.", "b")."""
-    yield "", key
-    for dot in re.finditer(r"\.", key):
-        yield key[: dot.end()], key[dot.end() :]
 
 
 def _quoted(names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""State dicts in PyTorch's own files; they need torch, which is imported when one is read."""
+"""State dicts in files of PyTorch, which is imported when one is read."""
 
 import argparse
 import pickle
@@ -46,9 +46,7 @@ def read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _state_dict_in(content, path: epath.Path) -> dict:
-    if _is_state_dict(content):
-        return content
-    found = _state_dicts(content) if isinstance(content, dict) else {}
+    found = _state_dicts(content)
     if not found:
         what = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else content
         raise InputError(
@@ -61,13 +59,13 @@ def _state_dict_in(content, path: epath.Path) -> dict:
         raise InputError(f"{path}: {error}") from error
 
 
-def _state_dicts(content: dict) -> dict[str, dict]:
+def _state_dicts(content) -> dict[str, dict]:
     """The state dicts in nested ones by their dotted keys, as far up as there are any."""
-    inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict)}
+    if _is_state_dict(content):
+        return {"": content}
+    inner = content if isinstance(content, dict) else {}
     found = {name: value for name, value in inner.items() if _is_state_dict(value)}
-    if found:
-        return found
-    return {
+    return found or {
         f"{name}.{key}": state_dict
         for name, value in inner.items()
         for key, state_dict in _state_dicts(value).items()
@@ -84,20 +82,19 @@ def _to_numpy(tensor, name: str, path: epath.Path) -> np.ndarray:
     """A numpy array that shares the tensor's memory, except for bfloat16, which becomes float32."""
     import torch
 
+    tensor = tensor.detach()
+    kind = tensor.dtype
     if tensor.is_meta:
         kind = "on the meta device, without values"
     elif tensor.is_quantized:
         kind = f"quantised, {tensor.dtype}"
     elif tensor.layout != torch.strided:
         kind = f"sparse, {tensor.layout}"
-    elif tensor.is_floating_point() and tensor.itemsize == 1:
-        kind = f"{tensor.dtype}"
-    else:
-        tensor = tensor.detach()
+    elif not (tensor.is_floating_point() and tensor.itemsize == 1):
         try:
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        except (TypeError, RuntimeError):
-            kind = f"{tensor.dtype}"
+        except (TypeError, RuntimeError):  # a kind of number that numpy lacks
+            pass
     raise InputError(
         f"{path}: {name} is {kind}; weights must be dense and float16, bfloat16, float32 or float64"
     )

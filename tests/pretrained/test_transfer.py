@@ -4,11 +4,11 @@ import dataclasses
 import json
 
 import pytest
-from flora_jax.runs import validation
 from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.configs import transfer
+from flora_jax.runs import validation
 from flora_jax.runs.settings import Settings
 from flora_jax.stages.run import network_spec
 from flora_jax.weights import hub, layouts
@@ -51,5 +51,5 @@ def test_a_file_that_stands_alone_has_the_shape_of_the_config(tmp_path):
     begins = settings(path, **{"model.embed_dim": 8, "model.depth": 2, "model.patch_size": 4})
     assert network_spec(begins) == dataclasses.replace(SPEC, num_classes=5)
     validation.check(begins)
-    with pytest.raises(ValueError, match=r"set patch_size=4, embed_dim=8, depth=2 in the spec"):
+    with pytest.raises(ValueError, match="do not fit the spec"):
         validation.check(settings(path))
