@@ -72,7 +72,7 @@ def test_windows_that_do_not_tile_and_others_than_the_weights_have(expected, win
 
 
 def test_a_distance_table_of_no_window():
-    with pytest.raises(ValueError, match="8 distances belongs to no window"):
+    with pytest.raises(ValueError, match="8 distances belong to no window"):
         resample_distance_table(np.zeros((8, 2), np.float32), 4)
 
 

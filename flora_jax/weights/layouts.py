@@ -19,11 +19,11 @@ from flora_jax.weights.name_map import (
     OF_PATCHES,
     SAME,
     TRANSPOSED,
+    WITHOUT_KEY,
     Change,
     Names,
     Row,
     Table,
-    WithoutKey,
     WithPosition,
     array,
     convolution,
@@ -251,7 +251,7 @@ def _without_key(row: Row, is_masked: bool) -> Row:
     if layer == source:
         return row
     if is_masked:
-        return WithoutKey(row.target, row.sources)
+        return Row(row.target, row.sources, WITHOUT_KEY)
     return Row(row.target, (f"{layer}q_bias", f"{layer}v_bias"))
 
 
@@ -385,17 +385,7 @@ def _of_module(spec: Spec, of_timm: Row, is_of_a_pair: bool) -> Row:
     if kind == "kernel" and not module.endswith("attn.qkv"):  # whose outputs stand as ours do
         change = of_timm.change
     elif target.endswith("attn.qkv.bias") and isinstance(spec, ViTSpec) and not spec.k_bias:
-        change = Change(_without_key_part, _with_key_part)
+        change = WITHOUT_KEY
     if kind == "bias" and is_of_a_pair:
         name = "up.bias"
     return Row(target, (f"{_MODULES.get(module, module)}.{name}",), change)
-
-
-def _with_key_part(bias: np.ndarray) -> np.ndarray:
-    query, value = np.split(bias, 2)
-    return np.concatenate([query, np.zeros_like(query), value])
-
-
-def _without_key_part(bias: np.ndarray) -> np.ndarray:
-    query, _, value = np.split(bias, 3)
-    return np.concatenate([query, value])

@@ -47,13 +47,12 @@ def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> 
     _drop_unused(layout, spec, arrays)
     spec = _with_stored_ranks(layout, spec, arrays)
     table = layout.table(spec, arrays)
-    _check_dtypes(table, arrays)
     _check_names(spec, table, arrays, strict)
     model = create_abstract(spec)
     own = functional.split(model)[1]
     rows = [row for row in table if all(source in arrays for source in row.sources)]
     for row in rows:
-        _check_shapes(row, arrays, own[row.target].shape)
+        _check_arrays(row, arrays, own[row.target].shape)
     parameters = _read(rows, arrays, spec, own)
     _replace_classifier_of_other_classes(parameters, spec)
     missing = own.keys() - parameters.keys()
@@ -122,23 +121,10 @@ def _with_stored_ranks(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarr
     for layer, rank, wanted in zip(spec.layers, stored, spec.ranks, strict=True):
         if rank != wanted:
             raise InputError(
-                f"{layer.name} is {_described(rank)} in the file and {_described(wanted)} in the "
-                f"spec; a dense spec takes the ranks of the file"
+                f"{layer.name} has rank {rank} in the file and {wanted} in the spec, where None is "
+                f"one dense matrix; a dense spec takes the ranks of the file"
             )
     return spec
-
-
-def _described(rank: int | None) -> str:
-    return "one dense matrix" if rank is None else f"a pair of factors of rank {rank}"
-
-
-def _check_dtypes(table: Table, arrays: Mapping[str, np.ndarray]) -> None:
-    for source in (source for row in table for source in row.sources if source in arrays):
-        if arrays[source].dtype.name not in _DTYPES:
-            raise InputError(
-                f"{source} is {arrays[source].dtype}; quantised weights are not read, only "
-                f"{', '.join(_DTYPES)}"
-            )
 
 
 def _check_names(spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool) -> None:
@@ -172,8 +158,8 @@ def _is_of_classifier(target: str) -> bool:
     return target.partition(".")[0] in CLASSIFIERS
 
 
-def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
-    """Compares shapes as they are in the file, before any of them is flattened or joined.
+def _check_arrays(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    """Checks kinds of numbers, and shapes as in the file, before any is flattened or joined.
 
     Positions may be more or fewer, and so may classes.
     """
@@ -183,14 +169,18 @@ def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, 
     if free is not None:
         longer[free] += 1
     for source, lengths in row.shapes(tuple(longer)).items():
-        fits = len(arrays[source].shape) == len(lengths) and all(
-            found == one or one != other
-            for found, one, other in zip(arrays[source].shape, wanted[source], lengths, strict=True)
-        )
-        if not fits:
+        array = arrays[source]
+        if array.dtype.name not in _DTYPES:
             raise InputError(
-                f"{source} has shape {arrays[source].shape} in the file, and {wanted[source]} in "
-                f"the spec"
+                f"{source} is {array.dtype}; quantised weights are not read, only "
+                f"{', '.join(_DTYPES)}"
+            )
+        if len(array.shape) != len(lengths) or any(
+            found != one and one == other
+            for found, one, other in zip(array.shape, wanted[source], lengths, strict=True)
+        ):
+            raise InputError(
+                f"{source} has shape {array.shape} in the file, and {wanted[source]} in the spec"
             )
 
 

@@ -37,6 +37,11 @@ SAME = Change(lambda array: array, lambda array: array)
 TRANSPOSED = Change(np.transpose, np.transpose)
 WITHOUT_FIRST_AXIS = Change(_only, lambda array: array[None])  # [1, ...] -> [...]
 ADDING_FIRST_AXIS = Change(lambda array: array[None], _only)
+# Biases of query, key and value, side by side -> of query and value.
+WITHOUT_KEY = Change(
+    lambda bias: np.concatenate(np.split(bias, 3)[::2]),
+    lambda bias: np.insert(bias, len(bias) // 2, np.zeros(len(bias) // 2, bias.dtype)),
+)
 # Positions [1, 1 + N, D] -> of the patches alone [N, D].
 OF_PATCHES = Change(
     lambda array: array[0, 1:], lambda array: np.concatenate([0 * array[:1], array])[None]
@@ -113,37 +118,6 @@ class WithPosition(Row):
 
     def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
         return {self.sources[0]: self.change.write(array)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _OfThree(Row):
-    """Some of query, key and value, which are stored as one [3 D, ...] (MultiheadAttention's)."""
-
-    stored: slice = dataclasses.field(kw_only=True)
-
-    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        width = shape[-1] // len(range(3)[self.stored])
-        return {self.sources[0]: (3 * width, *shape[:-1])}
-
-    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        (array,) = arrays
-        of_each = array.reshape(3, -1, *array.shape[1:])[self.stored]
-        return of_each.reshape(-1, *array.shape[1:]).T
-
-    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
-        raise NotImplementedError("models are written under timm's names only")
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutKey(Row):
-    """The biases of query and value, which are stored with a key's that is masked out."""
-
-    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {self.sources[0]: (shape[0] // 2 * 3,)}
-
-    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        query, _, value = np.split(arrays[0], 3)
-        return np.concatenate([query, value])
 
 
 _EPSILON = 1e-5  # of every batch norm
@@ -247,7 +221,20 @@ def packed(spec: Spec, ours: str, theirs: str) -> Table:
 
 
 def _of_three(stored: slice, spec: Spec, ours: str, theirs: str) -> Table:
-    return [_OfThree(row.target, row.sources, stored=stored) for row in packed(spec, ours, theirs)]
+    """Some of query, key and value; written, the others are zeros."""
+
+    def read(array: np.ndarray) -> np.ndarray:
+        parts = array.reshape(3, -1, *array.shape[1:])[stored]
+        return parts.reshape(-1, *array.shape[1:]).T
+
+    def write(array: np.ndarray) -> np.ndarray:
+        parts = array.T.reshape(len(range(3)[stored]), -1, *array.shape[:-1])
+        whole = np.zeros((3, *parts.shape[1:]), array.dtype)
+        whole[stored] = parts
+        return whole.reshape(-1, *array.shape[:-1])
+
+    change = Change(read, write)
+    return [Row(row.target, row.sources, change) for row in packed(spec, ours, theirs)]
 
 
 query = functools.partial(_of_three, slice(0, 1))

@@ -1,7 +1,6 @@
 """Networks with pretrained weights, in any known layout of names."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
@@ -15,6 +14,7 @@ from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.load_parameters import load_parameters
+from flora_jax.weights.metadata.fields import naming
 from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
 from flora_jax.weights.state_dict import read_state_dict
 
@@ -63,7 +63,7 @@ def from_pretrained(
             f"flora_jax.deit('base')"
         )
     arrays = read_state_dict(path)
-    with _naming(path):
+    with naming(path):
         return load_parameters(without_prefix(arrays, spec), spec, strict)
 
 
@@ -106,14 +106,5 @@ def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Netwo
     if spec is None or spec == model.spec:
         return model
     arrays = {name: np.asarray(p) for name, p in functional.split(model)[1].items()}
-    with _naming(path):
+    with naming(path):
         return load_parameters(arrays, spec, strict)
-
-
-@contextlib.contextmanager
-def _naming(path: epath.Path) -> Iterator[None]:
-    """Names the file in the errors of what is made of its content."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error

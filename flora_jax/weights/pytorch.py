@@ -1,6 +1,7 @@
 """State dicts in files of PyTorch, which is imported when one is read."""
 
 import argparse
+import contextlib
 import pickle
 import re
 import zipfile
@@ -9,7 +10,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingPackageError
-from flora_jax.weights.copies import pick
+from flora_jax.weights.detect import pick
+from flora_jax.weights.metadata.fields import naming
 
 _WRAPPERS = ("model", "state_dict")
 
@@ -17,7 +19,7 @@ _WRAPPERS = ("model", "state_dict")
 def read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
     """The arrays of a state dict, flat or in a training checkpoint; bfloat16 becomes float32.
 
-    Of several state dicts in a checkpoint the moving average is read (`copies.pick`). Nothing but
+    Of several state dicts in a checkpoint the moving average is read (`detect.pick`). Nothing but
     tensors and plain values, argparse's Namespace among them, is unpickled.
 
     Raises:
@@ -53,10 +55,8 @@ def _state_dict_in(content, path: epath.Path) -> dict:
             f"{path} holds no state dict, flat or under a key such as "
             f"{' or '.join(_WRAPPERS)}; found {what}"
         )
-    try:
+    with naming(path):
         return found[pick(found, usual=_WRAPPERS)]
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _state_dicts(content) -> dict[str, dict]:
@@ -82,21 +82,14 @@ def _to_numpy(tensor, name: str, path: epath.Path) -> np.ndarray:
     """A numpy array that shares the tensor's memory, except for bfloat16, which becomes float32."""
     import torch
 
-    tensor = tensor.detach()
-    kind = tensor.dtype
-    if tensor.is_meta:
-        kind = "on the meta device, without values"
-    elif tensor.is_quantized:
-        kind = f"quantised, {tensor.dtype}"
-    elif tensor.layout != torch.strided:
-        kind = f"sparse, {tensor.layout}"
-    elif not (tensor.is_floating_point() and tensor.itemsize == 1):
-        try:
+    is_float8 = tensor.is_floating_point() and tensor.itemsize == 1
+    if not (tensor.is_meta or tensor.is_quantized or is_float8) and tensor.layout == torch.strided:
+        with contextlib.suppress(TypeError, RuntimeError):  # a kind of number that numpy lacks
+            tensor = tensor.detach()
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        except (TypeError, RuntimeError):  # a kind of number that numpy lacks
-            pass
     raise InputError(
-        f"{path}: {name} is {kind}; weights must be dense and float16, bfloat16, float32 or float64"
+        f"{path}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; weights must be "
+        f"dense and float16, bfloat16, float32 or float64"
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from flora_jax.models import functional
 from flora_jax.weights import layouts
-from flora_jax.weights.detect import detect
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.weights import SWINS, VITS, assert_same, written
 
@@ -60,18 +59,6 @@ PAIRS = [
 def test_every_layout_reads_the_same_model(models, spec, table):
     arrays = written(models[spec], TABLES[table])
     assert_same(from_state_dict(arrays, models[spec].spec), models[spec])
-
-
-def test_layouts_are_told_apart():
-    titles = {
-        "own": ("flora_jax ViT", "flora_jax Swin"),
-        "timm": ("timm ViT", "timm Swin"),
-        "hugging_face": ("Hugging Face ViT", "Hugging Face Swin"),
-    }
-    for spec, table in PAIRS:
-        keys = [key for row in TABLES[table]((VITS | SWINS)[spec]) for key in row.sources]
-        of_library = titles.get(table.partition("_vit")[0].partition("_swin")[0], titles["timm"])
-        assert detect(keys, (VITS | SWINS)[spec]).title == of_library[spec in SWINS]
 
 
 @pytest.mark.parametrize(

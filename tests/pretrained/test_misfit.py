@@ -60,7 +60,11 @@ def test_another_family_or_none(vit, swin):
     ("name", "shape", "message"),
     [
         ("pos_embed", (2, 10, 8), r"pos_embed has shape \(2, 10, 8\) .* \(1, 10, 8\) in the spec"),
-        ("pos_embed", (1, 12, 8), r"from \(12, 8\) to \(10, 8\): .* no square grid: 11 patches"),
+        (
+            "pos_embed",
+            (1, 12, 8),
+            r"from \(12, 8\) to \(10, 8\): 11 patches make no sq",
+        ),
         ("pos_embed", (1, 10, 9), r"has shape \(1, 10, 9\) in the file, and \(1, 10, 8\)"),
         ("cls_token", (), r"cls_token has shape \(\) in the file, and \(1, 1, 8\)"),
         ("patch_embed.proj.weight", (8, 32), r"weight has shape \(8, 32\) .*\(8, 2, 4, 4\) in the"),
@@ -134,9 +138,7 @@ def test_weights_of_another_kind_of_number(vit, dtype):
 def test_other_ranks_than_the_specs(vit, subnets):
     arrays, spec = written(subnets["vit"], layouts.timm), subnets["vit"].spec
     wrong = spec.with_ranks((1, *spec.ranks[1:]))
-    with pytest.raises(
-        ValueError, match=r"blocks\.0\.attn\.qkv is .* rank 2 .* rank 1 in the spec"
-    ):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv has rank 2 .* and 1 in the spec"):
         from_state_dict(arrays, wrong)
-    with pytest.raises(ValueError, match=r"qkv is one dense matrix in the file .* rank 2 in the"):
+    with pytest.raises(ValueError, match=r"qkv has rank None in the file and 2 in the"):
         from_state_dict(written(vit, layouts.timm), spec)

@@ -1,6 +1,5 @@
 """What a folder says of pictures and classes, against the libraries that write such folders."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -112,14 +111,6 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
     ours = read.normalization(read.crop(3)(image))
     assert ours.shape == (*expected.shape[1:], 3)
     np.testing.assert_allclose(ours, expected.transpose(1, 2, 0), atol=1e-5)
-
-
-def test_squash_and_cut():
-    """As DeiT's processor and timm's squash do: both sides to 110, then the central 98."""
-    image = picture(70, 131)
-    expected = Image.fromarray(image).resize((110, 110), Image.Resampling.BILINEAR)
-    crop = Preprocessing(98, crop_pct=98 / 110, crop_mode="squash_center", interpolation="bilinear")
-    np.testing.assert_array_equal(crop.crop(3)(image), expected.crop((6, 6, 104, 104)))
 
 
 TIMM = {"architecture": "vit_base_patch16_224.orig", "num_classes": 1000}
@@ -283,10 +274,3 @@ def test_class_names_refused(tmp_path, file, content, message):
 def test_names_that_transformers_makes_up_are_none(tmp_path):
     written(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
     assert read_class_names(tmp_path) == ()
-
-
-def test_every_field_is_kept(tmp_path):
-    """A field that is new to Preprocessing is read back, too."""
-    save_preprocessing(tmp_path, Preprocessing(9))
-    names = set(json.loads((tmp_path / "preprocessing.json").read_text()))
-    assert names == {field.name for field in dataclasses.fields(Preprocessing)}

@@ -1,5 +1,6 @@
 """Fields of a JSON object that someone else wrote, each checked as it is read."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,15 @@ def is_whole(value: Any, least: int = 1) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
+
+
+@contextlib.contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Names the file in the errors of what is made of its content."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 class Fields(Mapping[str, Any]):

@@ -4,13 +4,13 @@ from typing import Any
 
 from etils import epath
 
-from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
+from flora_jax.errors import MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
 from flora_jax.models.spec import Spec
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata import hugging_face, timm
-from flora_jax.weights.metadata.fields import Fields
+from flora_jax.weights.metadata.fields import Fields, naming
 
 CONFIG_FILE = "config.json"
 
@@ -31,10 +31,8 @@ def read_spec(folder: epath.PathLike) -> Spec:
     if not path.exists():
         raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
     config = read_json(path)
-    try:
+    with naming(path):
         return spec_of_config(config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def describes_itself(path: epath.PathLike) -> bool:

@@ -205,12 +205,8 @@ def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
     arguments = {key: int(value) for key, value in defaults.items()} | arguments
     _, fields = _read(match[0], _without(arguments, "Swin", act_layer="gelu"), _OF_SWIN)
     if size == "large":
-        large: dict[str, Any] = {
-            "embed_dim": 192,
-            "depths": (2, 2, 18, 2),
-            "num_heads": (6, 12, 24, 48),
-        }
-        return SwinSpec(**large | fields)
+        large = swin("base", embed_dim=192, num_heads=(6, 12, 24, 48))
+        return dataclasses.replace(large, blocks=(), **fields)
     return swin(size, **fields)
 
 
