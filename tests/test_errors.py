@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax import main
-from flora_jax.methods import start
 from flora_jax.cluster.mesh import equal_share
 from flora_jax.errors import (
     InputError,

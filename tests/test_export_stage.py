@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from etils import epath
 from flora_jax.stages.changes import stages_from, stages_to_redo
-from flora_jax.configs.common import IMPROVED_STAGES
-from flora_jax.runs.workdir import Run
 
 import flora_jax as flora
-from flora_jax.methods import start
 from flora_jax.commands.classifier import Classifier
 from flora_jax.configs import deit_t
+from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
+from flora_jax.methods import export as stage
+from flora_jax.methods import start
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.methods import export as stage
+from flora_jax.runs.workdir import Run
 from flora_jax.stages.card import base_model, dataset_name
 from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed

@@ -15,7 +15,7 @@ from flora_jax import slim
 from flora_jax.models import functional
 from flora_jax.models.loop import Loop
 from flora_jax.weights.export.timm import export_timm
-from flora_jax.weights.fit import NotFiniteWarning
+from flora_jax.weights.load_parameters import NotFiniteWarning
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
 from tests.helpers.slimming import gated_model, logits, random_masks, random_model

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from etils import epath
 from flora_jax.pipeline import _stages_to_redo
-from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run
 
 import flora_jax as flora
 from flora_jax.configs import digits, file_of
@@ -26,6 +25,7 @@ from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
+from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run
 from tests.helpers.checkpoints import names, restored_step, state_at
 from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save

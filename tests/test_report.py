@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from flora_jax.methods import start
 from flora_jax.errors import MissingFileError
 from flora_jax.io.files import locked
+from flora_jax.methods import start
 from tests.helpers.runs import tiny_config
 
 pytestmark = pytest.mark.slow

@@ -60,9 +60,9 @@ def test_relative_position_table_of_any_window(source, window):
 
 
 def test_pos_embed_without_a_square_grid():
-    with pytest.raises(ValueError, match=r"of 11 tokens, 1 of them before.* no square grid: 10"):
+    with pytest.raises(ValueError, match=r"10 patches make no square grid"):
         resample_pos_embed(np.zeros((11, 4), np.float32), 1, 3)
-    with pytest.raises(ValueError, match="no square grid: 0 patches"):
+    with pytest.raises(ValueError, match="0 patches make no square grid"):
         resample_pos_embed(np.zeros((1, 4), np.float32), 1, 3)
 
 

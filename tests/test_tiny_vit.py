@@ -72,7 +72,7 @@ def test_windows_that_do_not_tile_and_others_than_the_weights_have(expected, win
 
 
 def test_a_distance_table_of_no_window():
-    with pytest.raises(ValueError, match="8 distances belongs to no window"):
+    with pytest.raises(ValueError, match="8 distances belong to no window"):
         resample_distance_table(np.zeros((8, 2), np.float32), 4)
 
 
@@ -127,9 +127,7 @@ def test_weights_that_do_not_fit():
     wider = dataclasses.replace(
         SPEC, embed_dims=(24, 32, 64, 64), num_heads=(1, 2, 4, 4), blocks=()
     )
-    with pytest.raises(
-        ValueError, match=r"set embed_dims=\(24, 32, 48, 64\), num_heads=\(1, 2, 3, 4\) in the spec"
-    ):
+    with pytest.raises(ValueError, match=r"has shape .* in the file, and .* in the spec"):
         flora.from_state_dict(arrays, wider)
     name = "stages.1.blocks.0.local_conv.bn.running_var"
     with pytest.raises(ValueError, match=f"missing {re.escape(name)}; unexpected none"):

@@ -28,9 +28,9 @@ from flora_jax.slim.gates import abstract_gated
 from flora_jax.training.settings import Recipe
 from flora_jax.training.watch import check_can_watch
 from flora_jax.weights.export import check_packages
-from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.folder import load_spec
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.load_parameters import NotFiniteWarning
 from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What the file beside the weights says of their network, held against the spec.
+"""Check of a spec against the description of a network beside its weights.
 
 Heads, the eps of norms, the activation and the pool leave no trace in names and shapes: read with
 another of them, weights make another network in silence. What a file does not say is not checked.
@@ -22,11 +22,7 @@ log = logging.getLogger(__name__)
 
 _INTERPOLATED = ("image_size", "window_size")
 _OF_THE_CLASSIFIER = ("pool", "fc_norm")
-_FACTS = (
-    *("num_heads", "layer_norm_eps", "activation", "rope_theta"),
-    *_INTERPOLATED,
-    *_OF_THE_CLASSIFIER,
-)
+_FACTS = ("num_heads", "layer_norm_eps", "activation", "rope_theta")
 
 
 def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
@@ -39,31 +35,22 @@ def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
       InputError: they contradict each other, which is a warning where not `strict`; names both
         values.
     """
-    file = _description_of(path)
-    contradictions = _contradictions(file, spec) if file else []
-    if not contradictions:
-        return
-    message = f"{file} contradicts the spec: {'; '.join(contradictions)}"
-    if strict:
-        raise InputError(message)
-    warnings.warn(message, stacklevel=3)
-
-
-def _description_of(path: epath.Path) -> epath.Path | None:
     folder = path if path.is_dir() else path.parent
     if path in (folder, folder / WEIGHTS_FILE) and (folder / SPEC_FILE).exists():
-        return folder / SPEC_FILE
-    return folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
+        file = folder / SPEC_FILE
+    elif not (file := folder / CONFIG_FILE).is_file():
+        return
+    if contradictions := _contradictions(file, spec):
+        message = f"{file} contradicts the spec: {'; '.join(contradictions)}"
+        if strict:
+            raise InputError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _contradictions(file: epath.Path, spec: Spec) -> list[str]:
     try:
-        if file.name == SPEC_FILE:
-            described, said = load_spec(file.parent), list(_FACTS)
-        else:
-            config = read_json(file)
-            described = spec_of_config(config)
-            said = [fact for fact in _FACTS if says(config, fact)]
+        config = None if file.name == SPEC_FILE else read_json(file)
+        described = load_spec(file.parent) if config is None else spec_of_config(config)
     except UnknownNetworkError as error:
         log.info("%s is not compared with the spec: %s", file, error)
         return []
@@ -72,24 +59,23 @@ def _contradictions(file: epath.Path, spec: Spec) -> list[str]:
         return []
     if described.family != spec.family:  # the names in the file say it better
         return []
-    if not described.num_classes:
-        said = [fact for fact in said if fact not in _OF_THE_CLASSIFIER]
-    found, ours = [], _facts(spec)
-    for fact, value in _facts(described).items():
-        if fact not in said or value == ours[fact]:
+    names = _FACTS + _INTERPOLATED + (_OF_THE_CLASSIFIER if described.num_classes else ())
+    found = []
+    for name in names:
+        theirs, ours = _fact(described, name), _fact(spec, name)
+        if theirs == ours or not (config is None or says(config, name)):
             continue
-        message = f"{fact} is {value!r}, and {ours[fact]!r} in the spec"
-        if fact in _INTERPOLATED:
+        message = f"{name} is {theirs!r}, and {ours!r} in the spec"
+        if name in _INTERPOLATED:
             log.info("%s: %s", file, message)
         else:
             found.append(message)
     return found
 
 
-def _facts(spec: Spec) -> dict[str, object]:
-    """What is compared of a network of this family; a ViT's blocks may have other heads."""
-    facts = {name: getattr(spec, name) for name in _FACTS if hasattr(spec, name)}
-    if isinstance(spec, ViTSpec):
+def _fact(spec: Spec, name: str) -> object:
+    """A field's value, or None where the family has none; a ViT's blocks may differ in heads."""
+    if name == "num_heads" and isinstance(spec, ViTSpec):
         heads = tuple(block.num_heads for block in spec.blocks)
-        facts["num_heads"] = heads[0] if len(set(heads)) == 1 else heads
-    return facts
+        return heads[0] if len(set(heads)) == 1 else heads
+    return getattr(spec, name, None)

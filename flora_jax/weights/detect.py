@@ -1,27 +1,21 @@
-"""Which layout the names of a file are in, and what stands before them there."""
+"""The layout of a file's names, the prefixes before them, and the copy of a network to read."""
 
-import dataclasses
+import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flora_jax.errors import InputError, few
 from flora_jax.models.spec import Spec
-from flora_jax.weights.copies import names_within
-from flora_jax.weights.layouts import (
-    hugging_face_swin,
-    hugging_face_vit,
-    open_clip_vit,
-    own,
-    timm,
-    timm_swin,
-    timm_tiny_vit,
-    timm_vit,
-)
-from flora_jax.weights.metadata.strangers import check_is_no_adapter
-from flora_jax.weights.rows import Table
+from flora_jax.weights import layouts
+from flora_jax.weights.name_map import Table
 
+log = logging.getLogger(__name__)
+
+_AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?)\d*([._-]|$)", re.IGNORECASE)
 # Counted or computed, not learned, or of what is no part of the images' network: a token that
 # training put in the place of patches, a layer behind the features, a norm of local crops, a
 # network for texts.
@@ -37,56 +31,56 @@ _OF_IMAGES = re.compile(r"(\w+\.)*?visual\.")
 _CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(?=\d+\.)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A way of naming a family's weights, known by one of its names."""
+class Layout(NamedTuple):
+    """The names of a family's weights in one library; `signature` is in one name of each file."""
 
     title: str
     family: str
-    signature: str
     table: Callable[..., Table]
+    signature: str
 
 
 # The first whose signature stands in a name, at its beginning or behind a dot.
-LAYOUTS = (
-    Layout("Hugging Face Swin", "swin", r"layers\.\d+\.blocks\.\d+\.layernorm_", hugging_face_swin),
+LAYOUTS = [
     Layout(
-        "Hugging Face ViT",
-        "vit",
+        *("Hugging Face Swin", "swin", layouts.hugging_face_swin),
+        r"layers\.\d+\.blocks\.\d+\.layernorm_",
+    ),
+    Layout(
+        *("Hugging Face ViT", "vit", layouts.hugging_face_vit),
         r"layers?\.\d+\.layernorm_|embeddings\.(cls_token|class_embedding|patch_embedding)",
-        hugging_face_vit,
     ),
     Layout(
-        "timm TinyViT",
-        "tiny_vit",
+        *("timm TinyViT", "tiny_vit", layouts.timm_tiny_vit),
         r"stages\.\d+\.blocks\.\d+\.(attn\.attention_biases$|local_conv\.)",
-        timm_tiny_vit,
     ),
-    Layout("flora_jax TinyViT", "tiny_vit", r"blocks\.\d+\.attn\.attention_biases$", own),
-    Layout("timm Swin", "swin", r"layers\.\d+\.blocks\.\d+\.", timm_swin),
-    Layout("flora_jax Swin", "swin", r"blocks\.\d+\.attn\.relative_position_bias_table$", own),
-    Layout("flora_jax ViT", "vit", r"blocks\.\d+\.attn\.proj\.kernel$", own),
-    Layout("OpenCLIP ViT", "vit", r"transformer\.resblocks\.\d+\.", open_clip_vit),
-    Layout("timm ViT", "vit", r"blocks\.\d+\.", timm_vit),
-)
+    Layout("flora_jax TinyViT", "tiny_vit", layouts.own, r"blocks\.\d+\.attn\.attention_biases$"),
+    Layout("timm Swin", "swin", layouts.timm_swin, r"layers\.\d+\.blocks\.\d+\."),
+    Layout(
+        *("flora_jax Swin", "swin", layouts.own),
+        r"blocks\.\d+\.attn\.relative_position_bias_table$",
+    ),
+    Layout("flora_jax ViT", "vit", layouts.own, r"blocks\.\d+\.attn\.proj\.kernel$"),
+    Layout("OpenCLIP ViT", "vit", layouts.open_clip_vit, r"transformer\.resblocks\.\d+\."),
+    Layout("timm ViT", "vit", layouts.timm_vit, r"blocks\.\d+\."),
+]
 
 
 def detect(keys: Collection[str], spec: Spec) -> Layout:
     """The layout that these names are in, whatever stands before them.
 
     Raises:
-      InputError: none of LAYOUTS, one of another family than the spec's, or an adapter's names.
+      InputError: none of LAYOUTS, or one of another family than the spec's.
     """
-    check_is_no_adapter(keys)
     for layout in LAYOUTS:
         if any(re.search(rf"(^|\.)({layout.signature})", key) for key in keys):
             break
     else:
-        expected = [source for row in timm(spec) for source in row.sources]
-        known = ", ".join(layout.title for layout in LAYOUTS)
+        expected = [source for row in layouts.timm(spec) for source in row.sources]
         raise InputError(
             f"unknown weight names: found {few(keys, 3)}; expected names such as "
-            f"{few(expected, 3)}, or those of another known layout: {known}"
+            f"{few(expected, 3)}, or those of another of the layouts "
+            f"{', '.join(layout.title for layout in LAYOUTS)}"
         )
     if layout.family != spec.family:
         raise InputError(
@@ -96,7 +90,11 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
 
 
 def without_prefix(arrays: Mapping[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
-    """The arrays under the names of their layout, without what wrappers put before (`copies`)."""
+    """The arrays under the names of their layout, without a wrapper's prefix (`names_within`).
+
+    Raises:
+      InputError: as `detect`, or several copies of the weights, or two names that become one.
+    """
     arrays = {key: a for key, a in arrays.items() if _OF_IMAGES.match(key)} or arrays
     arrays = {_CHUNK.sub(r"\1blocks.", key): a for key, a in arrays.items()}
     table = detect(arrays, spec).table(spec, arrays)
@@ -107,3 +105,53 @@ def without_prefix(arrays: Mapping[str, np.ndarray], spec: Spec) -> dict[str, np
 def is_buffer(key: str) -> bool:
     """Whether this is no weight of the network: it follows from the spec, or is not used here."""
     return _NO_WEIGHT.search(key) is not None
+
+
+def pick(copies: Collection[str], usual: Sequence[str] = ()) -> str:
+    """The copy of a network's weights to read, by the name that it stands under.
+
+    That is the moving average, which published evaluations use; a line in the log says so. Without
+    one it is the first of the `usual` names that is there.
+
+    Raises:
+      InputError: several are left to choose from.
+    """
+    averaged = [name for name in copies if _AVERAGED.search(name)]
+    choice = averaged or [name for name in usual if name in copies][:1] or list(copies)
+    if len(choice) > 1:
+        raise InputError(
+            f"there are weights under each of {_quoted(choice)}: leave one of them in the file"
+        )
+    if averaged and len(copies) > 1:
+        log.info("weights stand under %s: the average, %r, is read", _quoted(copies), choice[0])
+    return choice[0]
+
+
+def names_within(keys: Collection[str], expected: Collection[str]) -> dict[str, str]:
+    """The names in a file -> without the prefix that most of the expected ones have there.
+
+    Prefixes are such as "module." or "_orig_mod.model."; names that lack it stay as they are. Of
+    several copies under different prefixes only the names of one are returned (see `pick`).
+
+    Raises:
+      InputError: several copies without an average among them, or two names that become one.
+    """
+    expected = set(expected)
+    found = [
+        (key[:start], key)
+        for key in keys
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+        if key[start:] in expected
+    ]
+    counts = Counter(prefix for prefix, _ in found)
+    most = max(counts.values(), default=0)
+    prefix = pick([p for p, count in counts.items() if count == most] or [""])
+    others = {key for p, key in found if p != prefix and counts[p] == most}
+    names = {key: key.removeprefix(prefix) for key in keys if key not in others}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise InputError(f"{few(twice)} stand in the file with {prefix!r} before them and without")
+    return names
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(repr(name) if name else "no prefix" for name in sorted(names))

@@ -1,9 +1,8 @@
 """Models as folders: `spec.json` beside the weights.
 
-A finished model's weights are `model.safetensors` with a checksum: it opens anywhere, without
-Orbax or pickle. The folder of a training keeps Orbax `checkpoints/` instead, and that of a trained
-supernet an Orbax checkpoint of its `parameters/` alone. A folder that was exported, for PyTorch or
-under timm's names, has the spec itself in `spec.json`, and is read like one of our own.
+A finished model's weights are `model.safetensors` with a checksum. The folder of a training keeps
+Orbax `checkpoints/` instead, that of a trained supernet an Orbax checkpoint of its `parameters/`.
+One that was exported, for PyTorch or under timm's names, has the spec itself in `spec.json`.
 """
 
 import numpy as np
@@ -44,7 +43,7 @@ PARAMETERS, CHECKPOINTS = "parameters", "checkpoints"
 
 
 def describe(model: Network | Supernet) -> dict:
-    """What `spec.json` says of a model: enough to build it again without its weights."""
+    """The content of `spec.json`: enough to build a model again without its weights."""
     if isinstance(model, Supernet):
         spec, space = model.space.spec, model.space.to_json()
     else:
@@ -94,10 +93,8 @@ def load(path: epath.PathLike) -> Network | Supernet:
     path = user_path(path)
     description = _read_description(path)
     spec = spec_from_json(description["spec"])
-    if "sha256" not in description and (path / WEIGHTS_FILE).exists():
-        parameters = _read_exported(path / WEIGHTS_FILE, spec)
-    elif (path / WEIGHTS_FILE).exists():
-        parameters = _read_weights(path / WEIGHTS_FILE, description["sha256"][WEIGHTS_FILE])
+    if (path / WEIGHTS_FILE).exists():
+        parameters = _read_weights(path / WEIGHTS_FILE, spec, description.get("sha256"))
     elif has_saved_parameters(path / PARAMETERS):
         parameters = read_saved_parameters(path / PARAMETERS)
     else:
@@ -147,20 +144,17 @@ def _read_description(path: epath.Path) -> dict:
     return description
 
 
-def _read_weights(path: epath.Path, checksum: str) -> dict[str, np.ndarray]:
+def _read_weights(path: epath.Path, spec: Spec, checksums: dict | None) -> dict[str, np.ndarray]:
+    """The parameters that `save` wrote, or, without checksums, `export_torch` or `export_timm`."""
     with on_disk(path) as file:
-        if sha256(file) != checksum:
+        if checksums is not None and sha256(file) != checksums[WEIGHTS_FILE]:
             raise InputError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
-        return safetensors.load_file(file)
-
-
-def _read_exported(path: epath.Path, spec: Spec) -> dict[str, np.ndarray]:
-    """The parameters that `export_torch` or `export_timm` wrote."""
-    try:
-        with on_disk(path) as file:
+        try:
             arrays = safetensors.load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+    if checksums is not None:
+        return arrays
     for table in (layouts.pytorch(spec), layouts.timm(spec)):
         if {source for row in table for source in row.sources} == arrays.keys():
             return {row.target: row.read([arrays[s] for s in row.sources]) for row in table}

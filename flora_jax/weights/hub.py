@@ -1,12 +1,10 @@
-"""Repositories of the Hugging Face hub as folders: `hf:owner/name` or `hf:owner/name@revision`.
-
-Folders go the other way, too: `uploaded`.
-"""
+"""Repositories of the Hugging Face hub as folders: `hf:owner/name`, or with `@revision` behind."""
 
 import functools
 import logging
 import os
 import re
+import types
 
 from etils import epath
 
@@ -18,14 +16,15 @@ log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# What it takes to read a network, or to say why it cannot be read; other files stay where they are.
+# The files that a network is read from; others stay where they are.
 _DESCRIPTIONS = (
     *(SPEC_FILE, "config.json", "preprocessor_config.json", "processor_config.json"),
-    *("preprocessing.json", "classes.json", "adapter_config.json", "model_index.json"),
+    *("preprocessing.json", "classes.json"),
 )
 _SAFETENSORS = (WEIGHTS_FILE, "model-*.safetensors", "model.safetensors.index.json")
 _PYTORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "requests")
+_LOGIN = "hf auth login, or the variable HF_TOKEN"
 
 
 def is_repository(path: epath.PathLike) -> bool:
@@ -77,28 +76,22 @@ def uploaded(folder: epath.Path, name: str) -> str:
     match = _REPOSITORY.fullmatch(name)
     if match is None or match["revision"]:
         raise InputError(f"{name!r} names no repository; expected owner/name, such as me/small-vit")
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise MissingPackageError(
-            "an upload needs huggingface_hub: pip install 'flora_jax[hub]'"
-        ) from error
+    huggingface_hub = _package("an upload")
     if huggingface_hub.get_token() is None:
-        raise InputError(f"no token to write {name} with: hf auth login, or the variable HF_TOKEN")
+        raise InputError(f"no token to write {name} with: {_LOGIN}")
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=name, folder_path=os.fspath(folder), commit_message="Upload by flora_jax"
         )
-    except errors.HFValidationError as error:
+    except huggingface_hub.errors.HFValidationError as error:
         raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
     except Exception as error:
-        if _status(error) in (401, 403):
+        if _is_refusal(error):
             raise InputError(
                 f"{name}: the hub refuses to write; the token must be one of {name.split('/')[0]} "
-                f"that may: hf auth login, or the variable HF_TOKEN ({_first_line(error)})"
+                f"that may: {_LOGIN} ({_first_line(error)})"
             ) from error
         if not _is_of_the_network(error):
             raise
@@ -120,77 +113,59 @@ def _downloaded(name: str, revision: str | None) -> epath.Path:
 
 
 def _snapshot(asked: str, name: str, revision: str | None, files: tuple[str, ...]) -> epath.Path:
+    hub = _package(asked)
+    try:
+        return epath.Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
+        )
+    except hub.errors.HFValidationError as error:
+        raise InputError(f"{asked} names no repository: {_first_line(error)}") from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise MissingFileError(f"{asked}: {name} has no revision {revision}") from error
+    except Exception as error:
+        is_gated = isinstance(error, hub.errors.GatedRepoError)
+        if isinstance(error, hub.errors.RepositoryNotFoundError) and not is_gated:
+            raise MissingFileError(
+                f"{asked}: no repository {name} on the hub; a private one needs a login: {_LOGIN}"
+            ) from error
+        is_not_cached = isinstance(error, hub.errors.LocalEntryNotFoundError)
+        cause = (error.__cause__ or error) if is_not_cached else error
+        if is_gated or _is_refusal(cause):
+            raise InputError(
+                f"{asked}: access is refused; accept its conditions at "
+                f"https://huggingface.co/{name}, and log in: {_LOGIN}"
+            ) from error
+        if not is_not_cached and not _is_of_the_network(error):
+            raise
+        # Another program may have fetched the weights, perhaps without all that is wanted here.
+        for file in (_SAFETENSORS[0], _SAFETENSORS[-1], _PYTORCH[0], _PYTORCH[-1]):
+            cached = hub.try_to_load_from_cache(name, file, revision=revision)
+            if isinstance(cached, str):
+                return epath.Path(cached).parent
+        raise StorageError(
+            f"{asked} could not be downloaded from {hub.constants.ENDPOINT} "
+            f"({_first_line(cause)}), and the cache {hub.constants.HF_HUB_CACHE} does not hold it"
+        ) from error
+
+
+def _package(asked: str) -> types.ModuleType:
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        import huggingface_hub.errors
     except ImportError as error:
         raise MissingPackageError(
             f"{asked} needs huggingface_hub: pip install 'flora_jax[hub]'"
         ) from error
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(files)
-        )
-    except errors.GatedRepoError as error:
-        raise _refused(asked, name) from error
-    except errors.RepositoryNotFoundError as error:
-        raise MissingFileError(
-            f"{asked}: no repository {name} on the hub; a private one needs a login: hf auth "
-            f"login, or the variable HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise MissingFileError(f"{asked}: {name} has no revision {revision}") from error
-    except errors.HFValidationError as error:
-        raise InputError(f"{asked} names no repository: {_first_line(error)}") from error
-    except errors.LocalEntryNotFoundError as error:
-        if _status(error.__cause__) in (401, 403):
-            raise _refused(asked, name) from error
-        return _of_another_download(asked, name, revision, error)
-    except Exception as error:
-        if _status(error) in (401, 403):
-            raise _refused(asked, name) from error
-        if _is_of_the_network(error):
-            raise _unreachable(asked, error) from error
-        raise
-    return epath.Path(folder)
-
-
-def _of_another_download(
-    asked: str, name: str, revision: str | None, error: Exception
-) -> epath.Path:
-    """The cached folder whose weights another program fetched, perhaps without all that we want."""
-    import huggingface_hub
-
-    for file in (_SAFETENSORS[0], _SAFETENSORS[-1], _PYTORCH[0], _PYTORCH[-1]):
-        cached = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
-        if isinstance(cached, str):
-            return epath.Path(cached).parent
-    raise _unreachable(asked, error.__cause__ or error) from error
-
-
-def _unreachable(asked: str, error: BaseException) -> StorageError:
-    from huggingface_hub import constants
-
-    return StorageError(
-        f"{asked} could not be downloaded from {constants.ENDPOINT} ({_first_line(error)}), and "
-        f"the cache {constants.HF_HUB_CACHE} does not hold it"
-    )
-
-
-def _refused(asked: str, name: str) -> InputError:
-    return InputError(
-        f"{asked}: access is refused; accept its conditions at https://huggingface.co/{name}, and "
-        f"log in: hf auth login, or the variable HF_TOKEN"
-    )
+    return huggingface_hub
 
 
 def _is_of_the_network(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of the hub carries."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error of the hub carries the HTTP status of one."""
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
 
 
 def _first_line(error: BaseException) -> str:

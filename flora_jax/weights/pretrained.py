@@ -1,22 +1,21 @@
-"""Pretrained weights in: any known layout of names, fitted to a spec."""
+"""Networks with pretrained weights, in any known layout of names."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 
-from flora_jax.errors import InputError, MissingFileError
+from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.weights.beside import check_description
 from flora_jax.weights.detect import without_prefix
-from flora_jax.weights.fit import fitted
 from flora_jax.weights.folder import SPEC_FILE, load_model
 from flora_jax.weights.hub import local_folder
+from flora_jax.weights.load_parameters import load_parameters
+from flora_jax.weights.metadata.fields import naming
 from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
-from flora_jax.weights.metadata.strangers import what_is_in
 from flora_jax.weights.state_dict import read_state_dict
 
 HUGGING_FACE_FILES = (
@@ -33,9 +32,9 @@ def from_pretrained(
     """A model with the weights of a file or a folder.
 
     Args:
-      path: a `.safetensors` file; a `.pth`, `.pt` or `.bin` file of PyTorch (needs torch); a
-        folder written by `flora_jax.save`; a Hugging Face folder, in one file or several; or
-        `hf:owner/name` of the hub (needs huggingface_hub), and after it perhaps `@revision`.
+      path: a `.safetensors` file; a `.pth`, `.pt`, `.bin` or `.pth.tar` file of PyTorch (needs
+        torch); a folder written by `flora_jax.save`; a Hugging Face folder, in one file or several;
+        or `hf:owner/name` of the hub (needs huggingface_hub), and after it perhaps `@revision`.
       spec: the model to make; a folder that says what it holds, in our `spec.json` or in the
         `config.json` of Hugging Face or timm, needs none. How the weights are fitted to it, and
         what strict means, says `from_state_dict`. What stands beside the weights must not
@@ -64,9 +63,8 @@ def from_pretrained(
             f"flora_jax.deit('base')"
         )
     arrays = read_state_dict(path)
-    with _naming(path):
-        arrays = without_prefix(arrays, spec)
-        return fitted(arrays, spec, strict)
+    with naming(path):
+        return load_parameters(without_prefix(arrays, spec), spec, strict)
 
 
 def from_state_dict(
@@ -91,7 +89,7 @@ def from_state_dict(
       InputError: unknown names, weights of another family, missing or unexpected ones, one of
         another shape, rank or kind of number than the spec's.
     """
-    return fitted(without_prefix(arrays, spec), spec, strict)
+    return load_parameters(without_prefix(arrays, spec), spec, strict)
 
 
 def _file_in(folder: epath.Path) -> epath.Path:
@@ -99,22 +97,14 @@ def _file_in(folder: epath.Path) -> epath.Path:
         if (folder / name).exists():
             return folder / name
     expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
-    raise MissingFileError(f"{folder} has no weights; looked for {expected}: {what_is_in(folder)}")
+    files = few([path.name for path in folder.iterdir()]) if folder.exists() else "none"
+    raise MissingFileError(f"{folder} has no weights; looked for {expected}, found {files}")
 
 
 def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Network:
     model = load_model(path)
     if spec is None or spec == model.spec:
         return model
-    parameters = functional.split(model)[1]
-    with _naming(path):
-        return fitted({name: np.asarray(p) for name, p in parameters.items()}, spec, strict)
-
-
-@contextlib.contextmanager
-def _naming(path: epath.Path) -> Iterator[None]:
-    """Names the file in the errors of what is made of its content."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    arrays = {name: np.asarray(p) for name, p in functional.split(model)[1].items()}
+    with naming(path):
+        return load_parameters(arrays, spec, strict)

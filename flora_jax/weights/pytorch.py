@@ -1,6 +1,7 @@
-"""State dicts in PyTorch's own files; they need torch, which is imported when one is read."""
+"""State dicts in files of PyTorch, which is imported when one is read."""
 
 import argparse
+import contextlib
 import pickle
 import re
 import zipfile
@@ -9,7 +10,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingPackageError
-from flora_jax.weights.copies import pick
+from flora_jax.weights.detect import pick
+from flora_jax.weights.metadata.fields import naming
 
 _WRAPPERS = ("model", "state_dict")
 
@@ -17,7 +19,7 @@ _WRAPPERS = ("model", "state_dict")
 def read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
     """The arrays of a state dict, flat or in a training checkpoint; bfloat16 becomes float32.
 
-    Of several state dicts in a checkpoint the moving average is read (`copies.pick`). Nothing but
+    Of several state dicts in a checkpoint the moving average is read (`detect.pick`). Nothing but
     tensors and plain values, argparse's Namespace among them, is unpickled.
 
     Raises:
@@ -46,28 +48,24 @@ def read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _state_dict_in(content, path: epath.Path) -> dict:
-    if _is_state_dict(content):
-        return content
-    found = _state_dicts(content) if isinstance(content, dict) else {}
+    found = _state_dicts(content)
     if not found:
         what = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else content
         raise InputError(
             f"{path} holds no state dict, flat or under a key such as "
             f"{' or '.join(_WRAPPERS)}; found {what}"
         )
-    try:
+    with naming(path):
         return found[pick(found, usual=_WRAPPERS)]
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
-def _state_dicts(content: dict) -> dict[str, dict]:
+def _state_dicts(content) -> dict[str, dict]:
     """The state dicts in nested ones by their dotted keys, as far up as there are any."""
-    inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict)}
+    if _is_state_dict(content):
+        return {"": content}
+    inner = content if isinstance(content, dict) else {}
     found = {name: value for name, value in inner.items() if _is_state_dict(value)}
-    if found:
-        return found
-    return {
+    return found or {
         f"{name}.{key}": state_dict
         for name, value in inner.items()
         for key, state_dict in _state_dicts(value).items()
@@ -84,22 +82,14 @@ def _to_numpy(tensor, name: str, path: epath.Path) -> np.ndarray:
     """A numpy array that shares the tensor's memory, except for bfloat16, which becomes float32."""
     import torch
 
-    if tensor.is_meta:
-        kind = "on the meta device, without values"
-    elif tensor.is_quantized:
-        kind = f"quantised, {tensor.dtype}"
-    elif tensor.layout != torch.strided:
-        kind = f"sparse, {tensor.layout}"
-    elif tensor.is_floating_point() and tensor.itemsize == 1:
-        kind = f"{tensor.dtype}"
-    else:
-        tensor = tensor.detach()
-        try:
+    is_float8 = tensor.is_floating_point() and tensor.itemsize == 1
+    if not (tensor.is_meta or tensor.is_quantized or is_float8) and tensor.layout == torch.strided:
+        with contextlib.suppress(TypeError, RuntimeError):  # a kind of number that numpy lacks
+            tensor = tensor.detach()
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        except (TypeError, RuntimeError):
-            kind = f"{tensor.dtype}"
     raise InputError(
-        f"{path}: {name} is {kind}; weights must be dense and float16, bfloat16, float32 or float64"
+        f"{path}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; weights must be "
+        f"dense and float16, bfloat16, float32 or float64"
     )
 
 

@@ -18,13 +18,7 @@ def resample_pos_embed(pos_embed: np.ndarray, num_prefix_tokens: int, grid: int)
       InputError: the positions without the prefix are no square grid.
     """
     prefix, positions = np.split(pos_embed, [num_prefix_tokens])
-    side = math.isqrt(len(positions))
-    if side == 0 or side * side != len(positions):
-        raise InputError(
-            f"a position embedding of {len(pos_embed)} tokens, {num_prefix_tokens} of them before "
-            f"the patches, has no square grid: {len(positions)} patches"
-        )
-    return np.concatenate([prefix, _resized(positions, side, grid)])
+    return np.concatenate([prefix, _resized(positions, grid, "patches make no square grid")])
 
 
 def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarray:
@@ -64,16 +58,14 @@ def resample_distance_table(table: np.ndarray, window: int) -> np.ndarray:
     Raises:
       InputError: the table is not that of a square window.
     """
+    return _resized(table, window, "distances belong to no window of w*w")
+
+
+def _resized(table: np.ndarray, new_side: int, otherwise: str) -> np.ndarray:
+    """[side*side, D] -> [new_side*new_side, D], by Pillow's bicubic, channel by channel."""
     side = math.isqrt(len(table))
     if side == 0 or side * side != len(table):
-        raise InputError(
-            f"a table of {len(table)} distances belongs to no window; a window of w has w*w rows"
-        )
-    return _resized(table, side, window)
-
-
-def _resized(table: np.ndarray, side: int, new_side: int) -> np.ndarray:
-    """[side*side, D] -> [new_side*new_side, D], by Pillow's bicubic, channel by channel."""
+        raise InputError(f"{len(table)} {otherwise}")
     resized = [
         np.asarray(Image.fromarray(c).resize((new_side, new_side), Image.Resampling.BICUBIC))
         for c in table.T.reshape(-1, side, side)

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.io.files import on_disk, read_json
 from flora_jax.io.paths import user_path
-from flora_jax.weights.metadata.strangers import check_content, kind_of_file
 from flora_jax.weights.pytorch import read_pytorch
 
-PYTORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_SAFETENSORS, _PYTORCH = ".safetensors", (".pth", ".pt", ".bin", ".pth.tar")
+_LFS_POINTER = b"version https://git-lfs"
 _INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}$")
 # What numpy can hold; other kinds, such as float8, are those of quantised weights.
@@ -21,7 +21,7 @@ _READABLE = re.compile(r"F64|F32|B?F16|[IU](64|32|16|8)|BOOL")
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a `.safetensors` file, or of a `.pth`, `.pt` or `.bin` file of PyTorch.
+    """The arrays of a `.safetensors` file, or a `.pth`, `.pt`, `.bin` or `.pth.tar` of PyTorch.
 
     Half precision, bfloat16 too, becomes float32. An `.index.json` is read with all files that it
     lists. A training checkpoint of PyTorch gives its moving average where it has one, and its
@@ -45,15 +45,14 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
-    suffixes = (".safetensors", *PYTORCH_SUFFIXES)
-    if path.suffix not in suffixes:
-        kind = f" but {found}" if (found := kind_of_file(path)) else ""
-        raise InputError(
-            f"{path.name} is no file of weights{kind}: its name must end in {', '.join(suffixes)}"
-        )
-    read = _read_safetensors if path.suffix == ".safetensors" else read_pytorch
+    if not path.name.endswith((_SAFETENSORS, *_PYTORCH)):
+        accepted = ", ".join((_SAFETENSORS, *_PYTORCH))
+        raise InputError(f"{path.name} is no file of weights: its name must end in {accepted}")
+    read = _read_safetensors if path.name.endswith(_SAFETENSORS) else read_pytorch
     with on_disk(path) as file:
-        check_content(file, str(path))
+        with open(file, "rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InputError(f"{path} is a pointer of Git LFS to the weights: git lfs pull")
         arrays = read(file)
     for name, array in arrays.items():
         if array.dtype.itemsize == 2 and array.dtype.kind in "fV":  # V: ml_dtypes' bfloat16

@@ -9,7 +9,7 @@ from flora_jax.models import functional
 from flora_jax.slim import from_state_dict as gated_from_state_dict
 from flora_jax.slim.gates import GATE_NAMES, add_gates
 from flora_jax.weights import layouts
-from flora_jax.weights.copies import names_within
+from flora_jax.weights.detect import names_within
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.weights import SWIN, VIT, assert_same, random_model, written
 
@@ -57,13 +57,6 @@ def test_two_networks_in_one_file(vit):
 def test_names_that_become_one():
     with pytest.raises(ValueError, match=r"b stand in the file with 'm\.' before them and without"):
         names_within(["m.a", "m.b", "b"], ["a", "b"])
-
-
-def test_an_average_is_known_by_a_whole_word(vit):
-    """ "schema" holds no average."""
-    arrays = written(vit, layouts.timm)
-    with pytest.raises(ValueError, match="leave one of them"):
-        from_state_dict(prefixed("schema.", arrays) | prefixed("emax.", arrays), VIT)
 
 
 def test_gates_under_a_prefix(vit):

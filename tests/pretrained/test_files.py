@@ -181,12 +181,6 @@ def test_pytorch_file(torch, vit, tmp_path, wrapper, dtype):
     assert from_pretrained(tmp_path / "vit.pth", VIT).spec == VIT
 
 
-def test_pytorch_bin_in_a_hugging_face_folder(torch, vit, tmp_path):
-    arrays = written(vit, layouts.hugging_face_vit)
-    torch.save({n: torch.tensor(a) for n, a in arrays.items()}, tmp_path / "pytorch_model.bin")
-    assert_same(from_pretrained(tmp_path, VIT), vit)
-
-
 def test_pytorch_folder_in_several_files(torch, swin, tmp_path):
     arrays = written(swin, layouts.hugging_face_swin)
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -226,7 +220,7 @@ def test_a_checkpoint_of_two_networks(torch, tmp_path):
     assert list(read_state_dict(path)) == ["w"]
 
 
-@pytest.mark.parametrize("kind", ["sparse", "meta", "quantised", "float8"])
+@pytest.mark.parametrize("kind", ["sparse", "meta", "quint8", "float8"])
 def test_pytorch_tensors_that_numpy_cannot_take(torch, tmp_path, kind):
     tensor = torch.eye(4)
     with warnings.catch_warnings():
@@ -234,7 +228,7 @@ def test_pytorch_tensors_that_numpy_cannot_take(torch, tmp_path, kind):
         odd = {
             "sparse": tensor.to_sparse,
             "meta": lambda: tensor.to("meta"),
-            "quantised": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+            "quint8": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
             "float8": lambda: tensor.to(torch.float8_e5m2),
         }[kind]()
         torch.save({"fine": tensor, "odd.weight": odd}, tmp_path / "x.pth")

@@ -7,15 +7,15 @@ import pytest
 
 from flora_jax.models import functional
 from flora_jax.weights import layouts
-from flora_jax.weights.fit import NotFiniteWarning
+from flora_jax.weights.load_parameters import NotFiniteWarning
 from flora_jax.weights.pretrained import from_state_dict
 from tests.helpers.weights import SWIN, VIT, VITS, written
 
 
 def test_names_that_do_not_fit(vit):
     arrays = written(vit, layouts.timm)
-    arrays["mystery"] = arrays.pop("head.bias")
-    with pytest.raises(ValueError, match=r"missing head\.bias; unexpected mystery$"):
+    arrays["head.bais"] = arrays.pop("head.bias")
+    with pytest.raises(ValueError, match=r"missing head\.bias; unexpected head\.bais .did you"):
         from_state_dict(arrays, VIT)
     deeper = dataclasses.replace(VIT, depth=3, blocks=())
     with pytest.raises(ValueError, match=r"missing blocks\.2\..* and \d+ more; unexpected none"):
@@ -33,29 +33,13 @@ def test_not_strict(vit):
     assert np.std(after[changed[0]]) > 0.1
 
 
-@pytest.mark.parametrize(
-    ("file", "spec", "hint"),
-    [
-        ("distilled", VIT, "set distilled=True in the spec"),
-        ("vit", VITS["distilled"], "set distilled=False in the spec"),
-        ("no_qkv_bias", VIT, "set qkv_bias=False in the spec"),
-        ("mean", VIT, "set pool='mean' in the spec"),
-        ("vit", VITS["mean"], "set pool='token' in the spec"),
-        ("mean_no_token", VIT, "set class_token=False, pool='mean' in the spec"),
-        ("absolute", SWIN, "set absolute_pos_embed=True in the spec"),
-        ("no_patch_norm", SWIN, "set qkv_bias=False, patch_norm=False in the spec"),
-    ],
-)
-def test_the_error_names_the_field_to_change(models, file, spec, hint):
-    with pytest.raises(ValueError, match=f"{hint}$"):
-        from_state_dict(written(models[file], layouts.timm), spec)
-
-
-def test_hugging_face_deit_needs_distilled(models):
+def test_names_of_another_kind_of_vit(models):
+    with pytest.raises(ValueError, match="missing none; unexpected dist_token, head_dist"):
+        from_state_dict(written(models["distilled"], layouts.timm), VIT)
     arrays = written(models["distilled"], layouts.hugging_face_vit)
-    with pytest.raises(ValueError, match=r"set distilled=True in the spec$"):
+    with pytest.raises(ValueError, match=r"missing classifier\.bias.*; unexpected cls_classifier"):
         from_state_dict(arrays, VIT)
-    with pytest.raises(ValueError, match="classify the class token: set pool='token'"):
+    with pytest.raises(ValueError, match="pool is 'mean' in the spec, and 'token' in the file"):
         from_state_dict(arrays, VITS["mean"])
 
 
@@ -65,7 +49,7 @@ def test_another_family_or_none(vit, swin):
     with pytest.raises(ValueError, match="of a Hugging Face ViT, but the spec is a SwinSpec"):
         from_state_dict(written(vit, layouts.hugging_face_vit), SWIN)
     with pytest.raises(
-        ValueError, match=r"found conv1, fc; expected names such as blocks\.0\..*known.*timm"
+        ValueError, match=r"found conv1, fc; expected names such as blocks\.0\..*layouts.*timm"
     ):
         from_state_dict({"conv1": np.zeros(3), "fc": np.zeros(3)}, VIT)
     with pytest.raises(ValueError, match=r"unknown weight names: found none; expected"):
@@ -76,7 +60,11 @@ def test_another_family_or_none(vit, swin):
     ("name", "shape", "message"),
     [
         ("pos_embed", (2, 10, 8), r"pos_embed has shape \(2, 10, 8\) .* \(1, 10, 8\) in the spec"),
-        ("pos_embed", (1, 12, 8), r"from \(12, 8\) to \(10, 8\): .* no square grid: 11 patches"),
+        (
+            "pos_embed",
+            (1, 12, 8),
+            r"from \(12, 8\) to \(10, 8\): 11 patches make no sq",
+        ),
         ("pos_embed", (1, 10, 9), r"has shape \(1, 10, 9\) in the file, and \(1, 10, 8\)"),
         ("cls_token", (), r"cls_token has shape \(\) in the file, and \(1, 1, 8\)"),
         ("patch_embed.proj.weight", (8, 32), r"weight has shape \(8, 32\) .*\(8, 2, 4, 4\) in the"),
@@ -150,39 +138,7 @@ def test_weights_of_another_kind_of_number(vit, dtype):
 def test_other_ranks_than_the_specs(vit, subnets):
     arrays, spec = written(subnets["vit"], layouts.timm), subnets["vit"].spec
     wrong = spec.with_ranks((1, *spec.ranks[1:]))
-    with pytest.raises(
-        ValueError, match=r"blocks\.0\.attn\.qkv is .* rank 2 .* rank 1 in the spec"
-    ):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv has rank 2 .* and 1 in the spec"):
         from_state_dict(arrays, wrong)
-    with pytest.raises(ValueError, match=r"qkv is one dense matrix in the file .* rank 2 in the"):
+    with pytest.raises(ValueError, match=r"qkv has rank None in the file and 2 in the"):
         from_state_dict(written(vit, layouts.timm), spec)
-
-
-@pytest.mark.parametrize(
-    ("changes", "hint"),
-    [
-        ({"depth": 3}, "set depth=2 in the spec"),
-        ({"embed_dim": 16}, "set embed_dim=8 in the spec"),
-        ({"patch_size": 2, "embed_dim": 4}, "set embed_dim=8, patch_size=4 in the spec"),
-        ({"in_channels": 3}, "set in_channels=2 in the spec"),
-        ({"image_size": 10, "patch_size": 5}, "set patch_size=4, image_size=12 in the spec"),
-        (
-            {"embed_dim": 12, "num_heads": 3, "depth": 3},
-            "set embed_dim=8, depth=2, num_heads=2 in the spec",
-        ),
-        ({"depth": 1, "distilled": True}, "set distilled=False, depth=2 in the spec"),
-        ({"num_registers": 4}, "set num_registers=0 in the spec"),
-        ({"positions": "patches"}, "set positions='all' in the spec"),
-        ({"gated_mlp": True, "mlp_ratio": 2, "k_bias": False}, "set k_bias=True in the spec"),
-    ],
-)
-def test_the_error_names_the_size_that_fits(vit, changes, hint):
-    spec = dataclasses.replace(VIT, blocks=(), **changes)
-    with pytest.raises(ValueError, match=f"{hint}$"):
-        from_state_dict(written(vit, layouts.timm), spec)
-
-
-def test_the_error_names_the_heads_of_a_swin(swin):
-    spec = dataclasses.replace(SWIN, num_heads=(3, 4), blocks=())
-    with pytest.raises(ValueError, match=r"set num_heads=\(2, 3\) in the spec$"):
-        from_state_dict(written(swin, layouts.timm), spec)

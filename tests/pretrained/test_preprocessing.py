@@ -1,8 +1,6 @@
 """What a folder says of pictures and classes, against the libraries that write such folders."""
 
-import dataclasses
 import json
-import re
 
 import numpy as np
 import pytest
@@ -115,14 +113,6 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
     np.testing.assert_allclose(ours, expected.transpose(1, 2, 0), atol=1e-5)
 
 
-def test_squash_and_cut():
-    """As DeiT's processor and timm's squash do: both sides to 110, then the central 98."""
-    image = picture(70, 131)
-    expected = Image.fromarray(image).resize((110, 110), Image.Resampling.BILINEAR)
-    crop = Preprocessing(98, crop_pct=98 / 110, crop_mode="squash_center", interpolation="bilinear")
-    np.testing.assert_array_equal(crop.crop(3)(image), expected.crop((6, 6, 104, 104)))
-
-
 TIMM = {"architecture": "vit_base_patch16_224.orig", "num_classes": 1000}
 
 
@@ -197,19 +187,19 @@ def test_nothing_said(tmp_path):
         ({"size": {"longest_edge": 96}}, "size must be a number, a height and a width, or"),
         ({"size": "96"}, "size must be a number"),
         ({"size": True}, "size must be a number"),
-        ({"size": {"shortest_edge": 96}}, "do_center_crop is false"),
+        ({"size": {"shortest_edge": 96}}, "do_center_crop must be true where size has a sh"),
         ({"resample": "bicubic"}, r"resample must be a number of Pillow's: 0 \(nearest\)"),
         ({"resample": 7}, "resample must be a number of Pillow's"),
         ({"image_mean": "0.5"}, "image_mean must be a list of numbers of at least 0, got '0.5'"),
         ({"image_std": [58.4, 57.1, 57.4]}, "std must lie in .*did you mean"),
-        ({"do_resize": False}, "do_resize is false"),
-        ({"do_rescale": False}, "do_rescale is false"),
+        ({"do_resize": False}, "do_resize must be true"),
+        ({"do_rescale": False}, "do_rescale must be true, "),
         ({"do_rescale": 1}, "do_rescale must be true or false, got 1"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
-        ({"rescale_offset": True}, "rescale_offset is true"),
-        ({"do_center_crop": True, "crop_size": 128}, "crop_size 128 is more than size 96"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor must be 1/255.*got 0.0078"),
+        ({"rescale_offset": True}, "rescale_offset must be false"),
+        ({"do_center_crop": True, "crop_size": 128}, "crop_size must be at most size 96"),
         ({"image_processor_type": "ViTImageProcesor"}, "did you mean 'ViTImageProcessor'"),
-        ({"image_processor_type": None}, "image_processor_type of '' is not known"),
+        ({"image_processor_type": None}, "unknown image_processor_type ''"),
     ],
 )
 def test_hugging_face_refused(tmp_path, changes, message):
@@ -229,16 +219,16 @@ def test_hugging_face_refused(tmp_path, changes, message):
             {"image_size": 8, "crop_mode": "border"},
             "crop_mode 'border' is unknown",
         ),
-        ("preprocessing", [8], "expected an object with fields, got list"),
+        ("preprocessing", [8], "must be an object with fields"),
         ("config", TIMM | {"pretrained_cfg": [1]}, "pretrained_cfg must be an object"),
-        ("config", TIMM | {"crop_mode": "border"}, "crop_mode 'border' pads"),
+        ("config", TIMM | {"crop_mode": "border"}, "crop_mode 'border' is unknown"),
         ("config", TIMM | {"input_size": [3, 70, 90]}, "input_size must be the side of a square"),
         ("config", TIMM | {"input_size": 70}, "input_size must be channels, height and width"),
         ("config", TIMM | {"interpolation": "random"}, "interpolation 'random' is unknown"),
     ],
 )
 def test_other_files_refused(tmp_path, file, content, message):
-    with pytest.raises(ValueError, match=re.escape(f"{file}.json: ") + f".*{message}"):
+    with pytest.raises(ValueError, match=rf"{file}\.json:?.*{message}"):
         flora.read_preprocessing(written(tmp_path, **{file: content}))
 
 
@@ -284,10 +274,3 @@ def test_class_names_refused(tmp_path, file, content, message):
 def test_names_that_transformers_makes_up_are_none(tmp_path):
     written(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
     assert read_class_names(tmp_path) == ()
-
-
-def test_every_field_is_kept(tmp_path):
-    """A field that is new to Preprocessing is read back, too."""
-    save_preprocessing(tmp_path, Preprocessing(9))
-    names = set(json.loads((tmp_path / "preprocessing.json").read_text()))
-    assert names == {field.name for field in dataclasses.fields(Preprocessing)}

@@ -1,4 +1,4 @@
-"""The names of the classes that a model in a folder knows, whoever wrote them down."""
+"""Names of the classes that a model in a folder knows."""
 
 import re
 
@@ -24,7 +24,7 @@ def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
     """
     folder = local_folder(folder)
     if (path := folder / CLASSES_FILE).exists():
-        return _names(Fields(path, {"names": read_json(path)}), "names")
+        return _names(Fields({"names": read_json(path)}, f"{path}: "), "names")
     if not (path := folder / CONFIG_FILE).exists():
         return ()
     fields = Fields.read(path)

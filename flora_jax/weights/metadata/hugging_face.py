@@ -1,28 +1,13 @@
-"""The config.json of transformers: what network its weights belong to."""
+"""Specs of networks that a config.json of transformers describes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from flora_jax.errors import InputError, UnknownNetworkError, unknown
+from flora_jax.errors import InputError, UnknownNetworkError, did_you_mean, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.metadata.kinds import (
-    COUNT,
-    FLAG,
-    NUMBER,
-    OBJECT,
-    SIZE,
-    SIZE_OR_SIZES,
-    SIZES,
-    TEXT,
-    TEXTS,
-    Kind,
-    check_kinds,
-)
-from flora_jax.weights.metadata.strangers import kind_of_model
-
-Config = Mapping[str, Any]
+from flora_jax.weights.metadata.fields import Fields
 
 # Fields of a spec that a file may leave to transformers' defaults, by their names there.
 _SAID_AS = {
@@ -33,7 +18,6 @@ _SAID_AS = {
     "image_size": ("image_size",),
     "window_size": ("window_size",),
 }
-
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -43,88 +27,49 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-_CLASSIFIER = "ForImageClassification"
-_KINDS: dict[str, Kind] = {
-    "architectures": TEXTS,
-    "hidden_act": TEXT,
-    "id2label": OBJECT,
-    "rope_parameters": OBJECT,
-    "vision_config": OBJECT,
-    "depths": SIZES,
-    "num_heads": SIZE_OR_SIZES,
-    "image_size": SIZE_OR_SIZES,
-    "patch_size": SIZE_OR_SIZES,
-    **dict.fromkeys(("num_labels", "num_register_tokens"), COUNT),
-    **dict.fromkeys(("layer_norm_eps", "mlp_ratio", "rope_theta"), NUMBER),
-    **dict.fromkeys(
-        (
-            *("embed_dim", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-            *("intermediate_size", "num_channels", "window_size"),
-        ),
-        SIZE,
-    ),
-    **dict.fromkeys(
-        (
-            *("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
-            *("use_swiglu_ffn", "use_gated_mlp", "use_absolute_embeddings", "vision_use_head"),
-        ),
-        FLAG,
-    ),
-}
 
 
-def spec_of_config(config: Config) -> Spec:
+def spec_of_config(config: Fields) -> Spec:
     """The spec of the network that a config.json of transformers describes.
 
     Of a model for images and texts it is that of the images' network. A field that the file leaves
     out has the default it has in transformers. Without a classifier among the `architectures` the
-    network has none: it gives its pooled feature. What is null says nothing.
+    network has none: it gives its pooled feature.
 
     Raises:
       UnknownNetworkError: another model_type.
       InputError: a network that this library cannot build, or a field of another kind of value
         than transformers writes; says which.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _READERS:
-        if kind := kind_of_model(str(model_type)):
-            raise UnknownNetworkError(
-                f"model_type {model_type!r} is {kind}; read are vision transformers: "
-                f"{', '.join(_READERS)}"
-            )
-        raise UnknownNetworkError(unknown("model_type", str(model_type), _READERS))
-    said = _said(config)
-    check_kinds(said, _KINDS)
-    check_kinds(_said(said.get("vision_config", {})), _KINDS, at="vision_config.")
-    return _READERS[model_type](said)
+    model_type = str(config.get("model_type"))
+    if model_type not in _READERS:
+        raise UnknownNetworkError(
+            f"model_type {model_type!r} is not a vision transformer that flora_jax reads: accepted "
+            f"are {', '.join(_READERS)}{did_you_mean(model_type, _READERS)}"
+        )
+    return _READERS[model_type](config)
 
 
-def says(config: Config, field: str) -> bool:
+def says(config: Fields, field: str) -> bool:
     """Whether the file itself says this field of its spec, and no default of transformers."""
-    said = _said(_of_images(_said(config)))
-    return field not in _SAID_AS or any(name in said for name in _SAID_AS[field])
+    config = _of_images(config)
+    return field not in _SAID_AS or any(name in config for name in _SAID_AS[field])
 
 
-def _said(config: Config) -> Config:
-    return {name: value for name, value in config.items() if value is not None}
-
-
-def _of_images(config: Config) -> Config:
+def _of_images(config: Fields) -> Fields:
     """The part of a model for images and texts that its images' network is in."""
-    return config.get("vision_config", config)
+    return config.within("vision_config") if "vision_config" in config else config
 
 
-def _vit(config: Config) -> ViTSpec:
-    return ViTSpec(
-        **_sizes(config, layer_norm_eps=1e-12), num_classes=_num_classes(config), **_mlp(config)
-    )
+def _vit(config: Fields) -> ViTSpec:
+    return ViTSpec(**_sizes(config, 1e-12), num_classes=_num_classes(config), **_mlp(config))
 
 
-def _deit(config: Config) -> ViTSpec:
+def _deit(config: Fields) -> ViTSpec:
     """Where nobody classifies the distillation token, it is a register."""
     distilled = _class_of(config).endswith("WithTeacher")
     return ViTSpec(
-        **_sizes(config, layer_norm_eps=1e-12),
+        **_sizes(config, 1e-12),
         **_mlp(config),
         num_classes=_num_classes(config),
         distilled=distilled,
@@ -132,80 +77,73 @@ def _deit(config: Config) -> ViTSpec:
     )
 
 
-def _dinov2(config: Config) -> ViTSpec:
-    width, mlp_ratio = config.get("hidden_size", 768), config.get("mlp_ratio", 4)
+def _dinov2(config: Fields) -> ViTSpec:
+    width, mlp_ratio = config.size("hidden_size", 768), config.number("mlp_ratio", 4)
     mlp: dict[str, Any] = {"mlp_ratio": mlp_ratio, "activation": _activation(config, "gelu")}
-    if config.get("use_swiglu_ffn", False):
+    if config.flag("use_swiglu_ffn", False):
         hidden = (int(int(width * mlp_ratio) * 2 / 3) + 7) // 8 * 8
         mlp = {"mlp_ratio": hidden / width, "activation": "silu", "gated_mlp": True}
-    registers = {}
     if config["model_type"] == "dinov2_with_registers":
-        registers = {
-            "num_registers": config.get("num_register_tokens", 4),
-            "positions": "patches",
-        }
+        mlp |= {"num_registers": config.count("num_register_tokens", 4), "positions": "patches"}
     num_classes = _num_classes(config)
     return ViTSpec(
-        **_sizes(config, patch_size=14, layer_norm_eps=1e-6),
+        **_sizes(config, 1e-6, patch_size=14),
         **mlp,
-        **registers,
         num_classes=num_classes,
         pool="token_and_mean" if num_classes else "token",
         layer_scale=True,
     )
 
 
-def _dinov3(config: Config) -> ViTSpec:
+def _dinov3(config: Fields) -> ViTSpec:
     for name in ("proj_bias", "mlp_bias"):
-        if not config.get(name, True):
+        if not config.flag(name, True):
             raise InputError(f"{name} is false: these layers always have a bias here")
     if _num_classes(config):
         raise InputError(f"{_class_of(config)} is no class that this library knows the pool of")
-    biases = [config.get(f"{name}_bias", name != "key") for name in ("query", "key", "value")]
-    if biases[0] != biases[2] or (biases[1] and not biases[0]):
+    query, key, value = (config.flag(f"{n}_bias", n != "key") for n in ("query", "key", "value"))
+    if query != value or (key and not query):
         raise InputError(
-            "query_bias, key_bias and value_bias are {}, {} and {}; query and value must be alike, "
-            "and only with them can the key have one".format(*biases)
+            f"query_bias, key_bias and value_bias are {query}, {key} and {value}; query and value "
+            f"must be alike, and only with them can the key have one"
         )
-    rope = _said(config.get("rope_parameters", {}))
-    check_kinds(rope, _KINDS, at="rope_parameters.")
-    sizes = _sizes(config, hidden_size=384, num_attention_heads=6, layer_norm_eps=1e-5)
+    rope_theta = config.within("rope_parameters").number("rope_theta", 100.0)
     return ViTSpec(
-        **sizes | {"qkv_bias": biases[0]},
+        **_sizes(config, 1e-5, hidden_size=384, num_heads=6) | {"qkv_bias": query},
         **_mlp(config, hidden_size=384),
         num_classes=0,
-        k_bias=biases[1] or not biases[0],
-        gated_mlp=config.get("use_gated_mlp", False),
-        num_registers=config.get("num_register_tokens", 0),
+        k_bias=key or not query,
+        gated_mlp=config.flag("use_gated_mlp", False),
+        num_registers=config.count("num_register_tokens", 0),
         positions="none",
-        rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 100.0))),
+        rope_theta=float(config.number("rope_theta", rope_theta)),
         layer_scale=True,
     )
 
 
-def _clip(config: Config) -> ViTSpec:
+def _clip(config: Fields) -> ViTSpec:
     if _num_classes(config):
         raise InputError(
             f"{_class_of(config)} averages tokens without a norm, which no spec here does; "
             f"CLIPVisionModel is the same network without the classifier"
         )
-    config = _said(_of_images(config))
+    config = _of_images(config)
     return ViTSpec(
-        **_sizes(config, patch_size=32, layer_norm_eps=1e-5),
-        **_mlp(config, hidden_act="quick_gelu"),
+        **_sizes(config, 1e-5, patch_size=32),
+        **_mlp(config, activation="quick_gelu"),
         num_classes=0,
         pre_norm=True,
         patch_bias=False,
     )
 
 
-def _siglip(config: Config) -> ViTSpec:
+def _siglip(config: Fields) -> ViTSpec:
     num_classes = _num_classes(config)
-    config = _said(_of_images(config))
-    has_pool = bool(config.get("vision_use_head", True)) and not num_classes
+    config = _of_images(config)
+    has_pool = config.flag("vision_use_head", True) and not num_classes
     return ViTSpec(
-        **_sizes(config, layer_norm_eps=1e-6),
-        **_mlp(config, hidden_act="gelu_pytorch_tanh"),
+        **_sizes(config, 1e-6),
+        **_mlp(config, activation="gelu_pytorch_tanh"),
         num_classes=num_classes,
         class_token=False,
         pool="attention" if has_pool else "mean",
@@ -213,22 +151,26 @@ def _siglip(config: Config) -> ViTSpec:
     )
 
 
-def _swin(config: Config) -> SwinSpec:
+def _swin(config: Fields) -> SwinSpec:
     if (activation := _activation(config, "gelu")) != "gelu":
         raise InputError(f"hidden_act is {activation!r}, but a Swin has 'gelu' here")
-    names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
-    fields = {name: config[name] for name in (*names, "layer_norm_eps") if name in config}
     return SwinSpec(
-        image_size=_side(config, "image_size", 224),
-        patch_size=_side(config, "patch_size", 4),
-        in_channels=config.get("num_channels", 3),
+        image_size=config.side("image_size", 224),
+        patch_size=config.side("patch_size", 4),
+        in_channels=config.size("num_channels", 3),
         num_classes=_num_classes(config),
-        absolute_pos_embed=config.get("use_absolute_embeddings", False),
-        **fields,
+        embed_dim=config.size("embed_dim", 96),
+        depths=config.sizes("depths", (2, 2, 6, 2)),
+        num_heads=config.sizes("num_heads", (3, 6, 12, 24)),
+        window_size=config.size("window_size", 7),
+        mlp_ratio=config.number("mlp_ratio", 4),
+        qkv_bias=config.flag("qkv_bias", True),
+        absolute_pos_embed=config.flag("use_absolute_embeddings", False),
+        layer_norm_eps=config.number("layer_norm_eps", 1e-5),
     )
 
 
-_READERS: dict[str, Callable[[Config], Spec]] = {
+_READERS: dict[str, Callable[[Fields], Spec]] = {
     "vit": _vit,
     "deit": _deit,
     "dinov2": _dinov2,
@@ -242,49 +184,45 @@ _READERS: dict[str, Callable[[Config], Spec]] = {
 }
 
 
-def _sizes(config: Config, **defaults) -> dict[str, Any]:
-    """The fields that every ViT has; `defaults` are under the names of transformers."""
-    known = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    values = known | defaults | dict(config)
+def _sizes(
+    config: Fields,
+    layer_norm_eps: float,
+    patch_size: int = 16,
+    hidden_size: int = 768,
+    num_heads: int = 12,
+) -> dict[str, Any]:
+    """The fields that every ViT has; the arguments are defaults."""
     return {
-        "image_size": _side(config, "image_size", 224),
-        "patch_size": _side(config, "patch_size", defaults.get("patch_size", 16)),
-        "embed_dim": values["hidden_size"],
-        "depth": values["num_hidden_layers"],
-        "num_heads": values["num_attention_heads"],
-        "in_channels": values.get("num_channels", 3),
-        "qkv_bias": values.get("qkv_bias", True),
-        "layer_norm_eps": values["layer_norm_eps"],
+        "image_size": config.side("image_size", 224),
+        "patch_size": config.side("patch_size", patch_size),
+        "embed_dim": config.size("hidden_size", hidden_size),
+        "depth": config.size("num_hidden_layers", 12),
+        "num_heads": config.size("num_attention_heads", num_heads),
+        "in_channels": config.size("num_channels", 3),
+        "qkv_bias": config.flag("qkv_bias", True),
+        "layer_norm_eps": config.number("layer_norm_eps", layer_norm_eps),
     }
 
 
-def _mlp(config: Config, hidden_size: int = 768, hidden_act: str = "gelu") -> dict[str, Any]:
-    width = config.get("hidden_size", hidden_size)
-    hidden = config.get("intermediate_size", 4 * hidden_size)
+def _mlp(config: Fields, hidden_size: int = 768, activation: str = "gelu") -> dict[str, Any]:
+    width = config.size("hidden_size", hidden_size)
+    hidden = config.size("intermediate_size", 4 * hidden_size)
     ratio = hidden // width if hidden % width == 0 else hidden / width
-    return {"mlp_ratio": ratio, "activation": _activation(config, hidden_act)}
+    return {"mlp_ratio": ratio, "activation": _activation(config, activation)}
 
 
-def _activation(config: Config, default: str) -> str:
-    name = config.get("hidden_act", default)
+def _activation(config: Fields, default: str) -> str:
+    name = config.text("hidden_act", default)
     if name not in _ACTIVATIONS:
         raise InputError(unknown("hidden_act", name, _ACTIVATIONS))
     return _ACTIVATIONS[name]
 
 
-def _side(config: Config, name: str, default: int) -> int:
-    value = config.get(name, default)
-    sides = set(value) if isinstance(value, list | tuple) else {value}
-    if len(sides) != 1:
-        raise InputError(f"{name} is {value}, but images and patches are square here")
-    return sides.pop()
+def _class_of(config: Fields) -> str:
+    return (*config.texts("architectures"), "")[0]
 
 
-def _class_of(config: Config) -> str:
-    return (config.get("architectures") or [""])[0]
-
-
-def _num_classes(config: Config) -> int:
-    if _CLASSIFIER not in _class_of(config):
+def _num_classes(config: Fields) -> int:
+    if "ForImageClassification" not in _class_of(config):
         return 0
-    return len(config.get("id2label") or ()) or config.get("num_labels", 2)
+    return len(config.within("id2label")) or config.count("num_labels", 2)

@@ -1,23 +1,22 @@
-"""What network a folder holds, whoever wrote it."""
+"""The spec of the network in a folder: of our own, of transformers or of timm."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from flora_jax.errors import InputError, MissingFileError, UnknownNetworkError
+from flora_jax.errors import MissingFileError, UnknownNetworkError
 from flora_jax.io.files import read_json
 from flora_jax.models.spec import Spec
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata import hugging_face, timm
-from flora_jax.weights.metadata.strangers import what_is_in
+from flora_jax.weights.metadata.fields import Fields, naming
 
 CONFIG_FILE = "config.json"
 
 
 def read_spec(folder: epath.PathLike) -> Spec:
-    """Reads what network a folder holds: one of our own, of transformers or of timm.
+    """Reads the spec of the network in a folder: one of our own, of transformers or of timm.
 
     The folder may be `hf:owner/name` of the hub, as for `from_pretrained`.
 
@@ -30,14 +29,10 @@ def read_spec(folder: epath.PathLike) -> Spec:
         return load_spec(folder)
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise MissingFileError(
-            f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}: {what_is_in(folder)}"
-        )
+        raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
     config = read_json(path)
-    try:
+    with naming(path):
         return spec_of_config(config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def describes_itself(path: epath.PathLike) -> bool:
@@ -53,21 +48,13 @@ def spec_of_config(config: Any) -> Spec:
       UnknownNetworkError: it names a kind of network that is not known here.
       InputError: it asks what that kind of network cannot be here.
     """
-    if not isinstance(config, Mapping):
+    if not isinstance(config, dict):
         raise UnknownNetworkError("expected an object with fields")
-    if "_class_name" in config:
-        raise UnknownNetworkError(
-            f"{config['_class_name']} is a model of diffusers, no vision transformer"
-        )
-    if _is_timm(config):
-        return timm.spec_of_config(config)
-    return hugging_face.spec_of_config(config)
+    fields = Fields(config)
+    return (timm if "architecture" in fields else hugging_face).spec_of_config(fields)
 
 
-def says(config: Mapping, field: str) -> bool:
+def says(config: dict, field: str) -> bool:
     """Whether a config.json itself says a field of its spec: timm's do, by the architecture."""
-    return _is_timm(config) or hugging_face.says(config, field)
-
-
-def _is_timm(config: Mapping) -> bool:
-    return "architecture" in config
+    fields = Fields(config)
+    return "architecture" in fields or hugging_face.says(fields, field)

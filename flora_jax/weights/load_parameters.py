@@ -1,33 +1,30 @@
-"""Arrays by name become the model of a spec: every check of names, shapes and values is here."""
+"""Loading of parameters into a network: arrays by name, checked against a spec."""
 
-import contextlib
 import dataclasses
 import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.errors import InputError, few
+from flora_jax.errors import InputError, did_you_mean, few
 from flora_jax.models import functional
 from flora_jax.models.factory import create, create_abstract
 from flora_jax.models.functional import Parameters
 from flora_jax.models.network import CLASSIFIERS, Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
-from flora_jax.weights.detect import Layout, detect
-from flora_jax.weights.misfits import advice, fields_to_set, misfits, sizes_in
+from flora_jax.weights.detect import Layout, detect, is_buffer
+from flora_jax.weights.name_map import Row, Table
 from flora_jax.weights.resample import (
     resample_distance_table,
     resample_pos_embed,
     resample_relative_position_table,
 )
-from flora_jax.weights.rows import Row, Table
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +34,11 @@ _BIAS_TABLE, _DISTANCE_TABLE = "relative_position_bias_table", "attention_biases
 
 
 class NotFiniteWarning(UserWarning):
-    """Weights have been read that no network can work with."""
+    """Weights that are NaN or infinite have been read."""
 
 
-def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
-    """Fits weights to a spec, and empties `arrays` as it goes: a file's content is held once.
+def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
+    """A network with these weights; `arrays` is emptied on the way: a file's content is held once.
 
     Raises:
       InputError: as `pretrained.from_state_dict`.
@@ -50,30 +47,19 @@ def fitted(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
     _drop_unused(layout, spec, arrays)
     spec = _with_stored_ranks(layout, spec, arrays)
     table = layout.table(spec, arrays)
-    _check_dtypes(table, arrays)
-    _check_names(layout, spec, table, arrays, strict)
+    _check_names(spec, table, arrays, strict)
     model = create_abstract(spec)
     own = functional.split(model)[1]
     rows = [row for row in table if all(source in arrays for source in row.sources)]
-    with _advising(sizes_in(layout, spec, arrays)):
-        for row in rows:
-            _check_shapes(row, arrays, own[row.target].shape)
-        parameters = _read(rows, arrays, spec, own)
+    for row in rows:
+        _check_arrays(row, arrays, own[row.target].shape)
+    parameters = _read(rows, arrays, spec, own)
     _replace_classifier_of_other_classes(parameters, spec)
     missing = own.keys() - parameters.keys()
     classifiers = {name for name in missing if _is_of_classifier(name)}
     parameters |= {name: jnp.zeros(own[name].shape, own[name].dtype) for name in classifiers}
     parameters |= _fresh(spec, missing - classifiers)
     return functional.with_parameters(model, parameters)
-
-
-@contextlib.contextmanager
-def _advising(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Adds to an error which fields of the spec should have other values."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{error}{advice(fields)}") from error
 
 
 def _drop_unused(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> None:
@@ -135,29 +121,16 @@ def _with_stored_ranks(layout: Layout, spec: Spec, arrays: Mapping[str, np.ndarr
     for layer, rank, wanted in zip(spec.layers, stored, spec.ranks, strict=True):
         if rank != wanted:
             raise InputError(
-                f"{layer.name} is {_described(rank)} in the file and {_described(wanted)} in the "
-                f"spec; a dense spec takes the ranks of the file"
+                f"{layer.name} has rank {rank} in the file and {wanted} in the spec, where None is "
+                f"one dense matrix; a dense spec takes the ranks of the file"
             )
     return spec
 
 
-def _described(rank: int | None) -> str:
-    return "one dense matrix" if rank is None else f"a pair of factors of rank {rank}"
-
-
-def _check_dtypes(table: Table, arrays: Mapping[str, np.ndarray]) -> None:
-    for source in (source for row in table for source in row.sources if source in arrays):
-        if arrays[source].dtype.name not in _DTYPES:
-            raise InputError(
-                f"{source} is {arrays[source].dtype}; quantised weights are not read, only "
-                f"{', '.join(_DTYPES)}"
-            )
-
-
-def _check_names(
-    layout: Layout, spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool
-) -> None:
-    missing, unexpected = misfits(table, arrays)
+def _check_names(spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], strict: bool) -> None:
+    wanted = {source for row in table for source in row.sources}
+    missing = wanted - arrays.keys()
+    unexpected = {name for name in arrays if not is_buffer(name)} - wanted
     classifier = {s for row in table if _is_of_classifier(row.target) for s in row.sources}
     is_all = not (missing - classifier or unexpected)
     if classifier and classifier <= missing and (is_all or not strict):
@@ -166,27 +139,27 @@ def _check_names(
             f"{spec.num_classes} classes takes its place",
             stacklevel=4,
         )
-        missing = missing - classifier
+        missing -= classifier
     if not missing and not unexpected:
         return
-    found = f"missing {few(missing)}; unexpected {few(unexpected)}"
-    if not strict:
-        warnings.warn(
-            f"weights that do not fit the spec: {found}. Missing ones keep random values, "
-            f"unexpected ones are ignored",
-            stacklevel=4,
-        )
-        return
-    hint = advice(fields_to_set(layout, spec, arrays))
-    raise InputError(f"the weights do not fit the spec: {found}{hint}")
+    nearest = did_you_mean(min(unexpected), missing) if unexpected else ""
+    message = (
+        f"the weights do not fit the spec: missing {few(missing)}; unexpected "
+        f"{few(unexpected)}{nearest}"
+    )
+    if strict:
+        raise InputError(message)
+    warnings.warn(
+        f"{message}. Missing ones keep random values, unexpected ones are ignored", stacklevel=4
+    )
 
 
 def _is_of_classifier(target: str) -> bool:
     return target.partition(".")[0] in CLASSIFIERS
 
 
-def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
-    """Compares shapes as they are in the file, before any of them is flattened or joined.
+def _check_arrays(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    """Checks kinds of numbers, and shapes as in the file, before any is flattened or joined.
 
     Positions may be more or fewer, and so may classes.
     """
@@ -196,14 +169,18 @@ def _check_shapes(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, 
     if free is not None:
         longer[free] += 1
     for source, lengths in row.shapes(tuple(longer)).items():
-        fits = len(arrays[source].shape) == len(lengths) and all(
-            found == one or one != other
-            for found, one, other in zip(arrays[source].shape, wanted[source], lengths, strict=True)
-        )
-        if not fits:
+        array = arrays[source]
+        if array.dtype.name not in _DTYPES:
             raise InputError(
-                f"{source} has shape {arrays[source].shape} in the file, and {wanted[source]} in "
-                f"the spec"
+                f"{source} is {array.dtype}; quantised weights are not read, only "
+                f"{', '.join(_DTYPES)}"
+            )
+        if len(array.shape) != len(lengths) or any(
+            found != one and one == other
+            for found, one, other in zip(array.shape, wanted[source], lengths, strict=True)
+        ):
+            raise InputError(
+                f"{source} has shape {array.shape} in the file, and {wanted[source]} in the spec"
             )
 
 

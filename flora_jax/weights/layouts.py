@@ -1,0 +1,391 @@
+"""Layouts of weights: the names of timm, transformers, OpenCLIP, the releases, and our own.
+
+A layout is a function of a spec, and of the names in a file where these choose between spellings,
+to the rows of a name map. Without a file it gives the names that are written.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from flora_jax.errors import InputError
+from flora_jax.models.spec import BlockSpec, Spec
+from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.models.tiny_vit_spec import TinyViTSpec
+from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.weights.name_map import (
+    OF_PATCHES,
+    SAME,
+    TRANSPOSED,
+    WITHOUT_KEY,
+    Change,
+    Names,
+    Row,
+    Table,
+    WithPosition,
+    array,
+    convolution,
+    depthwise,
+    key_and_value,
+    layer_scale,
+    linear,
+    matrix,
+    name_map,
+    norm,
+    packed,
+    patches,
+    pointwise,
+    query,
+    token,
+    transposed,
+    vector,
+)
+
+# {layer} stands before a block's names, in each list.
+
+# timm's ViT, DeiT and EVA, and the releases of DeiT, DINOv2 and DINOv3.
+_TIMM_VIT: Names = [
+    ("cls_token", "cls_token", token),
+    ("dist_token", "dist_token", token),
+    ("reg_token", "reg_token|register_tokens|storage_tokens", token),
+    ("pos_embed", "pos_embed", token),
+    ("patch_embed.proj", "patch_embed.proj", patches),
+    ("norm_pre", "norm_pre", norm),
+    ("norm", "{norm}", norm),
+    ("attn_pool.latent", "attn_pool.latent", token),
+    ("attn_pool.q", "attn_pool.q", linear),
+    ("attn_pool.kv", "attn_pool.kv", linear),
+    ("attn_pool.proj", "attn_pool.proj", linear),
+    ("attn_pool.norm", "attn_pool.norm", norm),
+    ("attn_pool.mlp.fc1", "attn_pool.mlp.fc1", linear),
+    ("attn_pool.mlp.fc2", "attn_pool.mlp.fc2", linear),
+    ("head", "head", linear),
+    ("head_dist", "head_dist", linear),
+    ("blocks.{block}.norm1", "{layer}norm1", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
+    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
+    ("blocks.{block}.attn.proj.gamma", "{layer}ls1.gamma|{layer}gamma_1", layer_scale),
+    ("blocks.{block}.norm2", "{layer}norm2", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.[fc1_g fc1_x]", linear),  # gated, as the next
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.[w1 w2]|{layer}mlp.w12", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2|{layer}mlp.w3", linear),
+    ("blocks.{block}.mlp.fc2.gamma", "{layer}ls2.gamma|{layer}gamma_2", layer_scale),
+]
+
+# timm's Swin from 0.9 on, and Microsoft's release.
+_TIMM_SWIN: Names = [
+    ("absolute_pos_embed", "absolute_pos_embed", token),
+    ("patch_embed.proj", "patch_embed.proj", patches),
+    ("patch_embed.norm", "patch_embed.norm", norm),
+    ("norm", "norm", norm),
+    ("head", "head.fc|head", linear),
+    ("blocks.{block}.downsample.norm", "{down}.downsample.norm", norm),
+    ("blocks.{block}.downsample.reduction", "{down}.downsample.reduction", matrix),
+    ("blocks.{block}.norm1", "{layer}norm1", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
+    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
+    (
+        "blocks.{block}.attn.relative_position_bias_table",
+        "{layer}attn.relative_position_bias_table",
+        array,
+    ),
+    ("blocks.{block}.norm2", "{layer}norm2", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2", linear),
+]
+
+# timm's TinyViT.
+_TIMM_TINY_VIT: Names = [
+    ("patch_embed.conv1", "patch_embed.conv1", convolution),
+    ("patch_embed.conv2", "patch_embed.conv2", convolution),
+    ("mbconvs.{i}.conv1", "stages.0.blocks.{i}.conv1", pointwise),
+    ("mbconvs.{i}.conv2", "stages.0.blocks.{i}.conv2", depthwise),
+    ("mbconvs.{i}.conv3", "stages.0.blocks.{i}.conv3", pointwise),
+    ("blocks.{block}.downsample.conv1", "stages.{stage}.downsample.conv1", pointwise),
+    ("blocks.{block}.downsample.conv2", "stages.{stage}.downsample.conv2", depthwise),
+    ("blocks.{block}.downsample.conv3", "stages.{stage}.downsample.conv3", pointwise),
+    (
+        "blocks.{block}.attn.attention_biases",
+        "{layer}attn.attention_biases",
+        transposed,
+    ),
+    ("blocks.{block}.norm1", "{layer}attn.norm", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
+    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
+    ("blocks.{block}.local_conv", "{layer}local_conv", depthwise),
+    ("blocks.{block}.norm2", "{layer}mlp.norm", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2", linear),
+    ("norm", "head.norm", norm),
+    ("head", "head.fc", linear),
+]
+
+# transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP: {at} stands before the encoder's names.
+# It writes the names of its version 4, which are the first, to
+# every file; version 5 has others in memory.
+_HUGGING_FACE_VIT: Names = [
+    ("cls_token", "{at}embeddings.cls_token", token),
+    ("cls_token", "{at}embeddings.class_embedding", vector),
+    ("dist_token", "{at}embeddings.distillation_token", token),
+    ("reg_token", "{at}embeddings.register_tokens|{at}embeddings.{register}", token),
+    ("pos_embed", "{at}embeddings.position_embeddings", token),
+    ("pos_embed", "{at}embeddings.position_embedding.weight", array),
+    ("patch_embed.proj", "{at}embeddings.patch_embeddings.projection", patches),
+    ("patch_embed.proj", "{at}embeddings.patch_embeddings", patches),
+    ("patch_embed.proj", "{at}embeddings.patch_embedding", patches),
+    ("norm_pre", "{at}pre_layrnorm", norm),
+    ("norm", "{at}layernorm|{at}norm|{at}post_layernorm", norm),
+    ("attn_pool.latent", "{at}head.probe", token),
+    ("attn_pool.q", "{at}head.attention", query),
+    ("attn_pool.kv", "{at}head.attention", key_and_value),
+    ("attn_pool.proj", "{at}head.attention.out_proj", linear),
+    ("attn_pool.norm", "{at}head.layernorm", norm),
+    ("attn_pool.mlp.fc1", "{at}head.mlp.fc1", linear),
+    ("attn_pool.mlp.fc2", "{at}head.mlp.fc2", linear),
+    ("head", "{classifier}", linear),
+    ("head_dist", "distillation_classifier", linear),
+    ("blocks.{block}.norm1", "{layer}layernorm_before|{layer}norm1|{layer}layer_norm1", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attention.attention.[query key value]", linear),
+    ("blocks.{block}.attn.qkv", "{layer}attention.[q_proj k_proj v_proj]", linear),
+    ("blocks.{block}.attn.qkv", "{layer}self_attn.[q_proj k_proj v_proj]", linear),
+    ("blocks.{block}.attn.proj", "{layer}attention.output.dense|{layer}attention.o_proj", linear),
+    ("blocks.{block}.attn.proj", "{layer}self_attn.out_proj", linear),
+    ("blocks.{block}.attn.proj.gamma", "{layer}layer_scale1.lambda1", layer_scale),
+    ("blocks.{block}.norm2", "{layer}layernorm_after|{layer}norm2|{layer}layer_norm2", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}intermediate.dense|{layer}mlp.fc1", linear),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.weights_in|{layer}mlp.[gate_proj up_proj]", linear),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.up_proj", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}output.dense|{layer}mlp.fc2", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}mlp.down_proj|{layer}mlp.weights_out", linear),
+    ("blocks.{block}.mlp.fc2.gamma", "{layer}layer_scale2.lambda1", layer_scale),
+]
+
+# transformers' Swin.
+_HUGGING_FACE_SWIN: Names = [
+    ("absolute_pos_embed", "{at}embeddings.position_embeddings", token),
+    ("patch_embed.proj", "{at}embeddings.patch_embeddings.projection", patches),
+    ("patch_embed.norm", "{at}embeddings.norm", norm),
+    ("norm", "{at}layernorm", norm),
+    ("head", "classifier", linear),
+    ("blocks.{block}.downsample.norm", "{at}encoder.layers.{before}.downsample.norm", norm),
+    (
+        "blocks.{block}.downsample.reduction",
+        "{at}encoder.layers.{before}.downsample.reduction",
+        matrix,
+    ),
+    ("blocks.{block}.norm1", "{layer}layernorm_before", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attention.self.[query key value]", linear),
+    ("blocks.{block}.attn.qkv", "{layer}attention.[q_proj k_proj v_proj]", linear),
+    ("blocks.{block}.attn.proj", "{layer}attention.output.dense|{layer}attention.o_proj", linear),
+    (
+        "blocks.{block}.attn.relative_position_bias_table",
+        "{layer}attention.self.relative_position_bias_table"
+        "|{layer}attention.relative_position_bias.relative_position_bias_table",
+        array,
+    ),
+    ("blocks.{block}.norm2", "{layer}layernorm_after", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}intermediate.dense|{layer}mlp.fc1", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}output.dense|{layer}mlp.fc2", linear),
+]
+
+# OpenAI's CLIP and OpenCLIP, where these build their own ViT.
+_OPEN_CLIP_VIT: Names = [
+    ("cls_token", "class_embedding", vector),
+    ("reg_token", "reg_token", array),
+    ("pos_embed", "positional_embedding", array),
+    ("patch_embed.proj", "conv1", patches),
+    ("norm_pre", "ln_pre", norm),
+    ("norm", "ln_post", norm),
+    ("head", "head", linear),
+    ("blocks.{block}.norm1", "{layer}ln_1", norm),
+    ("blocks.{block}.attn.qkv", "{layer}attn", packed),
+    ("blocks.{block}.attn.proj", "{layer}attn.out_proj", linear),
+    ("blocks.{block}.norm2", "{layer}ln_2", norm),
+    ("blocks.{block}.mlp.fc1", "{layer}mlp.c_fc", linear),
+    ("blocks.{block}.mlp.fc2", "{layer}mlp.c_proj", linear),
+]
+
+# Wrappers' prefix and the encoder's ("vit.") in names of transformers.
+_ENCODER = re.compile(
+    r"((?:.*?\.)??)((?:\w+\.)?)embeddings\.(patch_embedding|cls_token|class_embedding)"
+)
+_FIRST_NORM = r"((?:\w+\.)*?)0\.(layernorm_before|norm1|layer_norm1)\.weight$"
+
+
+def timm(spec: Spec) -> Table:
+    """timm's current names; a compressed layer has those of the published subnets."""
+    tables: dict[str, Callable[..., Table]] = {
+        "vit": timm_vit,
+        "swin": timm_swin,
+        "tiny_vit": timm_tiny_vit,
+    }
+    return tables[spec.family](spec)
+
+
+def own(spec: Spec, keys: Collection[str] = ()) -> Table:
+    """This library's names, as `flora_jax.save` writes them."""
+    return [Row(row.target, (row.target,)) for row in timm(spec)]
+
+
+def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
+    if not keys:  # a file to write: EVA, which runs DINOv3 in timm, has other names than its ViT
+        is_eva = spec.rope_theta is not None
+        written = {("blocks.0.gamma_1" if is_eva else "blocks.0.ls1.gamma"): spec.layer_scale}
+        written["blocks.0.gamma_2" if is_eva else "blocks.0.ls2.gamma"] = spec.layer_scale
+        written["blocks.0.mlp.fc1_g.weight"] = is_eva and spec.gated_mlp and not any(spec.ranks)
+        keys = {name for name, is_there in written.items() if is_there}
+    last_norm = "fc_norm" if spec.normalises_pooled else "norm"
+    rows = name_map(spec, _TIMM_VIT, keys, layer="blocks.{block}.", norm=last_norm)
+    if not spec.k_bias:
+        rows = [_without_key(row, is_masked="storage_tokens" in keys) for row in rows]
+    return _positions_first(spec, rows)
+
+
+def _without_key(row: Row, is_masked: bool) -> Row:
+    """The bias of qkv where the key has none; DINOv3's release has one, and masks it out."""
+    (source, *_) = row.sources
+    layer = source.removesuffix("qkv.bias")
+    if layer == source:
+        return row
+    if is_masked:
+        return Row(row.target, row.sources, WITHOUT_KEY)
+    return Row(row.target, (f"{layer}q_bias", f"{layer}v_bias"))
+
+
+def _positions_first(spec: ViTSpec, rows: Table) -> Table:
+    """DINOv2 adds positions before its registers come: the first is that of the class token."""
+    sources = {row.target: row.sources[0] for row in rows}
+    has_own = spec.positions == "patches" and "cls_token" in sources
+    if not has_own or not sources.get("reg_token", "").endswith("register_tokens"):
+        return rows
+    changed = {
+        "cls_token": lambda row: WithPosition(
+            row.target, (*row.sources, sources["pos_embed"]), row.change
+        ),
+        "pos_embed": lambda row: dataclasses.replace(row, change=OF_PATCHES),
+    }
+    return [changed[row.target](row) if row.target in changed else row for row in rows]
+
+
+def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
+    """timm's downsampling begins a stage, that of Microsoft's release ends the one before."""
+    ends = any(key.startswith("layers.0.downsample.") for key in keys)
+    down = "layers.{before}" if ends else "layers.{stage}"
+    return name_map(spec, _TIMM_SWIN, keys, layer="layers.{stage}.blocks.{i}.", down=down)
+
+
+def timm_tiny_vit(spec: TinyViTSpec, keys: Collection[str] = ()) -> Table:
+    rows = name_map(spec, _TIMM_TINY_VIT, keys, layer="stages.{stage}.blocks.{i}.")
+    return [_by_part(row, spec.blocks) for row in rows]
+
+
+def _by_part(row: Row, blocks: Sequence[BlockSpec]) -> Row:
+    """Puts the outputs of qkv, stored head by head as [q | k | v], into query, key and value."""
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(?!down)\w+", row.target)
+    if match is None:
+        return row
+    num_heads = blocks[int(match[1])].num_heads
+
+    def reordered(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
+        parts = array.reshape(*array.shape[:-1], outer, inner, -1)
+        return parts.swapaxes(-3, -2).reshape(array.shape)
+
+    change = Change(
+        lambda array: reordered(row.change.read(array), num_heads, 3),
+        lambda array: row.change.write(reordered(array, 3, num_heads)),
+    )
+    return dataclasses.replace(row, change=change)
+
+
+def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
+    """The plain ViTs of transformers, with a classifier or without.
+
+    A DeiT's distillation token that nobody classifies is a register.
+
+    Raises:
+      InputError: the file's ViT classifies its class token, and the spec something else.
+    """
+    at, keys = _encoder(keys, "deit." if spec.distilled else "vit.")
+    pattern = re.compile(re.escape(at) + _FIRST_NORM)
+    first = next(filter(None, map(pattern.match, keys)), None)
+    if spec.pool != "token" and first and first[2] == "layernorm_before":
+        raise InputError(f"pool is {spec.pool!r} in the spec, and 'token' in the file")
+    rows = name_map(
+        spec,
+        _HUGGING_FACE_VIT,
+        keys,
+        at=at,
+        layer=f"{at}{first[1] if first else 'encoder.layer.'}{{block}}.",
+        register="register_tokens" if spec.distilled else "distillation_token",
+        classifier="cls_classifier" if spec.distilled else "classifier",
+    )
+    if not spec.k_bias:
+        rows = [
+            dataclasses.replace(row, sources=row.sources[::2])
+            if row.target.endswith("attn.qkv.bias")
+            else row
+            for row in rows
+        ]
+    return _positions_first(spec, rows)
+
+
+def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
+    """SwinForImageClassification of transformers, and the bare SwinModel."""
+    at, keys = _encoder(keys, "swin.")
+    layer = f"{at}encoder.layers.{{stage}}.blocks.{{i}}."
+    return name_map(spec, _HUGGING_FACE_SWIN, keys, at=at, layer=layer)
+
+
+def _encoder(keys: Collection[str], otherwise: str) -> tuple[str, Collection[str]]:
+    """The prefix of the encoder's names, and all names without what wrappers add to them."""
+    found = next(filter(None, map(_ENCODER.match, keys)), None)
+    if found is None:
+        return otherwise, keys
+    wrapper, encoder, _ = found.groups()
+    return encoder, {key.removeprefix(wrapper) for key in keys} if wrapper else keys
+
+
+def open_clip_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
+    """The images' network, without the projection to what it shares with the texts'."""
+    return name_map(spec, _OPEN_CLIP_VIT, keys, layer="transformer.resblocks.{block}.")
+
+
+# Where the modules of `model.py` in a folder of `export_torch` have other names than ours.
+_MODULES = {"patch_embed.proj": "patch_embed", "patch_embed.norm": "patch_norm"}
+_PARAMETERS = {
+    "kernel": ("weight", TRANSPOSED),
+    "scale": ("weight", SAME),
+    "down": ("down.weight", SAME),
+    "up": ("up.weight", TRANSPOSED),
+    "bias": ("bias", SAME),
+}
+
+
+def pytorch(spec: Spec) -> Table:
+    """The names of our own PyTorch modules, which `export_torch` writes.
+
+    A pair of factors is two Linears; the bias of qkv has zeros for a key without one.
+    """
+    rows = timm(spec)
+    targets = {row.target for row in rows}
+    return [
+        _of_module(spec, row, f"{row.target.removesuffix('bias')}up" in targets) for row in rows
+    ]
+
+
+def _of_module(spec: Spec, of_timm: Row, is_of_a_pair: bool) -> Row:
+    target = of_timm.target
+    module, _, kind = target.rpartition(".")
+    if kind not in _PARAMETERS:
+        return Row(target, (target,))
+    name, change = _PARAMETERS[kind]
+    if kind == "kernel" and not module.endswith("attn.qkv"):  # whose outputs stand as ours do
+        change = of_timm.change
+    elif target.endswith("attn.qkv.bias") and isinstance(spec, ViTSpec) and not spec.k_bias:
+        change = WITHOUT_KEY
+    if kind == "bias" and is_of_a_pair:
+        name = "up.bias"
+    return Row(target, (f"{_MODULES.get(module, module)}.{name}",), change)
