@@ -16,10 +16,10 @@ from flora_jax.commands.classifier import Classifier
 from flora_jax.configs import deit_t
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
+from flora_jax.report.card import base_model, dataset_name
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.stages import export as stage
-from flora_jax.stages.card import base_model, dataset_name
 from flora_jax.stages.changes import stages_from, stages_to_redo
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run

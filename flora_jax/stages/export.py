@@ -11,10 +11,9 @@ from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError
 from flora_jax.io.files import making_folder
 from flora_jax.models.network import Network
-from flora_jax.report.card import CARD_FILE
+from flora_jax.report.card import CARD_FILE, card_of
 from flora_jax.runs.images import Images
 from flora_jax.stages.budget import models_to_hand_out
-from flora_jax.stages.card import card_of
 from flora_jax.stages.changes import put_aside
 from flora_jax.stages.companions import describe_model
 from flora_jax.stages.run import EXPORT, Run

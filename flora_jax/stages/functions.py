@@ -21,8 +21,8 @@ from flora_jax.stages.slim import slim_down
 
 
 def report(run: Run, images: Images | None) -> None:
-    """The stage of `stages/report.py`, which is imported late: Matplotlib takes 0.4 seconds."""
-    from flora_jax.stages import report
+    """The stage of `report/report.py`, which is imported late: Matplotlib takes 0.4 seconds."""
+    from flora_jax.report import report
 
     report.report(run, images)
 
