@@ -22,7 +22,6 @@ from flora_jax.weights.export.kinds import EXPORTS
 from flora_jax.weights.hub import is_repository, repository_name
 
 CARD_FILE = "README.md"
-_WEIGHTS = re.compile(r"\.(safetensors|pth|pt|bin)$")
 
 
 def card_of(
@@ -85,8 +84,9 @@ def base_model(pretrained: str) -> str:
     """The name of the weights that a run began with: a repository's, a folder's or a file's."""
     if is_repository(pretrained):
         return repository_name(pretrained)
-    name = _WEIGHTS.sub("", os.path.basename(os.path.abspath(pretrained))) if pretrained else ""
-    return re.sub(r"[^\w.-]+", "-", as_text(name))
+    name = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
+    name = re.sub(r"\.(safetensors|pth|pt|bin)$", "", as_text(name))
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def dataset_name(name: str) -> str:
@@ -100,8 +100,8 @@ def dataset_name(name: str) -> str:
 def _front_matter(run: Run, found: Finished, title: str, spec: Spec, tested: Mapping) -> str:
     """Lines of YAML, whose values are JSON, which is YAML."""
     task = "image-classification" if spec.num_classes else "image-feature-extraction"
-    tags = ["vision-transformer"]
-    tags += ["compressed"] * (spec != dataclasses.replace(spec, blocks=()))
+    is_compressed = spec != dataclasses.replace(spec, blocks=())
+    tags = ["vision-transformer", *["compressed"] * is_compressed]
     tags += ["vit-slim"] * (found.kind == "slim" or "slim" in run.settings.stages)
     tags += ["flora", "low-rank"] * (found.kind == "subnet")
     fields: dict[str, Any] = {"library_name": "flora_jax", "pipeline_tag": task, "tags": tags}
@@ -125,11 +125,9 @@ def _summary(models: Mapping[str, tuple[Spec, Mapping]]) -> str:
     (spec, _), *dense = models.values()
     names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
     output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
-    text = (
-        f"A {names.get(spec.title, spec.title)} {output}, of images of {spec.image_size} x "
-        f"{spec.image_size} pixels: {human_count(spec.macs())} multiply-adds (MACs), "
-        f"{human_count(spec.num_params())} parameters."
-    )
+    size, macs, params = spec.image_size, human_count(spec.macs()), human_count(spec.num_params())
+    text = f"A {names.get(spec.title, spec.title)} {output}, of images of {size} x {size} pixels: "
+    text += f"{macs} multiply-adds (MACs), {params} parameters."
     for other, _ in dense:
         saved = 100 * (1 - spec.macs() / other.macs())
         text += f" It was made of a dense one, with {saved:.1f} % fewer MACs."
@@ -155,14 +153,13 @@ def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, fl
 def _how_measured(run: Run, spec: Spec, tested: Mapping, difference: Any) -> str:
     text, dataset, metric = "", dataset_name(run.settings.data.name), quality_of(spec).shown
     if "labels_of" in tested:
-        text += f"Measured on {tested['test_images']:,} test images of {dataset}, by the labels of "
-        text += f"{tested['labels_of']}.\n"
+        number, labels = tested["test_images"], tested["labels_of"]
+        text = f"Measured on {number:,} test images of {dataset}, by the labels of {labels}.\n"
     if difference is not None:
         unit = "points of top-1" if metric.in_percent else metric.title
         points = difference_text(in_points(difference, metric), metric.digits)
-        text += (
-            f"Against the dense model on the same images: {points} {unit}, with a 95 % interval."
-        )
+        text += "Against the dense model on the same images: "
+        text += f"{points} {unit}, with a 95 % interval."
     return text.strip()
 
 
@@ -175,14 +172,13 @@ def _steps(run: Run, found: Finished) -> Iterator[str]:
         return
     start = f"The dense model has the weights {weights}" if weights else "The dense model"
     if settings.trains_dense:
-        word = ", trained on" if weights else " was trained on"
-        start += f"{word} {data}: {_recipe(settings.pretrain)}"
+        start += f"{',' if weights else ' was'} trained on {data}: {_recipe(settings.pretrain)}"
     yield f"{start}."
     if "slim" in stages and found.kind != "dense":
-        slim = settings.slim
+        gates, retrain = _recipe(settings.slim.gates), _recipe(settings.slim.retrain)
         yield (
-            f"ViT-Slim learned what attention, MLPs and tokens can spare (gates: "
-            f"{_recipe(slim.gates)}), cut it out, and retrained: {_recipe(slim.retrain)}."
+            f"ViT-Slim learned what attention, MLPs and tokens can spare (gates: {gates}), cut it "
+            f"out, and retrained: {retrain}."
         )
     if found.budget is None:
         return
@@ -233,10 +229,9 @@ def _pictures(wanted: Preprocessing, channels: int) -> str:
         f"ratio, and the central {size} x {size} cut out.",
     }[wanted.crop_mode]
     colours = "grey, one channel" if channels == 1 else f"{channels} channels (RGB)"
-    return (
-        f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with mean "
-        f"{list(wanted.mean)} and std {list(wanted.std)}. `preprocessing.json` says the same."
-    )
+    numbers = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
+    text = f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with {numbers}."
+    return f"{text} `preprocessing.json` says the same."
 
 
 def _limits(
@@ -246,10 +241,8 @@ def _limits(
         names = as_text(", ".join(class_names[:20]))
         names += f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
         known = f" ({names}; `classes.json`)" if names else ""
-        yield (
-            f"It knows {spec.num_classes} classes{known}, and gives one of them to any picture, of "
-            f"whatever it is."
-        )
+        given = "and gives one of them to any picture, of whatever it is."
+        yield f"It knows {spec.num_classes} classes{known}, {given}"
     yield (
         "Its figures are of those test images alone; the interval says what other such images "
         "might have shown, not what another training might, or other kinds of pictures."

@@ -11,23 +11,15 @@ _MAX_PAIRS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """A class that a model takes for another.
-
-    Attributes:
-      label, predicted: their names.
-      images: of the class.
-      count: how many of them the model takes for the other, at least one.
-      baseline: how many the dense model does; None where there is none.
-      example: the index of one.
-      image: uint8 [H, W, 1 or 3], that one; None where it cannot be shown.
-    """
+    """A class that a model takes for another."""
 
     label: str
     predicted: str
-    images: int
-    count: int
-    baseline: int | None
-    example: int
+    images: int  # of the class
+    count: int  # how many of them the model takes for the other, at least one
+    baseline: int | None  # how many the dense model does, where there is one
+    example: int  # the index of one
+    # uint8 [H, W, 1 or 3], that one; None where it cannot be shown.
     image: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 

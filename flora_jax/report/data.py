@@ -49,66 +49,45 @@ class Slimming:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """The numbers and texts of a report; what is empty is left out of it.
-
-    Attributes:
-      name: of the run.
-      about: its network, weights and data, in a line.
-      savings: the subnets' multiply-adds of the dense model's, in words.
-      unfinished: the stages that are done and those that are not; "" of a finished run.
-      conclusions: sentences on what came of it.
-      models: the table of models.
-      metric: that models are shown by.
-      cost: what budgets are of: "macs", or "ms", milliseconds.
-      points: {model: (cost, quality on the test images)}, top-1 in 0..1.
-      candidates: {cost: [P], name of the metric: [P] on the held-out images, "generation": [P]},
-        all that the search scored.
-      windows: the cost (low, high) of each budget.
-      ranks: {subnet: [L] ranks, block by block}; None is a dense layer.
-      full_ranks: [L] the ranks at which nothing is lost.
-      uniform_ratios: of each subnet, the share of full rank that every layer would get at the same
-        budget.
-      curves: {stage: steps and training loss}, in the order in which they ran.
-      accuracies: {stage: {subnet: steps and held-out quality}}, under "" of a plain model.
-      slimming: of a run that slims.
-      benchmark: as in benchmark.json: {"machine": str, "rows": [{"engine", "model": str, "batch":
-        int, "ms", "ratio", "low", "high": float}]}, ratio to the dense model with its quartiles.
-      classes: the table of accuracies by class.
-      confused: the model that `confusions` are of.
-      confusions: what it takes for what.
-      recipe: (setting, its default, its value here).
-      stages: {stage: seconds}.
-      images: {what: value} about the images.
-      skipped_images: test images that could not be decoded.
-      versions: {what: value} about what made the report.
-    """
+    """The numbers and texts of a report; what is empty is left out of it."""
 
     name: str = ""
-    about: str = ""
-    savings: str = ""
-    unfinished: str = ""
+    about: str = ""  # its network, weights and data
+    savings: str = ""  # the subnets' multiply-adds of the dense model's
+    unfinished: str = ""  # the stages that are done and those that are not
     conclusions: Sequence[str] = ()
-    models: Rows = ()
-    metric: Metric = TOP1
-    cost: str = "macs"
+    models: Rows = ()  # the table of models
+    metric: Metric = TOP1  # that models are shown by
+    cost: str = "macs"  # of budgets; or "ms", milliseconds
+    # {model: (cost, quality on the test images)}, top-1 in 0..1.
     points: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    # {cost: [P], name of the metric: [P] on held-out images, "generation": [P]} of the search.
     candidates: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
-    windows: Sequence[tuple[float, float]] = ()
+    windows: Sequence[tuple[float, float]] = ()  # the cost (low, high) of each budget
+    # {subnet: [L] ranks, block by block}; None is a dense layer.
     ranks: Mapping[str, Sequence[int | None]] = dataclasses.field(default_factory=dict)
-    full_ranks: Sequence[int] = ()
+    full_ranks: Sequence[int] = ()  # [L] the ranks at which nothing is lost
+    # Of each subnet, the share of full rank that every layer would get at the same budget.
     uniform_ratios: Sequence[float] | None = None
-    curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    curves: Mapping[str, Curve] = dataclasses.field(
+        default_factory=dict
+    )  # {stage: steps, training loss}
+    # {stage: {subnet: steps and held-out quality}}, under "" of a plain model.
     accuracies: Mapping[str, Mapping[str, Curve]] = dataclasses.field(default_factory=dict)
     slimming: Slimming | None = None
+    # As in benchmark.json: {"machine": str, "rows": [{"engine", "model": str, "batch": int,
+    # "ms", "ratio", "low", "high": float}]}, ratio to the dense model with its quartiles.
     benchmark: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    classes: Rows = ()
-    confused: str = ""
+    classes: Rows = ()  # the table of accuracies by class
+    confused: str = ""  # the model that confusions are of
     confusions: Sequence[Confusion] = ()
-    recipe: Rows = ()
-    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    images: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    skipped_images: int = 0
-    versions: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    recipe: Rows = ()  # (setting, its default, its value here)
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)  # {stage: seconds}
+    images: Mapping[str, object] = dataclasses.field(default_factory=dict)  # {what: value}
+    skipped_images: int = 0  # of the test images, those that could not be decoded
+    versions: Mapping[str, object] = dataclasses.field(
+        default_factory=dict
+    )  # of what made the report
 
 
 def read_report_data(run: Run, images: Images | None) -> ReportData:
@@ -173,17 +152,17 @@ def _is_budget_known(run: Run) -> bool:
     return not run.settings.spends_latency or (run.folder / LATENCY_FILE).exists()
 
 
-def _costs(run: Run) -> list[list[str]]:
+def _costs(run: Run) -> Rows:
     """Costs of the models that are there already, though nothing is evaluated."""
     if "extract" in run.settings.stages and not _is_budget_known(run):
-        return []
-    costs = {}
+        return ()
+    rows = []
     for _, name, path, _ in finished_models(run):
-        for folder in (run.folder / path, run.folder / "extract" / path):  # before it is trained
-            if (folder / SPEC_FILE).exists():
-                spec = load_spec(folder)
-                costs[name] = {"macs": spec.macs(), "params": spec.num_params()}
-    return table.cost_rows(costs) if costs else []
+        folders = (run.folder / path, run.folder / "extract" / path)  # the latter before training
+        if found := next((folder for folder in folders if (folder / SPEC_FILE).exists()), None):
+            spec = load_spec(found)
+            rows.append([name, *map(table.human_count, (spec.macs(), spec.num_params()))])
+    return [["model", "MACs", "params"], *rows] if rows else ()
 
 
 def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:

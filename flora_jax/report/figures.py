@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
@@ -125,7 +126,9 @@ def plot_models(ax: Axes, data: ReportData) -> None:
     stars = ax.scatter(cost, shown, s=130, marker="*", c=colors, edgecolor=GROUND, zorder=4)
     named = list(zip(points, cost, shown, strict=True))
     titled(stars, "models", *(f"{n}: {_text(metric, y)}, {x:.4g} {label}" for n, x, y in named))
-    ax.margins(x=0.1, y=_margin(len(points)))
+    # Room for the labels of the lowest and the highest point.
+    room = min(0.4, _LABEL_HEIGHT * (len(points) + 1) / 2 / (72 * _axes_height(len(points))))
+    ax.margins(x=0.1, y=room / (1 - 2 * room))
     if np.ptp(shown) == 0:
         ax.set_ylim(shown[0] - 0.01 * metric.scale, shown[0] + 0.01 * metric.scale)
     form = "{:.1f} %" if metric.in_percent else "{:.3f}"
@@ -140,13 +143,14 @@ def plot_candidates(ax: Axes, data: ReportData) -> None:
     """Quality on the held-out images against cost, of everything that the search scored."""
     unit, label = _cost_axis(data)
     metric = data.metric
-    columns = (data.cost, metric.name, "generation")
-    cost, values, generation = (np.asarray(data.candidates[column]) for column in columns)
-    cost, values, last = cost / unit, metric.scale * values, int(generation.max())
+    cost = np.asarray(data.candidates[data.cost]) / unit
+    values = metric.scale * np.asarray(data.candidates[metric.name])
+    generation = np.asarray(data.candidates["generation"])
+    last = int(generation.max())
     _shade_windows(ax, data, unit)
     on_front = front(cost, values)
     ax.step(cost[on_front], values[on_front], where="post", color=INK, label="Pareto front")
-    colors = matplotlib.colormaps["viridis"].resampled(last + 1)
+    colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 1, last + 1)))
     dots = ax.scatter(cost, values, c=generation, cmap=colors, s=16, alpha=0.8, zorder=3)
     dots.set_clim(-0.5, last + 0.5)
     named = zip(cost, values, generation, strict=True)
@@ -339,12 +343,6 @@ def _axes_height(num_labels: int) -> float:
     return max(_HEIGHT, 0.3 + _LABEL_ROW * num_labels)
 
 
-def _margin(num_labels: int) -> float:
-    """Room for the labels of the lowest and the highest point, as a share of the points' range."""
-    share = min(0.4, _LABEL_HEIGHT * (num_labels + 1) / 2 / (72 * _axes_height(num_labels)))
-    return share / (1 - 2 * share)
-
-
 def _label_points(
     ax: Axes, labels: list[str], x: np.ndarray, y: np.ndarray, colors: list[str]
 ) -> None:
@@ -354,24 +352,20 @@ def _label_points(
     of the plot, no two of them meet.
     """
     middle = np.mean(ax.get_xlim())
+    box = {"boxstyle": "square,pad=0.1", "facecolor": GROUND, "alpha": 0.7, "linewidth": 0}
     for position, i in enumerate(np.argsort(-y, kind="stable")):
-        on_left, color = x[i] < middle, colors[i]
+        side, near_end = (1, 0) if x[i] < middle else (-1, 1)
+        leader = {"arrowstyle": "-", "color": colors[i], "relpos": (near_end, 0.5)}
         ax.annotate(
             labels[i],
             (x[i], y[i]),
-            xytext=(18 if on_left else -18, _LABEL_HEIGHT * ((len(y) - 1) / 2 - position)),
+            xytext=(18 * side, _LABEL_HEIGHT * ((len(y) - 1) / 2 - position)),
             textcoords="offset points",
-            ha="left" if on_left else "right",
+            ha="left" if side > 0 else "right",
             va="center",
-            color=color,
+            color=colors[i],
             weight="bold",
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": GROUND, "alpha": 0.7, "linewidth": 0},
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "relpos": (0 if on_left else 1, 0.5),  # from the near end of the label
-                "shrinkA": 0,
-                "shrinkB": 4,
-            },
+            bbox=box,
+            arrowprops=leader | {"shrinkA": 0, "shrinkB": 4},
             zorder=5,
         )

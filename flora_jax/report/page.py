@@ -7,6 +7,7 @@ left out; every text is escaped.
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -20,24 +21,15 @@ from flora_jax.report.slim_figures import slim_panels
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page.
-
-    Attributes:
-      note: a sentence below the title.
-      rows: of a table, titles first.
-      facts: {name: value}.
-      panels: figures, each with its title, SVG and a sentence below.
-      examples: confusions, each with the address of a picture or "".
-      is_folded: whether it opens on a click.
-    """
+    """A part of the page."""
 
     title: str
-    note: str = ""
-    rows: Rows = ()
-    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    panels: Sequence[tuple[str, Markup, str]] = ()
-    examples: Sequence[tuple[str, Confusion]] = ()
-    is_folded: bool = False
+    note: str = ""  # a sentence below the title
+    rows: Rows = ()  # of a table
+    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # {name: value}
+    panels: Sequence[tuple[str, Markup, str]] = ()  # title, SVG and a sentence below
+    examples: Sequence[tuple[str, Confusion]] = ()  # the address of a picture or "", and of what
+    is_folded: bool = False  # until it is clicked
 
     @property
     def is_empty(self) -> bool:
@@ -63,7 +55,7 @@ def _sections(data: ReportData) -> list[Section]:
         Section("Models", rows=data.models),
         Section("Plots", panels=_drawn(panels_of(data))),
         Section("What slimming leaves", panels=_drawn(slimmed)),
-        Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data)),
+        Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
         Section("Accuracy by class, on the test images", rows=data.classes),
         Section(
             f"What the {data.confused} confuses most",
@@ -90,16 +82,10 @@ def _drawn(panels: Iterable[Panel]) -> list[tuple[str, Markup, str]]:
     ]
 
 
-def _benchmark_rows(data: ReportData) -> Rows:
-    return [
-        ("engine, batch, model", "ms", "share of dense", "quartiles"),
-        *(
-            (
-                f"{row['engine']}, {row['batch']}, {row['model']}",
-                f"{row['ms']:.2f}",
-                f"{row['ratio']:.2f}",
-                f"{row['low']:.2f}..{row['high']:.2f}",
-            )
-            for row in data.benchmark.get("rows", ())
-        ),
-    ]
+def _benchmark_rows(benchmark: Mapping[str, Any]) -> Rows:
+    rows = [("engine, batch, model", "ms", "share of dense", "quartiles")]
+    for row in benchmark.get("rows", ()):
+        name = f"{row['engine']}, {row['batch']}, {row['model']}"
+        quartiles = f"{row['low']:.2f}..{row['high']:.2f}"
+        rows.append((name, f"{row['ms']:.2f}", f"{row['ratio']:.2f}", quartiles))
+    return rows
