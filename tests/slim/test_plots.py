@@ -120,14 +120,6 @@ def test_panels_of_a_vit(image):
     assert len(ax.images) == 5
 
 
-@pytest.mark.parametrize("blocks", [2, 3])
-def test_a_shallow_network_has_a_map_of_every_block(blocks):
-    gates, masks = network(blocks=blocks)
-    ax = Figure().subplots()
-    slim_figures.slim_panels(Slimming(gates, masks, photo()))[-1].draw(ax)
-    assert len(ax.images) == 1 + blocks
-
-
 @pytest.mark.parametrize("tokens", [17, 0])
 def test_no_map_without_an_image_or_token_gates(tokens):
     data = Slimming(*network(tokens=tokens), None if tokens else photo())
