@@ -64,7 +64,7 @@ def svg(figure: Figure, name: str) -> str:
         if element.tag == "g":
             _write_titles(element, element.attrib.pop("id", ""))
     del root.attrib["width"], root.attrib["height"]  # the page gives it its width
-    root.set("role", "img")
+    root.attrib.update({"role": "img", "aria-label": name})
     text = ET.tostring(root, encoding="unicode")
     text = text.replace(INK, "currentColor").replace(GROUND, "var(--ground, #fff)")
     return re.sub("(fill|stroke): #([0-9a-f]{6})", r"\1: var(--c\2, #\2)", text)

@@ -53,8 +53,8 @@ def _sections(data: ReportData) -> list[Section]:
     slimmed = slim_panels(data.slimming) if data.slimming else []
     return [
         Section("Models", rows=data.models),
-        Section("Plots", panels=_drawn(panels_of(data))),
-        Section("What slimming leaves", panels=_drawn(slimmed)),
+        Section("Plots", panels=_figures(panels_of(data))),
+        Section("What slimming leaves", panels=_figures(slimmed)),
         Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
         Section("Accuracy by class, on the test images", rows=data.classes),
         Section(
@@ -75,7 +75,7 @@ def _sections(data: ReportData) -> list[Section]:
     ]
 
 
-def _drawn(panels: Iterable[Panel]) -> list[tuple[str, Markup, str]]:
+def _figures(panels: Iterable[Panel]) -> list[tuple[str, Markup, str]]:
     return [
         (panel.title, Markup(svg(sheet([panel], has_titles=False), panel.title)), panel.note)
         for panel in panels
