@@ -19,7 +19,8 @@ from seeds import mean_over_seeds
 
 from flora_jax.evaluation.comparison import kind_of, paired_interval
 from flora_jax.io.files import read_json
-from flora_jax.report.plots import COLORS, padded_layout, save_figure
+from flora_jax.report.figures import color_of
+from flora_jax.report.formats import png
 from flora_jax.report.table import difference_text, in_points, named_entries
 
 MEASURES = {"is_correct": ("top-1 accuracy (%)", 100), "log_likelihood": ("log-likelihood", 1)}
@@ -69,7 +70,7 @@ def print_ahead(ours: dict, theirs: dict, name: str) -> None:
 
 
 def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
-    figure = Figure(figsize=(12, 4.5), layout=padded_layout())
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     for ax, (measure, (label, scale)) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
         for i, (kind, found) in enumerate(fronts.items()):
             *models, dense = found["results"]
@@ -80,7 +81,7 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
             )
             shares = 100 * found["macs"][:-1] + 0.25 * (i - len(fronts) / 2)  # side by side
             errors = (middle - low, high - middle)
-            style = {"color": COLORS[i], "marker": "o", "capsize": 3, "label": kind}
+            style = {"color": color_of(kind), "marker": "o", "capsize": 3, "label": kind}
             ax.errorbar(shares, level + middle, yerr=errors, **style)
         ax.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense (100 % of MACs)")
         ax.set_xlabel("multiply-adds (% of dense)")
@@ -88,7 +89,7 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
-    save_figure(figure, arguments.out)
+    arguments.out.write_bytes(png(figure))
     print(f"Picture: {arguments.out}")
 
 

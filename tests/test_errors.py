@@ -34,7 +34,7 @@ def run_raises(monkeypatch):
         def fail(*arguments):
             raise error
 
-        monkeypatch.setattr(pipeline, "run", fail)
+        monkeypatch.setattr(start, "run", fail)
         with flagsaver.flagsaver(traceback=traceback), pytest.raises(SystemExit) as caught:
             main.main(["flora_jax"])
         return caught.value.code

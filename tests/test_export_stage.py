@@ -19,10 +19,10 @@ from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
 from flora_jax.methods import export as stage
 from flora_jax.methods import start
+from flora_jax.report.card import base_model, dataset_name
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import Run
-from flora_jax.stages.card import base_model, dataset_name
 from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.slimming import TINY_HYBRID, images_of, random_model

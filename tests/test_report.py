@@ -1,6 +1,7 @@
-"""The report of a run: picture and page, at any time."""
+"""Reports of a run: picture and page, at any time."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_picture_is_drawn(finished_run):
     with Image.open(finished_run / "report.png") as image:
-        assert image.size == (2250, 1728)
+        assert image.size[0] == 1760
         assert len(image.convert("RGB").getcolors(2**24)) > 100
 
 
@@ -29,7 +30,7 @@ def test_page_tells_the_whole_run(finished_run):
         *("Accuracy by class, on the test images", "What the subnet confuses most"),
         *("Settings that differ from the defaults", "Stages", "Images"),
     ):
-        assert f"<h2>{title}" in page
+        assert re.search(f"<h[23]>{title}", page)
     result = json.loads((finished_run / "result.json").read_text())
     assert f"top-1 accuracy {100 * result['subnet']['top1']:.2f} %" in page
     assert "not finished" not in page
@@ -59,7 +60,7 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
         raise MissingFileError("the images are gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "Images", gone)
+        patch.setattr(start, "Images", gone)
         start.run(tiny_config(), own_run, "report")
     assert "goes without the images: the images are gone" in caplog.text
     printed = capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
     ]
     page = (own_run / "report.html").read_text()
     assert "To come: finetune, evaluate." in page
-    assert "<h2>Ranks of the subnet" in page
+    assert "<h3>Ranks of the subnet" in page
     assert "<h2>Accuracy by class" not in page
     assert json.loads((own_run / "stages.json").read_text()) == done
 

@@ -11,11 +11,10 @@ from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError
 from flora_jax.io.files import making_folder
 from flora_jax.models.network import Network
-from flora_jax.report.card import CARD_FILE
+from flora_jax.report.card import CARD_FILE, card_of
 from flora_jax.runs.budgets import models_to_hand_out
 from flora_jax.runs.model_files import describe_model
 from flora_jax.runs.workdir import EXPORT, Run, Step
-from flora_jax.stages.card import card_of
 from flora_jax.weights import folder
 from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.export.onnx import in_onnx_runtime

@@ -243,7 +243,7 @@ def finish(run: Run, *results: Result, latency: Result | None = None) -> None:
 
 def report(step: Step, models: None) -> None:
     """prints the table, writes report.html"""
-    from flora_jax.stages.report import report  # Matplotlib takes 0.4 seconds
+    from flora_jax.report.report import report  # Matplotlib takes 0.4 seconds
 
     report(step.run, step.images)
 

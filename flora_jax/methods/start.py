@@ -152,6 +152,6 @@ def _report_what_is_there(this_run: Run) -> None:
             f"{this_run.folder} holds {others[0]!r} of another config; undo or run that first:"
             f"{listed(changes(this_run))}"
         )
-    from flora_jax.stages.report import report  # Matplotlib takes 0.4 seconds
+    from flora_jax.report.report import report  # Matplotlib takes 0.4 seconds
 
     report(this_run, this_run.images)

@@ -1,292 +1,300 @@
-"""The card of a model that is handed out, in the form of the Hugging Face hub."""
+"""The model card of a model that a run hands out, in the form of the Hugging Face hub."""
 
 import dataclasses
 import json
+import os
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flora_jax.data.preprocessing import Preprocessing
-from flora_jax.evaluation.comparison import Interval
-from flora_jax.evaluation.quality import Quality, quality_of
+from flora_jax.evaluation.quality import quality_of
+from flora_jax.io.files import read_json
+from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
-from flora_jax.report.table import difference_text, human_count, in_points
+from flora_jax.report.table import difference_text, human_count, in_points, named_entries
+from flora_jax.runs.budgets import ALLOCATED, WINNERS_FILE, Finished, load_budgets, load_found
+from flora_jax.runs.model_files import EVALUATION_FILE
+from flora_jax.runs.workdir import Run
+from flora_jax.training.settings import Recipe
 from flora_jax.weights.export import EXPORTS
+from flora_jax.weights.hub import is_repository, repository_name
 
 CARD_FILE = "README.md"
-Numbers = Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a card says.
+def card_of(
+    run: Run,
+    found: Finished,
+    spec: Spec,
+    class_names: Sequence[str],
+    coarse: Mapping[str, float] | None = None,
+) -> str:
+    """The card of a finished model of the run, as Markdown behind a front matter in YAML.
 
-    Attributes:
-      title: of the model.
-      spec: of the model; dense: of the one that it was made of, None where it is that one.
-      base_model: the name of the weights that it began with; empty: none.
-      dataset: the name of what it was trained and tested on.
-      exports: the kinds of files that lie beside, of `flora_jax.weights.export`.
-      tags: what else it can be found by.
-      steps: how it was made, a sentence or two each.
-      tested: what was measured of it on the test images; where it is known "test_images", how many
-        these are, and "labels_of", whose labels; empty where nothing was measured.
-      dense_tested: the same of the dense model.
-      coarse_top1: in 0..1, of the files of lower precision, by their kind.
-      difference: from the dense model in the metric that is shown, on the same images.
+    Args:
+      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export.
     """
-
-    title: str
-    spec: Spec
-    dense: Spec | None
-    base_model: str
-    dataset: str
-    preprocessing: Preprocessing
-    class_names: Sequence[str]
-    exports: Sequence[str]
-    tags: Sequence[str]
-    steps: Sequence[str]
-    tested: Mapping[str, Any]
-    dense_tested: Numbers
-    coarse_top1: Numbers
-    difference: Interval | None
-
-    @property
-    def quality(self) -> Quality:
-        return quality_of(self.spec)
-
-    @property
-    def is_by_labels(self) -> bool:
-        """Whether its accuracy is of labels that people gave."""
-        return self.tested.get("labels_of") == "the dataset"
-
-
-def card_text(card: Card) -> str:
-    """The card as Markdown behind a front matter in YAML."""
+    path, evaluation = run.folder / "result.json", run.folder / found.folder / EVALUATION_FILE
+    entries = named_entries(read_json(path)) if path.exists() else {}
+    entry, exports = entries.get(found.name, {}), run.settings.export
+    tested = read_json(evaluation) if evaluation.exists() else entry
+    models = {"this model": (spec, tested)}
+    if found.kind in ("slim", "subnet"):
+        models["dense model"] = (run.spec, entries.get("dense", {}))
+    difference = entry.get("against", {}).get("dense", {}).get(quality_of(spec).shown.name)
+    title = f"{as_text(absolute(run.folder).name)}: {found.name}"
+    steps = "\n".join(f"- {step}" for step in _steps(run, found))
+    limits = "\n".join(f"- {limit}" for limit in _limits(spec, class_names, bool(tested), exports))
+    loading = "\n\n".join(_how_to_load(spec, exports))
     return f"""---
-{_front_matter(card)}
+{_front_matter(run, found, title, spec, tested)}
 ---
 
-# {card.title}
+# {title}
 
-{_what_it_is(card)}
+{_summary(models)}
 
-{_figures(card)}
+{_figures(models, coarse or {})}
+
+{_how_measured(run, spec, tested, difference)}
 
 ## How it was made
 
-{_listed(card.steps)}
+{steps}
 
 ## How to load it
 
-{_how_to_load(card)}
+{loading}
 
 Instead of zeros, `images` are pictures that are prepared as follows, any number of them.
 
 ## What it wants of pictures
 
-{_pictures(card)}
+{_pictures(run.settings.data.preprocessing(spec.image_size), spec.in_channels)}
 
 ## Limits
 
-{_listed(_limits(card))}
+{limits}
 """
 
 
-def _front_matter(card: Card) -> str:
+def base_model(pretrained: str) -> str:
+    """The name of the weights that a run began with: a repository's, a folder's or a file's."""
+    if is_repository(pretrained):
+        return repository_name(pretrained)
+    name = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
+    name = re.sub(r"\.(safetensors|pth|pt|bin)$", "", as_text(name))
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def dataset_name(name: str) -> str:
+    """The public name of a dataset: folder:/home/me/birds is "birds"."""
+    kind, _, place = name.partition(":")
+    if not place:
+        return name
+    return place if kind == "tfds" else as_text(os.path.basename(os.path.abspath(place)))
+
+
+def _front_matter(run: Run, found: Finished, title: str, spec: Spec, tested: Mapping) -> str:
     """Lines of YAML, whose values are JSON, which is YAML."""
-    task = "image-classification" if card.spec.num_classes else "image-feature-extraction"
-    fields: dict[str, Any] = {"library_name": "flora_jax", "pipeline_tag": task}
-    is_compressed = card.spec != dataclasses.replace(card.spec, blocks=())
-    fields["tags"] = ["vision-transformer", *["compressed"] * is_compressed, *card.tags]
-    if card.base_model:
-        fields["base_model"] = card.base_model
-    dataset = re.sub(r"[^\w.-]+", "-", card.dataset).strip("-.") or "unnamed"
+    task = "image-classification" if spec.num_classes else "image-feature-extraction"
+    is_compressed = spec != dataclasses.replace(spec, blocks=())
+    tags = ["vision-transformer", *["compressed"] * is_compressed]
+    tags += ["vit-slim"] * (found.kind == "slim" or "slim" in run.settings.stages)
+    tags += ["flora", "low-rank"] * (found.kind == "subnet")
+    fields: dict[str, Any] = {"library_name": "flora_jax", "pipeline_tag": task, "tags": tags}
+    if weights := base_model(run.settings.pretrained):
+        fields["base_model"] = weights
+    name = dataset_name(run.settings.data.name)
+    dataset = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"
     fields["datasets"] = [dataset]
-    if card.is_by_labels:
+    if tested.get("labels_of") == "the dataset":  # of labels that people gave
+        metric = {"type": "accuracy", "name": "top-1", "value": round(tested["top1"], 6)}
+        images = {"name": name, "type": dataset, "split": "test"}
+        result = {"task": {"type": task}, "dataset": images, "metrics": [metric]}
         fields["metrics"] = ["accuracy"]
-        metric = {"type": "accuracy", "name": "top-1", "value": round(card.tested["top1"], 6)}
-        result = {
-            "task": {"type": task},
-            "dataset": {"name": card.dataset, "type": dataset, "split": "test"},
-            "metrics": [metric],
-        }
-        fields["model-index"] = [{"name": card.title, "results": [result]}]
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
-    license_line = (
-        "# license: apache-2.0  # yours to choose: what the first weights and the pictures allow"
-    )
-    return "\n".join([license_line, *lines])
-
-
-def _what_it_is(card: Card) -> str:
-    spec = card.spec
-    names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
-    kind = names.get(spec.title, spec.title)
-    output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
-    text = (
-        f"A {kind} {output}, of images of {spec.image_size} x {spec.image_size} pixels: "
-        f"{human_count(spec.macs())} multiply-adds (MACs), {human_count(spec.num_params())} "
-        f"parameters"
-    )
-    if card.dense is None:
-        return f"{text}."
-    saved = 1 - spec.macs() / card.dense.macs()
-    return f"{text}. It was made of a dense one, with {100 * saved:.1f} % fewer MACs."
-
-
-def _figures(card: Card) -> str:
-    specs = [card.spec] if card.dense is None else [card.spec, card.dense]
-    tested = [card.tested, card.dense_tested][: len(specs)]
-    heads = ["", "this model", "dense model"][: len(specs) + 1]
-    rows = [heads, ["---"] * len(heads)]
-    for metric in card.quality.metrics:
-        if metric.name in card.tested:
-            values = [
-                f"{metric.scale * one[metric.name]:.{metric.digits}f}" if metric.name in one else ""
-                for one in tested
-            ]
-            rows.append([metric.column, *values])
-    for kind, top1 in card.coarse_top1.items():
-        rows.append([f"top-1 % of `{EXPORTS[kind].path}`", f"{100 * top1:.2f}", ""][: len(heads)])
-    rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])
-    rows.append(["parameters", *(human_count(spec.num_params()) for spec in specs)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if "labels_of" in card.tested:
-        lines.append(
-            f"\nMeasured on {card.tested['test_images']:,} test images of {card.dataset}, by the "
-            f"labels of {card.tested['labels_of']}."
-        )
-    if card.difference is not None:
-        metric = card.quality.shown
-        unit = "points of top-1" if metric.in_percent else metric.title
-        text = difference_text(in_points(card.difference, metric), metric.digits)
-        lines.append(
-            f"Against the dense model on the same images: {text} {unit}, with a 95 % interval."
-        )
+        fields["model-index"] = [{"name": title, "results": [result]}]
+    lines = ["# license: apache-2.0  # yours to say: what the first weights and pictures allow"]
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(lines)
 
 
-def _pictures(card: Card) -> str:
-    wanted, channels = card.preprocessing, card.spec.in_channels
-    size, larger = wanted.image_size, int(wanted.image_size / wanted.crop_pct)
-    crop = {
-        "center": f"The short side is resized to {larger} pixels ({wanted.interpolation}), and the "
-        f"central {size} x {size} cut out.",
-        "squash": f"The whole picture is resized to {size} x {size} ({wanted.interpolation}), "
-        f"whatever its ratio.",
-        "squash_center": f"The whole picture is resized to {larger} x {larger} "
-        f"({wanted.interpolation}), whatever its ratio, and the central {size} x {size} cut out.",
-    }[wanted.crop_mode]
-    colours = "grey, one channel" if channels == 1 else f"{channels} channels (RGB)"
+def _summary(models: Mapping[str, tuple[Spec, Mapping]]) -> str:
+    (spec, _), *dense = models.values()
+    names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
+    output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
+    size, macs, params = spec.image_size, human_count(spec.macs()), human_count(spec.num_params())
+    text = f"A {names.get(spec.title, spec.title)} {output}, of images of {size} x {size} pixels: "
+    text += f"{macs} multiply-adds (MACs), {params} parameters."
+    for other, _ in dense:
+        saved = 100 * (1 - spec.macs() / other.macs())
+        text += f" It was made of a dense one, with {saved:.1f} % fewer MACs."
+    return text
+
+
+def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, float]) -> str:
+    specs, tested = zip(*models.values(), strict=True)
+    rows = [["", *models], ["---"] * (len(models) + 1)]
+    for metric in quality_of(specs[0]).metrics:
+        if metric.name in tested[0]:
+            known = (metric.scale * one[metric.name] for one in tested if metric.name in one)
+            cells = [f"{value:.{metric.digits}f}" for value in known]
+            rows.append([metric.column, *cells, *[""] * (len(tested) - len(cells))])
+    for kind, top1 in coarse.items():
+        empty = [""] * (len(models) - 1)
+        rows.append([f"top-1 % of `{EXPORTS[kind].path}`", f"{100 * top1:.2f}", *empty])
+    rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])
+    rows.append(["parameters", *(human_count(spec.num_params()) for spec in specs)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _how_measured(run: Run, spec: Spec, tested: Mapping, difference: Any) -> str:
+    text, dataset, metric = "", dataset_name(run.settings.data.name), quality_of(spec).shown
+    if "labels_of" in tested:
+        number, labels = tested["test_images"], tested["labels_of"]
+        text = f"Measured on {number:,} test images of {dataset}, by the labels of {labels}.\n"
+    if difference is not None:
+        unit = "points of top-1" if metric.in_percent else metric.title
+        points = difference_text(in_points(difference, metric), metric.digits)
+        text += "Against the dense model on the same images: "
+        text += f"{points} {unit}, with a 95 % interval."
+    return text.strip()
+
+
+def _steps(run: Run, found: Finished) -> Iterator[str]:
+    """The stages that this model went through, with what decided it."""
+    settings, stages = run.settings, run.settings.stages
+    weights, data = base_model(settings.pretrained), dataset_name(settings.data.name)
+    if found.kind == "transfer":
+        yield f"The model {weights} took on the classes of {data}: {_recipe(settings.finetune)}."
+        return
+    start = f"The dense model has the weights {weights}" if weights else "The dense model"
+    if settings.trains_dense:
+        start += f"{',' if weights else ' was'} trained on {data}: {_recipe(settings.pretrain)}"
+    yield f"{start}."
+    if "slim" in stages and found.kind != "dense":
+        gates, retrain = _recipe(settings.slim.gates), _recipe(settings.slim.retrain)
+        yield (
+            f"ViT-Slim learned what attention, MLPs and tokens can spare (gates: {gates}), cut it "
+            f"out, and retrained: {retrain}."
+        )
+    if found.budget is None:
+        return
+    (low, high), search = found.budget.shares, settings.search
+    images = settings.calibration.images if "calibrate" in stages else 0
+    start = f"weighed by up to {images:,} images" if images else "of the plain SVD"
+    yield (
+        f"FLORA split every large layer into low-rank factors, {start}; the budget is {low:g} to "
+        f"{high:g} of the dense model's {'latency' if settings.spends_latency else 'MACs'}."
+    )
+    if "supernet" in stages:
+        ratios = ", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios)
+        yield (
+            f"One supernet of all ranks (ratios {ratios}; {settings.supernet_sampling} sampling) was "
+            f"trained: {_recipe(settings.supernet)}."
+        )
+    allocated = f"allocated by measured sensitivity on {settings.allocation.images} images"
+    if "search" in stages:
+        yield (
+            f"Ranks were searched by evolution, {search.generations} generations of "
+            f"{search.population}, scored by {settings.metric} on held-out images."
+        )
+        winner = load_found(run, WINNERS_FILE)[load_budgets(run).index(found.budget)]
+        if winner.chosen == ALLOCATED:
+            yield f"None of them was surely better than ranks {allocated}, which the subnet has."
+    else:
+        yield f"Ranks were {allocated}."
+    if "finetune" in stages:
+        yield f"The subnet was fine-tuned: {_recipe(settings.finetune)}."
+
+
+def _recipe(recipe: Recipe) -> str:
+    taught = ", taught by the model before" if recipe.distill else ""
     return (
-        f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with mean "
-        f"{list(wanted.mean)} and std {list(wanted.std)}. `preprocessing.json` says the same."
+        f"{recipe.epochs:g} epochs in batches of {recipe.batch_size}, learning rate "
+        f"{recipe.learning_rate:g} for 512 images{taught}"
     )
 
 
-def _limits(card: Card) -> list[str]:
-    limits = []
-    if card.spec.num_classes:
-        names = ", ".join(card.class_names[:20])
-        more = f" and {len(card.class_names) - 20} more" if len(card.class_names) > 20 else ""
-        known = f" ({names}{more}; `classes.json`)" if names else ""
-        limits.append(
-            f"It knows {card.spec.num_classes} classes{known}, and gives one of them to any "
-            f"picture, of whatever it is."
-        )
-    if card.tested:
-        limits.append(
-            "Its figures are of those test images alone; the interval says what other such images "
-            "might have shown, not what another training might, or other kinds of pictures."
-        )
-    else:
-        limits.append("It was not measured on any test images.")
-    limits.append(
+def _pictures(wanted: Preprocessing, channels: int) -> str:
+    size, larger = wanted.image_size, int(wanted.image_size / wanted.crop_pct)
+    way = f"({wanted.interpolation})"
+    crop = {
+        "center": f"The short side is resized to {larger} pixels {way}, and the central {size} x "
+        f"{size} cut out.",
+        "squash": f"The whole picture is resized to {size} x {size} {way}, whatever its ratio.",
+        "squash_center": f"The whole picture is resized to {larger} x {larger} {way}, whatever its "
+        f"ratio, and the central {size} x {size} cut out.",
+    }[wanted.crop_mode]
+    colours = "grey, one channel" if channels == 1 else f"{channels} channels (RGB)"
+    numbers = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
+    text = f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with {numbers}."
+    return f"{text} `preprocessing.json` says the same."
+
+
+def _limits(
+    spec: Spec, class_names: Sequence[str], is_tested: bool, exports: Sequence[str]
+) -> Iterator[str]:
+    if spec.num_classes:
+        names = as_text(", ".join(class_names[:20]))
+        names += f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
+        known = f" ({names}; `classes.json`)" if names else ""
+        given = "and gives one of them to any picture, of whatever it is."
+        yield f"It knows {spec.num_classes} classes{known}, {given}"
+    yield (
+        "Its figures are of those test images alone; the interval says what other such images "
+        "might have shown, not what another training might, or other kinds of pictures."
+        if is_tested
+        else "It was not measured on any test images."
+    )
+    yield (
         "What the first weights and the training pictures get wrong, it gets wrong, too; what is "
         "compressed may lose more on rare classes than the mean shows."
     )
-    within = ", ".join(
-        f"{EXPORTS[kind].tolerance:g} in `{EXPORTS[kind].path}`" for kind in card.exports
-    )
-    limits.append(
+    files = (f"{EXPORTS[kind].tolerance:g} in `{EXPORTS[kind].path}`" for kind in exports)
+    yield (
         f"The files were compared with the network on a few images before they were written: "
-        f"outputs differ by less than this share of the largest, {within}."
+        f"outputs differ by less than this share of the largest, {', '.join(files)}."
     )
-    return limits
 
 
-def _listed(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-_ONNX = """\
-`$file`, with ONNX Runtime:
-
-```python
-import numpy as np
-import onnxruntime
-
-images = np.zeros((1, $channels, $size, $size), np.float32)
-session = onnxruntime.InferenceSession("$file")
-(outputs,) = session.run(None, {"images": images})
-```"""
-_TORCH = """\
-`$file/`, with PyTorch and safetensors:
-
-```python
-import sys
-
-import torch
-
-sys.path.insert(0, "$file")
-from model import load
-
-images = torch.zeros(1, $channels, $size, $size)
-outputs = load("$file")(images)
-```"""
-_STABLEHLO = """\
-`$file`, with JAX alone, on CPU, CUDA and TPU:
-
-```python
-import pathlib
-
-import numpy as np
-from jax import export
-
-images = np.zeros((1, $size, $size, $channels), np.float32)
-program = export.deserialize(pathlib.Path("$file").read_bytes())
-outputs = program.call(images)
-```"""
-_TIMM = """\
-`$file/`, weights under the names of timm, with flora_jax:
-
-```python
-import numpy as np
-
-import flora_jax
-
-images = np.zeros((1, $size, $size, $channels), np.float32)
-outputs = flora_jax.load("$file")(images)
-```"""
-# Of each kind, to run in the folder of the card.
-_HOW_TO_LOAD = {
-    "onnx": _ONNX,
-    "onnx_float16": _ONNX,
-    "onnx_int8": _ONNX,
-    "torch": _TORCH,
-    "stablehlo": _STABLEHLO,
-    "timm": _TIMM,
+# Of each kind of file: what runs it, imports, images, and the code, in the folder of the card.
+_FIRST, _LAST = "(1, $channels, $size, $size)", "(1, $size, $size, $channels)"
+_LOADING = {
+    "onnx": (
+        "with ONNX Runtime",
+        "import numpy as np\nimport onnxruntime",
+        f"np.zeros({_FIRST}, np.float32)",
+        'session = onnxruntime.InferenceSession("$file")\n'
+        '(outputs,) = session.run(None, {"images": images})',
+    ),
+    "torch": (
+        "with PyTorch and safetensors",
+        "import sys\n\nimport torch",
+        f"torch.zeros({_FIRST})",
+        'sys.path.insert(0, "$file")\nfrom model import load\n\noutputs = load("$file")(images)',
+    ),
+    "stablehlo": (
+        "with JAX alone, on CPU, CUDA and TPU",
+        "import pathlib\n\nimport numpy as np\nfrom jax import export",
+        f"np.zeros({_LAST}, np.float32)",
+        'program = export.deserialize(pathlib.Path("$file").read_bytes())\n'
+        "outputs = program.call(images)",
+    ),
+    "timm": (
+        "weights under the names of timm, with flora_jax",
+        "import numpy as np\n\nimport flora_jax",
+        f"np.zeros({_LAST}, np.float32)",
+        'outputs = flora_jax.load("$file")(images)',
+    ),
 }
 
 
-def _how_to_load(card: Card) -> str:
-    size, channels = card.spec.image_size, card.spec.in_channels
-    texts = [
-        string.Template(_HOW_TO_LOAD[kind]).substitute(
-            file=EXPORTS[kind].path, size=size, channels=channels
-        )
-        for kind in card.exports
-    ]
-    return "\n\n".join(texts)
+def _how_to_load(spec: Spec, kinds: Sequence[str]) -> Iterator[str]:
+    for kind in kinds:
+        tool, imports, images, code = _LOADING[kind.partition("_")[0]]
+        values = {"file": EXPORTS[kind].path, "size": spec.image_size, "channels": spec.in_channels}
+        text = f"`$file`, {tool}:\n\n```python\n{imports}\n\nimages = {images}\n{code}\n```"
+        yield string.Template(text).substitute(values)

@@ -1,4 +1,4 @@
-"""What models make of each class: how often they are right, and what they take for what."""
+"""Accuracies by class, and the confusions between classes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,61 +10,43 @@ _MAX_PAIRS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassAccuracy:
-    """One class. Attributes: its name; images of it; {model: share of them that it gets right}."""
-
-    name: str
-    images: int
-    top1: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
 class Confusion:
-    """A class that a model takes for another.
-
-    Attributes:
-      label, predicted: their names.
-      images: of the class.
-      count: how many of them the model takes for the other, at least one.
-      baseline: how many the dense model does; None where there is none.
-      example: the index of one.
-      picture: of it, as a data URI; "" where it cannot be shown.
-    """
+    """A class that a model takes for another."""
 
     label: str
     predicted: str
-    images: int
-    count: int
-    baseline: int | None
-    example: int
-    picture: str = ""
+    images: int  # of the class
+    count: int  # how many of them the model takes for the other, at least one
+    baseline: int | None  # how many the dense model does, where there is one
+    example: int  # the index of one
+    # uint8 [H, W, 1 or 3], that one; None where it cannot be shown.
+    image: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
-def class_accuracies(
+def class_rows(
     labels: np.ndarray, predicted: Mapping[str, np.ndarray], names: Sequence[str]
-) -> list[ClassAccuracy]:
-    """The classes of some images; of very many those that the last model has lost most on.
+) -> list[list[str]]:
+    """A table of accuracies by class; of very many classes those that the last model lost most on.
 
     Args:
       labels: int [n].
       predicted: {model: int [n]}, at least one.
       names: of the labels 0, 1, ...
+
+    Returns:
+      Titles, then for each class its name, the number of its images and each model's accuracy in %.
     """
     counts = np.bincount(labels, minlength=len(names))
-    right = {
-        model: np.bincount(labels[found == labels], minlength=len(names)) / np.maximum(counts, 1)
-        for model, found in predicted.items()
-    }
-    shares, present = list(right.values()), np.flatnonzero(counts)
+    right = [np.bincount(labels[p == labels], minlength=len(names)) for p in predicted.values()]
+    shares, present = right / np.maximum(counts, 1), np.flatnonzero(counts)
     if len(present) > _MAX_CLASSES:
         gained = (shares[-1] - shares[0])[present]
         present = present[np.argsort(gained, kind="stable")[:_MAX_CLASSES]]
-    return [
-        ClassAccuracy(
-            names[i], int(counts[i]), {model: float(share[i]) for model, share in right.items()}
-        )
+    rows = [
+        [names[i], str(counts[i]), *(f"{100 * share:.1f}" for share in shares[:, i])]
         for i in present.tolist()
     ]
+    return [["class", "images", *(f"{model} %" for model in predicted)], *rows]
 
 
 def confusions(

@@ -6,60 +6,37 @@ left out; every text is escaped.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from flora_jax.report.charts import panels_of
-from flora_jax.report.classes import ClassAccuracy, Confusion
-from flora_jax.report.drawn import Drawn
-from flora_jax.report.pictures import data_uri
-
-Rows = Sequence[Sequence[str]]  # titles first
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Page:
-    """What a page says of a run; what is empty is left out.
-
-    Attributes:
-      name: of the run.
-      about: what it is, in a line.
-      unfinished: which stages are done and which are not; "" of a finished run.
-      conclusions: sentences that say what came of it.
-      models: the table of models.
-      drawn: the numbers behind its charts.
-      benchmark: as in benchmark.json: {"machine": str, "rows": [{"engine", "model": str, "batch":
-        int, "ms", "ratio", "low", "high": float}]}, ratio to the dense model with its quartiles.
-      classes: how often models are right about each class.
-      confused: the model that `confusions` are of.
-      confusions: what it takes for what.
-      pictures: {title: PNG} of further pictures.
-      recipe: (setting, its default, its value here).
-      stages: {stage: seconds}.
-      data: {what: value} about the images.
-      versions: {what: value} about what made the page.
-    """
-
-    name: str
-    about: str = ""
-    unfinished: str = ""
-    conclusions: Sequence[str] = ()
-    models: Rows = ()
-    drawn: Drawn = Drawn()
-    benchmark: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    classes: Sequence[ClassAccuracy] = ()
-    confused: str = ""
-    confusions: Sequence[Confusion] = ()
-    pictures: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    recipe: Sequence[tuple[str, object, object]] = ()
-    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    data: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    versions: Mapping[str, object] = dataclasses.field(default_factory=dict)
+from flora_jax.report.classes import Confusion
+from flora_jax.report.data import ReportData, Rows
+from flora_jax.report.figures import Panel, panels_of, sheet
+from flora_jax.report.formats import svg, thumbnail
+from flora_jax.report.slim_figures import slim_panels
 
 
-def render(page: Page) -> str:
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    title: str
+    note: str = ""  # a sentence below the title
+    rows: Rows = ()  # of a table
+    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # {name: value}
+    panels: Sequence[tuple[str, Markup, str]] = ()  # title, SVG and a sentence below
+    examples: Sequence[tuple[str, Confusion]] = ()  # the address of a picture or "", and of what
+    is_folded: bool = False  # until it is clicked
+
+    @property
+    def is_empty(self) -> bool:
+        return not (len(self.rows) > 1 or self.facts or self.panels or self.examples)
+
+
+def render(data: ReportData) -> str:
     """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -68,43 +45,47 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
-        page=page,
-        panels=panels_of(page.drawn),
-        benchmark=_benchmark_rows(page.benchmark),
-        classes=_class_rows(page.classes),
-        pictures={title: data_uri(png) for title, png in page.pictures.items()},
-        recipe=[("setting", "default", "here"), *(map(_said, row) for row in page.recipe)],
-    )
+    sections = [section for section in _sections(data) if not section.is_empty]
+    return environment.get_template("page.html").render(data=data, sections=sections)
+
+
+def _sections(data: ReportData) -> list[Section]:
+    slimmed = slim_panels(data.slimming) if data.slimming else []
+    return [
+        Section("Models", rows=data.models),
+        Section("Plots", panels=_figures(panels_of(data))),
+        Section("What slimming leaves", panels=_figures(slimmed)),
+        Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
+        Section("Accuracy by class, on the test images", rows=data.classes),
+        Section(
+            f"What the {data.confused} confuses most",
+            examples=[
+                ("" if pair.image is None else thumbnail(pair.image), pair)
+                for pair in data.confusions
+            ],
+        ),
+        Section(
+            f"Settings that differ from the defaults ({len(data.recipe)})",
+            rows=[("setting", "default", "here"), *data.recipe],
+            is_folded=True,
+        ),
+        Section("Stages", facts={name: f"{s:.0f} s" for name, s in data.stages.items()}),
+        Section("Images", facts=data.images),
+        Section("This page was made with", facts=data.versions),
+    ]
+
+
+def _figures(panels: Iterable[Panel]) -> list[tuple[str, Markup, str]]:
+    return [
+        (panel.title, Markup(svg(sheet([panel], has_titles=False), panel.title)), panel.note)
+        for panel in panels
+    ]
 
 
 def _benchmark_rows(benchmark: Mapping[str, Any]) -> Rows:
-    header = ("engine, batch, model", "ms", "share of dense", "quartiles")
-    rows = [
-        (
-            f"{row['engine']}, {row['batch']}, {row['model']}",
-            f"{row['ms']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['low']:.2f}..{row['high']:.2f}",
-        )
-        for row in benchmark.get("rows", ())
-    ]
-    return [header, *rows] if rows else []
-
-
-def _class_rows(classes: Sequence[ClassAccuracy]) -> Rows:
-    if not classes:
-        return []
-    header = ("class", "images", *(f"{model} %" for model in classes[0].top1))
-    return [
-        header,
-        *(
-            (each.name, str(each.images), *(f"{100 * share:.1f}" for share in each.top1.values()))
-            for each in classes
-        ),
-    ]
-
-
-def _said(value: object) -> str:
-    """A setting as it is read: "-" for one that is not there."""
-    return "-" if value is None else str(value) if value != "" else '""'
+    rows = [("engine, batch, model", "ms", "share of dense", "quartiles")]
+    for row in benchmark.get("rows", ()):
+        name = f"{row['engine']}, {row['batch']}, {row['model']}"
+        quartiles = f"{row['low']:.2f}..{row['high']:.2f}"
+        rows.append((name, f"{row['ms']:.2f}", f"{row['ratio']:.2f}", quartiles))
+    return rows

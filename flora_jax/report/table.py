@@ -1,6 +1,6 @@
 """The models of a run side by side, in cells and as plain text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_jax.evaluation.comparison import Interval, budget_name, kind_of
@@ -10,7 +10,6 @@ DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _FIRST_ROWS = ("dense", "slim", "uniform", "allocated", "subnet")
 _OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement", "relative error")
-_COSTS = ("macs", "params")
 
 
 def count_unit(n: float) -> tuple[int, str]:
@@ -81,13 +80,12 @@ def comparison_rows(result: Mapping) -> list[list[str]]:
     metric, models = _complete(result)
     first = next(iter(models))
     rows = [_row(metric, name, model, first, models[first]) for name, model in models.items()]
-    if all("ms" in model for model in models.values()):
-        for model, row in zip(models.values(), rows, strict=True):
-            row |= _latency_cells(model, models[first])
+    unknown = () if all("ms" in model for model in models.values()) else ("ms", "fewer ms")
     header = [
         title
         for title in rows[0]
-        if title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows)
+        if title not in unknown
+        and (title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows))
     ]
     return [header] + [[row[title] for title in header] for row in rows]
 
@@ -95,8 +93,8 @@ def comparison_rows(result: Mapping) -> list[list[str]]:
 def conclusions(result: Mapping) -> list[str]:
     """What came of a run, a sentence for each of its smallest models. As `comparison_rows`."""
     metric, models = _complete(result)
-    first, *others = models
-    kind = kind_of(next((name for name in reversed(others) if _is_known(name)), first))
+    first = next(iter(models))
+    kind = next((k for k in map(kind_of, reversed(models)) if k in _FIRST_ROWS), kind_of(first))
     return [
         _conclusion(metric, name, model, first, models[first])
         for name, model in models.items()
@@ -123,55 +121,32 @@ def _conclusion(metric: Metric, name: str, model: Mapping, first_name: str, firs
 def _complete(result: Mapping) -> tuple[Metric, dict[str, Mapping]]:
     """The metric that models are shown by, and those that have all their numbers, in order."""
     entries = {n: entry for n, entry in named_entries(result).items() if isinstance(entry, Mapping)}
-    metric = _metric_of(entries.values())
-    fields = (metric.name, *_COSTS)
-    models = {
-        name: entry for name, entry in entries.items() if all(field in entry for field in fields)
-    }
+    is_of_features = any(AGREEMENT.shown.name in entry for entry in entries.values())
+    metric = (AGREEMENT if is_of_features else CLASSIFICATION).shown
+    fields = {metric.name, "macs", "params"}
+    models = [name for name, entry in entries.items() if fields <= set(entry)]
     if not models:
-        raise ValueError(f"no entry has {', '.join(fields)}; entries: {', '.join(result)}")
-    return metric, {name: models[name] for name in sorted(models, key=_place)}
-
-
-def cost_rows(models: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
-    """What models cost of which nothing else is known yet: titles, then the cells of each.
-
-    Args:
-      models: {model: {"macs": int, "params": int}}.
-    """
-    rows = [
-        [name, human_count(model["macs"]), human_count(model["params"])]
-        for name, model in models.items()
-    ]
-    return [["model", "MACs", "params"], *rows]
+        raise ValueError(f"no entry has {', '.join(sorted(fields))}; entries: {', '.join(result)}")
+    places = {kind: place for place, kind in enumerate(_FIRST_ROWS)}
+    models.sort(key=lambda name: places.get(kind_of(name), len(places)))
+    return metric, {name: entries[name] for name in models}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of as many cells each as plain text: the first column from the left, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(_align(line, widths) for line in lines)
-
-
-def _is_known(name: str) -> bool:
-    return kind_of(name) in _FIRST_ROWS
-
-
-def _place(name: str) -> int:
-    kind = kind_of(name)
-    return _FIRST_ROWS.index(kind) if kind in _FIRST_ROWS else len(_FIRST_ROWS)
-
-
-def _metric_of(entries: Iterable[Mapping]) -> Metric:
-    """The metric that models are shown by."""
-    is_of_features = any(AGREEMENT.shown.name in entry for entry in entries)
-    return (AGREEMENT if is_of_features else CLASSIFICATION).shown
+    texts = []
+    for first, *others in lines:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        texts.append("   ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(texts)
 
 
 def _row(
     metric: Metric, name: str, model: Mapping, first_name: str, first: Mapping
 ) -> dict[str, str]:
     """The cells of a model by the title of their column."""
-    compared, digits = model is not first, metric.digits
+    compared, digits, has_ms = model is not first, metric.digits, "ms" in model and "ms" in first
     against = {
         other: in_points(differences[metric.name], metric)
         for other, differences in model.get("against", {}).items()
@@ -193,12 +168,9 @@ def _row(
         "fewer MACs": _saving(model["macs"], first["macs"]) if compared else "",
         "params": human_count(model["params"]),
         "fewer params": _saving(model["params"], first["params"]) if compared else "",
+        "ms": f"{model['ms']:.2f}" if "ms" in model else "",
+        "fewer ms": _saving(model["ms"], first["ms"]) if compared and has_ms else "",
     }
-
-
-def _latency_cells(model: Mapping, first: Mapping) -> dict[str, str]:
-    saving = _saving(model["ms"], first["ms"]) if model is not first else ""
-    return {"ms": f"{model['ms']:.2f}", "fewer ms": saving}
 
 
 def _interval_text(difference: Interval, digits: int = 2) -> str:
@@ -216,9 +188,3 @@ def _saving(count: float, first_count: float) -> str:
 
 def _rounded(value: float, digits: int) -> float:
     return round(value, digits) + 0.0  # no "-0.00"
-
-
-def _align(row: Sequence[str], widths: list[int]) -> str:
-    cells = [row[0].ljust(widths[0])]
-    cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "   ".join(cells).rstrip()

@@ -1,4 +1,4 @@
-"""The picture of a slimmed network: what is drawn is what was given."""
+"""Figures of a slimmed network: what is drawn is what was given."""
 
 import itertools
 
@@ -7,7 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from flora_jax.report import slim_plots
+from flora_jax.report import slim_figures
+from flora_jax.report.data import Slimming
+from flora_jax.report.figures import sheet
 from flora_jax.slim import Masks
 
 pytestmark = pytest.mark.slow
@@ -44,7 +46,7 @@ def legend_texts(ax):
 def test_gates_and_their_threshold():
     gates, _ = network()
     ax = Figure().subplots()
-    slim_plots.plot_gates(ax, gates["attn"], 0.3, "black")
+    slim_figures.plot_gates(ax, gates["attn"], 0.3, "#123456")
     values = np.concatenate(gates["attn"]).ravel()
     counts, edges = np.histogram(values, bins=40)
     assert [bar.get_height() for bar in ax.patches] == counts.tolist()
@@ -57,7 +59,7 @@ def test_gates_and_their_threshold():
 def test_kept_shares_of_every_block(tokens):
     _, masks = network(tokens=tokens)
     ax = Figure().subplots()
-    slim_plots.plot_kept(ax, masks)
+    slim_figures.plot_kept(ax, masks)
     kinds = [kind for kind in (masks.attn, masks.mlp, masks.patch) if kind]
     assert len(ax.containers) == len(kinds) == 2 + bool(tokens)
     for bars, kind in zip(ax.containers, kinds, strict=True):
@@ -75,7 +77,7 @@ def test_dimensions_of_every_head():
     _, masks = network()
     wider = Masks((*masks.attn[:3], np.eye(3, 8, dtype=bool)), masks.mlp, masks.patch, {})
     ax = Figure().subplots()
-    slim_plots.plot_heads(ax, wider)
+    slim_figures.plot_heads(ax, wider)
     shares = ax.collections[0].get_array()
     assert shares.shape == (3, 4)
     for b, mask in enumerate(wider.attn):
@@ -88,9 +90,7 @@ def test_dropped_patches_turn_grey():
     image = photo(8) / 255
     kept = np.ones(16, bool)
     kept[[0, 5]] = False
-    ax = Figure().subplots()
-    slim_plots.plot_kept_patches(ax, image, kept)
-    shown = np.asarray(ax.images[0].get_array())
+    shown = slim_figures.faded(image, kept)
     dropped = np.zeros((8, 8), bool)
     dropped[:2, :2] = dropped[2:4, 2:4] = True
     np.testing.assert_array_equal(shown[~dropped], image[~dropped])
@@ -101,34 +101,31 @@ def test_dropped_patches_turn_grey():
 @pytest.mark.parametrize(
     "image", [photo(), photo(8)[..., :1], photo(224) / 255], ids=["uint8", "grey", "float"]
 )
-def test_figure_of_a_vit(image):
+def test_panels_of_a_vit(image):
     gates, masks = network(blocks=6)
-    figure = slim_plots.slim_figure(gates, masks, image=image, title="example")
-    titles = [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes]
+    panels = slim_figures.slim_panels(Slimming(gates, masks, image))
     shares = [100 * np.mean(kind) for kind in (masks.attn, masks.mlp, masks.patch)]
-    assert titles[:3] == [
+    assert [panel.title for panel in panels] == [
         f"Attention dimensions: {shares[0]:.1f} % kept",
         f"MLP units: {shares[1]:.1f} % kept",
         f"Tokens: {shares[2]:.1f} % kept",
+        "What every block keeps",
+        "Dimensions of every head",
+        "Patches that stay",
     ]
-    maps = [title for title in titles if "kept" in title and "block" in title]
-    assert maps == [f"block {b}\n{masks.patch[b][1:].sum()} of 16 kept" for b in (0, 2, 3, 5)]
-    assert "image\n16 patches" in titles
-    assert figure.get_suptitle() == "example"
-
-
-@pytest.mark.parametrize("blocks", [2, 3])
-def test_a_shallow_network_has_a_map_of_every_block(blocks):
-    figure = slim_plots.slim_figure(*network(blocks=blocks), image=photo())
-    assert sum("of 16 kept" in ax.get_title() for ax in figure.axes) == blocks
+    ax = Figure().subplots()
+    panels[-1].draw(ax)
+    maps = [f"block {b}\n{masks.patch[b][1:].sum()} of 16" for b in (0, 2, 3, 5)]
+    assert [text.get_text() for text in ax.texts] == ["image\n16 patches", *maps]
+    assert len(ax.images) == 5
 
 
 @pytest.mark.parametrize("tokens", [17, 0])
 def test_no_map_without_an_image_or_token_gates(tokens):
-    image = None if tokens else photo()
-    figure = slim_plots.slim_figure(*network(tokens=tokens), image=image)
-    assert not any(ax.images for ax in figure.axes)
-    assert sum("% kept" in ax.get_title(loc="left") for ax in figure.axes) == 2 + bool(tokens)
+    data = Slimming(*network(tokens=tokens), None if tokens else photo())
+    titles = [panel.title for panel in slim_figures.slim_panels(data)]
+    assert "Patches that stay" not in titles
+    assert sum("% kept" in title for title in titles) == 2 + bool(tokens)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +138,8 @@ def test_no_map_without_an_image_or_token_gates(tokens):
     ids=["deit", "digits", "swin"],
 )
 def test_texts_do_not_overlap(sizes):
-    figure = slim_plots.slim_figure(*network(**sizes), image=photo(56), title="example")
+    panels = slim_figures.slim_panels(Slimming(*network(**sizes), photo(56)))
+    figure = sheet(panels, "example")
     figure.draw_without_rendering()
     hidden = {
         tick.label1
@@ -155,18 +153,3 @@ def test_texts_do_not_overlap(sizes):
     assert len(drawn) > 50
     pairs = itertools.combinations(drawn, 2)
     assert [(a, b) for (a, box), (b, other) in pairs if box.overlaps(other)] == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"mlp": []}, {}, "mlp gates of 0 blocks were given, but masks of 4"),
-        ({}, {"image": np.zeros((8, 8))}, r"shape \(8, 8\); expected \[H, W, 1 or 3\]"),
-        ({}, {"image": np.zeros((8, 8, 4))}, r"shape \(8, 8, 4\); expected"),
-        ({}, {"image": photo(), "num_prefix_tokens": 2}, "15 patches are no square grid"),
-    ],
-)
-def test_bad_input(changes, options, message):
-    gates, masks = network()
-    with pytest.raises(ValueError, match=message):
-        slim_plots.slim_figure(gates | changes, masks, **options)
