@@ -19,6 +19,7 @@ from flora_jax.errors import (
     few,
     unknown,
 )
+from flora_jax.methods import start
 from flora_jax.training.loop import NonFiniteLossError
 
 

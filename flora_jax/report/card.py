@@ -192,8 +192,8 @@ def _steps(run: Run, found: Finished) -> Iterator[str]:
     if "supernet" in stages:
         ratios = ", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios)
         yield (
-            f"One supernet of all ranks (ratios {ratios}; {settings.supernet_sampling} sampling) was "
-            f"trained: {_recipe(settings.supernet)}."
+            f"One supernet of all ranks (ratios {ratios}; sampling {settings.supernet_sampling}) "
+            f"was trained: {_recipe(settings.supernet)}."
         )
     allocated = f"allocated by measured sensitivity on {settings.allocation.images} images"
     if "search" in stages:
