@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors
 from flora_jax.errors import UserError, differences
 from flora_jax.evaluation.comparison import kind_of
 from flora_jax.evaluation.quality import TOP1, Metric, quality_of
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.io.files import matching, read_json
 from flora_jax.io.json_lines import read_lines, read_records
 from flora_jax.io.paths import as_text
