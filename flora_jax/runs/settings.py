@@ -427,6 +427,10 @@ class Settings:
         return "pretrain" in self.stages and (self.train_pretrained or not self.pretrained)
 
     @property
+    def trains_supernet(self) -> bool:
+        return "supernet" in self.stages
+
+    @property
     def finds_ranks(self) -> bool:
         """Whether a stage chooses ranks for a budget."""
         return bool({"allocate", "search"} & set(self.stages))
