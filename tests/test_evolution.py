@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.flora.evolution import EvolutionSettings
-from flora_jax.flora.evolution import read_history
+from flora_jax.flora.evolution import EvolutionSettings, read_history
 from tests.helpers.searching import (
     FIRST,
     HIGHER,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.scipy.special import log_ndtr, ndtr
 
-from flora_jax.models.attention import attend
-from flora_jax.models.mlp import gelu
+from flora_jax.models.layers import attend, gelu
 
 
 def some(seed: int, *shape: int) -> jax.Array:

@@ -9,10 +9,9 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from flora_jax.flora.layer import RankedLinear
-from flora_jax.flora.layer import masked_product, sliced_product
+from flora_jax.flora.layer import RankedLinear, masked_product, sliced_product
 from flora_jax.models import functional
-from flora_jax.models.linear_shape import LinearShape
+from flora_jax.models.spec import LinearShape
 
 IN, OUT, RANKS = 12, 20, (2, 5, 9, 12)
 FEW, MANY = 3, 200  # with many tokens the factors of the two largest ranks are merged first

@@ -9,8 +9,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
-from flora_jax.models.block import run_blocks
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import Loop, run_blocks
 from flora_jax.slim import add_gates
 
 pytestmark = pytest.mark.slow

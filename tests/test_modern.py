@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import Loop
 from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.fit import NotFiniteWarning
 from flora_jax.weights.state_dict import read_state_dict

@@ -15,8 +15,7 @@ from flora_jax.data.normalize import Normalization
 from flora_jax.flora.block_scorer import score_block
 from flora_jax.models import functional
 from flora_jax.models.layers import make_linear
-from flora_jax.models.linear_shape import LinearShape
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin import ShiftedWindowAttention
 from flora_jax.models.windows import Windows
 

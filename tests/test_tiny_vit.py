@@ -18,10 +18,10 @@ import flora_jax as flora
 from flora_jax import slim
 from flora_jax.flora.block_scorer import score_block
 from flora_jax.models import functional
-from flora_jax.models.convolution import DepthwiseConvolution
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import Loop
 from flora_jax.models.spec import BlockSpec
+from flora_jax.models.tiny_vit import DepthwiseConvolution
 from flora_jax.models.windows import Windows
 from flora_jax.weights.layouts import timm
 from flora_jax.weights.resample import resample_distance_table

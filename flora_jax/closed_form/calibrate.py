@@ -27,9 +27,8 @@ from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import Linear, check_images
-from flora_jax.models.linear_shape import LinearShape, Rank
 from flora_jax.models.network import Network
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import LinearShape, Rank, Spec
 from flora_jax.progress import Progress
 
 SHRINKAGE = 0.05  # docs/decisions.md

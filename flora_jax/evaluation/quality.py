@@ -14,8 +14,7 @@ import optax
 
 from flora_jax.errors import InputError
 from flora_jax.errors.hints import choices
-from flora_jax.models.block import run_blocks
-from flora_jax.models.network import Network
+from flora_jax.models.network import Network, run_blocks
 from flora_jax.models.spec import Spec
 
 

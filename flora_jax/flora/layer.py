@@ -21,7 +21,7 @@ from flax import nnx
 
 from flora_jax.models.functional import Slot
 from flora_jax.models.layers import add_bias, zero_bias
-from flora_jax.models.linear_shape import LinearShape
+from flora_jax.models.spec import LinearShape
 
 Ranks = tuple[int, ...]
 

@@ -12,8 +12,8 @@ from flora_jax.flora.space import RankSpace
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import check_images
-from flora_jax.models.linear_shape import LinearShape, Rank
 from flora_jax.models.network import Network
+from flora_jax.models.spec import LinearShape, Rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from flora_jax.errors import InputError, few
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet, abstract_supernet
 from flora_jax.models import functional
-from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.network import Network
+from flora_jax.models.spec import LinearShape
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,16 @@ import dataclasses
 from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, unknown
-from flora_jax.models.convolution import KERNEL_SIZE, strided
 from flora_jax.models.spec import BlockInput, BlockSpec, Spec, whole_block
 from flora_jax.models.windows import Windows
 
+KERNEL_SIZE = 3  # of convolutions
 _TAPS = KERNEL_SIZE**2
+
+
+def strided(grid_size: int, stride: int) -> int:
+    """Side length of a feature map behind a 3 x 3 convolution, padded by one."""
+    return -(-grid_size // stride)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, check_known, unknown
-from flora_jax.models.mlp import ACTIVATIONS
+from flora_jax.models.layers import ACTIVATIONS
 from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple, later
 
 POOLS = ("token", "mean", "token_and_mean", "attention")

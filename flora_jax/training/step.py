@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.models.block import BLOCK_OUTPUT, RunBlocks, run_blocks
 from flora_jax.models.functional import Parameters, Structure
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import BLOCK_OUTPUT, Loop, RunBlocks, run_blocks
 from flora_jax.training.losses import distillation_loss, probabilities, soft_targets, task_loss
 from flora_jax.training.mixing import mix
 from flora_jax.training.optimizer import make_optimizer

@@ -7,9 +7,14 @@ from typing import Any
 
 import jax
 
-from flora_jax.models.convolution import Convolution, DepthwiseConvolution
 from flora_jax.models.layers import Linear
-from flora_jax.models.tiny_vit import ConvolutionalEmbed, MBConv, PointDepthPoint
+from flora_jax.models.tiny_vit import (
+    Convolution,
+    ConvolutionalEmbed,
+    DepthwiseConvolution,
+    MBConv,
+    PointDepthPoint,
+)
 from flora_jax.weights.export.onnx_graph import Graph, Value
 from flora_jax.weights.export.onnx_layers import gelu, swap
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from flora_jax.errors import InputError
-from flora_jax.models.block import PatchEmbed
-from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, whole_bias
-from flora_jax.models.mlp import Mlp
+from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, Mlp, whole_bias
+from flora_jax.models.network import PatchEmbed
 from flora_jax.weights.export.onnx_graph import Graph, Value
 
 
@@ -102,7 +101,7 @@ def merge(graph: Graph, x: Value, shape: list[int]) -> Value:
 
 
 def attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
-    """As `flora_jax.models.attention.attend`; scales the query, whose products fit half floats."""
+    """As `flora_jax.models.layers.attend`; scales the query, whose products fit half floats."""
     query, key, value = qkv
     query = graph.node("Mul", query, np.float32(shape[-1] ** -0.5))
     logits = graph.node("MatMul", query, swap(graph, key, len(shape) + 1, -2, -1))

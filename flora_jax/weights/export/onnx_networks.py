@@ -5,16 +5,16 @@ from typing import Any, cast
 
 import numpy as np
 
-from flora_jax.models.block import Block
-from flora_jax.models.convolution import DepthwiseConvolution
-from flora_jax.models.layers import whole_bias
-from flora_jax.models.mlp import Mlp
-from flora_jax.models.network import Network
-from flora_jax.models.pooling import AttentionPool
-from flora_jax.models.positions import Rotary, tables
+from flora_jax.models.layers import Mlp, whole_bias
+from flora_jax.models.network import Block, Network
 from flora_jax.models.swin import PatchMerging, ShiftedWindowAttention, Swin
-from flora_jax.models.tiny_vit import MirroredWindowAttention, PointDepthPoint, TinyViT
-from flora_jax.models.vit import Attention, TokenSelection, ViT
+from flora_jax.models.tiny_vit import (
+    DepthwiseConvolution,
+    MirroredWindowAttention,
+    PointDepthPoint,
+    TinyViT,
+)
+from flora_jax.models.vit import Attention, AttentionPool, Rotary, TokenSelection, ViT, tables
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.export.onnx_convolutions import (
     downsampling,
