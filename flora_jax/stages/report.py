@@ -12,7 +12,7 @@ from flora_jax.report.page import Page, render
 from flora_jax.runs.budgets import finished_models
 from flora_jax.runs.images import Images
 from flora_jax.runs.workdir import Run, done_stages
-from flora_jax.slim.masks import DECISION_FILE, read_decision
+from flora_jax.slim.threshold import DECISION_FILE, read_decision
 from flora_jax.stages.drawing import drawn_of, is_budget_known
 from flora_jax.stages.page import page_of
 from flora_jax.weights.folder import SPEC_FILE, load_spec

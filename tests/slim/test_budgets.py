@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax import slim
-from flora_jax.slim.masks import read_decision, write_decision
+from flora_jax.slim.threshold import read_decision, write_decision
 from tests.helpers.slimming import (
     TINY_SWIN,
     gated_model,

@@ -21,7 +21,7 @@ from flora_jax.models import functional
 from flora_jax.runs import validation
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.slim.masks import read_decision
+from flora_jax.slim.threshold import read_decision
 from flora_jax.stages.run import Run, load_dense
 from flora_jax.stages.slim import DECISION_FILE, train_gates
 
