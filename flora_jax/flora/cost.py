@@ -6,6 +6,8 @@ import numpy as np
 
 from flora_jax.models.spec import by_block
 
+Range = tuple[float, float]  # the least and the most that a subnet of a budget may cost
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cost:

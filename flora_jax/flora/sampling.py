@@ -68,13 +68,13 @@ def draw_by_step(space: Triples, sampling: str, seed: int) -> Draw:
 _MAX_CELLS = 2**17
 
 
-class WindowSampler:
-    """Uniform draws of genes with the total cost in a window, without rejection.
+class RangeSampler:
+    """Uniform draws of genes with the total cost in a range, without rejection.
 
     Costs are counted in cells of their greatest common divisor; dynamic programming from the last
     block backwards gives the share of completions at every total, so a draw fixes the total first
     and then block after block. Above 2**17 cells a cell is made wider and a cost is rounded down
-    to it; then only totals that lie in the window whatever was rounded off are drawn, so every
+    to it; then only totals that lie in the range whatever was rounded off are drawn, so every
     draw is legal, and what is lost is a strip of at most one cell a block at either end.
 
     Args:
@@ -110,7 +110,7 @@ class WindowSampler:
         """Genes int32 [n, L]; InputError where nothing costs lo..hi."""
         if not lo <= hi:
             raise InputError(
-                f"the {self.cost.unit} window [{lo}, {hi}] is empty: lo must not exceed hi"
+                f"the {self.cost.unit} range [{lo}, {hi}] is empty: lo must not exceed hi"
             )
         if lo > self._most or hi < self._least:
             raise self._unreachable(lo, hi)
@@ -150,8 +150,8 @@ class WindowSampler:
         unit, advice = self.cost.unit, ""
         if self._rounded_off:
             width = self._cell + self._rounded_off
-            advice = f"; use a window at least {width} {unit} wide"
+            advice = f"; use a range at least {width} {unit} wide"
         return InputError(
-            f"no kept genes found inside the {unit} window [{lo}, {hi}]; the space reaches "
+            f"no kept genes found inside the {unit} range [{lo}, {hi}]; the space reaches "
             f"{self._least}..{self._most}, the nearest found costs {self.cost(genes)[0]}{advice}"
         )

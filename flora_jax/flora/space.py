@@ -14,7 +14,7 @@ import numpy as np
 
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
-from flora_jax.flora.sampling import WindowSampler
+from flora_jax.flora.sampling import RangeSampler
 from flora_jax.flora.sampling import sample as sampling_of
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 
@@ -246,16 +246,16 @@ class RankSpace:
     def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
         """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].
 
-        See WindowSampler for how spaces with very many distinct costs are treated.
+        See RangeSampler for how spaces with very many distinct costs are treated.
 
         Raises:
           InputError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
         """
-        return self._window_sampler.draw(rng, n, *macs)
+        return self._range_sampler.draw(rng, n, *macs)
 
     @functools.cached_property
-    def _window_sampler(self) -> WindowSampler:
-        return WindowSampler(self.kept, self.macs_cost)
+    def _range_sampler(self) -> RangeSampler:
+        return RangeSampler(self.kept, self.macs_cost)
 
     def uniform_ranks_within(self, hi: int) -> tuple[int, ...]:
         """L ranks at the largest common ratio whose extracted network costs at most `hi` MACs.
