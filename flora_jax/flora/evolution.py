@@ -216,7 +216,8 @@ def search(
     kept, generations = ([], []) if path is None else _resume(path, identity)
     if first is None:
         first = np.empty((0, space.num_layers), np.int32)
-    first = space.validate(first)[space.contains(first)]
+    else:
+        first = space.validate(first)[space.contains(first)]
     for bounds in ranges:
         sampler.draw(np.random.default_rng(0), 1, *bounds)  # raises before anything is written
     wait_for_all("history is read")  # the first process may cut it
