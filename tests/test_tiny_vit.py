@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Loop
@@ -27,7 +27,8 @@ from flora_jax.weights.layouts import timm
 from flora_jax.weights.resample import resample_distance_table
 from tests.helpers import modern
 from tests.helpers.commands import DATA
-from tests.helpers.slimming import QUICK, gated_model, logits, random_masks, random_model
+from tests.helpers.networks import QUICK, every_triple, logits, random_model, size
+from tests.helpers.slimming import gated_model, random_masks
 from tests.helpers.weights import assert_same
 
 NAME = "timm_tiny_vit"
@@ -47,10 +48,6 @@ def _looped(structure, parameters, images):
 
 def logits_in_a_loop(model, images):
     return _looped(*functional.split(model), images)
-
-
-def size(model) -> int:
-    return sum(value.size for value in functional.split(model)[1].values())
 
 
 def test_output_is_that_of_timm():
@@ -262,10 +259,8 @@ def test_scoring_a_block_is_scoring_the_network():
     pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     batch = {"image": pictures, "label": np.arange(3, dtype=np.int32)}
     heldout = flora.EvaluationSet([batch | {"mask": np.ones(3, np.float32)}], flora.Normalization())
-    block, genes = 2, np.tile(space.full_rank_genes, (8, 1))
-    genes[:, 3 * block : 3 * block + 3] = np.stack(np.mgrid[:2, :2, :2], -1).reshape(-1, 3)
-    expected = flora.evaluate(supernet, heldout, genes)["log_likelihood"]
-    scores = score_block(supernet, block, heldout)["log_likelihood"]
+    expected = flora.evaluate(supernet, heldout, every_triple(space, 2))["log_likelihood"]
+    scores = score_block(supernet, 2, heldout)["log_likelihood"]
     assert len(np.unique(scores.round(4))) == 8
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

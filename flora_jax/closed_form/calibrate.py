@@ -127,6 +127,8 @@ def calibrate(
         are not floating point, or what enters a layer is not finite; names the layer.
       Stopped: the process was told to end; what is summed so far is in the directory.
     """
+    if any(rank is not None for rank in model.spec.ranks):
+        raise InputError("calibration needs a dense model, but this one has low-rank layers")
     batches = image_batches(images, model.spec) if normalize is None else list(images)
     groups, total = layer_groups(model.spec), num_images(batches)
     folder = None if directory is None else user_path(directory)
@@ -140,8 +142,10 @@ def calibrate(
     ):
         for layers, file in zip(groups, files, strict=True):
             if file is None or not file.exists():
-                sums = _sum_up(model, batches, layers, file, normalize, progress, stop_request)
-                found = means(sums, layers, total)
+                found = _moments(
+                    *(model, batches, layers, file, normalize or jnp.asarray),
+                    *(progress, stop_request),
+                )
                 if file is not None:
                     _write_once(file, found)
             moments |= found if file is None else dict.fromkeys([la.name for la in layers], file)
@@ -149,22 +153,40 @@ def calibrate(
     return Calibration(model.spec, checksum, total, _Moments(moments))
 
 
-def _sum_up(
+def _moments(
     model: Network,
     batches: list[np.ndarray],
     layers: list[LinearShape],
     file: epath.Path | None,
-    normalize: Callable[[jax.Array], jax.Array] | None,
+    normalize: Callable[[jax.Array], jax.Array],
     progress: Progress,
     stop_request: StopRequest,
 ) -> Arrays:
-    """Sums over all batches for a group of layers; raises Stopped when what there is is saved."""
-    partial = file and file.with_suffix(".partial")
-    start, sums = _read_partial(partial) or (0, zero_sums(layers))
+    """Moments of a group of layers; raises Stopped when what there is of the sums is saved.
+
+    Every process passes the same batches, and all get the same sums.
+    """
+    mesh = make_mesh()
+    structure, _ = functional.split(create_abstract(model.spec, linear=TappedLinear))
+    parameters = replicate(functional.split(model)[1], mesh)
+    sums = {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
+    names, partial, start = tuple(sums), file and file.with_suffix(".partial"), 0
+    if partial is not None and partial.exists():
+        sums = {name: sum.copy() for name, sum in safetensors.load(partial.read_bytes()).items()}
+        start = int(sums.pop(_COUNT))
     progress.update(num_images(batches[:start]))
     timer = Timer(_SECONDS_BETWEEN_SAVES)
-    summed = running_sums(model, batches[start:], sums, normalize=normalize or jnp.asarray)
-    for count, batch in enumerate(summed, start=start + 1):
+    for count, batch in enumerate(batches[start:], start=start + 1):
+        padded, mask = (spread(array, mesh) for array in shared_by(mesh.size, batch))
+        found = batch_sums(structure, mesh, names, normalize, parameters, padded, mask)
+        for name in names:
+            of_batch = np.asarray(found[name])
+            if not np.isfinite(np.trace(of_batch)):
+                raise InputError(
+                    f"what enters {name} is not finite on the calibration images: the weights "
+                    f"before it or the images hold NaN or infinity"
+                )
+            sums[name] += of_batch
         progress.update(len(batch))
         is_told, is_due = stop_request.is_set(), timer.is_due()
         if partial is not None and (is_told or is_due):
@@ -173,7 +195,8 @@ def _sum_up(
             raise stop_request.stopped(
                 f"calibrate is saved at image {progress.done} of {progress.total}"
             )
-    return sums
+    tokens = {layer.name: layer.tokens * num_images(batches) for layer in layers}
+    return {name: (sum / tokens[name]).astype(np.float32) for name, sum in sums.items()}
 
 
 class _Moments(Mapping[str, np.ndarray]):
@@ -194,14 +217,6 @@ class _Moments(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def _read_partial(path: epath.Path | None) -> tuple[int, Arrays] | None:
-    """Batches done and the sums over them, of a pass that was interrupted."""
-    if path is None or not path.exists():
-        return None
-    sums = {name: array.copy() for name, array in safetensors.load(path.read_bytes()).items()}
-    return int(sums.pop(_COUNT)), sums
 
 
 @by_the_first
@@ -248,63 +263,6 @@ def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[Line
         groups[-1].append(layer)
         free -= needed
     return groups
-
-
-def zero_sums(layers: Sequence[LinearShape]) -> Arrays:
-    """Where `running_sums` starts: float64 [in, in] by the name of the layer."""
-    return {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
-
-
-def running_sums(
-    model: Network,
-    batches: Sequence[np.ndarray],
-    sums: Arrays,
-    *,
-    normalize: Callable[[jax.Array], jax.Array] = jnp.asarray,
-) -> Iterator[np.ndarray]:
-    """Adds x x^T of what enters the layers to their sums, batch by batch.
-
-    Every process passes the same batches, and all get the same sums.
-
-    Args:
-      sums: of the layers to look at, as `zero_sums` makes them; they are changed in place.
-      normalize: makes float images of the batches, on the device; hashable.
-
-    Yields:
-      Each batch, when it is in the sums.
-
-    Raises:
-      InputError: the model has ranks, or what enters a layer is not finite.
-    """
-    if any(rank is not None for rank in model.spec.ranks):
-        raise InputError("calibration needs a dense model, but this one has low-rank layers")
-    mesh = make_mesh()
-    tapped = create_abstract(model.spec, linear=TappedLinear)
-    structure, _ = functional.split(tapped)
-    parameters = replicate(functional.split(model)[1], mesh)
-    names = tuple(sums)
-    for batch in batches:
-        padded, mask = shared_by(mesh.size, batch)
-        found = batch_sums(
-            structure, mesh, names, normalize, parameters, spread(padded, mesh), spread(mask, mesh)
-        )
-        for name in names:
-            of_batch = np.asarray(found[name])
-            if not np.isfinite(np.trace(of_batch)):
-                raise InputError(
-                    f"what enters {name} is not finite on the calibration images: the weights "
-                    f"before it or the images hold NaN or infinity"
-                )
-            sums[name] += of_batch
-        yield batch
-
-
-def means(sums: Arrays, layers: Sequence[LinearShape], num_images: int) -> Arrays:
-    """Turns sums over all tokens into the moments of a `Calibration`."""
-    return {
-        layer.name: (sums[layer.name] / (layer.tokens * num_images)).astype(np.float32)
-        for layer in layers
-    }
 
 
 class LayerInput(nnx.Variable):
