@@ -145,7 +145,7 @@ def test_weights_that_do_not_fit():
         ({"depths": (2, 2)}, r"depths \(2, 2\), .* must have one entry a stage"),
         ({"depths": (0, 2, 6, 2)}, r"depths must be at least 1, got \(0, 2, 6, 2\)"),
         ({"embed_dims": (95, 192, 384, 576)}, "begin with 95, which must be even.*nearest: 96"),
-        ({"blocks": (BlockSpec(1, 4, 8),)}, "make 10 attention blocks but 1 were given"),
+        ({"blocks": (BlockSpec(1, 4, 8),)}, "make 10 blocks .* but 1 were given"),
         ({"blocks": (BlockSpec(6, 32, 768, tokens=(0,)),) * 10}, "no token can leave: the conv"),
     ],
 )

@@ -135,7 +135,7 @@ def calibrate(
     files = [folder and folder / f"group_{i:03d}.safetensors" for i in range(len(groups))]
     wait_for_all("groups of moments are looked for")
     done = sum(file is not None and file.exists() for file in files)
-    moments: dict[str, np.ndarray | epath.Path] = {}
+    moments: Arrays = {}
     with (
         StopRequest() as stop_request,
         Progress("calibrate", len(groups) * total, done * total, "image") as progress,
@@ -148,9 +148,11 @@ def calibrate(
                 )
                 if file is not None:
                     _write_once(file, found)
-            moments |= found if file is None else dict.fromkeys([la.name for la in layers], file)
+                else:
+                    moments |= found
     checksum = functional.checksum(functional.split(model)[1])
-    return Calibration(model.spec, checksum, total, _Moments(moments))
+    files_of = {la.name: f for layers, f in zip(groups, files, strict=True) for la in layers if f}
+    return Calibration(model.spec, checksum, total, _Moments(files_of) if folder else moments)
 
 
 def _moments(
@@ -200,23 +202,20 @@ def _moments(
 
 
 class _Moments(Mapping[str, np.ndarray]):
-    """Moments of layers, those in a file read whenever they are asked for."""
+    """Moments of layers, read from a file whenever they are asked for."""
 
-    def __init__(self, places: Mapping[str, np.ndarray | epath.Path]):
-        self._places = places
+    def __init__(self, files: Mapping[str, epath.Path]):
+        self._files = files
 
     def __getitem__(self, name: str) -> np.ndarray:
-        place = self._places[name]
-        if isinstance(place, np.ndarray):
-            return place
-        with on_disk(place) as path, safe_open(path, framework="numpy") as file:
+        with on_disk(self._files[name]) as path, safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._files)
 
 
 @by_the_first

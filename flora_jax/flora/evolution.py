@@ -151,9 +151,8 @@ def evolve(
     Raises:
       InputError, Stopped: as `search`.
     """
-    if isinstance(heldout, ImageSet):
-        parts = heldout.in_parts(rungs_of(len(heldout))[0]) if halving else heldout.on_devices
-        heldout = measured_by(parts, supernet.space.spec, teacher)
+    part = rungs_of(len(heldout))[0] if halving and isinstance(heldout, ImageSet) else None
+    heldout = measured_by(heldout, supernet.space.spec, teacher, part)
     scores = image_scores(supernet, heldout, metric, halving=halving)
     history = None if directory is None else user_path(directory) / "history.jsonl"
     shown, cost = heldout.quality.shown.name, supernet.space.macs_cost

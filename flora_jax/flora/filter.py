@@ -72,8 +72,7 @@ def filter_space(
     """
     space, found = supernet.space, []
     folder = None if directory is None else user_path(directory)
-    if isinstance(heldout, ImageSet):
-        heldout = measured_by(heldout.on_devices, space.spec, teacher)
+    heldout = measured_by(heldout, space.spec, teacher)
     quality = heldout.quality
     deciding, shown = quality.metric(metric), quality.shown.name
     with Progress("filter", total=space.num_blocks, unit="block") as progress:

@@ -262,6 +262,41 @@ class Spec(abc.ABC):
             total += layer.num_weights(rank) + layer.bias_features
         return total
 
+    def _fill_stages(self, stages, first: int, mlp_dim: Callable[[int], int]) -> None:
+        """Fills `blocks`, where none are given, with equal ones a stage, and checks them.
+
+        Args:
+          stages: with their `depth`, `width` and `num_heads`.
+          first: number of the first of them, by which an error names them.
+          mlp_dim: of the width.
+
+        Raises:
+          InputError: a width is not a multiple of num_heads, there are too many or too few blocks,
+            tokens that leave, or a rank that lies outside 1..full rank.
+        """
+        depth = sum(stage.depth for stage in stages)
+        blocks: list[BlockSpec] = []
+        for number, stage in enumerate(() if self.blocks else stages, start=first):
+            width, num_heads = stage.width, stage.num_heads
+            if width % num_heads:
+                divisors = [n for n in range(1, width + 1) if width % n == 0]
+                raise InputError(
+                    f"stage {number} has width {width}, not a multiple of its num_heads "
+                    f"{num_heads}; the nearest that divides it: "
+                    f"{nearest(num_heads, divisors.__contains__)}"
+                )
+            block = BlockSpec(num_heads, width // num_heads, mlp_dim(width))
+            blocks += [block] * stage.depth
+        if not self.blocks:
+            object.__setattr__(self, "blocks", tuple(blocks))
+        if len(self.blocks) != depth:
+            raise InputError(
+                f"the depths make {depth} blocks with attention, but {len(self.blocks)} were given"
+            )
+        if any(block.tokens is not None for block in self.blocks):
+            raise InputError(f"no token can leave: {self.why_tokens_stay}")
+        self._check_ranks()
+
     def _check_ranks(self) -> None:
         for layer, rank in zip(self.layers, self.ranks, strict=True):
             if rank is not None and not 1 <= rank <= layer.full_rank:
@@ -277,21 +312,6 @@ _Each = TypeVar("_Each")
 def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
     """What there is for each searchable layer, as one triple a block."""
     return list(zip(each[0::3], each[1::3], each[2::3], strict=True))
-
-
-def whole_block(stage: int, width: int, num_heads: int, mlp_dim: int) -> BlockSpec:
-    """An uncut block of a stage, the number of which an error says.
-
-    Raises:
-      InputError: the width is not a multiple of num_heads; names the nearest that divides it.
-    """
-    if width % num_heads:
-        divisors = [n for n in range(1, width + 1) if width % n == 0]
-        raise InputError(
-            f"stage {stage} has width {width}, not a multiple of its num_heads {num_heads}; "
-            f"the nearest that divides it: {nearest(num_heads, divisors.__contains__)}"
-        )
-    return BlockSpec(num_heads, width // num_heads, mlp_dim)
 
 
 def check_multiple(spec: Spec, name: str, divisor_name: str) -> None:
