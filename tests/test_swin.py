@@ -139,16 +139,6 @@ def images():
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(genes=st.lists(st.integers(0, 2), min_size=9, max_size=9))
-def test_extracted_network_is_the_supernet_at_these_genes(supernet, images, genes):
-    subnet, x = flora.extract(supernet, genes), images / np.float32(255)
-    np.testing.assert_allclose(subnet(x), supernet(x, genes), atol=1e-5)
-    assert flora.macs(subnet.spec) == supernet.space.macs(genes)
-    assert flora.num_params(subnet.spec) == supernet.space.params(genes)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_score_block_measures_the_whole_network(supernet, images, block):
     labels = np.arange(10, dtype=np.int32) % 3

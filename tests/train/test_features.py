@@ -47,8 +47,3 @@ def test_tokens_that_left_are_refused():
     features = jnp.ones((2, 5, 4))
     with pytest.raises(ValueError, match=r"features have shape \(4, 4\), the teacher's \(5, 4\)"):
         feature_error(features[:, :4], features)
-
-
-def test_a_teacher_is_needed_in_every_step():
-    with pytest.raises(ValueError, match="distill_features needs a teacher in every step"):
-        flora.Recipe(distill_features=1.0, stored_predictions=True)
