@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from flora_jax.flora import sampling
 from flora_jax.flora.extras.sampling import nested, sandwich
-from flora_jax.flora.sampling import draw_by_step
 from flora_jax.flora.space import RankSpace
 from flora_jax.models.swin_spec import swin
 from flora_jax.models.vit_spec import deit
@@ -347,7 +346,6 @@ def test_uniform_ranks():
 def test_draws_depend_on_seed_and_step_alone(tiny_space):
     profiles = np.array([[0] * 6, [1, 0, 1, 0, 1, 0], [2] * 6])
     for make in (
-        lambda seed: draw_by_step(tiny_space, "low_rank_aware", seed),
         lambda seed: sandwich(tiny_space, seed),
         lambda seed: nested(tiny_space, profiles, seed),
     ):
@@ -371,8 +369,3 @@ def test_nested_draws_stay_near_their_path(tiny_space):
     off = np.array([min(abs(draw(s) - profile).sum() for profile in profiles) for s in range(300)])
     assert 0.3 < off.mean() < 0.7  # six genes, each astray with a chance of 0.1, some clipped
     assert off.max() <= 4
-
-
-def test_a_draw_a_step_is_the_space_s_own(tiny_space):
-    expected = tiny_space.sample(np.random.default_rng([3, 7]), 1, "low_rank_aware")[0]
-    np.testing.assert_array_equal(draw_by_step(tiny_space, "low_rank_aware", 3)(7), expected)

@@ -10,62 +10,40 @@ exact here, without rejection.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
 from flora_jax.errors import InputError, unknown
 from flora_jax.flora.cost import Cost
-from flora_jax.models.spec import Spec, by_block
+from flora_jax.models.spec import LinearShape
 
 SAMPLINGS = ("low_rank_aware", "uniform")
-Draw = Callable[[int], np.ndarray]  # step -> genes int32 [L]
+_MAX_CELLS = 2**17
 
 
-class Triples(Protocol):
-    """The part of a `RankSpace` that is drawn from: kept triples, and the ranks they stand for."""
+def triple_weights(
+    sampling: str,
+    layers: Sequence[LinearShape],
+    ranks: Sequence[Sequence[int]],
+    triples: np.ndarray,
+) -> np.ndarray:
+    """The weights by which a sampling draws a block's triples, float64 [K].
 
-    @property
-    def spec(self) -> Spec: ...
+    Args:
+      layers, ranks: the block's three layers, and the ranks that their genes stand for.
+      triples: int32 [K, 3], genes.
 
-    @property
-    def choices(self) -> tuple[tuple[int, ...], ...]: ...
-
-    @property
-    def kept(self) -> tuple[np.ndarray, ...]: ...
-
-
-def sample(space: Triples, rng: np.random.Generator, n: int, sampling: str) -> np.ndarray:
-    """`n` random genes int32 [n, L] of the kept triples. Raises as `RankSpace.sample`."""
+    Raises:
+      InputError: an unknown sampling.
+    """
     if sampling not in SAMPLINGS:
         raise InputError(unknown("sampling", sampling, SAMPLINGS))
-    picks = [
-        rng.choice(len(triples), size=n, p=weights / weights.sum())
-        for triples, weights in zip(space.kept, _weights(space, sampling), strict=True)
-    ]
-    return np.concatenate(
-        [triples[pick] for triples, pick in zip(space.kept, picks, strict=True)], axis=1
-    )
-
-
-def _weights(space: Triples, sampling: str) -> Iterator[np.ndarray]:
-    """The weight of each kept triple of a block, float64 [K_b]."""
-    of_blocks = zip(space.kept, space.spec.block_layers, by_block(space.choices), strict=True)
-    for triples, layers, ranks in of_blocks:
-        weights = np.ones(len(triples))
-        if sampling == "low_rank_aware":
-            for layer, of_layer, column in zip(layers, ranks, triples.T, strict=True):
-                weights *= layer.full_rank / np.array(of_layer)[column]
-        yield weights
-
-
-def draw_by_step(space: Triples, sampling: str, seed: int) -> Draw:
-    """A subnet a step: a function step -> genes int32 [L], the same on every host."""
-    return lambda step: sample(space, np.random.default_rng([seed, step]), 1, sampling)[0]
-
-
-_MAX_CELLS = 2**17
+    weights = np.ones(len(triples))
+    if sampling == "low_rank_aware":
+        for layer, of_layer, genes in zip(layers, ranks, triples.T, strict=True):
+            weights *= layer.full_rank / np.array(of_layer)[genes]
+    return weights
 
 
 class RangeSampler:

@@ -16,8 +16,7 @@ import numpy as np
 
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
-from flora_jax.flora.sampling import RangeSampler
-from flora_jax.flora.sampling import sample as sampling_of
+from flora_jax.flora.sampling import RangeSampler, triple_weights
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 
 
@@ -238,13 +237,18 @@ class RankSpace:
     def sample(self, rng: np.random.Generator, n: int, sampling: str = "uniform") -> np.ndarray:
         """`n` random genes int32 [n, L], blocks independent, over the candidates.
 
-        Sampling "low_rank_aware" draws a triple with probability proportional to the product of
-        1/ratio over its layers, ratio = rank / full rank (`flora_jax/flora/sampling.py`).
+        "low_rank_aware" draws a triple with probability proportional to the product of 1/ratio over
+        its layers, ratio = rank / full rank.
 
         Raises:
           InputError: an unknown sampling.
         """
-        return sampling_of(self, rng, n, sampling)
+        of_blocks = zip(self.kept, self.spec.block_layers, by_block(self.choices), strict=True)
+        genes = []
+        for triples, layers, ranks in of_blocks:
+            weights = triple_weights(sampling, layers, ranks, triples)
+            genes.append(triples[rng.choice(len(triples), size=n, p=weights / weights.sum())])
+        return np.concatenate(genes, axis=1)
 
     def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
         """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].
