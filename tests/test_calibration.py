@@ -50,7 +50,7 @@ def calibration(model):
 
 
 def inputs_by_hand(model, images):
-    """What enters each searchable layer, block by block."""
+    """The inputs of the searchable layers, block by block."""
     found, x = {}, model.embed(images)
     for i, block in enumerate(model.blocks):
         before = x if block.downsample is None else block.downsample(x)

@@ -253,7 +253,7 @@ def test_one_program_serves_every_subnet_and_extraction_is_the_supernet():
 
 
 def test_scoring_a_block_is_scoring_the_network():
-    """What a search shares between candidates: the blocks before, and a block's attention half."""
+    """Candidates share the blocks before, and a block's attention half."""
     space = flora.RankSpace.regular(SPEC, ratios=(1 / 3, 1))
     supernet = flora.factorize(model(), space, implementation="masked")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)

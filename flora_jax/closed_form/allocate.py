@@ -110,7 +110,7 @@ def nearly_uniform(
 ) -> list[np.ndarray]:
     """The largest common choice inside the budget, and one more where what is left does most.
 
-    None where no common choice is affordable, or the kept triples are not that near to it.
+    None where no common choice is affordable, or the candidates are not that near to it.
     """
     most = max(map(len, sensitivities))
     common = [np.minimum(gene, space.full_rank_genes) for gene in range(most)]

@@ -79,7 +79,7 @@ class Calibration:
         return (1 - self.shrinkage) * moment + self.shrinkage * mean_square * np.eye(size)
 
     def is_full_rank(self, layer: LinearShape, moment: np.ndarray) -> bool:
-        """Whether the tokens that entered the layer span all directions, up to rounding."""
+        """True where the tokens that entered the layer span all directions, up to rounding."""
         if self.num_images * layer.tokens < layer.in_features:
             return False
         rounding = np.finfo(np.float32).eps * np.diag(moment).max()
@@ -265,7 +265,7 @@ def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[Line
 
 
 class LayerInput(nnx.Variable):
-    """What entered a layer the last time it was called, [M, in]."""
+    """The input of a layer when it was called last, [M, in]."""
 
 
 class TappedLinear(Linear):

@@ -1,4 +1,4 @@
-"""How far subnets are from full rank, measured on images without labels."""
+"""Sensitivity of subnets: their distance from full rank, on images without labels."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +43,7 @@ class _Part(NamedTuple):
 
 
 class Sensitivity:
-    """How far a supernet's subnets are from its full rank, on calibration images.
+    """The distance of a supernet's subnets from its full rank, on calibration images.
 
     Choices are measured on one half of the images and whole subnets are judged on the other, so
     that no choice is made for the sake of single images.

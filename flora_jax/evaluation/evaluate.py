@@ -1,4 +1,4 @@
-"""How good models are over a set of images that stays on the devices."""
+"""Evaluation of models on images that stay on the devices."""
 
 import copy
 import dataclasses
@@ -131,7 +131,7 @@ class EvaluationSet:
 
 @jax.jit(static_argnums=(0, 1, 2))
 def _outputs(structure, quality: Quality, mesh, parameters, images):
-    """What is measured of a model for normalised images, split over the devices as they are."""
+    """The outputs of a model for normalised images, split over the devices as they are."""
 
     def on_one_device(parameters, images):
         return quality.of(functional.merge(structure, parameters), images)
@@ -242,7 +242,7 @@ def top1(
 
 @jax.jit(static_argnums=(0, 1, 2))
 def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
-    """What is kept of each image of a batch, {name: [B]}, whole on every device."""
+    """The values of each image of a batch, {name: [B]}, whole on every device."""
 
     def on_one_device(parameters, batch, genes):
         images, target, _ = batch
@@ -257,7 +257,7 @@ def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
 def evaluate_images(
     model: Network | Supernet, evaluation_set: EvaluationSet, genes=None, batches=slice(None)
 ) -> dict[str, np.ndarray]:
-    """What a model makes of each image, in the order of the images; `evaluate` has the means.
+    """Results of a model on each image, in the order of the images; `evaluate` has the means.
 
     All processes call it and get the same.
 

@@ -108,7 +108,7 @@ class Candidate:
 
     @property
     def has_seen_all(self) -> bool:
-        """Whether its score can stand beside that of another."""
+        """True where its score can stand beside that of another."""
         return self.share == 1
 
     @property
@@ -301,7 +301,7 @@ def cross_blocks(rng: np.random.Generator, mothers: np.ndarray, fathers: np.ndar
 def mutate(
     rng: np.random.Generator, space: RankSpace, genes: np.ndarray, probability: float
 ) -> np.ndarray:
-    """genes [n, L] with each block redrawn from its kept triples at this probability."""
+    """genes [n, L] with each block redrawn from its candidates at this probability."""
     redrawn = rng.random((len(genes), space.num_blocks)) < probability
     fresh = space.sample(rng, len(genes))
     return np.where(np.repeat(redrawn, LAYERS_PER_BLOCK, axis=1), fresh, genes)
@@ -453,7 +453,7 @@ def _record(generation: int, members: list[Candidate]) -> dict:
 
 
 def _search_of(path: epath.PathLike, lines: list[bytes]) -> dict:
-    """What the search of a history is, by its first line."""
+    """The search of a history, by its first line."""
     try:
         return json.loads(lines[0])["search"]
     except (ValueError, KeyError, TypeError, IndexError) as error:

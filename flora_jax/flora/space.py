@@ -122,7 +122,7 @@ class RankSpace:
         return dataclasses.replace(self, kept=tuple(kept))
 
     def to_json(self) -> dict:
-        """Choices and kept triples as plain lists; the spec is saved elsewhere."""
+        """Choices and candidates as plain lists; the spec is saved elsewhere."""
         return {
             "choices": [list(ranks) for ranks in self.choices],
             "kept": [triples.tolist() for triples in self.kept],

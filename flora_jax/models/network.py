@@ -1,4 +1,4 @@
-"""What the networks of all families have in common: embedding, blocks, classifier."""
+"""The common parts of all families' networks: patch embedding, blocks, classifier."""
 
 import abc
 import dataclasses
@@ -44,7 +44,7 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
-        """What the attention and the MLP work on; a subclass may change it."""
+        """The input of the attention and of the MLP; a subclass may change it."""
         return norm(x)
 
     def attention_half(self, x: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ class Loop:
 
 
 def _repeats(shapes: list, period: int) -> int:
-    """How often the first `period` of them come in a row, at least once."""
+    """Times that the first `period` of them come in a row, at least once."""
     times = 1
     while shapes[:period] == shapes[times * period : (times + 1) * period]:
         times += 1

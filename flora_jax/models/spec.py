@@ -56,11 +56,11 @@ class LinearShape:
         return features * self.use_bias
 
     def is_cheaper_dense(self, rank: int) -> bool:
-        """Whether the factor pair of this rank would cost at least the one dense matrix."""
+        """True where the factor pair of this rank would cost at least the one dense matrix."""
         return rank * (self.in_features + self.out_features) >= self.in_features * self.out_features
 
     def extracted_rank(self, rank: int) -> Rank:
-        """What extraction makes of a rank: None where one dense matrix is cheaper."""
+        """The rank as extracted: None where one dense matrix is cheaper."""
         return None if self.is_cheaper_dense(rank) else rank
 
     def rank_at(self, ratio: float, tile: int = 1) -> int:
@@ -120,7 +120,7 @@ class BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BlockInput:
-    """What a block works on: tokens of one image, their width, and how many each attends to.
+    """The input of a block: tokens of one image, their width, and how many each attends to.
 
     `padding` counts tokens that fill up windows: they attend, and are attended to, as all others.
     """
@@ -136,7 +136,7 @@ class BlockInput:
 
 
 class Spec(abc.ABC):
-    """What every family's spec can do. A family adds its fields and what lies around its blocks."""
+    """A network's shape. A family adds its fields and what lies around its blocks."""
 
     family: ClassVar[str]
     title: ClassVar[str]  # of the family, for people
@@ -155,7 +155,7 @@ class Spec(abc.ABC):
     @property
     @abc.abstractmethod
     def block_inputs(self) -> tuple[BlockInput, ...]:
-        """What each block works on."""
+        """The input of each block."""
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -164,7 +164,7 @@ class Spec(abc.ABC):
 
     @property
     def pools_prefix(self) -> bool:
-        """Whether what is pooled is a normalised prefix token, or the mean of two."""
+        """True where what is pooled is a normalised prefix token, or the mean of two."""
         return False
 
     @property
@@ -310,7 +310,7 @@ _Each = TypeVar("_Each")
 
 
 def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
-    """What there is for each searchable layer, as one triple a block."""
+    """The values of all searchable layers, as one triple a block."""
     return list(zip(each[0::3], each[1::3], each[2::3], strict=True))
 
 

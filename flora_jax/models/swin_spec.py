@@ -105,7 +105,7 @@ class SwinSpec(Spec):
             )
 
     def _tiles(self, image_size: int, window_size: int, number: int) -> bool:
-        """Whether stage `number` has a whole number of patches and of windows."""
+        """True where stage `number` has a whole number of patches and of windows."""
         grid_size, rest = divmod(image_size, self.patch_size * 2**number)
         return not rest and grid_size % min(window_size, grid_size) == 0
 

@@ -14,7 +14,7 @@ from flora_jax.models.spec import BlockSpec, LinearShape
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How the tokens of a square feature map are cut into windows.
+    """Windows that the tokens of a square feature map are cut into.
 
     Windows that do not tile the map are filled up with zeros at its right and lower edge.
 

@@ -21,7 +21,7 @@ from flora_jax.slim.gates import GATE_NAMES, Gated, per_dimension
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masks:
-    """What stays of a model, one bool array a block: attn [H, d], mlp [hidden], patch [N].
+    """Masks of a model, an array a block, True stays: attn [H, d], mlp [hidden], patch [N].
 
     `thresholds` are the gate values that divide, by kind; patch is absent without token gates.
     """
@@ -151,7 +151,7 @@ def cut_spec(spec: Spec, masks: Masks, tile: int = 1) -> Spec:
 
 
 def dimension_order(mask: np.ndarray, head_dim: int, in_pairs: bool) -> np.ndarray:
-    """Which dimensions a cut head has, int [H, head_dim], for the mask [H, d] of the heads kept.
+    """The dimensions of cut heads, int [H, head_dim], for the mask [H, d] of the heads kept.
 
     Those that stay come first; a narrower head is filled up with some that were to go. `in_pairs`
     keeps (i, i + d/2) that far apart.

@@ -1,4 +1,4 @@
-"""What belongs to ViT-Slim's released code alone: its names of the gates, its count of the cost."""
+"""ViT-Slim's released code: its names of the gates, its count of the cost."""
 
 from collections.abc import Mapping
 

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def final_parameters(self) -> Parameters:
-        """What training hands on: the average where there is one."""
+        """The parameters that training hands on: the average where there is one."""
         return self.parameters if self.average is None else self.average
 
 

@@ -1,4 +1,4 @@
-"""What a training shows while it goes on, and what it keeps beside its result."""
+"""Evaluations, profiles and checkpoints while a training goes on."""
 
 import dataclasses
 import itertools

@@ -59,7 +59,7 @@ def test_a_point_a_step_in_tensorboard(tmp_path, stop):
 
 
 class FakeRun:
-    """What Weights & Biases has of a run; it takes no step that is not above all others."""
+    """A run as Weights & Biases has it; it takes no step that is not above all others."""
 
     def __init__(self):
         self.history, self.axes, self.exits = [], {}, []

@@ -47,11 +47,11 @@ class ImageScores:
 
     @property
     def halves(self) -> bool:
-        """Whether a candidate may be out before it has seen all images."""
+        """True where a candidate may be out before it has seen all images."""
         return len(self.rungs) > 1
 
     def checked(self, genes: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """What `of` returns, float64 [2, P, n]; raises ValueError unless all are numbers."""
+        """The values of `of`, float64 [2, P, n]; raises ValueError unless all are numbers."""
         values = [np.asarray(each, np.float64) for each in self.of(genes, start, stop)]
         for each in values:
             fits = each.ndim == 2 and len(each) == len(genes)
@@ -136,7 +136,7 @@ def _still_running(
 
 
 def _has_hope(own: np.ndarray, rivals: np.ndarray, places: int, errors: float) -> np.ndarray:
-    """Whether each row of own [A, n] may yet have one of the places: bool [A].
+    """For each row of own [A, n], whether it may yet have one of the places: bool [A].
 
     Args:
       errors: how many standard deviations of the differences between images may be made up.
