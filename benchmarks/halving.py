@@ -89,7 +89,7 @@ class Comparison:
 
     def search(self, seed: int, errors: float) -> dict[str, float]:
         if seed not in self.without:
-            whole = dataclasses.replace(self.scores, looks=(self.scores.num_images,))
+            whole = dataclasses.replace(self.scores, rungs=(self.scores.num_images,))
             self.without[seed] = self.timed(whole, seed)
             self.beside_allocated(seed)
         halved = dataclasses.replace(self.scores, deviations=errors)
@@ -135,7 +135,7 @@ class Comparison:
                 first=first_genes(self.run, self.space),
             )
         seconds = time.perf_counter() - started
-        if not scores.drops:
+        if not scores.halves:
             self.of_images = np.concatenate(every)
         return seconds, sum(found.size for found in every), best.genes
 

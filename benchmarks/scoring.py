@@ -128,7 +128,7 @@ def compare_with_all_images(supernet, batch: int, count: int) -> dict[str, float
     window = [round(share * space.spec.macs()) for share in (0.43, 0.46)]
     genes = space.sample_within(np.random.default_rng(2), count, window)
     costs, places = space.macs(genes), max(1, count // 5)
-    of_all = dataclasses.replace(scores, looks=(scores.num_images,))
+    of_all = dataclasses.replace(scores, rungs=(scores.num_images,))
     seconds, seen = [], []
     for each in (of_all, scores):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How good a model is: what it says about labelled images, or how like another's its features are.
+"""Metrics: of a model's predictions by labels, or of its features beside another model's.
 
 Each is one value, from which evaluation, search, comparison and report take what differs.
 """
@@ -14,8 +14,7 @@ import optax
 
 from flora_jax.errors import InputError
 from flora_jax.errors.hints import choices
-from flora_jax.models.block import run_blocks
-from flora_jax.models.network import Network
+from flora_jax.models.network import Network, run_blocks
 from flora_jax.models.spec import Spec
 
 
@@ -41,7 +40,7 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """What a value is multiplied by to be shown."""
+        """The factor by which a value is shown."""
         return 100 if self.in_percent else 1
 
     @property
@@ -74,7 +73,7 @@ METRICS = (TOP1, LOG_LIKELIHOOD, COSINE, RELATIVE_ERROR)
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What is measured of a model on a batch of images. Hashable.
+    """The metrics of a kind of network, and their computation on a batch. Hashable.
 
     Attributes:
       metrics: the first is the one that is shown wherever there is room for one.
@@ -180,5 +179,5 @@ AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "cosine", "without classes", _feat
 
 
 def quality_of(spec: Spec) -> Quality:
-    """What a network of this spec is measured by: one without classes, by its features."""
+    """The quality of networks of this spec: of one without classes, that of its features."""
     return CLASSIFICATION if spec.num_classes else AGREEMENT

@@ -73,7 +73,7 @@ class SlimSettings:
       attention: kind of the attention gates, as in `flora_jax.slim.add_gates`.
       tokens: whether tokens get gates; None: where the network's tokens can leave.
       gates, retrain: trainings of the gates, and of what is left after the cut.
-      fold: as in `flora_jax.slim.extract`.
+      fold: as in `flora_jax.slim.cut`.
       tile: widths are rounded up to a multiple of it.
     """
 
