@@ -3,8 +3,8 @@
     python benchmarks/halving.py runs/seeds/seed_0 runs/seeds/seed_1 --seeds 0 1 2
 
 Each search once with all candidates scored on all held-out images, then with those stopped that are
-a number of standard errors behind. The winners are compared on all held-out images, and cut out of
-the supernet on the test images beside the allocated ranks; an interval is one of 95 %. How far the
+a number of standard errors behind. The winners are compared on all held-out images, and, where the
+run allocates, on the test images beside the allocated ranks; an interval is one of 95 %. How far the
 best candidate would lead by luck, if none were better than the allocated ranks, is told by drawing
 images anew, with each candidate's own mean lead taken away.
 """
@@ -80,7 +80,9 @@ class Comparison:
             parts = images.evaluation_set(shuffled(both, 0), rungs_of(len(both))[0])
         self.scores = image_scores(self.supernet, parts, self.run.settings.metric)
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
-        self.allocated = tuple(load_found(self.run, ALLOCATION_FILE)[0].genes)
+        self.allocated: tuple[int, ...] = ()
+        if "allocate" in self.run.settings.stages:
+            self.allocated = tuple(load_found(self.run, ALLOCATION_FILE)[0].genes)
         self.of_images = np.empty((0, self.scores.num_images))  # of the last search of all images
         self.without: dict[int, tuple[float, int, tuple[int, ...]]] = {}
 
@@ -88,7 +90,8 @@ class Comparison:
         if seed not in self.without:
             whole = dataclasses.replace(self.scores, rungs=(self.scores.num_images,))
             self.without[seed] = self.timed(whole, seed)
-            self.beside_allocated(seed)
+            if self.allocated:
+                self.beside_allocated(seed)
         halved = dataclasses.replace(self.scores, deviations=errors)
         (seconds, images, ours), (all_seconds, all_images, theirs) = (
             self.timed(halved, seed),
@@ -120,8 +123,11 @@ class Comparison:
             return found
 
         settings, started = self.run.settings.search.evolution, time.perf_counter()
-        allocated = [np.array(self.allocated, np.int32)]
-        rng = np.random.default_rng(self.run.settings.seed_of("search/first"))
+        first = None
+        if self.allocated:
+            rng = np.random.default_rng(self.run.settings.seed_of("search/first"))
+            allocated = [np.array(self.allocated, np.int32)]
+            first = first_population(self.space, allocated, settings.population, rng)
         with tempfile.TemporaryDirectory() as folder:
             [best] = search(
                 self.space,
@@ -131,7 +137,7 @@ class Comparison:
                 settings,
                 seed,
                 pathlib.Path(folder) / "history.jsonl",
-                first=first_population(self.space, allocated, settings.population, rng),
+                first=first,
             )
         seconds = time.perf_counter() - started
         if not scores.drops:
