@@ -4,9 +4,9 @@
 
 Each search once with all candidates scored on all held-out images, then with those stopped that are
 a number of standard errors behind. The winners are compared on all held-out images, and, where the
-run allocates, on the test images beside the allocated ranks; an interval is one of 95 %. How far the
-best candidate would lead by luck, if none were better than the allocated ranks, is told by drawing
-images anew, with each candidate's own mean lead taken away.
+run allocates, on the test images beside the allocated ranks; an interval is one of 95 %. The lead
+that the best candidate has by luck, if none were better than the allocated ranks, comes from images
+drawn anew, with each candidate's own mean lead taken away.
 """
 
 import dataclasses
