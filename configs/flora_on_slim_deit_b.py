@@ -11,17 +11,15 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
 """
 
 import flora_jax as flora
-from flora_jax.configs import common
+from flora_jax.configs import common, imagenet
 
 
 def get_config(argument: str = ""):
-    if argument not in ("", "runlocal"):
-        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
     config = common.published(flora.deit("base"))
     config.stages = common.FLORA_ON_SLIM_STAGES
     config.slim.budget.macs = 0.6
-    if argument == "runlocal":
-        config = common.run_local(config)
+    config = imagenet.with_argument(config, argument)
+    if "runlocal" in argument:
         config.slim.budget.macs = 0.8
     config.budget.macs = (0.45, 0.47)  # 22 to 25 % fewer than what slimming leaves
     return config

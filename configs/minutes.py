@@ -13,16 +13,14 @@ On a laptop, in seconds, with a tiny model and the bundled digits:
 """
 
 import flora_jax as flora
-from flora_jax.configs import common
+from flora_jax.configs import common, imagenet
 
 
 def get_config(argument: str = ""):
-    if argument not in ("", "runlocal"):
-        raise ValueError(f"unknown config argument {argument!r}; accepted: runlocal")
     config = common.published(flora.deit("base"))
     config.stages = common.MINUTES_STAGES
     config.budget.macs = (0.55, 0.6)
     config.data.update({"name": "images:photographs", "heldout_fraction": 0.02})
     config.finetune.update({"epochs": 1.0, "batch_size": 32, "learning_rate": 4e-4})
     config.finetune.update({"warmup_epochs": 0.1, "weight_decay": 0.0})
-    return common.run_local(config) if argument == "runlocal" else config
+    return imagenet.with_argument(config, argument, ("runlocal",))

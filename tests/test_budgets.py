@@ -5,17 +5,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from flora_jax.stages.calibration import calibrate_factors
 from PIL import Image
 
 import flora_jax as flora
+from flora_jax.closed_form import calibrate as calibration
 from flora_jax.cluster.processes import Stopped
 from flora_jax.configs import minutes
 from flora_jax.methods import start
+from flora_jax.methods.closed_form import closed_form
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import BudgetSettings, Settings
 from flora_jax.runs.workdir import Run
-from flora_jax.stages import calibration
 
 TWO = ((0.4, 0.5), (0.6, 0.7))
 
@@ -113,23 +113,24 @@ def test_calibration_goes_on_where_it_was_stopped(finished_run, tmp_path, monkey
     config = unlabelled_config(finished_run, tmp_path)
     monkeypatch.setattr(calibration, "layer_groups", lambda spec: [[la] for la in spec.layers])
     monkeypatch.setattr("flora_jax.runs.images.BATCH_SIZE", 8)
+    config.stages = ("pretrain", "calibrate", "allocate", "extract")
     inherited = {}
     for name in ("whole", "interrupted"):
-        run = Run(Settings.from_config(config), tmp_path / name)
+        settings = Settings.from_config(config)
+        run = Run(settings, tmp_path / name, Images(settings), does="calibrate")
         flora.save(flora.load(finished_run / "dense"), run.folder / "dense")
-        images = Images(run.settings)
         if name == "interrupted":
             with monkeypatch.context() as patch:
                 answers = mock.Mock(side_effect=[False] * 4 + [True])  # in the second of six groups
                 patch.setattr(calibration.StopRequest, "is_set", answers)
                 with pytest.raises(Stopped, match="calibrate is saved at image 40 of"):
-                    calibrate_factors(run, images)
+                    closed_form(run)
             with monkeypatch.context() as patch:
                 patch.setattr(calibration, "means", lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
-                    calibrate_factors(run, images)
+                    closed_form(run)
             assert (run.folder / "calibrate/group_000.safetensors").exists()
-        calibrate_factors(run, images)
+        closed_form(run)
         assert not (run.folder / "calibrate").exists()
         inherited[name] = (run.folder / "inherited/model.safetensors").read_bytes()
     assert inherited["interrupted"] == inherited["whole"]

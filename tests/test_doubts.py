@@ -8,9 +8,10 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.configs import digits
-from flora_jax.runs import checks as doubts
+from flora_jax.runs import checks
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
+from flora_jax.training.train import warn_if_nothing_is_learnt
 
 
 def settings_of(**changes) -> Settings:
@@ -25,8 +26,8 @@ def said(caplog):
 
     def say(settings: Settings) -> str:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, doubts.__name__):
-            doubts.say_doubts(settings, Images(settings))
+        with caplog.at_level(logging.WARNING, checks.__name__):
+            checks.warn_of_doubtful_settings(settings, Images(settings))
         return caplog.text
 
     return say
@@ -73,16 +74,16 @@ def test_the_advised_learning_rate_is_enough(said):
 )
 def test_a_model_that_guesses_is_not_compressed(top1, changes, refusal):
     if refusal is None:
-        doubts.check_not_chance(settings_of(**changes), top1, 270)
+        checks.check_not_chance(settings_of(**changes), top1, 270)
     else:
         with pytest.raises(ValueError, match=refusal):
-            doubts.check_not_chance(settings_of(**changes), top1, 270)
+            checks.check_not_chance(settings_of(**changes), top1, 270)
 
 
 @pytest.mark.parametrize("end, is_said", [(2.3, True), (2.0, False)])
 def test_a_loss_that_has_not_moved(end, is_said, caplog):
     noise = np.random.default_rng(0).normal(0, 0.05, 200)
-    doubts.doubt_loss("pretrain", np.linspace(2.3, end, 200) + noise)
+    warn_if_nothing_is_learnt("pretrain", np.linspace(2.3, end, 200) + noise)
     assert ("pretrain: the loss has not moved" in caplog.text) == is_said
 
 
@@ -91,11 +92,11 @@ def test_gates_that_have_not_moved(caplog):
         flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2)
     )
     gates = flora.slim.add_gates(model).gates()
-    doubts.doubt_gates(gates)
+    checks.warn_of_idle_gates(gates)
     assert caplog.text.count("hardly moved from 1 (1.000 to 1.000)") == 2, "attention and MLP"
     assert "patch gates have hardly moved" in caplog.text
     caplog.clear()
-    doubts.doubt_gates({"attn": [np.ones((2, 4)), np.full((2, 4), 0.8)]})
+    checks.warn_of_idle_gates({"attn": [np.ones((2, 4)), np.full((2, 4), 0.8)]})
     assert not caplog.text
 
 
@@ -108,5 +109,5 @@ def test_a_warm_up_without_end_is_warned_of():
 
 @pytest.mark.parametrize("heldout, is_said", [(0.97, True), (0.84, False), (0.7, False)])
 def test_held_out_images_that_the_weights_have_seen(heldout, is_said, caplog):
-    doubts.doubt_heldout(heldout, 1000, 0.82, 2000)
+    checks.warn_of_remembered_images(heldout, 1000, 0.82, 2000)
     assert ("97.00 % top-1 on the held-out images and 82.00 % on" in caplog.text) == is_said

@@ -9,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from flora_jax.stages.changes import stages_from, stages_to_redo
+from flora_jax.stages.names import FLORA_STAGES
+from flora_jax.stages.run import Run
 
 import flora_jax as flora
 from flora_jax import pipeline
@@ -20,9 +23,6 @@ from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.stages import export as stage
 from flora_jax.stages.card import base_model, dataset_name
-from flora_jax.stages.changes import stages_from, stages_to_redo
-from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.run import Run
 from flora_jax.weights.export.kinds import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.slimming import TINY_HYBRID, images_of, random_model

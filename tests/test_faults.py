@@ -32,7 +32,7 @@ def has_generations(workdir: pathlib.Path, count: int):
 
 
 def has_done(workdir: pathlib.Path, stage: str):
-    return lambda: stage in json.loads((workdir / "stages.json").read_text())
+    return lambda: "seconds" in json.loads((workdir / "stages.json").read_text()).get(stage, {})
 
 
 def after(seconds: float):

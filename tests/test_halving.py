@@ -5,14 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from flora_jax.stages.budget import Budget
+from flora_jax.stages.search import better
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.flora.extras.halving import Contest, ImageScores, rungs_of, race
 from flora_jax.flora.evolution import read_history
-from flora_jax.stages.budget import Budget
-from flora_jax.stages.search import better
+from flora_jax.flora.extras.halving import Contest, ImageScores, race, rungs_of
 from tests.helpers.searching import HIGHER, SMALL, SPACE, WINDOW, best_inside, search
 from tests.helpers.searching import closeness as mean_score
 

@@ -176,7 +176,7 @@ def test_the_metric_is_one_of_the_network():
             CLASSIFICATION.metric(nearest)
     with pytest.raises(ValueError, match=r"'cosin' is unknown; .*did you mean 'cosine'"):
         AGREEMENT.metric("cosin")
-    config = common.imagenet(Settings().model)
+    config = common.published(Settings().model)
     config.model.num_classes = 0
     assert Settings.from_config(config).metric == "cosine"
 

@@ -7,7 +7,6 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.configs import digits as digits_config
-from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.data.sources import digits
 from flora_jax.io.json_lines import read_records
 from flora_jax.runs.settings import Settings
@@ -73,7 +72,6 @@ def test_a_whole_run_is_a_function(tmp_path):
         flora.run(digits_config.get_config(), tmp_path, "search")
     assert flora.Settings() == Settings()
     assert flora.Recipe().epochs == 150
-    assert flora.Settings().stages == IMPROVED_STAGES
 
 
 @pytest.mark.parametrize(

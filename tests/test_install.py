@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-from flora_jax.stages.functions import STAGE_FUNCTIONS
 
 import flora_jax as flora
 from flora_jax import configs, help
 from flora_jax.errors import InputError
+from flora_jax.methods.listing import stages
 from tests.helpers.commands import ROOT
 
 
@@ -22,12 +22,11 @@ def test_help_fits_a_screen_and_lists_stages_and_configs():
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 100
     listed = [line.strip().partition("  ")[0] for line in lines if line.startswith("  ")]
-    assert set(STAGES) <= set(listed)
+    assert set(stages()) <= set(listed)
     named = set()
     for first, *others in (names.split(", ") for names in listed):  # "deit_b, _s, _t"
         named |= {first, *(first.rpartition("_")[0] + other for other in others)}
     assert set(configs.names()) <= named
-    assert list(STAGES) == list(STAGE_FUNCTIONS)
     assert all(configs.first_line(name) for name in configs.names())
 
 

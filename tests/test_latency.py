@@ -8,20 +8,20 @@ import types
 import jax
 import numpy as np
 import pytest
-
-import flora_jax as flora
-from flora_jax import pipeline, timing
-from flora_jax.configs import deit_t
-from flora_jax.flora.extras import latency
-from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
-from flora_jax.flora.evolution import read_history
-from flora_jax.models.swin_spec import SwinSpec
-from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
 from flora_jax.stages.budget import load_budgets, load_latency_table
 from flora_jax.stages.names import FLORA_STAGES
 from flora_jax.stages.run import Run, load_space
 from flora_jax.stages.search import search
+
+import flora_jax as flora
+from flora_jax import pipeline, timing
+from flora_jax.configs import deit_t
+from flora_jax.flora.evolution import read_history
+from flora_jax.flora.extras import latency
+from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
+from flora_jax.models.swin_spec import SwinSpec
+from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 
 BATCH = 3
 SWIN = SwinSpec(

@@ -6,22 +6,18 @@ import shutil
 
 import numpy as np
 import pytest
-from flora_jax.stages.flora import train_whole_supernet
-from flora_jax.stages.run import Run, load_base, load_space
-from flora_jax.stages.training import train_stage
+from etils import epath
 from safetensors.numpy import load_file
 
 import flora_jax as flora
 from flora_jax.commands.check_predictions import check_predictions
-from flora_jax.configs import digits_swin, digits_tiny_vit
+from flora_jax.configs import deit_b, digits_swin, digits_tiny_vit
 from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.flora.evolution import read_history
 from flora_jax.io.json_lines import read_records
 from flora_jax.methods import start
-from flora_jax.methods.listing import stages
 from flora_jax.models import functional
-from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
+from flora_jax.runs.workdir import After, Run, dependents, planned
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
 
@@ -121,13 +117,17 @@ def test_one_stage_needs_those_before_it(tmp_path):
         start.run(tiny_config(), tmp_path, "search")
 
 
+def forget(workdir, *names: str) -> None:
+    """Takes the records of these steps out of a run's folder."""
+    records = json.loads((workdir / "stages.json").read_text())
+    kept = {name: record for name, record in records.items() if name not in names}
+    (workdir / "stages.json").write_text(json.dumps(kept))
+
+
 def test_one_stage_alone(own_run, finished_run):
-    (own_run / "stages.json").write_text(
-        json.dumps(
-            {name: {"seconds": 1} for name in stages() if name not in ("evaluate", "report")}
-        )
-    )
+    forget(own_run, "evaluate", "report")
     (own_run / "result.json").unlink()
+    (own_run / "test_images.safetensors").unlink()
     done = run_flora(own_run, "--stage=evaluate")
     assert done.returncode == 0, done.stderr
     assert (own_run / "result.json").read_bytes() == (finished_run / "result.json").read_bytes()
@@ -135,13 +135,9 @@ def test_one_stage_alone(own_run, finished_run):
 
 
 def test_the_uniform_baseline_trained_alone(own_run, finished_run):
-    for name in ("extract", "finetune", "uniform", "allocated", "subnet"):
-        shutil.rmtree(own_run / name)
-    (own_run / "config.json").unlink()
-    done_before = ("pretrain", "calibrate", "filter", "supernet", "allocate", "search")
-    (own_run / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done_before}))
     done = run_flora(own_run, "--config.uniform_baseline=alone")
     assert done.returncode == 0, done.stderr
+    assert "extract, finetune, evaluate are done anew" in done.stderr
     result = json.loads((own_run / "result.json").read_text())
     expected = json.loads((finished_run / "result.json").read_text())
     against, expected_against = (r["subnet"].pop("against") for r in (result, expected))
@@ -152,35 +148,20 @@ def test_the_uniform_baseline_trained_alone(own_run, finished_run):
     assert steps == (own_run / "supernet/metrics.jsonl").read_text().count("\n")
 
 
-def test_without_filter_the_supernet_has_the_regular_space(tmp_path):
-    stages = tuple(name for name in IMPROVED_STAGES if name != "filter")
-    run = Run(Settings.from_config(tiny_config(stages=stages)), tmp_path)
-    flora.save(flora.create(run.spec), run.folder / "dense")
-    assert load_space(run).contains([0] * 6)
-
-
-def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, capsys):
+def test_stored_predictions_teach_as_the_teacher_does(own_run, tmp_path, capsys):
+    """Fine-tuning anew with predictions from the disk, beside a teacher in every step."""
     losses = []
     for stored in (False, True):
-        config = tiny_config(**{"finetune.epochs": 1.0, "finetune.stored_predictions": stored})
-        run = Run(Settings.from_config(config), tmp_path / str(stored))
-        shutil.copytree(finished_run / "dense", run.folder / "dense")
-        model = flora.load(finished_run / "subnet")
-        trained = train_stage(
-            run,
-            model,
-            run.settings.finetune,
-            "finetune/subnet",
-            Images(run.settings).train,
-            teacher=load_base(run),
-        )
-        assert trained.spec == model.spec
-        lines = (run.folder / "finetune/subnet/metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert (tmp_path / "True/finetune/subnet/predictions/meta.json").exists()
-    assert not (tmp_path / "False/finetune/subnet/predictions").exists()
+        changes = {"finetune.epochs": 1.0, "finetune.stored_predictions": stored}
+        changes |= {"uniform_baseline": "none", "keep_checkpoints": True}
+        start.run(tiny_config(**changes), own_run, "extract")
+        start.run(tiny_config(**changes), own_run, "finetune")
+        losses.append([r["loss"] for r in read_records(own_run / "finetune/subnet/metrics.jsonl")])
+        predictions = own_run / "finetune/subnet/predictions"
+        assert (predictions / "meta.json").exists() == stored
     assert len(losses[0]) > 30
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+    run = Run.open(own_run)
     check_predictions(run)
     assert "finetune/subnet: 34 steps stored" in capsys.readouterr().out
     shutil.rmtree(run.folder / "dense")
@@ -188,7 +169,7 @@ def test_stored_predictions_teach_as_the_teacher_does(finished_run, tmp_path, ca
     with pytest.raises(ValueError, match=r"holds other predictions(.|\n)*teacher: "):
         check_predictions(run)
     with pytest.raises(FileNotFoundError, match="has stored no predictions"):
-        check_predictions(dataclasses.replace(run, folder=tmp_path / "False"))
+        check_predictions(dataclasses.replace(run, folder=tmp_path / "none"))
 
 
 # Depths, and ratios, that make fewer and smaller programs to compile.
@@ -217,36 +198,47 @@ def test_another_family_from_end_to_end(of_family, depths, most, tmp_path):
     assert any(rank is not None for rank in subnet.spec.ranks)
 
 
-def test_a_run_of_the_version_before_is_opened_as_what_it_was(finished_run, tmp_path):
-    """It knew no calibration: its factors are those of the plain SVD."""
-    workdir = tmp_path / "old"
-    workdir.mkdir()
-    config = json.loads((finished_run / "config.json").read_text())
-    for added in ("calibration", "allocation", "supernet_sampling", "train_pretrained"):
-        del config[added]
-    config["stages"] = [name for name in IMPROVED_STAGES if name not in ("calibrate", "allocate")]
-    (workdir / "config.json").write_text(json.dumps(config))
-    done = ("dense", "filter", "supernet")
-    for name in done:
-        shutil.copytree(finished_run / name, workdir / name)
-    stages = ("pretrain", "filter", "supernet")
-    (workdir / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in stages}))
-    settings = Run.open(workdir).settings
-    assert settings.calibration.images == 0
-    with pytest.raises(RuntimeError, match="stage 'search' needs 'calibrate'"):
-        start.run(tiny_config(), workdir, "search")
-    assert not (workdir / "earlier").exists()
-    with pytest.raises(RuntimeError, match="stage 'extract' needs 'search'"):
-        start.run(settings.to_config(), workdir, "extract")
-
-
-@pytest.mark.parametrize("law", ["sandwich", "nested"])
-def test_other_laws_train_a_supernet(finished_run, tmp_path, law):
-    config = tiny_config(supernet_sampling=law, **{"supernet.epochs": 1.0, "allocation.images": 16})
-    run = Run(Settings.from_config(config), tmp_path)
-    for name in ("dense", "inherited", "filter"):
-        shutil.copytree(finished_run / name, run.folder / name)
-    train_whole_supernet(run, Images(run.settings))
-    losses = [record["loss"] for record in read_records(tmp_path / "supernet/metrics.jsonl")]
+@pytest.mark.parametrize("sampling", ["sandwich", "nested"])
+def test_other_samplings_train_a_supernet(own_run, sampling):
+    changes = {"supernet_sampling": sampling, "supernet.epochs": 1.0, "allocation.images": 16}
+    start.run(tiny_config(**changes), own_run, "supernet")
+    losses = [record["loss"] for record in read_records(own_run / "supernet/metrics.jsonl")]
     assert np.isfinite(losses).all()
-    assert (tmp_path / "supernet/drops.json").exists() == (law == "nested")
+    assert (own_run / "supernet/sensitivity.json").exists() == (sampling == "nested")
+    assert not (own_run / "search").exists()
+
+
+def test_flora_as_published_from_end_to_end(tmp_path):
+    """The plain SVD, a uniform first population, every candidate on every image, its own winner."""
+    start.run(deit_b.get_config("runlocal"), tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"dense", "uniform", "subnet", "data"}
+    assert not (tmp_path / "inherited").exists()
+    candidates = read_history(tmp_path / "search/history.jsonl")
+    assert all(candidate.has_seen_all for candidate in candidates)
+    header = json.loads((tmp_path / "search/history.jsonl").read_text().partition("\n")[0])
+    assert {"first", "halving"}.isdisjoint(header["search"])
+    best = json.loads((tmp_path / "search/best.json").read_text())
+    assert best["score"] == max(candidate.score for candidate in candidates)
+    space = flora.load(tmp_path / "supernet").space
+    assert [len(triples) for triples in space.kept] == [64 - int(0.7 * 64)] * 2
+
+
+def test_a_step_that_is_put_in_is_planned_run_and_hashed(own_run, monkeypatch):
+    """A step more takes a call in the script: order, plan and dependencies follow from it."""
+    seen = []
+
+    def script(run: Run) -> None:
+        dense = run.step("pretrain", None, leaves=("dense",), otherwise=None)
+        extra = run.step("extra", lambda step, before, number: seen.append(number), After(dense), 3)
+        run.step("last", lambda step, before: seen.append("last"), After(extra))
+
+    settings = dataclasses.replace(Run.open(own_run).settings, stages=("extra", "last"))
+    run = Run(settings, epath.Path(own_run))
+    plan = planned(run, script)
+    assert list(plan) == ["extra", "last"]
+    assert dependents("extra", plan) == ["extra", "last"]
+    run.does = True
+    script(run)
+    script(run)
+    assert seen == [3, "last"]

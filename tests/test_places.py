@@ -14,6 +14,8 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from flora_jax.pipeline import _stages_to_redo
+from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run
 
 import flora_jax as flora
 from flora_jax.configs import digits, file_of
@@ -22,10 +24,8 @@ from flora_jax.io.checkpoint import Checkpoints, read_saved_parameters, save_par
 from flora_jax.io.files import locked, user_cache_dir, write_json
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
-from flora_jax.pipeline import _stages_to_redo
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.run import CONFIG_FILE, IMAGES_FILE, Run
 from tests.helpers.checkpoints import names, restored_step, state_at
 from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save

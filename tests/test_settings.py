@@ -1,13 +1,17 @@
 """A config becomes settings once: complete, checked, and named where it is wrong."""
 
+import dataclasses
 import importlib
 import json
 
 import pytest
 
+import flora_jax as flora
 from flora_jax import configs
 from flora_jax.configs.common import IMPROVED_STAGES
-from flora_jax.methods.listing import stages
+from flora_jax.errors import differences
+from flora_jax.flora.evolution import EvolutionSettings
+from flora_jax.methods.listing import steps_of
 from flora_jax.runs.settings import Settings
 
 
@@ -22,12 +26,45 @@ def test_every_config_is_settings_and_back(name):
 
 
 def test_defaults_are_the_published_method():
+    """FLORA (WACV 2024) on DeiT-B, point by point."""
     settings = Settings()
-    assert settings.stages == IMPROVED_STAGES
-    assert settings.supernet.epochs == 150.0
-    assert (settings.supernet.learning_rate, settings.finetune.epochs) == (2.5e-5, 30.0)
+    stages = ("pretrain", "filter", "supernet", "search", "extract", "finetune", "evaluate")
+    assert settings.stages == (*stages, "report")  # the plain SVD, and no allocation
+    assert settings.model == flora.deit("base")
+    assert settings.space.ratios == (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1)
+    assert settings.supernet_sampling == "low_rank_aware"
+    assert (settings.filter.drop, settings.metric) == (0.7, "top1")
+    assert settings.search.evolution == EvolutionSettings(20, 50, 10, 25, 25, 0.2)
+    assert not settings.search.halving  # every candidate on every held-out image
+    assert settings.search.budget == "macs"
+    recipe, local = settings.supernet, settings.filter.train
+    assert (recipe.epochs, recipe.learning_rate, recipe.batch_size) == (150, 2.5e-5, 1024)
+    assert (recipe.warmup_epochs, recipe.warmup_learning_rate) == (5, 5e-7)
+    assert (recipe.min_learning_rate, recipe.weight_decay, recipe.clip_norm) == (5e-7, 0.01, 5.0)
+    assert (local.epochs, local.learning_rate, local.warmup_epochs) == (20, 7.5e-6, 3)
+    for each in (recipe, local, settings.finetune):
+        assert (each.distill, each.distill_features, each.mixup, each.cutmix) == (True, 0, 0, 0)
+    augmentation = settings.data.augmentation.changes
+    assert settings.data.augmentation.name == "deit"
+    assert (augmentation["rand_augment"], augmentation["magnitude"]) == (True, 9.0)
+    assert (augmentation["color_jitter"], augmentation["erase_probability"]) == (0.0, 0.25)
     assert Settings.from_config({}) == settings
     assert hash(settings.supernet) == hash(Settings.from_config({}).supernet)
+
+
+@pytest.mark.parametrize("name", ["deit_b", "deit_s", "deit_t", "swin_b", "tiny_vit_21m"])
+def test_improved_is_a_switch(name):
+    """Published configs differ from `Settings()` in network, ratios, budget and recipe alone."""
+    get_config = importlib.import_module(f"flora_jax.configs.{name}").get_config
+    published, improved = get_config(), get_config("improved")
+    expected = dataclasses.replace(Settings(), model=Settings.from_config(published).model)
+    free = ("model", "space", "budget", "supernet.epochs", "supernet.learning_rate", "filter.train")
+    for field, *_ in differences(expected.to_config(), published.to_dict()):
+        assert field.startswith(free) or field == "metric", field
+    ours = list(differences(published.to_dict(), improved.to_dict()))
+    assert {"stages", "search.halving"} == {field for field, *_ in ours}
+    assert {"calibrate", "allocate"} <= set(improved.stages)
+    assert len(ours) <= 12
 
 
 @pytest.mark.parametrize(
@@ -44,7 +81,6 @@ def test_defaults_are_the_published_method():
         ({"filter": {"train": {"clip_norm": 0.0}}}, r"filter\.train\.clip_norm must be above 0"),
         ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
         ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
-        ({"stages": ["report", "search"]}, "in the order"),
         ({"budget": {"macs": (0.5,)}}, "budget.macs must be one window"),
         ({"filter": {"drop": "half"}}, "filter: a value of another form: .*'<='"),
     ],
@@ -54,5 +90,5 @@ def test_what_is_wrong_is_named_with_its_section(config, message):
         Settings.from_config(config)
 
 
-def test_stages_come_in_one_order():
-    assert [name for name in stages() if name in IMPROVED_STAGES] == list(IMPROVED_STAGES)
+def test_stages_come_in_the_order_of_the_script():
+    assert [name for name in steps_of("flora") if name in IMPROVED_STAGES] == [*IMPROVED_STAGES]

@@ -20,7 +20,8 @@ from flora_jax.configs import (
     tiny_vit_21m,
 )
 from flora_jax.methods import start
-from flora_jax.runs import validation
+from flora_jax.runs import checks
+from flora_jax.runs.budgets import budgets_of
 from flora_jax.runs.settings import Settings
 from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
@@ -39,7 +40,8 @@ def tiny_config(**changes) -> ConfigDict:
 
 BAD_CONFIGS = {
     "stage": ({"stages": ("pretrain", "serach")}, r"unknown stage 'serach'.*did you mean 'search'"),
-    "order": ({"stages": ("search", "pretrain")}, "in the order"),
+    "first": ({"stages": ("slim", "evaluate")}, "must begin with pretrain"),
+    "cut": ({"stages": ("pretrain", "extract")}, "extract needs allocate or search"),
     "ratio": ({"space.ratios": (0.5, 1.5)}, r"ratio 1\.5 lies outside \(0, 1\]"),
     "zero ratio": ({"space.ratios": (0.0, 1.0)}, r"ratio 0\.0 lies outside"),
     "heads": ({"model.num_heads": 5}, "embed_dim 24 is not a multiple of num_heads 5.*25"),
@@ -120,12 +122,12 @@ def test_published_configs_make_sense(config_file, tmp_path):
     config = config_file.get_config()
     settings = Settings.from_config(config)
     least, most = settings.space.of(settings.model).macs_range()
-    for budget in macs_budgets(settings, settings.model):
+    for budget in budgets_of(settings.spending, settings.model):
         assert least < budget.window[0] < budget.window[1] < most
     small = Settings.from_config(config_file.get_config("runlocal"))
     assert small.model.family == settings.model.family
-    validation.check(small)
-    with pytest.raises(ValueError, match="accepted: runlocal"):
+    checks.check(small)
+    with pytest.raises(ValueError, match="accepted: runlocal, improved"):
         config_file.get_config("runlocl")
 
 

@@ -11,10 +11,12 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax.configs import yours
 from flora_jax.configs.common import IMPROVED_STAGES
+from flora_jax.methods import start
 from flora_jax.preflight.plan import plan
-from flora_jax.runs import rules
+from flora_jax.runs import auto_config
 from flora_jax.runs.auto_config import settings_of
 from flora_jax.runs.checks import check
+from flora_jax.runs.workdir import Run
 from tests.helpers import modern
 from tests.helpers.commands import run_flora
 from tests.helpers.pictures import save
@@ -82,7 +84,7 @@ def test_what_is_said_stands(weights, pictures):
     assert settings.model.image_size == 28
     assert (settings.metric, settings.train_pretrained) == ("top1", False)
     assert (settings.finetune.epochs, settings.data.mean) == (1.0, (0.1, 0.1, 0.1))
-    assert settings.supernet.epochs == rules.epochs(8.0, 68)
+    assert settings.supernet.epochs == auto_config._epochs(8.0, 68)
 
 
 def test_unlabelled_pictures_of_a_headless_network(weights, pictures):
@@ -149,13 +151,13 @@ def test_a_compressed_model_is_no_start(weights, pictures, tmp_path):
 
 @pytest.mark.parametrize("num_images", [24, 100, 2000, 50_000, 1_281_167])
 def test_rules_make_recipes(num_images):
-    batch = rules.batch_size(num_images, num_devices=3)
+    batch = auto_config._batch_size(num_images, num_devices=3)
     assert batch % 3 == 0
-    assert 5 <= rules.epochs(8.0, num_images) <= rules.epochs(12.0, num_images) <= 40
+    assert 5 <= auto_config._epochs(8.0, num_images) <= auto_config._epochs(12.0, num_images) <= 40
     assert num_images // batch >= 2
-    assert 0.02 <= rules.heldout_fraction(num_images, 2) <= 0.25
-    assert rules.learning_rate(3e-4, 64) == 3e-4
-    steps = [rules.learning_rate(3e-4, size) * size / 512 for size in (8, 64, 256)]
+    assert 0.02 <= auto_config._heldout_fraction(num_images, 2) <= 0.25
+    assert auto_config._learning_rate(3e-4, 64) == 3e-4
+    steps = [auto_config._learning_rate(3e-4, size) * size / 512 for size in (8, 64, 256)]
     assert steps == [3.75e-5, 3.75e-5, 7.5e-5]
 
 
@@ -163,7 +165,8 @@ def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
     stages = tuple(stage for stage in IMPROVED_STAGES if stage != "filter")
     config = config_of(weights, pictures, stages=stages, export=("timm", "stablehlo"))
     settings = settings_of(config)
-    lines = plan(settings, check(settings), tmp_path, {"pretrain": {}}).splitlines()
+    run = Run(settings, tmp_path, check(settings))
+    lines = plan(run, start.plan_of(run)[0], {"pretrain"}).splitlines()
     rows = {line.split()[0]: line.split() for line in lines[1:] if line and line[0].islower()}
     assert list(rows)[: len(settings.stages)] == list(settings.stages)
     assert rows["pretrain"][-1] == "done"

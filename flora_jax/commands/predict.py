@@ -13,7 +13,7 @@ from etils import epath
 
 from flora_jax.commands.classifier import Channels, Classifier, batch_size
 from flora_jax.data.decoding import BadImageError, decode_rgb
-from flora_jax.data.folder_index import read_index
+from flora_jax.data.listing import read_index
 from flora_jax.errors import InputError
 from flora_jax.io.paths import absolute, as_text, user_path
 

@@ -5,9 +5,8 @@ its `image_shape`.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -19,10 +18,9 @@ from flora_jax.data.geometry import (
     random_resized_crop,
     shift,
 )
-from flora_jax.data.pixels import color_jitter, random_erasing
+from flora_jax.data.pixels import MAX_MAGNITUDE, color_jitter, rand_augment, random_erasing
 from flora_jax.data.preprocessing import Crop, Shape
-from flora_jax.data.randaugment import MAX_MAGNITUDE, rand_augment
-from flora_jax.errors import InputError, did_you_mean, unknown
+from flora_jax.errors import InputError, unknown
 
 
 class TrainTransform(Protocol):
@@ -158,19 +156,20 @@ def train_transform(name: str, image_shape: Shape, **settings) -> TrainTransform
     Raises:
       InputError: unknown name or setting, or a value out of range.
     """
-    return _build(_recipe(name), image_shape, settings)
+    recipe = _recipe(name)
+    accepted = [field.name for field in dataclasses.fields(recipe)][1:]
+    for setting in settings:
+        if setting not in accepted:
+            raise InputError(unknown("augmentation setting", setting, accepted))
+    return recipe(_square(image_shape), **settings)
 
 
-def eval_transform(name: str, image_shape: Shape, **settings) -> EvalTransform:
-    """The fixed transform that goes with a recipe.
+def eval_transform(name: str, image_shape: Shape) -> EvalTransform:
+    """The fixed transform that goes with a recipe; arguments and errors as in `train_transform`.
 
-    The whole image resized to fit for "digits" and "shift"; what a `Crop` of these settings does
-    (crop_pct, crop_mode, interpolation) for "inception" and "deit". Arguments and errors as in
-    `train_transform`.
+    The whole image resized to fit for "digits" and "shift", a `Crop` for "inception" and "deit".
     """
-    if (crop_mode := _recipe(name).crop_mode) is None:
-        return _build(Crop, image_shape, settings)
-    return _build(functools.partial(Crop, crop_mode=crop_mode), image_shape, settings, accepted=())
+    return Crop(_square(image_shape), crop_mode=_recipe(name).crop_mode or Crop.crop_mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +197,11 @@ def _recipe(name: str):
     return _RECIPES[name]
 
 
-def _build(transform, image_shape: Shape, settings: dict, accepted: Sequence[str] | None = None):
-    height, width, _ = image_shape
+def _square(image_shape: Shape) -> Shape:
+    height, width, channels = image_shape
     if height != width:
         raise InputError(f"image_shape must be square, (size, size, channels), got {image_shape}")
-    if accepted is None:
-        accepted = [field.name for field in dataclasses.fields(transform)][1:]
-    for name in settings:
-        if name not in accepted:
-            raise InputError(
-                f"unknown augmentation setting {name!r}; accepted: {', '.join(accepted) or 'none'}"
-                f"{did_you_mean(name, accepted)}"
-            )
-    return transform(tuple(image_shape), **settings)
+    return height, width, channels
 
 
 def _check_range(name: str, bounds: tuple[float, float], highest: float = math.inf) -> None:

@@ -1,152 +1,126 @@
-"""Which images of a folder are copies of others, looked up once and kept until a file changes."""
+"""Copies of pictures: equal files, and those that are resized, encoded anew or cropped by a little.
 
-import dataclasses
-import functools
-import hashlib
-import logging
+Two pictures are linked where their thumbnails, less each colour's mean, correlate, and a group is
+what a chain of links holds together. Measured on 3,280 drawings: docs/decisions.md.
+"""
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from etils import epath
+import scipy
+from PIL import Image
 
 from flora_jax.cluster.processes import is_first
 from flora_jax.data.decoding import BadImageError
 from flora_jax.data.image_folder import ImageFolderSource
-from flora_jax.data.near_duplicates import SIDE, near_duplicates, thumbnail
-from flora_jax.io.files import replacing, user_cache_dir
+from flora_jax.data.kept import digest, keep, read_kept
+from flora_jax.data.listing import stamp_of
+from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import is_url
 from flora_jax.progress import Progress
 
-_FORMAT = 1  # of the file that keeps what was found, and of how it is found
-_DIGEST = 16  # bytes
-_LEAST_SIDE = 64  # of a JPEG that becomes a thumbnail
-_MANY = 20_000  # images whose comparison takes seconds
-# A file as it was, its content, its thumbnail and the group that it was in then.
-_RECORD = np.dtype(
-    {
-        "names": ["file", "content", "thumbnail", "group"],
-        "formats": [f"V{_DIGEST}", f"V{_DIGEST}", ("u1", (SIDE, SIDE, 3)), "<i4"],
-    }
-)
-
-log = logging.getLogger(__name__)
+SIDE = 10  # of a thumbnail
+ALIKE = (0.95, 0.97, 0.98, 0.99, 0.995)  # correlations that link two, each for larger groups
+PLAIN = 2.0  # levels of grey that a thumbnail strays, below which it tells nothing
+_LENGTH = 2000  # of a thumbnail in whole numbers: sums of products stay below 2**24, and so exact
+_TILE = 2048  # thumbnails compared with as many others at once
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Copies:
-    """contents: the digest of each image's file, V16 [n]; groups: of near-duplicates, int [n]."""
+def copies_in(source: ImageFolderSource) -> np.ndarray:
+    """Digests of the images' files and numbers of their groups of copies, uint64 [2, n].
 
-    contents: np.ndarray
-    groups: np.ndarray
-
-    def at(self, indices: np.ndarray) -> "Copies":
-        """Those of some of the images."""
-        return Copies(self.contents[indices], self.groups[indices])
-
-
-def copies_in(source: ImageFolderSource) -> Copies:
-    """The near-duplicates in a folder; each image is decoded once, by threads.
-
-    What is found is kept in the user's cache, unless the folder is at a URL, where files carry no
-    times. An image that cannot be decoded is a copy of nothing but an equal file. In several
-    processes, each looks for itself, and the first writes the cache.
+    Each image is decoded once; what is found is kept in the user's cache until a file changes, but
+    at a URL, where files carry no times. A bad image is a copy of nothing but an equal file.
     """
+    source = source.with_least_side(64)
     folder = None if is_url(source.folder) else user_cache_dir("copies")
     if folder is None:
-        return _found(_looked_at(source, np.zeros(len(source), _RECORD), range(len(source))))
-    name = hashlib.blake2b(os.fsencode(source.folder), digest_size=_DIGEST).hexdigest()
-    place = folder / f"{name}.bin"
-    kept = _read(place)
+        return _look(source)
+    place = folder / digest(os.fsencode(source.folder)).hex()
     with ThreadPoolExecutor(16) as pool:  # a file's state waits for the disk
-        files = list(pool.map(functools.partial(_state, source), range(len(source))))
-    if files == _bytes(kept["file"]):
-        return Copies(kept["content"], kept["group"])
-    known = {file: i for i, file in enumerate(_bytes(kept["file"]))}
-    is_known = np.array([file in known for file in files])
-    records = np.zeros(len(source), _RECORD)
-    records[is_known] = kept[[known[file] for file in files if file in known]]
-    records["file"] = np.frombuffer(b"".join(files), f"V{_DIGEST}")
-    found = _found(_looked_at(source, records, np.flatnonzero(~is_known).tolist()))
-    records["group"] = found.groups
+        states = list(pool.map(stamp_of, map(source.path, range(len(source)))))
+    state = digest(repr((source.keys, states, source.decode.keywords)).encode())
+    kept = read_kept(place)
+    if kept and kept.startswith(state):
+        return np.frombuffer(kept, np.uint64, offset=len(state)).reshape(2, -1)
+    found = _look(source)
     if is_first():
-        _keep(place, records)
+        keep(place, state + found.tobytes())
     return found
 
 
-def _looked_at(source: ImageFolderSource, records: np.ndarray, indices) -> np.ndarray:
-    """The records, filled in at these indices."""
-    if not len(indices):
-        return records
-    small = source.with_least_side(_LEAST_SIDE)
+def _look(source: ImageFolderSource) -> np.ndarray:
+    thumbnails = np.zeros((len(source), SIDE, SIDE, 3), np.uint8)
+
+    def look(index: int) -> bytes:
+        content = os.fsencode(source.key(index))
+        try:
+            content = source.encoded(index)
+            thumbnails[index] = thumbnail(source.decode(content, source.key(index)))
+        except BadImageError:  # on_bad_image decides later
+            pass
+        return digest(content)[:8]
+
     with (
-        Progress("looking for copies", len(indices), unit="image") as progress,
+        Progress("looking for copies", len(source), unit="image") as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        seen = pool.map(functools.partial(_look, small), indices)
-        for index, (content, found) in zip(indices, seen, strict=True):
-            records["content"][index] = np.void(content)
-            records["thumbnail"][index] = found
+        found = []
+        for content in pool.map(look, range(len(source))):
+            found.append(content)
             progress.update()
-    return records
+    contents = np.frombuffer(b"".join(found), np.uint64)
+    return np.stack([contents, near_duplicates(thumbnails, contents).astype(np.uint64)])
 
 
-def _look(source: ImageFolderSource, index: int) -> tuple[bytes, np.ndarray | int]:
-    """The digest of an image and its thumbnail, or 0, which is plain."""
-    try:
-        encoded = source.encoded(index)
-    except BadImageError:  # on_bad_image decides later
-        return _digest(os.fsencode(source.key(index))), 0
-    try:
-        return _digest(encoded), thumbnail(source.decoded(index, encoded))
-    except BadImageError:
-        return _digest(encoded), 0
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [SIDE, SIDE, 3]"""
+    picture = Image.fromarray(pixels)
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def _found(records: np.ndarray) -> Copies:
-    if len(records) > _MANY:
-        log.info("comparing %d images", len(records))
-    contents = np.ascontiguousarray(records["content"])
-    as_numbers = contents.view("u8").reshape(-1, _DIGEST // 8)
-    _, numbers = np.unique(as_numbers, axis=0, return_inverse=True)
-    return Copies(contents, near_duplicates(records["thumbnail"], numbers))
+def near_duplicates(thumbnails: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    """Numbers the groups of pictures that are copies of one another.
+
+    Files of the same content are one. What is plain, such as a blank page, is a copy of nothing
+    else. A group of more than a twentieth of all pictures, or of 200, is no group of copies but a
+    chain through pictures that have much in common: it is linked anew by a higher correlation.
+    Takes time with the square of the number of pictures, memory with the number.
+
+    Args:
+      thumbnails: uint8 [n, SIDE, SIDE, 3].
+      contents: [n], of which equal ones are equal files.
+
+    Returns:
+      int [n]: the number of each picture's group; which pictures share one does not depend on
+      their order.
+    """
+    _, firsts, files = np.unique(contents, return_index=True, return_inverse=True)
+    pixels = thumbnails[firsts].reshape(len(firsts), SIDE * SIDE, 3).astype(np.float32)
+    values = (pixels - pixels.mean(axis=1, keepdims=True)).reshape(len(firsts), -1)
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    directions = np.rint(_LENGTH * values / np.maximum(lengths, 1))
+    groups, most = np.arange(len(firsts)), np.clip(len(contents) // 20, 10, 200)
+    chains = [np.flatnonzero(lengths[:, 0] >= PLAIN * np.sqrt(values.shape[1]))]
+    for alike in ALIKE:
+        parts = [chain[part] for chain in chains for part in _linked(directions[chain], alike)]
+        for part in parts:
+            groups[part] = part[:1]
+        chains = [part for part in parts if len(part) > most]
+    return groups[files]
 
 
-def _state(source: ImageFolderSource, index: int) -> bytes:
-    """Changes with the file, what it is decoded with, and the place that it has in the folder."""
-    try:
-        status = os.stat(source.path(index))
-        state = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
-    except OSError:  # reading it says why
-        state = []
-    return _digest(os.fsencode(f"{_FORMAT}\0{source.key(index)}\0{state}\0{source.decoding}"))
-
-
-def _read(place: epath.Path) -> np.ndarray:
-    """The records that were kept, none where there are none or they are damaged."""
-    try:
-        content = place.read_bytes()
-    except OSError:
-        return np.zeros(0, _RECORD)
-    digest, packed = content[:_DIGEST], content[_DIGEST:]
-    if len(packed) % _RECORD.itemsize or _digest(packed) != digest:
-        log.warning("what is known of copies, %s, is damaged, and they are sought anew", place)
-        return np.zeros(0, _RECORD)
-    return np.frombuffer(packed, _RECORD)
-
-
-def _keep(place: epath.Path, records: np.ndarray) -> None:
-    packed = records.tobytes()
-    try:
-        with replacing(place) as partial:
-            partial.write_bytes(_digest(packed) + packed)
-    except OSError as error:
-        log.info("what is known of copies is not kept: %s", error)
-
-
-def _bytes(values: np.ndarray) -> list[bytes]:
-    return [value.tobytes() for value in values]
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
+def _linked(directions: np.ndarray, alike: float) -> list[np.ndarray]:
+    """The indices of each set that a chain of links holds together."""
+    count = len(directions)
+    groups = np.arange(count)
+    for row in range(0, count, _TILE):
+        for column in range(row, count, _TILE):
+            products = directions[row : row + _TILE] @ directions[column : column + _TILE].T
+            one, other = np.nonzero(products >= alike * _LENGTH**2)
+            one, other = groups[row + one], groups[column + other]
+            if (one != other).any():
+                links = scipy.sparse.coo_matrix((np.ones(len(one)), (one, other)), (count, count))
+                groups = scipy.sparse.csgraph.connected_components(links, directed=False)[1][groups]
+    return np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])

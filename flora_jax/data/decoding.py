@@ -1,4 +1,4 @@
-"""From the bytes of a picture to its pixels."""
+"""Decoding of pictures of every kind that Pillow reads."""
 
 import io
 import logging
@@ -54,11 +54,16 @@ def decode_rgb(
             if least_side:
                 picture.draft(None, (least_side, least_side))
             # A progressive JPEG is held whole until it is scaled.
-            _check_size(size if "progressive" in picture.info else picture.size, max_megapixels)
-            opaque = _opaque(picture)
+            width, height = size if "progressive" in picture.info else picture.size
+            if width * height > 1e6 * max_megapixels:
+                raise InputError(
+                    f"its {width} x {height} pixels, {width * height / 1e6:.4g} megapixels, are "
+                    f"more than max_megapixels={max_megapixels:g} allows"
+                )
+            seen = _opaque(picture)
             if len(background) and picture.has_transparency_data:
-                return _on_background(opaque, _alpha(picture), background, name)
-            return np.asarray(opaque)
+                seen = _on_background(seen, _alpha(picture), background, name)
+            return np.asarray(seen)
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise BadImageError(f"{name} cannot be decoded: {reason}") from error
@@ -83,9 +88,9 @@ def _alpha(picture: Image.Image) -> Image.Image:
 
 def _on_background(
     opaque: Image.Image, alpha: Image.Image, background: tuple[int, ...], name: str
-) -> np.ndarray:
+) -> Image.Image:
     if alpha.getextrema() == (255, 255):
-        return np.asarray(opaque)
+        return opaque
     if _unsaid.acquire(blocking=False):
         log.info(
             "%s is transparent: it and others are put on the background %s, which data.background "
@@ -95,13 +100,4 @@ def _on_background(
         )
     page = Image.new("RGB", opaque.size, tuple(background))
     page.paste(opaque, mask=alpha)
-    return np.asarray(page)
-
-
-def _check_size(size: tuple[int, int], max_megapixels: float) -> None:
-    width, height = size
-    if width * height > 1e6 * max_megapixels:
-        raise InputError(
-            f"its {width} x {height} pixels, {width * height / 1e6:.4g} megapixels, are more than "
-            f"max_megapixels={max_megapixels:g} allows"
-        )
+    return page

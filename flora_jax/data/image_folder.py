@@ -1,132 +1,114 @@
 """Images in class folders, as torchvision's ImageFolder lays them out, read by index."""
 
-import copy
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import posixpath
 import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE, BadImageError, decode_rgb
-from flora_jax.data.folder_index import Index, check_folder, class_of, read_index
-from flora_jax.data.sources import DerivedSource, Example
+from flora_jax.data.decoding import BadImageError, decode_rgb
+from flora_jax.data.listing import (
+    SUFFIXES,
+    check_folder,
+    class_of,
+    is_hidden,
+    names_in,
+    read_index,
+)
+from flora_jax.data.sources import Example
+from flora_jax.errors import InputError, few
 from flora_jax.io.paths import absolute, user_path
 
+_TEST_NAMES = ("test", "valid", "validation")  # taken where there is no val
+_SPLIT_NAMES = {*_TEST_NAMES, "train", "training", "val", "testing", "dev", "eval"}
 # What links to nothing or in a circle, files of somebody else and folders raise.
 _UNREADABLE = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class ImageFolderSource:
     """The images of one split. Each is decoded as it is asked for.
 
     Attributes:
-      split: the folder of the split inside the dataset's.
-      classes: names of the class folders; label i is that of classes[i].
-      labels: int32 [number of images].
+      root: the folder of the dataset.
+      split: the folder of the split inside it.
+      class_names: of the class folders; label i is that of class_names[i]. Empty: no classes.
+      labels: int32 [number of images]; 0 where there are no classes.
+      keys: paths of the images inside root, with forward slashes.
       left_out: how many things in the folder are no image of it, by kind, as in an `Index`.
+      decode: `decode_rgb` with its settings.
     """
 
-    def __init__(
-        self,
-        root: epath.Path,
-        split: str,
-        index: Index,
-        least_side: int | None = None,
-        max_megapixels: float = MAX_MEGAPIXELS,
-        background: tuple[int, ...] = WHITE,
-    ):
-        """Takes the index of the folder root/split; the rest is as in `decode_rgb`."""
-        self.split = split
-        self.left_out = index.left_out
-        self._root = root
-        self._least_side, self._max_megapixels = least_side, max_megapixels
-        self._background = background
-        # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
-        folders = sorted(index.images, key=lambda folder: (class_of(folder), folder))
-        # The same name may be spelled in two ways, by Linux and by a Mac.
-        names = [unicodedata.normalize("NFC", class_of(folder)) for folder in folders]
-        self.classes = tuple(dict.fromkeys(names))
-        self._keys = [
-            posixpath.normpath(f"{split}/{folder}/{name}")
-            for folder in folders
-            for name in index.images[folder]
-        ]
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.repeat(
-            np.array([number[name] for name in names], np.int32),
-            [len(index.images[folder]) for folder in folders],
-        )
+    root: epath.Path
+    split: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    keys: list[str]
+    left_out: dict[str, int]
+    decode: functools.partial[np.ndarray]
 
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.classes
-
-    def numbered_as(self, classes: tuple[str, ...]) -> "ImageFolderSource":
-        """The same images, their classes in another order."""
-        other = copy.copy(self)
-        other.classes = classes
-        number = np.array([classes.index(name) for name in self.classes], np.int32)
-        other.labels = number[self.labels]
-        return other
-
-    def with_least_side(self, least_side: int | None) -> "ImageFolderSource":
-        """The same images, of which large JPEGs are decoded at another size."""
-        other = copy.copy(self)
-        other._least_side = least_side
-        return other
+        return len(self.class_names)
 
     @property
     def folder(self) -> epath.Path:
         """That of the split."""
-        return self._root / self.split
+        return self.root / self.split
 
-    @property
-    def decoding(self) -> str:
-        """Tells the pixels of an image from those that other settings make of it."""
-        return f"{self._background} {self._max_megapixels}"
+    def numbered_as(self, names: tuple[str, ...]) -> "ImageFolderSource":
+        """The same images, their classes in another order."""
+        number = np.array([names.index(name) for name in self.class_names], np.int32)
+        return dataclasses.replace(self, class_names=names, labels=number[self.labels])
+
+    def with_least_side(self, least_side: int | None) -> "ImageFolderSource":
+        """The same images, of which large JPEGs are decoded at another size."""
+        return dataclasses.replace(
+            self, decode=functools.partial(self.decode, least_side=least_side)
+        )
 
     def path(self, index: int) -> epath.Path:
-        return self._root / self.key(index)
+        return self.root / self.keys[index]
 
     def encoded(self, index: int) -> bytes:
         """Content of a file; raises BadImageError where there is none, OSError for a bad disk."""
-        return _read(self.path(index))
-
-    def decoded(self, index: int, encoded: bytes) -> np.ndarray:
-        """The pixels uint8 [H, W, 3] of that content; raises BadImageError."""
-        name = os.fspath(self.path(index))
-        return decode_rgb(encoded, name, self._least_side, self._max_megapixels, self._background)
+        path = self.path(index)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            # Where the folder itself is gone, a disk is, and not one image.
+            if error.errno not in _UNREADABLE or not path.parent.is_dir():
+                raise
+            link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+            raise BadImageError(f"{path} cannot be read: {error.strerror}{link}") from error
 
     def key(self, index: int) -> str:
-        """The path inside the dataset's folder, with forward slashes."""
-        return self._keys[index]
+        return self.keys[index]
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> Example:
         """Reads an image; raises BadImageError where it is no whole one, OSError for a bad disk."""
-        image = self.decoded(index, self.encoded(index))
+        image = self.decode(self.encoded(index), os.fspath(self.path(index)))
         return {"image": image, "label": int(self.labels[index]), "key": self.key(index)}
 
 
 def image_folder(
     root: epath.PathLike,
-    split: str,
+    split: str = ".",
     cache_dir: epath.PathLike | None = None,
-    least_side: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    background: tuple[int, ...] = WHITE,
+    by_class: bool = True,
+    **decoding: Any,
 ) -> ImageFolderSource:
     """The images at root/split/CLASS/**/*.jpeg, with any suffix that torchvision reads.
 
@@ -138,7 +120,8 @@ def image_folder(
       root: local folder or URL (gs://...) of the dataset.
       split: folder inside it, e.g. "train" or "val"; "." where the class folders lie in root.
       cache_dir: as in `read_index`.
-      least_side, max_megapixels, background: as in `decode_rgb`.
+      by_class: False: all images in root/split, of no class.
+      **decoding: least_side, max_megapixels and background, as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
@@ -147,74 +130,90 @@ def image_folder(
       InputError: there is no such folder, or as `read_index`; names the folder.
     """
     root = absolute(user_path(root))
-    folder = root / split
+    place = root / split
     check_folder(root)
-    check_folder(folder)
-    index = read_index(folder, by_class=True, cache_dir=cache_dir)
-    source = ImageFolderSource(root, split, index, least_side, max_megapixels, background)
-    _log(folder, source, f"images of {source.num_classes} classes")
-    return source
+    check_folder(place)
+    index = read_index(place, by_class, cache_dir)
+    # A folder may sort before one inside a class that comes earlier: "a b" before "a/b".
+    folders = sorted(index.images, key=lambda inside: (class_of(inside) * by_class, inside))
+    # The same name may be spelled in two ways, by Linux and by a Mac.
+    names = [unicodedata.normalize("NFC", class_of(inside)) for inside in folders]
+    classes = tuple(dict.fromkeys(names)) if by_class else ()
+    counts = [len(index.images[inside]) for inside in folders]
+    numbers = [classes.index(name) if by_class else 0 for name in names]
+    keys = [
+        posixpath.normpath(f"{split}/{inside}/{name}")
+        for inside in folders
+        for name in index.images[inside]
+    ]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in index.left_out.items()) or "nothing"
+    of_classes = f" of {len(classes)} classes" if by_class else ""
+    log.info("%s: %d images%s; left out: %s", place, len(keys), of_classes, kinds)
+    labels = np.repeat(np.array(numbers, np.int32), counts)
+    decode = functools.partial(decode_rgb, **decoding)
+    return ImageFolderSource(root, split, classes, labels, keys, index.left_out, decode)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class UnlabelledSource(DerivedSource):
-    """Images that belong to no class: every label is 0, and there are 0 classes."""
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.zeros(len(self), np.int32)
-
-    def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], "label": 0}
-
-
-def unlabelled_folder(
-    root: epath.PathLike,
-    least_side: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    cache_dir: epath.PathLike | None = None,
-    background: tuple[int, ...] = WHITE,
-) -> UnlabelledSource:
-    """All images in a folder and those inside it, of no class; keys are paths inside it.
+def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, ImageFolderSource]:
+    """The splits of a folder, all with the labels of the first.
 
     Raises:
-      InputError: there is no such folder, no image in it, or as `read_index`.
+      InputError: they have different classes; names them.
     """
-    root = absolute(user_path(root))
+    first, *others = opened.values()
+    names = set(first.class_names)
+    for other in others:
+        if names != set(other.class_names):
+            raise InputError(
+                f"{first.split} and {other.split} in {first.root} must have the same class "
+                f"folders; only in {first.split}: {few(names - set(other.class_names))}; "
+                f"only in {other.split}: {few(set(other.class_names) - names)}"
+            )
+    return {part: source.numbered_as(first.class_names) for part, source in opened.items()}
+
+
+def find_splits(place: str, test_split: str | None = None) -> tuple[epath.Path, str, str | None]:
+    """Folders of the splits of PATH/{train,val}/CLASS, PATH/train/CLASS or PATH/CLASS.
+
+    Args:
+      place: PATH, local or a URL.
+      test_split: the folder that is reported on; None: val, or the one of test, valid and
+        validation that there is.
+
+    Returns:
+      PATH, and the folders in it to train on, "." for PATH itself, and to report on, if there is
+      one.
+
+    Raises:
+      InputError: PATH is no folder, several folders could be val, or the splits have other names.
+    """
+    root = absolute(user_path(place))
     check_folder(root)
-    index = read_index(root, by_class=False, cache_dir=cache_dir)
-    one_class = {f"./{inside}".removesuffix("/."): n for inside, n in index.images.items()}
-    images = ImageFolderSource(
-        root, ".", Index(one_class, index.left_out), least_side, max_megapixels, background
-    )
-    _log(root, images, "images")
-    return UnlabelledSource(images)
+    if test_split:
+        return root, "train", test_split
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return root, "train", "val"
+    if any(_folders(root / "train")):  # otherwise it may be the class of trains
+        found = [name for name in _TEST_NAMES if any(_folders(root / name))]
+        if len(found) > 1:
+            raise InputError(
+                f"{root} holds {' and '.join(found)} but no val: name the one to report on with "
+                f"data.test_split={found[0]}"
+            )
+        for name in found:
+            log.info("%s has no val: %s is reported on; data.test_split names another", root, name)
+        return root, "train", found[0] if found else None
+    if any(_folders(root)) and all(name.lower() in _SPLIT_NAMES for name in _folders(root)):
+        raise InputError(
+            f"{root} holds {few(list(_folders(root)))}, which name splits: expected class folders "
+            f"in {root}/train, and in {root}/val to report on"
+        )
+    return root, ".", None
 
 
-def _log(folder: epath.Path, source: ImageFolderSource, images: str) -> None:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in source.left_out.items())
-    left_out = f"; left out: {kinds}" if kinds else ""
-    log.info("%s: %d %s%s", folder, len(source), images, left_out)
-
-
-def _read(path: epath.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        # Where the folder itself is gone, a disk is, and not one image.
-        if error.errno not in _UNREADABLE or not path.parent.is_dir():
-            raise
-        raise BadImageError(f"{path} cannot be read: {error.strerror}{_target(path)}") from error
-
-
-def _target(path: epath.Path) -> str:
-    link = os.fspath(path)
-    return f" (a link to {os.readlink(link)})" if os.path.islink(link) else ""
+def _folders(folder: epath.Path) -> Iterator[str]:
+    """Names of the folders in one, each looked at when it is asked for: a request at a URL."""
+    for name in names_in(folder) if folder.is_dir() else ():
+        is_picture = name.lower().endswith(SUFFIXES)
+        if not is_hidden(name) and not is_picture and (folder / name).is_dir():
+            yield name

@@ -1,11 +1,10 @@
-"""The labels of a split: are they classes, and what are they where a pass over TFDS tells?
+"""Labels of a split: the check that they are classes, and those of TFDS, kept in a file.
 
 TFDS keeps a label inside the record of its image, so that the labels of ImageNet cost a pass over
-all of it. They are read once and kept in a file, beside the dataset or in the user's cache.
+all of it. They are read once and kept, beside the dataset or in the user's cache.
 """
 
 import functools
-import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,12 @@ import numpy as np
 from etils import epath
 
 from flora_jax.cluster.processes import is_first
+from flora_jax.data.kept import digest, keep, read_kept
 from flora_jax.errors import InputError
-from flora_jax.io.files import replacing, user_cache_dir
+from flora_jax.io.files import user_cache_dir
 
 _RECORDS_AT_ONCE = 512  # of ImageNet 56 MB, in each thread
-_THREADS = 4
 _SAMPLE = 32  # records by which a kept file is known to be of this dataset
-_DIGEST = 16  # bytes
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +32,9 @@ def check_labels(labels: np.ndarray, num_classes: int, of: str) -> None:
     if is_wrong.any():
         values = np.unique(labels[is_wrong])
         shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-        hint = " (-1 stands for none: choose a split that has labels)" if -1 in values else ""
         raise InputError(
             f"{is_wrong.sum()} of the {len(labels)} labels of {of} are no class "
-            f"0..{num_classes - 1}: {shown}{hint}"
+            f"0..{num_classes - 1}: {shown}"
         )
 
 
@@ -54,13 +51,13 @@ def stored_labels(name: str, records: Any) -> np.ndarray:
     folders = [epath.Path(records.dataset_info.data_dir), user_cache_dir("labels")]
     places = [folder / file for folder in folders if folder is not None]
     for place in places:
-        labels = _read(place, len(records))
-        if labels is not None and _is_of(records, labels):
+        labels = np.frombuffer(read_kept(place) or b"", "<i4").astype(np.int32)
+        if len(labels) == len(records) and _is_of(records, labels):
             return labels
     log.info("%s: reading %d labels, which takes a pass over the images", name, len(records))
     labels = _read_records(records)
-    if is_first():
-        _keep(labels, places, name)
+    if is_first() and any(keep(place, labels.astype("<i4").tobytes()) for place in places):
+        log.info("the labels of %s are kept", name)
     return labels
 
 
@@ -73,59 +70,27 @@ def _fingerprint(records: Any) -> str:
             (os.path.basename(part.filename), part.skip, part.take, size.length, size.mtime)
             for part, size in zip(instructions, sizes, strict=True)
         ]
-    return hashlib.blake2b(repr(parts).encode(), digest_size=_DIGEST).hexdigest()
-
-
-def _read(place: epath.Path, count: int) -> np.ndarray | None:
-    try:
-        content = place.read_bytes()
-    except OSError:
-        return None
-    digest, packed = content[:_DIGEST], content[_DIGEST:]
-    if len(packed) != 4 * count or _digest(packed) != digest:
-        log.warning("the labels in %s are damaged and are read again", place)
-        return None
-    return np.frombuffer(packed, "<i4").astype(np.int32)
+    return digest(repr(parts).encode()).hex()
 
 
 def _is_of(records: Any, labels: np.ndarray) -> bool:
     """Whether some records have these labels: files may be replaced by others as long and old."""
-    sample = np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(int).tolist()
+    sample = np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(int)
     return np.array_equal(_labels_of(records, sample), labels[sample])
 
 
 def _read_records(records: Any) -> np.ndarray:
-    parts = np.split(
-        np.arange(len(records)), range(_RECORDS_AT_ONCE, len(records), _RECORDS_AT_ONCE)
-    )
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(functools.partial(_labels_of, records), map(np.ndarray.tolist, parts))
-        return np.concatenate(list(found))
+    parts = np.array_split(np.arange(len(records)), -(-len(records) // _RECORDS_AT_ONCE))
+    with ThreadPoolExecutor(4) as pool:
+        return np.concatenate(list(pool.map(functools.partial(_labels_of, records), parts)))
 
 
-def _labels_of(records: Any, indices: list[int]) -> np.ndarray:
+def _labels_of(records: Any, indices: np.ndarray) -> np.ndarray:
     """Labels int32 [n] of some records, of which nothing else is decoded."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     read = tf_example_pb2.Example.FromString
-    encoded = records.data_source.__getitems__(indices)
+    encoded = records.data_source.__getitems__(indices.tolist())
     labels = [read(one).features.feature["label"].int64_list.value[0] for one in encoded]
     # What no int32 holds is no class either way.
     return np.clip(labels, -1, np.iinfo(np.int32).max).astype(np.int32)
-
-
-def _keep(labels: np.ndarray, places: list[epath.Path], name: str) -> None:
-    packed = labels.astype("<i4").tobytes()
-    for place in places:
-        try:
-            with replacing(place) as partial:
-                partial.write_bytes(_digest(packed) + packed)
-        except OSError as error:
-            log.info("the labels of %s are not kept there: %s", name, error)
-        else:
-            log.info("the labels of %s are kept in %s", name, place)
-            return
-
-
-def _digest(packed: bytes) -> bytes:
-    return hashlib.blake2b(packed, digest_size=_DIGEST).digest()

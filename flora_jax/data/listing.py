@@ -1,158 +1,271 @@
-"""What lies in a tree of folders: every folder is entered once, wherever links lead.
+"""The images in a tree of folders: listed once, and kept in a cache until a folder changes.
 
-Links are followed, as torchvision does, but one that leads in a circle ends where it began, and an
-image to which several links lead is listed once.
+Links are followed, as torchvision does, but every folder is entered once: a link that leads in a
+circle ends where it began, and an image to which several links lead is listed once.
 """
 
 import array
 import collections
 import dataclasses
+import hashlib
+import logging
 import os
-import stat
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, few
+from flora_jax.io.files import read_json, user_cache_dir, write_json
 from flora_jax.io.paths import is_url
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-LISTED_BEFORE = "listed before"
 
 # What systems put beside pictures, in lower case. Names that begin with a dot are hidden anyway.
 _OF_SYSTEMS = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found"}
     | {"system volume information", "@eadir", "#recycle"}
 )
+_FORMAT = 2  # of the file that keeps an index
+_MOST_KINDS = 12  # of what is left out that are counted one by one
 
 Identity = tuple[int, int]  # device and inode
 Stamp = list[int] | None  # changes with a folder; None: unknown, or nothing is there
 
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The images in a folder.
+
+    Attributes:
+      images: sorted names of the images in each folder, by its path inside, "." for the outer one.
+      left_out: how many things are no image of the dataset, by kind: "hidden", "no file", "listed
+        before", "outside the classes", or the suffix of a file.
+    """
+
+    images: dict[str, list[str]]
+    left_out: dict[str, int]
+
+
+def read_index(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | None) -> Index:
+    """The images in a folder, from the list of an earlier time where no folder in it has changed.
+
+    At a URL, where folders carry no times, they are listed anew every time.
+
+    Args:
+      folder: local, or a URL.
+      by_class: whether the images are those in its class folders, each of which must have one.
+      cache_dir: for the list; None: flora_jax/index in $XDG_CACHE_HOME or ~/.cache. One that
+        cannot be written is no error.
+
+    Raises:
+      InputError: there is no class folder, a folder has no image or cannot be read, or two class
+        folders are one; names it.
+    """
+    cache_dir = None if is_url(folder) else cache_dir or user_cache_dir("index")
+    if cache_dir is None:
+        return _scan(folder, by_class)[0]
+    name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
+    file = epath.Path(cache_dir) / f"{name}{'' if by_class else '-unlabelled'}.json"
+    if kept := _read(file, folder):
+        return kept
+    index, stamps = _scan(folder, by_class)
+    folders = {inside: [stamp, index.images.get(inside, [])] for inside, stamp in stamps.items()}
+    try:
+        write_json(file, {"format": _FORMAT, "left_out": index.left_out, "folders": folders})
+    except OSError as error:
+        log.info("the index of %s is not kept: %s", folder, error)
+    return index
+
+
+def _read(file: epath.Path, folder: epath.Path) -> Index | None:
+    try:
+        content = read_json(file)
+        folders = content["folders"].items()
+        if content["format"] == _FORMAT and all(
+            stamp_of(folder / inside) == stamp for inside, (stamp, _) in folders
+        ):
+            images = {inside: names for inside, (_, names) in folders if names}
+            return Index(images, dict(content["left_out"]))
+    except FileNotFoundError:  # the first time
+        pass
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        log.warning("the index %s cannot be used and is made again: %s", file, error)
+    return None
+
 
 @dataclasses.dataclass
-class Listing:
-    """What one folder holds, each kind sorted by name.
+class _Folder:
+    """Content of one folder, each kind sorted by name.
 
     Attributes:
       images: names of what is named like an image and is a file, or a link to one or to nothing.
-      left_out: how many other things there are, by kind: "hidden", "no file", or the suffix of a
-        file.
-      linked_images: those of the images that are links, with what they lead to.
-      inodes: of the other images.
+      inodes: of those that are no links.
+      linked_images: what the others lead to.
       dangling: links that lead to nothing.
     """
 
     stamp: Stamp = None
     identity: Identity | None = None
     images: list[str] = dataclasses.field(default_factory=list)
-    folders: list[str] = dataclasses.field(default_factory=list)
-    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    linked_images: dict[str, Identity] = dataclasses.field(default_factory=dict)
-    linked_folders: list[str] = dataclasses.field(default_factory=list)
     inodes: array.array = dataclasses.field(default_factory=lambda: array.array("Q"))
+    linked_images: dict[str, Identity] = dataclasses.field(default_factory=dict)
+    folders: list[str] = dataclasses.field(default_factory=list)
+    linked_folders: list[str] = dataclasses.field(default_factory=list)
     dangling: list[str] = dataclasses.field(default_factory=list)
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, entry: os.DirEntry[str]) -> None:
+        status = None
+        if is_link := entry.is_symlink():
+            try:
+                status = entry.stat()
+            except OSError:
+                self.dangling.append(entry.name)
+        exists = status is not None or not is_link
+        if exists and entry.is_dir():
+            (self.linked_folders if is_link else self.folders).append(entry.name)
+        elif not entry.name.lower().endswith(SUFFIXES):
+            self.left_out[_suffix(entry.name)] += 1
+        elif exists and not entry.is_file():  # a pipe would be read for ever
+            self.left_out["no file"] += 1
+        else:
+            self.images.append(entry.name)  # where it leads to nothing, reading it says so
+            if status:
+                self.linked_images[entry.name] = _identity(status)
+            elif not is_link:
+                self.inodes.append(entry.inode())
 
 
-class Tree:
-    """The folders inside `root`, a local folder or a URL.
+def _scan(root: epath.Path, by_class: bool) -> tuple[Index, dict[str, Stamp]]:
+    """Lists a folder, with the stamps of whatever makes the list stale when it changes."""
+    log.info("listing the images in %s", root)
+    found, left_out, repeated = _walk(root)
+    _drop_linked_twice(list(found.values()), left_out)
+    top = found["."]
+    starts = ["."]
+    if by_class:
+        left_out["outside the classes"] += len(top.images)
+        top.images = []
+        links = [link for link in top.linked_folders if link in found or link in repeated]
+        starts = top.folders + links
+        if not starts:
+            raise InputError(
+                f"no class folder in {root}: expected {root}/CLASS/*.jpeg; {contents(root)}; "
+                f"images:{root} takes pictures without classes"
+            )
+    filled = {class_of(inside) if by_class else "." for inside in found if found[inside].images}
+    for start in starts:
+        if start not in filled:
+            reason = f"expected files *{', *'.join(SUFFIXES)}"
+            if start in repeated:
+                reason = "it is a link to a folder that is listed elsewhere"
+            raise InputError(
+                f"no image in the {'class ' * by_class}folder {root / start}: {reason}"
+            )
+    stamps = {inside: folder.stamp for inside, folder in found.items()}
+    for inside, folder in found.items():
+        stamps |= {f"{inside}/{link}": None for link in folder.dangling}
+    images = {inside: folder.images for inside, folder in found.items() if folder.images}
+    return Index(images, _by_kind(left_out)), stamps
 
-    Attributes:
-      found: what each of them holds, by its path inside root, which is "." for root itself.
-      left_out: how many things in them are no image, by kind, as in a `Listing`; "listed before"
-        are folders and images to which another way leads.
+
+def _walk(root: epath.Path) -> tuple[dict[str, _Folder], collections.Counter[str], set[str]]:
+    """Lists root and the folders in it; links wait until all others are listed.
+
+    Returns:
+      The folders by their paths inside root, "." for root itself; how many things in them are no
+      image; and the links that lead to a folder of another path.
     """
-
-    def __init__(self, root: epath.Path):
-        self.found: dict[str, Listing] = {}
-        self.left_out: collections.Counter[str] = collections.Counter()
-        self._root = root
-        self._entered: set[Identity | None] = set()
-        if not is_url(root):  # a link upwards comes down again on other ways, into other splits
-            real = epath.Path(os.path.realpath(root))
-            self._entered = {_identity(os.stat(path)) for path in real.parents}
-
-    def enter_top(self) -> list[str]:
-        """Lists root alone; returns the folders in it, those that links lead to behind the rest."""
-        top = self._list(".")
-        self._take({".": top})
-        return top.folders + [link for link in top.linked_folders if self._is_new(link)]
-
-    def enter(self, starts: Sequence[str]) -> None:
-        """Lists these folders and those inside; one in several of them belongs to the first."""
-        with ThreadPoolExecutor(16) as pool:  # a listing waits for the disk or the network
-            for folders in pool.map(self._walk, starts):
-                self._take(folders)
-
-    def follow_links(self, inside: Sequence[str]) -> None:
-        """Lists the folders that links in these folders lead to, and those in them in turn."""
-        waiting = collections.deque(self._links(inside))
-        while waiting:
-            if self._is_new(link := waiting.popleft()):
-                waiting += self._links(self._take(self._walk(link)))
-
-    def drop_linked_twice(self) -> None:
-        """Takes out the images that are links to one that is listed elsewhere."""
-        links = [listing for listing in self.found.values() if listing.linked_images]
-        if not links:
-            return
-        listed = {
-            (listing.identity[0], inode)
-            for listing in self.found.values()
-            if listing.identity
-            for inode in listing.inodes
-        }
-        for listing in links:
-            twice = set()
-            for name, identity in listing.linked_images.items():
-                if identity in listed:
-                    twice.add(name)
-                listed.add(identity)
-            listing.images = [name for name in listing.images if name not in twice]
-            self.left_out[LISTED_BEFORE] += len(twice)
-
-    def _walk(self, start: str) -> dict[str, Listing]:
-        folders, waiting = {}, [start]
-        while waiting:
-            inside = waiting.pop()
-            folders[inside] = listing = self._list(inside)
-            waiting += [_join(inside, name) for name in listing.folders]
-        return folders
-
-    def _list(self, inside: str) -> Listing:
-        folder = self._root / inside
-        return _list_url(folder) if is_url(folder) else _list(folder)
-
-    def _links(self, inside: Sequence[str]) -> list[str]:
-        return [
-            _join(folder, link) for folder in inside for link in self.found[folder].linked_folders
-        ]
-
-    def _is_new(self, link: str) -> bool:
-        is_new = _identity(os.stat(self._root / link)) not in self._entered
-        self.left_out[LISTED_BEFORE] += not is_new
-        return is_new
-
-    def _take(self, folders: dict[str, Listing]) -> list[str]:
-        """Keeps those that were not entered before, and returns them."""
-        new = []
-        for folder, listing in folders.items():
-            if listing.identity and listing.identity in self._entered:
-                self.left_out[LISTED_BEFORE] += 1
-                continue
-            new.append(folder)
-            self._entered.add(listing.identity)
-            self.found[folder] = listing
-            self.left_out += listing.left_out
-        return new
+    top = _list(root, set())
+    found, left_out, repeated = {".": top}, collections.Counter(top.left_out), set()
+    above = {top.identity}  # a link upwards comes down again on other ways, into other splits
+    if not is_url(root):
+        above |= {_identity(os.stat(path)) for path in epath.Path(os.path.realpath(root)).parents}
+    entered = set(above)
+    waiting, links = top.folders, collections.deque(top.linked_folders)
+    with ThreadPoolExecutor(16) as pool:  # a listing waits for the disk or the network
+        while waiting or links:
+            places = waiting or [links.popleft()]
+            waiting = []
+            folders = pool.map(lambda inside: _list(root / inside, entered), places)
+            for inside, folder in zip(places, folders, strict=True):
+                if folder.identity and folder.identity in entered:
+                    left_out["listed before"] += 1
+                    if folder.identity not in above:
+                        repeated.add(inside)
+                    continue
+                entered.add(folder.identity)
+                found[inside] = folder
+                left_out += folder.left_out
+                waiting += [f"{inside}/{name}" for name in folder.folders]
+                links += [f"{inside}/{name}" for name in folder.linked_folders]
+    return found, left_out, repeated
 
 
-def stamp_of(folder: epath.PathLike) -> Stamp:
-    """What changes when a local folder does, or is replaced by one that is as old; None: gone."""
+def _list(folder: epath.Path, entered: set[Identity | None]) -> _Folder:
+    """Lists a folder, unless it was entered before."""
+    listed = _Folder()
+    if is_url(folder):
+        for name in names_in(folder):
+            if is_hidden(name):
+                listed.left_out["hidden"] += 1
+            elif name.lower().endswith(SUFFIXES):  # to look at it would be a request for each
+                listed.images.append(name)
+            elif (folder / name).is_dir():
+                listed.folders.append(name)
+            else:
+                listed.left_out[_suffix(name)] += 1
+        return listed
     try:
-        return _stamp(os.stat(folder))
-    except FileNotFoundError:
-        return None
+        # Where this fails, nothing inside can be looked at. The time comes before what it stands
+        # for: a change during the listing makes the index stale.
+        status = os.stat(os.path.join(folder, "."))
+        listed.stamp, listed.identity = _stamp(status), _identity(status)
+        if listed.identity in entered:
+            return listed
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error}") from error
+    for entry in found:
+        if is_hidden(entry.name):
+            listed.left_out["hidden"] += 1
+        else:
+            listed.add(entry)
+    return listed
+
+
+def _drop_linked_twice(folders: list[_Folder], left_out: collections.Counter[str]) -> None:
+    """Takes out the images that are links to one that is listed elsewhere."""
+    if not any(folder.linked_images for folder in folders):
+        return
+    listed = {(f.identity[0], inode) for f in folders if f.identity for inode in f.inodes}
+    for folder in folders:
+        for name, identity in folder.linked_images.items():
+            if identity in listed:
+                folder.images.remove(name)
+                left_out["listed before"] += 1
+            listed.add(identity)
+
+
+def _by_kind(left_out: collections.Counter[str]) -> dict[str, int]:
+    """The commonest kinds first; "other" stands for those that are rare."""
+    kinds = sorted(kind for kind, count in left_out.items() if count)
+    common = sorted(kinds, key=lambda kind: -left_out[kind])[:_MOST_KINDS]
+    other = left_out.total() - sum(left_out[kind] for kind in common)
+    return {kind: left_out[kind] for kind in common} | ({"other": other} if other else {})
+
+
+def class_of(inside: str) -> str:
+    """The class folder that a path inside a split begins with."""
+    return inside.split("/", 1)[0]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system hides such a file or folder, or put it there for itself."""
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def names_in(folder: epath.Path) -> list[str]:
@@ -163,77 +276,30 @@ def names_in(folder: epath.Path) -> list[str]:
         raise InputError(f"cannot read the folder {folder}: {error}") from error
 
 
-def _list(folder: epath.Path) -> Listing:
-    try:
-        # Where this fails, nothing inside can be looked at. The time comes before what it stands
-        # for: a change during the listing makes the index stale.
-        status = os.stat(os.path.join(folder, "."))
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot read the folder {folder}: {error}") from error
-    listing = Listing(_stamp(status), _identity(status))
-    for entry in found:
-        if is_hidden(entry.name):
-            listing.left_out["hidden"] += 1
-        elif entry.is_symlink():
-            _add_link(listing, entry)
-        elif entry.is_dir():
-            listing.folders.append(entry.name)
-        elif not entry.name.lower().endswith(SUFFIXES):
-            listing.left_out[_suffix(entry.name)] += 1
-        elif entry.is_file():
-            listing.images.append(entry.name)
-            listing.inodes.append(entry.inode())
-        else:  # a pipe would be read for ever
-            listing.left_out["no file"] += 1
-    return listing
+def contents(folder: epath.Path) -> str:
+    """Names of what is in a folder, for an error message."""
+    if not folder.is_dir():
+        return f"nor is there {folder}"
+    return f"{folder} holds: {few(names_in(folder), 10)}"
 
 
-def _add_link(listing: Listing, link: os.DirEntry[str]) -> None:
+def check_folder(path: epath.Path) -> None:
+    """Raises InputError unless this is a folder; says what lies beside it."""
+    if not path.exists():
+        raise InputError(f"no folder {path}; {contents(path.parent)}")
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is a file: expected a folder of pictures, PATH/{{train,val}}/CLASS/*.jpeg or "
+            f"PATH/CLASS/*.jpeg, or images:PATH without classes"
+        )
+
+
+def stamp_of(path: epath.PathLike) -> Stamp:
+    """Changes with a local file or folder, or where another as old takes its place; None: gone."""
     try:
-        status = link.stat()
+        return _stamp(os.stat(path))
     except OSError:
-        status = None
-        listing.dangling.append(link.name)
-    if status and stat.S_ISDIR(status.st_mode):
-        listing.linked_folders.append(link.name)
-    elif not link.name.lower().endswith(SUFFIXES):
-        listing.left_out[_suffix(link.name)] += 1
-    elif status and not stat.S_ISREG(status.st_mode):
-        listing.left_out["no file"] += 1
-    else:
-        listing.images.append(link.name)  # where it leads to nothing, reading it says so
-        if status:
-            listing.linked_images[link.name] = _identity(status)
-
-
-def _list_url(folder: epath.Path) -> Listing:
-    """What is named like an image is not looked at, which would be a request for each."""
-    listing = Listing()
-    for name in names_in(folder):
-        if is_hidden(name):
-            listing.left_out["hidden"] += 1
-        elif name.lower().endswith(SUFFIXES):
-            listing.images.append(name)
-        elif (folder / name).is_dir():
-            listing.folders.append(name)
-        else:
-            listing.left_out[_suffix(name)] += 1
-    return listing
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a system hides such a file or folder, or put it there for itself."""
-    return name.startswith(".") or name.lower() in _OF_SYSTEMS
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no suffix"
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino
+        return None
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -241,5 +307,9 @@ def _stamp(status: os.stat_result) -> Stamp:
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size]
 
 
-def _join(folder: str, name: str) -> str:
-    return name if folder == "." else f"{folder}/{name}"
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no suffix"

@@ -1,14 +1,147 @@
-"""Random changes of pixel values of uint8 [H, W, 3] images: colour jitter and random erasing."""
+"""Random changes of pixel values of uint8 [H, W, 3]: RandAugment, colour jitter, random erasing.
 
+RandAugment (arXiv 1909.13719) is timm's `rand-m9-mstd0.5-inc1`, with which DeiT is trained: "inc1"
+is the set of 15 operations below, each of which changes an image more the larger the magnitude is.
+They agree with timm's pixel for pixel.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
+
+from flora_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+BICUBIC = Image.Resampling.BICUBIC
+AFFINE = Image.Transform.AFFINE
+
+FILL = (124, 116, 104)  # ImageNet's mean colour, where an operation has no pixel to take
+MAX_MAGNITUDE = 10
+PROBABILITY = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation on an RGB picture.
+
+    Attributes:
+      apply: (picture) or (picture, argument) -> picture.
+      argument: magnitude -> what `apply` takes, in its own units (degrees, bits, ...). None: it
+        takes nothing.
+      signed: magnitudes lie in -10..10, the negative ones going the other way; otherwise 0..10.
+    """
+
+    apply: Callable[..., Image.Image]
+    argument: Callable[[float], float] | None = None
+    signed: bool = False
+
+    def __call__(self, picture: Image.Image, magnitude: float) -> Image.Image:
+        if self.argument is None:
+            return self.apply(picture)
+        return self.apply(picture, self.argument(magnitude))
+
+
+def _up_to(limit: float) -> Callable[[float], float]:
+    return lambda magnitude: magnitude / MAX_MAGNITUDE * limit
+
+
+def _enhance(enhancer) -> Operation:
+    return Operation(
+        lambda picture, factor: enhancer(picture).enhance(factor),
+        lambda magnitude: max(0.1, 1 + magnitude / MAX_MAGNITUDE * 0.9),
+        signed=True,
+    )
+
+
+def _solarize_add(picture: Image.Image, addend: int) -> Image.Image:
+    table = [min(255, value + addend) if value < 128 else value for value in range(256)]
+    return picture.point(table * 3)
+
+
+def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
+    return picture.rotate(degrees, BICUBIC, fillcolor=FILL)
+
+
+def _affine(inverse: Callable[..., tuple[float, ...]], limit: float) -> Operation:
+    """A motion by the inverse (picture, argument) -> the six numbers that Pillow takes."""
+
+    def move(picture: Image.Image, argument: float) -> Image.Image:
+        numbers = inverse(picture, argument)
+        return picture.transform(picture.size, AFFINE, numbers, BICUBIC, fillcolor=FILL)
+
+    return Operation(move, _up_to(limit), signed=True)
+
+
+# By timm's names. timm posterizes to 0 bits at magnitude 10, which Pillow refuses.
+OPERATIONS = {
+    "AutoContrast": Operation(ImageOps.autocontrast),
+    "Equalize": Operation(ImageOps.equalize),
+    "Invert": Operation(ImageOps.invert),
+    "Rotate": Operation(_rotate, _up_to(30), signed=True),
+    "PosterizeIncreasing": Operation(ImageOps.posterize, lambda m: max(1, 4 - int(m / 10 * 4))),
+    "SolarizeIncreasing": Operation(ImageOps.solarize, lambda m: 256 - int(m / 10 * 256)),
+    "SolarizeAdd": Operation(_solarize_add, lambda m: int(m / 10 * 110)),
+    "ColorIncreasing": _enhance(ImageEnhance.Color),
+    "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _enhance(ImageEnhance.Sharpness),
+    "ShearX": _affine(lambda picture, slope: (1, slope, 0, 0, 1, 0), 0.3),
+    "ShearY": _affine(lambda picture, slope: (1, 0, 0, slope, 1, 0), 0.3),
+    "TranslateXRel": _affine(lambda picture, share: (1, 0, share * picture.width, 0, 1, 0), 0.45),
+    "TranslateYRel": _affine(lambda picture, share: (1, 0, 0, 0, 1, share * picture.height), 0.45),
+}
+
+
+def draw_operations(
+    rng: np.random.Generator,
+    magnitude: float = 9.0,
+    magnitude_std: float = 0.5,
+    num_operations: int = 2,
+) -> list[tuple[str, float]]:
+    """What to do to one image: (name, magnitude, negative for the other way) in order.
+
+    `num_operations` are drawn, the same one perhaps again, and each is kept with probability 0.5.
+    Their magnitudes are normal(magnitude, magnitude_std) clipped to 0..10.
+    """
+    names = list(OPERATIONS)
+    drawn = []
+    for index in rng.integers(len(names), size=num_operations):
+        if rng.random() < PROBABILITY:
+            strength = min(max(rng.normal(magnitude, magnitude_std), 0.0), MAX_MAGNITUDE)
+            negated = OPERATIONS[names[index]].signed and rng.random() < 0.5
+            drawn.append((names[index], -strength if negated else strength))
+    return drawn
+
+
+def rand_augment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    magnitude: float = 9.0,
+    magnitude_std: float = 0.5,
+    num_operations: int = 2,
+) -> np.ndarray:
+    """Does randomly drawn operations to the image, uint8 [H, W, 3]; see `draw_operations`.
+
+    Resampling is bicubic, as DeiT's recipe asks of timm.
+
+    Raises:
+      InputError: the image is not uint8 of 3 channels.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InputError(
+            f"RandAugment takes colour images, uint8 [H, W, 3], got {image.dtype} "
+            f"{list(image.shape)}; repeat the channel of a grey image three times"
+        )
+    picture = Image.fromarray(image)
+    for name, strength in draw_operations(rng, magnitude, magnitude_std, num_operations):
+        picture = OPERATIONS[name](picture, strength)
+    return np.array(picture)
 
 
 def color_jitter(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-from etils import epath
 
-from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE, BadImageError, decode_rgb
+from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.labels import stored_labels
 from flora_jax.errors import InputError
 from flora_jax.io.paths import user_path
@@ -154,25 +154,11 @@ class SkippingSource(DerivedSource):
 class TfdsSource:
     """A split of a TFDS dataset on disk. Images are decoded one by one, as they are asked for."""
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        records: Any,
-        least_side: int | None,
-        max_megapixels: float = MAX_MEGAPIXELS,
-        background: tuple[int, ...] = WHITE,
-    ):
-        self.name = name
-        self.split = split
+    def __init__(self, name: str, split: str, records: Any, **decoding: Any):
+        self.name, self.split = name, split
         self.left_out: dict[str, int] = {}
         self._records = records
-        self._decode = functools.partial(
-            decode_rgb,
-            least_side=least_side,
-            max_megapixels=max_megapixels,
-            background=background,
-        )
+        self._decode: Callable[..., np.ndarray] = functools.partial(decode_rgb, **decoding)
 
     @property
     def num_classes(self) -> int:
@@ -199,21 +185,14 @@ class TfdsSource:
         return {"image": image, "label": int(record["label"]), "key": self.key(index)}
 
 
-def tfds(
-    name: str,
-    split: str,
-    data_dir: str | None = None,
-    least_side: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    background: tuple[int, ...] = WHITE,
-) -> TfdsSource:
+def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) -> TfdsSource:
     """A split of a TFDS image classification dataset that was built in ArrayRecord format.
 
     Args:
       name: TFDS name, e.g. "imagenet2012" or "imagenet2012:5.1.0".
       split: TFDS split, e.g. "train" or "train[:10%]".
       data_dir: folder that holds the datasets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-      least_side, max_megapixels, background: as in `decode_rgb`.
+      **decoding: least_side, max_megapixels and background, as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.
@@ -235,20 +214,17 @@ def tfds(
         )
     # TFDS raises NotImplementedError for files in another format, KeyError for an unknown split.
     except (tensorflow_datasets.core.DatasetNotFoundError, NotImplementedError, KeyError) as error:
-        folder = epath.Path(data_dir or tensorflow_datasets.core.constants.DATA_DIR)
+        folder = data_dir or tensorflow_datasets.core.constants.DATA_DIR
         raise InputError(
-            f"no ArrayRecord dataset {name!r} in {folder}: expected "
-            f"{folder / name.replace(':', '/')}/.../*.array_record-*; build it (needs "
-            f"the packages tensorflow and importlib_resources) with: "
+            f"no ArrayRecord dataset {name!r} with a split {split!r} in {folder} ({error}); build "
+            f"it (needs the packages tensorflow and importlib_resources) with: "
             f"tfds build {name} --file_format=array_record --data_dir={folder}"
         ) from error
-    missing = {"image", "label"} - set(records.dataset_info.features)
-    if missing:
+    features = dict(records.dataset_info.features.items())
+    kind = tensorflow_datasets.features.ClassLabel
+    if "image" not in features or not isinstance(features.get("label"), kind):
         raise InputError(
-            f"{name!r} is not an image classification dataset: it has the features "
-            f"{sorted(records.dataset_info.features)}, without {sorted(missing)}"
+            f"{name!r} is no image classification dataset: it needs the features image and label, "
+            f"a ClassLabel; got {features}"
         )
-    label = records.dataset_info.features["label"]
-    if not isinstance(label, tensorflow_datasets.features.ClassLabel):
-        raise InputError(f"{name!r} has no classes: its label is no ClassLabel, but {label}")
-    return TfdsSource(name, split, records, least_side, max_megapixels, background)
+    return TfdsSource(name, split, records, **decoding)

@@ -1,29 +1,48 @@
-"""Which images are trained on, searched with and reported on.
+"""Splits of a dataset: to train on, to search with and to report on.
 
-An image belongs to a split by the hash of its key (`subsets`). A folder without a split to report
-on is split by the contents of the images (`content_split`), so that copies stay together. The
-architecture search scores on `heldout`, which is taken out of the training images; `test` is
-reported once.
+An image belongs to a split by the hash of its key. A folder without a split to report on is split
+by what the images hold, so that copies stay together (`copies`). The architecture search scores on
+`heldout`, which is taken out of the training images; `test` is reported once.
 """
 
 import dataclasses
+import functools
+import logging
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
 
 from flora_jax.data import sources
-from flora_jax.data.content_split import check_enough, say_split, split_by_content
 from flora_jax.data.copies import copies_in
-from flora_jax.data.decoding import WHITE
-from flora_jax.data.folder_layout import check_several_classes, find_layout, open_folder
-from flora_jax.data.image_folder import ImageFolderSource, unlabelled_folder
+from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE
+from flora_jax.data.image_folder import (
+    ImageFolderSource,
+    find_splits,
+    image_folder,
+    with_same_classes,
+)
 from flora_jax.data.labels import check_labels
 from flora_jax.data.preprocessing import check_background
-from flora_jax.data.subsets import Subset, check_fraction, hold_out, of_classes, subset
-from flora_jax.errors import InputError, unknown
+from flora_jax.data.subsets import (
+    Subset,
+    check_fraction,
+    hold_out,
+    of_classes,
+    split_by_content,
+    subset,
+)
+from flora_jax.errors import InputError, few, unknown
+
+S = TypeVar("S", bound=sources.Source)
+
+log = logging.getLogger(__name__)
 
 TEST_FRACTION = 0.25  # of a dataset that has no test split of its own
 TEST_SEED = 0  # not the user's seed: the reported images never change
 HELD_OUT_BY = ("name", "content")
+_PURPOSES = {"training": "to train on", "held-out": "to search with", "test": "to report on"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +73,7 @@ def load_splits(
     classes: tuple[int, ...] = (),
     on_bad_image: str = "raise",
     least_side: int | None = None,
-    max_megapixels: float = sources.MAX_MEGAPIXELS,
+    max_megapixels: float = MAX_MEGAPIXELS,
     heldout_split: str | None = None,
     background: tuple[int, ...] = WHITE,
     heldout_by: str = "name",
@@ -104,7 +123,11 @@ def load_splits(
     parts = {
         part: of_classes(source, classes) if classes else source for part, source in opened.items()
     }
-    check_several_classes(name, parts["training"])
+    if num_classes and len(names := parts["training"].class_names) < 2:
+        raise InputError(
+            f"{name} has a single class, {names[0]!r}, of which nothing can be learnt: at least 2 "
+            f"are needed, or images:PATH without any"
+        )
     if "test" not in parts or by_content:
         shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
         missing = {part: share for part, share in shares.items() if part not in parts}
@@ -125,39 +148,38 @@ def _open(
     heldout_split: str | None,
     least_side: int | None,
     decoding: dict[str, Any],
-) -> dict[str, sources.Source]:
+) -> Mapping[str, sources.Source]:
     """The "training", "test" and "held-out" images of a dataset, where they are apart already."""
     kind, _, place = name.partition(":")
     if heldout_split and not (place and kind in ("folder", "tfds")):
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
-    if kind == "folder" and place:
-        layout = find_layout(place, test_split)
-        wanted = {"training": layout.train, "test": layout.test, "held-out": heldout_split}
-        return open_folder(layout.root, wanted, least_side, decoding)
-    if kind == "tfds" and place:
-        wanted = {
-            "training": "train",
-            "test": test_split or "validation",
-            "held-out": heldout_split,
-        }
+
+    def read(source: Callable[..., S], train: str, test: str | None) -> dict[str, S]:
+        wanted = {"training": train, "test": test, "held-out": heldout_split}
+        sides = {"training": least_side, "test": None, "held-out": least_side}
         return {
-            part: sources.tfds(
-                place, split, data_dir, None if part == "test" else least_side, **decoding
-            )
+            part: source(split=split, least_side=sides[part], **decoding)
             for part, split in wanted.items()
             if split
         }
+
+    if kind == "folder" and place:
+        root, train, test = find_splits(place, test_split)
+        return with_same_classes(read(functools.partial(image_folder, root), train, test))
+    if kind == "tfds" and place:
+        tfds = functools.partial(sources.tfds, place, data_dir=data_dir)
+        return read(tfds, "train", test_split or "validation")
     if name == "digits":
         whole: sources.Source = sources.digits()
     elif kind == "images" and place:
-        whole = unlabelled_folder(place, least_side, **decoding)
+        whole = image_folder(place, by_class=False, least_side=least_side, **decoding)
     else:
+        hint = f" (did you mean 'folder:{name}'?)" if os.path.isdir(name) else ""
         raise InputError(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
-            f"classes, 'images:PATH'{_likely(name)}"
+            f"classes, 'images:PATH'{hint}"
         )
-    training, test = hold_out(whole, TEST_FRACTION, TEST_SEED)
-    return {"training": training, "test": test}
+    return dict(zip(("training", "test"), hold_out(whole, TEST_FRACTION, TEST_SEED), strict=True))
 
 
 def _split_by_content(
@@ -168,23 +190,34 @@ def _split_by_content(
     Images of "test" are decoded at full size.
     """
     assert isinstance(folder, ImageFolderSource)  # only a folder may lack a split
-    place = os.fspath(folder.folder)
     whole = chosen if isinstance(chosen, Subset) else subset(folder, range(len(folder)))
-    check_enough(whole.labels, whole.class_names, place, len(shares) + 1)
-    copies = copies_in(folder).at(whole.indices)
-    found = split_by_content(whole.labels, copies, list(shares.values()))
+    labels, names, least = whole.labels, whole.class_names, len(shares) + 1
+    counts = np.bincount(labels, minlength=len(names))
+    if (counts < least).any():
+        too_few = [f"{names[i]} has {counts[i]}" for i in np.flatnonzero(counts < least)]
+        raise InputError(
+            f"{folder.folder} is split into {least} parts, and each class needs at least {least} "
+            f"images, one for each: {few(too_few)}"
+        )
+    copies = copies_in(folder)[:, whole.indices]
+    found = split_by_content(labels, copies, list(shares.values()))
     parts = dict(zip(("training", *shares), found, strict=True))
-    say_split(place, whole.labels, whole.class_names, copies, parts)
-    subsets = {
-        part: dataclasses.replace(whole, indices=whole.indices[indices])
-        for part, indices in parts.items()
-    }
-    if "test" in subsets:
-        subsets["test"] = dataclasses.replace(subsets["test"], source=folder.with_least_side(None))
+    _, sizes = np.unique(copies[1], return_counts=True)
+    log.info(
+        "%s is split here: %s; %d groups of near-duplicates, %d images, are kept together",
+        folder.folder,
+        ", ".join(f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items()),
+        (sizes > 1).sum(),
+        sizes[sizes > 1].sum(),
+    )
+    subsets = {}
+    for part, indices in parts.items():
+        if lacking := set(range(len(names))) - set(labels[indices].tolist()):
+            log.warning(
+                "no image %s of %s: their images are copies of too few pictures",
+                _PURPOSES[part],
+                few([names[label] for label in lacking]),
+            )
+        source = folder.with_least_side(None) if part == "test" else folder
+        subsets[part] = dataclasses.replace(whole, source=source, indices=whole.indices[indices])
     return subsets
-
-
-def _likely(name: str) -> str:
-    """A hint for a name without its kind."""
-    kind = "folder" if "/" in name or os.path.exists(name) else "tfds"
-    return f" (did you mean '{kind}:{name}'?)" if name.rpartition(":")[2] else ""

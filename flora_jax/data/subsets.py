@@ -1,11 +1,12 @@
-"""Some of a source's examples: by index, by class, or held out by the hash of their keys.
+"""Some of a source's examples: by index, by class, or held out by the hash of their keys or files.
 
-An image is held out by the hash of its key, so it is for ever, on every machine and whatever the
-order of the images.
+So an image is held out for ever, on every machine and whatever the order of the images.
 """
 
+import collections
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,10 +82,14 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
         have the same key; names the key.
     """
     check_fraction(fraction)
-    hashes = _hashes(source, seed)
-    _check_unique(source, hashes)
+    keys = [source.key(i) for i in range(len(source))]
+    if len(set(keys)) < len(keys):
+        repeated, count = collections.Counter(keys).most_common(1)[0]
+        raise InputError(
+            f"{count} examples have the key {repeated!r}; every key must name one example"
+        )
     labels, is_held_out = source.labels, np.zeros(len(source), bool)
-    by_class_and_hash = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
+    by_class_and_hash = np.lexsort((np.array([_hash(seed, key) for key in keys]), labels))
     for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
         is_held_out[members[: round(fraction * len(members))]] = True
     if not 0 < is_held_out.sum() < len(source):
@@ -95,16 +100,11 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
     return subset(source, np.flatnonzero(~is_held_out)), subset(source, np.flatnonzero(is_held_out))
 
 
-def _hashes(source: sources.Source, seed: int) -> np.ndarray:
-    """Of the keys, uint64 [n, 2], which sort as the bytes of the hashes do."""
-    hashes = [
-        # A file name need not be valid UTF-8: its bytes are hashed as they are.
-        hashlib.blake2b(
-            f"{seed}/{source.key(i)}".encode(errors="surrogateescape"), digest_size=16
-        ).digest()
-        for i in range(len(source))
-    ]
-    return np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).astype(np.uint64)
+def _hash(seed: int, key: object) -> bytes:
+    # A file name need not be valid UTF-8: its bytes are hashed as they are.
+    return hashlib.blake2b(
+        f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=16
+    ).digest()
 
 
 def of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
@@ -116,17 +116,51 @@ def of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
     return Subset(source, np.flatnonzero(np.isin(source.labels, classes)), tuple(classes))
 
 
-def _check_unique(source: sources.Source, hashes: np.ndarray) -> None:
-    if len(np.unique(hashes[:, 0])) == len(hashes):  # the quick half of the answer
-        return
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-    is_repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-    if is_repeated.any():
-        repeated = source.key(int(order[1:][is_repeated][0]))
-        count = sum(source.key(i) == repeated for i in range(len(source)))
-        raise InputError(
-            f"{count} examples have the key {repeated!r}; every key must name one example"
-        )
+def split_by_content(
+    labels: np.ndarray, copies: np.ndarray, parts: Sequence[tuple[float, int]]
+) -> list[np.ndarray]:
+    """Takes one part after another out of all images, in whole groups of copies.
+
+    A group belongs to the class of most of its images. Each part takes groups of a class in the
+    order of a hash of what they hold, whatever the files are named, up to its share of the images;
+    where none fits, the smallest one, if that is at most a third of the class. A group is kept for
+    each of the later parts and for what is left.
+
+    Args:
+      labels: int [n].
+      copies: of the same images, uint64 [2, n] as `copies_in` finds them.
+      parts: share of each class that a part takes of what is left, rounded but at least one
+        image, and a seed that picks other ones.
+
+    Returns:
+      The indices of what is left, then those of each part, all in ascending order.
+    """
+    contents, groups = copies
+    members: dict[int, list[int]] = collections.defaultdict(list)
+    for index in np.lexsort((contents, groups)).tolist():
+        members[groups[index]].append(index)
+    of_class: dict[int, list[list[int]]] = collections.defaultdict(list)
+    for group in members.values():
+        of_class[int(np.bincount(labels[group]).argmax())].append(group)
+    taken = np.zeros(len(labels), int)
+    for left in of_class.values():
+        whole = sum(map(len, left))
+        for number, (fraction, seed) in enumerate(parts, 1):
+            wanted = max(1, round(fraction * sum(map(len, left))))
+            spare = len(left) - (len(parts) - number + 1)
+            ranked = sorted(
+                (len(group) if len(group) > wanted else 0, _hash(seed, contents[group[0]]), group)
+                for group in left
+            )
+            chosen: list[int] = []
+            for _, _, group in ranked:
+                fits = len(chosen) + len(group) <= wanted
+                if spare > 0 and (fits or (not chosen and 3 * len(group) <= whole)):
+                    chosen += group
+                    spare -= 1
+            taken[chosen] = number
+            left = [group for group in left if not taken[group[0]]]
+    return [np.flatnonzero(taken == number) for number in range(len(parts) + 1)]
 
 
 def check_fraction(fraction: float) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.closed_form.allocate import multiplier_path
-from flora_jax.flora.evolution import image_scores, search
+from flora_jax.flora.evolution import EvolutionSettings, image_scores, search
 from flora_jax.flora.extras.halving import ImageScores
 from flora_jax.flora.extras.latency import LatencyTable, check_prediction
 from flora_jax.flora.extras.sampling import nested, sandwich
@@ -43,7 +43,6 @@ from flora_jax.runs.budgets import (
 from flora_jax.runs.settings import (
     AllocationSettings,
     FilterSettings,
-    SearchSettings,
     SpaceSettings,
     Spending,
 )
@@ -83,8 +82,8 @@ def flora(run: Run) -> None:
     winners = run.step(
         "search",
         search_subnets,
-        *(supernet, dense, run.spec, spending, latency, allocated, settings.search),
-        settings.metric,
+        *(supernet, dense, run.spec, spending, latency, allocated),
+        *(settings.search.evolution, settings.search.halving, settings.metric),
         saved=SavedJson(WINNERS_FILE),
         otherwise=allocated,
     )
@@ -170,7 +169,8 @@ def search_subnets(
     spending: Spending,
     latency: LatencyTable | None,
     allocated: list | None,
-    settings: SearchSettings,
+    settings: EvolutionSettings,
+    halving: bool,
     metric: str,
 ) -> list | dict:
     """FLORA: evolves the best subnet for each budget
@@ -180,9 +180,9 @@ def search_subnets(
     space, images = supernet.space, step.images
     cost = space.macs_cost if latency is None else latency.cost
     budgets = budgets_of(spending, dense_spec, latency)
-    parts = images.heldout_parts if settings.halving else images.heldout_set
+    parts = images.heldout_parts if halving else images.heldout_set
     heldout = images.measured(parts, dense)
-    scores = image_scores(supernet, heldout, metric, halving=settings.halving)
+    scores = image_scores(supernet, heldout, metric, halving=halving)
     shown = heldout.quality.shown.name
     genes = [np.array(each.genes, np.int32) for each in read_found(allocated or [])]
     first = None
@@ -194,7 +194,7 @@ def search_subnets(
         scores,
         cost,
         [budget.window for budget in budgets],
-        settings.evolution,
+        settings,
         step.seed_of("search"),
         step.directory / "history.jsonl",
         first=first,

@@ -22,6 +22,12 @@ def stages() -> dict[str, str]:
     return found
 
 
+def steps_of(method: str) -> list[str]:
+    """The names of a method's steps in its order."""
+    functions = _functions()
+    return list(dict.fromkeys(name for name, _ in _steps(functions[method], functions)))
+
+
 def _functions() -> dict[str, ast.FunctionDef]:
     """All functions of the scripts by their names."""
     trees = [ast.parse(file.read_text()) for file in sorted(_FOLDER.glob("*.py"))]

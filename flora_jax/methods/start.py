@@ -11,6 +11,7 @@ from flora_jax.io.paths import user_path
 from flora_jax.io.places import check_can_hold_a_run
 from flora_jax.methods.closed_form import closed_form
 from flora_jax.methods.flora import flora
+from flora_jax.methods.listing import steps_of
 from flora_jax.methods.slim import slim
 from flora_jax.methods.transfer import transfer
 from flora_jax.runs import checks
@@ -100,34 +101,30 @@ def script_of(settings: Settings) -> Script:
     return closed_form if "extract" in stages or "slim" not in stages else slim
 
 
+_NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract"}}
+
+
 def check_stages(this_run: Run, stage: str | None = None) -> None:
     """Raises InputError where the settings, or --stage, name a step that the method lacks."""
     settings, script = this_run.settings, script_of(this_run.settings)
-    names = [*all_steps(this_run), "export"]
+    names = steps_of(script.__name__)
     for name in settings.stages:
         if name not in names:
             raise InputError(f"{unknown('stage', name, names)} of {script.__name__}")
+    stages = set(settings.stages)
+    for name, needed in _NEEDED.items():
+        if name in stages and not needed & stages:
+            raise InputError(f"stage {name} needs {' or '.join(sorted(needed))} before it")
+    if not {"pretrain", "transfer"} & stages:
+        raise InputError(f"stages {settings.stages} must begin with pretrain, or be a transfer")
     if stage is None or stage in planned(this_run, script) or stage == "report":
         return
     if stage == "export":
         raise InputError("stage export needs to know as what: --config.export=onnx")
     if stage in names:
-        stages = ", ".join(settings.stages)
-        raise InputError(f"this run has no stage {stage}, only {stages}; --config.stages adds it")
+        there = ", ".join(settings.stages)
+        raise InputError(f"this run has no stage {stage}, only {there}; --config.stages adds it")
     raise InputError(unknown("stage", stage, settings.stages))
-
-
-def all_steps(this_run: Run) -> list[str]:
-    """The names of all steps of the run's script, also of those that it leaves out."""
-    found: list[str] = []
-
-    class Every(Run):
-        def step(self, name: str, *arguments, **options):
-            found.append(name)
-            return super().step(name, *arguments, **options | {"when": True})
-
-    script_of(this_run.settings)(Every(this_run.settings, this_run.folder, this_run.images))
-    return found
 
 
 def plan_of(this_run: Run) -> tuple[dict[str, Planned], list[str]]:

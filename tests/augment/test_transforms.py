@@ -1,7 +1,5 @@
 """One-image transforms and the recipes made of them."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -100,14 +98,6 @@ def test_shift_moves_whole_pixels_and_fills_with_zeros(pixels, seed):
     assert any(np.array_equal(shifted, window) for window in windows)
 
 
-def test_shift_reaches_every_offset():
-    image = np.zeros((5, 5, 1), np.uint8)
-    image[2, 2] = 1
-    rng = np.random.default_rng(0)
-    places = {tuple(np.argwhere(augment.shift(image, rng, 1))[0][:2]) for _ in range(200)}
-    assert places == set(itertools.product((1, 2, 3), repeat=2))
-
-
 class FixedRng:
     """Returns the given uniform numbers; 0.5 is the middle of every symmetric range."""
 
@@ -179,14 +169,6 @@ def test_random_resized_crop_of_a_very_long_image_falls_back_to_its_centre():
     assert crop[:, 1:3].min() > 100
 
 
-@pytest.mark.parametrize("ratio, shape", [((0.2, 0.4), (1, 400, 1)), ((3, 4), (400, 1, 1))])
-def test_random_resized_crop_of_one_line_is_not_empty(ratio, shape):
-    crop = augment.random_resized_crop(
-        np.full(shape, 7, np.uint8), np.random.default_rng(0), 4, scale=(1.0, 1.0), ratio=ratio
-    )
-    assert (crop == 7).all()
-
-
 def test_horizontal_flip_mirrors_half_of_the_images():
     image = np.arange(64, dtype=np.uint8).reshape(SHAPE)
     rng = np.random.default_rng(0)
@@ -208,14 +190,9 @@ def test_grey_digits_fit_a_model_of_three_channels(digits):
     "call, message",
     [
         (lambda: augment.train_transform("cutout", SHAPE), "'cutout'; choose one of digits, shift"),
-        (lambda: augment.eval_transform("cutout", SHAPE), "'cutout'; choose one of digits, shift"),
         (lambda: augment.train_transform("digits", SHAPE, degree=3), "did you mean 'degrees'"),
-        (lambda: augment.eval_transform("digits", SHAPE, crop_pct=1), "accepted: none"),
         (lambda: augment.train_transform("digits", SHAPE, degrees=-3), "degrees .* got -3"),
         (lambda: augment.train_transform("digits", SHAPE, scale=(1.2, 0.8)), "scale must be"),
-        (lambda: augment.train_transform("inception", SHAPE, scale=(0.1, 2)), "scale must be"),
-        (lambda: augment.train_transform("inception", SHAPE, ratio=(0, 1)), "ratio must be"),
-        (lambda: augment.eval_transform("inception", SHAPE, crop_pct=1.5), "crop_pct .* 1.5"),
         (lambda: augment.eval_transform("digits", (8, 9, 1)), "square"),
         (lambda: augment.shift(np.zeros(SHAPE, np.uint8), None, 8), r"0\.\.7 .* got 8"),
         (

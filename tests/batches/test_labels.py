@@ -1,6 +1,5 @@
 """Labels: those of TFDS, which are kept in a file, and those that are no class."""
 
-import logging
 import os
 import pathlib
 import shutil
@@ -10,6 +9,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.data import labels, sources, splits, subsets
+from flora_jax.data.kept import digest
 from tests.helpers.batches import encode, numbered_source, write_tfds
 
 PICTURE = encode(np.zeros((4, 6, 3), np.uint8), "PNG")
@@ -64,14 +64,14 @@ def test_labels_are_read_once_and_kept_beside_the_dataset(data_dir, tmp_path, mo
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "of another dataset"])
-def test_damaged_labels_are_read_again(damage, data_dir, caplog):
+def test_damaged_labels_are_read_again(damage, data_dir):
     expected = labels_of(data_dir)
     [file] = kept(data_dir)
     good = file.read_bytes()
     packed = bytearray(good)
     packed[-4] ^= 1
     if damage == "of another dataset":
-        packed[:16] = labels._digest(bytes(packed[16:]))
+        packed[:16] = digest(bytes(packed[16:]))
     content = {"cut": good[:-4], "empty": b""}.get(damage, bytes(packed))
     file.write_bytes(content)
     assert labels_of(data_dir) == expected
@@ -88,9 +88,7 @@ def test_another_version_of_the_files_has_other_labels(data_dir, tmp_path):
     assert labels_of(data_dir) == in_records(data_dir) != before
 
 
-def test_labels_of_a_dataset_that_cannot_be_written_are_in_the_cache(
-    data_dir, cache, monkeypatch, caplog
-):
+def test_labels_of_a_dataset_that_cannot_be_written_are_in_the_cache(data_dir, cache, monkeypatch):
     real = os.replace
 
     def refuse(source, target, **options):
@@ -100,19 +98,15 @@ def test_labels_of_a_dataset_that_cannot_be_written_are_in_the_cache(
 
     monkeypatch.setattr(os, "replace", refuse)  # the mode of a folder does not stop root
     expected = in_records(data_dir)
-    with caplog.at_level(logging.INFO, "flora_jax"):
-        assert labels_of(data_dir) == expected
+    assert labels_of(data_dir) == expected
     assert len(kept(cache)) == 1
     assert not kept(data_dir)
-    assert f"are kept in {cache}" in caplog.text
     monkeypatch.setattr(labels, "_read_records", None)
     assert labels_of(data_dir) == expected
 
 
 def test_a_split_without_labels_is_refused(data_dir):
-    message = (
-        r"5 of the 6 labels of the test split of tfds:tiny_\w+ are no class 0\.\.4: -1 \(-1 st"
-    )
+    message = r"5 of the 6 labels of the test split of tfds:tiny_\w+ are no class 0\.\.4: -1$"
     with pytest.raises(ValueError, match=message):
         splits.load_splits("tfds:tiny_pictures", 0.3, data_dir=str(data_dir), test_split="hidden")
 
@@ -124,7 +118,7 @@ def test_a_label_of_another_kind_is_refused(data_dir):
         '"numClasses": "5"', '"shape": {}, "dtype": "float32", "encoding": "none"'
     )
     features.write_text(content)
-    with pytest.raises(ValueError, match="has no classes: its label is no ClassLabel"):
+    with pytest.raises(ValueError, match="is no image classification dataset"):
         sources.tfds("tiny_pictures", "train", str(data_dir))
 
 
@@ -132,7 +126,6 @@ def test_a_label_of_another_kind_is_refused(data_dir):
     "bad, message",
     [
         (np.array([0, 3, 7]), r"2 of the 3 labels of x are no class 0\.\.2: 3, 7$"),
-        (np.array([0, 1, -2]), r"1 of the 3 labels .*: -2$"),
         (np.array([0.0, 1.5]), "labels of x must be integers, got float64"),
         (np.arange(9), r": 3, 4, 5, 6, 7, \.\.\.$"),
     ],

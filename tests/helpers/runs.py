@@ -6,6 +6,6 @@ from flora_jax.configs import deit_t
 
 
 def tiny_config(**changes) -> ConfigDict:
-    config = deit_t.get_config("runlocal")
+    config = deit_t.get_config("improved,runlocal")
     config.update_from_flattened_dict(changes)
     return config

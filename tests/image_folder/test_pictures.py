@@ -1,23 +1,30 @@
-"""Decoding pictures of every kind."""
+"""Pictures of every kind, bad ones, and folders that cannot be read."""
 
 import io
 import logging
+import os
+import shutil
+import struct
 import threading
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from flora_jax.configs import digits
-from flora_jax.data import augment, decoding, splits
+from flora_jax.data import augment, batches, decoding, sources, splits, subsets
 from flora_jax.data.image_folder import image_folder
+from flora_jax.data.normalize import Normalization
+from flora_jax.evaluation.evaluate import EvaluationSet
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from tests.helpers.pictures import save
+from tests.helpers.pictures import keys, not_an_image, save
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
 GREY = np.stack([RAMP] * 3, axis=-1)
 COLOUR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], axis=-1)
+GREY_16_BITS = RAMP.astype(np.uint16) * 256 + 77
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # turn by 90 degrees
 
@@ -31,7 +38,7 @@ PALETTE = Image.fromarray(COLOUR).quantize(256)
 KINDS = {
     "rgb": ("x.png", COLOUR, COLOUR, {}),
     "grey": ("x.png", RAMP, GREY, {}),
-    "16 bits": ("x.png", RAMP.astype(np.uint16) * 256 + 77, GREY, {}),
+    "16 bits": ("x.png", GREY_16_BITS, GREY, {}),
     "black and white": ("x.png", RAMP > 99, 255 * (GREY > 99), {}),
     "palette": ("x.png", PALETTE, np.array(PALETTE.convert("RGB")), {}),
     "transparent palette": (
@@ -61,54 +68,37 @@ def test_every_kind_of_picture_becomes_rgb(name, picture, expected, options, tmp
     np.testing.assert_array_equal(image, expected)
 
 
-def on_page(alpha, page, drawn=COLOUR):
-    """What is to be seen of `drawn` [8, 32, 3] with alpha uint8 [8, 32] in front of a colour."""
-    share = alpha[..., None] / 255
-    return share * drawn + (1 - share) * np.array(page)
-
-
 ONE_IS_CLEAR = np.where(RAMP == 9, 0, 255)
+MIXED = Image.merge("LA", [Image.fromarray(RAMP[::-1].copy()), Image.fromarray(RAMP)])
 TRANSPARENT = {
-    "rgba": ("x.png", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
-    "webp": ("x.webp", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {"lossless": True}),
-    "tiff": ("x.tif", with_alpha(COLOUR), on_page(RAMP, (9, 200, 30)), {}),
-    "grey with alpha": (
-        "x.png",
-        Image.merge("LA", [Image.fromarray(RAMP[::-1].copy()), Image.fromarray(RAMP)]),
-        on_page(RAMP, (9, 200, 30), GREY[::-1]),
-        {},
-    ),
+    "rgba": ("x.png", with_alpha(COLOUR), RAMP, COLOUR, {}),
+    "webp": ("x.webp", with_alpha(COLOUR), RAMP, COLOUR, {"lossless": True}),
+    "tiff": ("x.tif", with_alpha(COLOUR), RAMP, COLOUR, {}),
+    "grey with alpha": ("x.png", MIXED, RAMP, GREY[::-1], {}),
     "palette": (
-        "x.png",
-        PALETTE,
-        on_page(np.array(PALETTE), (9, 200, 30), np.array(PALETTE.convert("RGB"))),
+        *("x.png", PALETTE, np.array(PALETTE), np.array(PALETTE.convert("RGB"))),
         {"transparency": bytes(range(256))},
     ),
-    "one clear grey": (
-        "x.png",
-        RAMP,
-        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
-        {"transparency": 9},
-    ),
+    "one clear grey": ("x.png", RAMP, ONE_IS_CLEAR, GREY, {"transparency": 9}),
     "one clear grey of 16 bits": (
-        "x.png",
-        RAMP.astype(np.uint16) * 256 + 77,
-        on_page(ONE_IS_CLEAR, (9, 200, 30), GREY),
+        *("x.png", GREY_16_BITS, ONE_IS_CLEAR, GREY),
         {"transparency": 9 * 256 + 77},
     ),
     "one clear colour": (
-        "x.png",
-        COLOUR,
-        on_page(ONE_IS_CLEAR, (9, 200, 30)),
+        *("x.png", COLOUR, ONE_IS_CLEAR, COLOUR),
         {"transparency": tuple(map(int, COLOUR[0, 9]))},
     ),
 }
 
 
-@pytest.mark.parametrize("name, picture, expected, options", TRANSPARENT.values(), ids=TRANSPARENT)
-def test_what_is_transparent_shows_the_background(name, picture, expected, options, tmp_path):
+@pytest.mark.parametrize(
+    "name, picture, alpha, drawn, options", TRANSPARENT.values(), ids=TRANSPARENT
+)
+def test_what_is_transparent_shows_the_background(name, picture, alpha, drawn, options, tmp_path):
     save(tmp_path / "train/a" / name, picture, **options)
     image = image_folder(tmp_path, "train", background=(9, 200, 30))[0]["image"]
+    share = alpha[..., None] / 255
+    expected = share * drawn + (1 - share) * np.array((9, 200, 30))
     np.testing.assert_allclose(image, expected, atol=1)
 
 
@@ -151,16 +141,6 @@ def test_every_part_of_a_folder_shows_the_background(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpegs(mode, tmp_path):
-    smooth = Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.BICUBIC).convert(mode)
-    save(tmp_path / "train/a/x.jpeg", smooth, quality=98, exif=EXIF)
-    image = image_folder(tmp_path, "train")[0]["image"]
-    assert image.shape == (48, 64, 3)
-    difference = np.abs(image.astype(int) - np.array(smooth.convert("RGB"), int))
-    assert difference.mean() < 4
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(
     "least_side, divisor", [(None, 1), (151, 1), (150, 2), (76, 2), (75, 4), (37, 8), (1, 8)]
 )
@@ -186,14 +166,143 @@ def test_least_side_leaves_test_images_and_other_kinds_of_pictures_whole(tmp_pat
     assert {loaded.test[i]["image"].shape[0] for i in range(8)} == {48}
 
 
-@pytest.mark.parametrize("kind", ["rgb", "grey", "16 bits", "rgba", "1 pixel high", "1 pixel"])
-def test_every_kind_goes_through_the_recipe(kind, tmp_path):
-    name, picture, _, options = KINDS[kind]
-    save(tmp_path / "train/a" / name, picture, **options)
-    image = image_folder(tmp_path, "train")[0]["image"]
-    for out in (
-        augment.train_transform("inception", (16, 16, 3))(image, np.random.default_rng(0)),
-        augment.eval_transform("inception", (16, 16, 3))(image),
-    ):
-        assert out.shape == (16, 16, 3)
-        assert out.dtype == np.uint8
+def test_missing_folders_are_named_with_what_is_there(pets, tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*pets/validation; .*pets holds: train, val$"):
+        image_folder(pets, "validation")
+    with pytest.raises(ValueError, match=r"no folder .*/nowhere; .* holds: pets"):
+        image_folder(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match=r"no folder .*/no/where; nor is there .*/no$"):
+        image_folder(tmp_path / "no/where", "train")
+
+
+@pytest.mark.parametrize("function, place", [("scandir", "train/dog"), ("stat", "train/dog/.")])
+def test_an_unreadable_folder_is_named(function, place, pets, monkeypatch):
+    """One that cannot be listed, and one that can but cannot be entered."""
+    real = getattr(os, function)
+
+    def refuse(path, **options):
+        if str(path).endswith(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, function, refuse)  # the mode of a folder does not stop root
+    with pytest.raises(ValueError, match=r"cannot read the folder .*train/dog: .*denied"):
+        image_folder(pets, "train")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncated(path):
+    noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    save(path, noise, format="JPEG")
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def damaged(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 9] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES = (not_an_image, empty, truncated, damaged)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_image_is_named_when_it_is_read(damage, pets):
+    damage(pets / "train/dog/2.png")
+    source = image_folder(pets, "train")
+    assert source[7]["image"].shape == (20, 30, 3)
+    with pytest.raises(sources.BadImageError, match=r"pets/train/dog/2\.png cannot be decoded: "):
+        source[8]
+
+
+@pytest.mark.parametrize("options, limit", [({}, 0.03), ({"progressive": True}, 1.92)])
+def test_an_image_above_the_limit_is_bad_and_the_limit_named(options, limit, tmp_path):
+    """What counts is what is decoded, of a progressive JPEG all of it."""
+    picture = np.zeros((1200, 1600, 3), np.uint8)
+    save(tmp_path / "train/a/x.jpeg", picture, **options)
+    image = image_folder(tmp_path, "train", least_side=150, max_megapixels=limit)[0]["image"]
+    assert image.shape == (150, 200, 3)
+    source = image_folder(tmp_path, "train", least_side=150, max_megapixels=0.99 * limit)
+    message = r"x\.jpeg cannot be decoded: its .*pixels, .* more than max_megapixels=\S+ allows"
+    with pytest.raises(sources.BadImageError, match=message):
+        source[0]
+
+
+def test_a_bomb_of_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A few bytes that say they are 400 megapixels."""
+    path = save(tmp_path / "train/a/x.bmp")
+    content = path.read_bytes()
+    path.write_bytes(content[:18] + struct.pack("<ii", 20_000, 20_000) + content[26:])
+    with pytest.raises(sources.BadImageError, match=r"400 megapixels.*max_megapixels=179"):
+        image_folder(tmp_path, "train")[0]
+
+
+@pytest.mark.parametrize("problem", ["circle", "nothing", "permission"])
+def test_a_file_that_cannot_be_read_is_a_bad_image(problem, pets, monkeypatch):
+    path = pets / "train/dog/2.png"
+    if problem == "permission":
+        real = type(epath.Path()).read_bytes
+
+        def refuse(self):
+            if self.name == "2.png":
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self)
+
+        monkeypatch.setattr(type(epath.Path()), "read_bytes", refuse)  # no mode stops root
+    else:
+        path.unlink()
+        path.symlink_to(path if problem == "circle" else "gone.png")
+    source = image_folder(pets, "train")
+    with pytest.raises(sources.BadImageError, match=r"train/dog/2\.png cannot be read: \w+"):
+        source[8]
+    skipping = sources.SkippingSource(source)
+    assert skipping[8]["key"] == "train/dog/3.png"
+
+
+def test_a_disk_that_is_gone_is_no_bad_image(pets):
+    source = sources.SkippingSource(image_folder(pets, "train"))
+    shutil.rmtree(pets)
+    with pytest.raises(FileNotFoundError):
+        source[0]
+
+
+def test_bad_images_are_replaced_by_the_next_good_one_and_counted(pets, caplog):
+    for name, damage in zip(("dog/1", "dog/2", "dog/5", "cat/0"), DAMAGES, strict=True):
+        damage(pets / "train" / f"{name}.png")
+    source = sources.SkippingSource(image_folder(pets, "train"))
+    expected = keys(source)
+    for bad, instead in ((7, 9), (8, 9), (11, 1), (0, 1)):
+        expected[bad] = expected[instead]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            examples = [source[i] for i in range(12)]
+    assert [example["key"] for example in examples] == expected
+    assert [example["image"][0, 0, 0] for example in examples[6:]] == [0, 3, 3, 3, 4, 1]
+    assert source.skipped == {f"train/{name}.png" for name in ("dog/1", "dog/2", "dog/5", "cat/0")}
+    assert sorted(message.split(" cannot")[0][-9:] for message in caplog.messages) == [
+        *("cat/0.png", "dog/1.png", "dog/2.png", "dog/5.png")
+    ]
+
+
+def test_skipped_images_count_in_no_batch_of_an_evaluation(pets):
+    for name in ("cat/0", "cat/1", "dog/3", "dog/5"):
+        empty(pets / "train" / f"{name}.png")
+    source = subsets.subset(sources.SkippingSource(image_folder(pets, "train")), range(1, 12))
+    transform = augment.eval_transform("inception", (16, 16, 3))
+    for options in ({}, {"num_threads": 2}):
+        found = list(batches.eval_batches(source, transform, 4, **options))
+        masks = [batch["mask"].tolist() for batch in found]
+        assert masks == [[0, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 0]]
+    images = EvaluationSet(found, Normalization())
+    assert images.num_images == len(images.labels) == 8
+    assert images.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_nothing_but_bad_images(pets):
+    for path in (pets / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(sources.BadImageError, match="none of the 4 images"):
+        sources.SkippingSource(image_folder(pets, "val"))[0]

@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import pytest
+from flora_jax.stages.run import network_spec
 from safetensors.numpy import save_file
 
 import flora_jax as flora
 from flora_jax.configs import transfer
 from flora_jax.runs import validation
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.run import network_spec
 from flora_jax.weights import hub, layouts
 from tests.helpers.weights import VIT, random_model, written
 from tests.pretrained.test_beside import HUGGING_FACE_VIT, TIMM_VIT

@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from flora_jax.stages.run import Run, load_dense
+from flora_jax.stages.slim import DECISION_FILE, train_gates
 from ml_collections import ConfigDict
 
 import flora_jax as flora
@@ -22,8 +24,6 @@ from flora_jax.runs import validation
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.slim.masks import read_decision
-from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.slim import DECISION_FILE, train_gates
 
 pytestmark = pytest.mark.slow
 

@@ -7,16 +7,16 @@ import types
 
 import pytest
 from etils import epath
+from flora_jax.runs.validation import check
+from flora_jax.stages.changes import put_aside
+from flora_jax.stages.run import Run
+from flora_jax.stages.search import search
 
 from flora_jax.configs import deit_t
 from flora_jax.errors import MissingPackageError, RunError
 from flora_jax.flora.evolution import read_history
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.validation import check
-from flora_jax.stages.changes import put_aside
-from flora_jax.stages.run import Run
-from flora_jax.stages.search import search
 from flora_jax.training.watch import opened, watching
 from tests.helpers.training import SETTINGS, Interruption, interrupted_before, metrics_of, run
 
