@@ -301,7 +301,7 @@ class HeldOut:
       images: that the model is not trained on.
       space: of the supernet whose network is trained; None for a plain model.
       decides: a metric of the images, by which the best parameters are chosen; empty: the
-        log-likelihood, or the cosine of images that are compared with a network.
+        top-1, or the cosine of images that are compared with a network.
     """
 
     images: EvaluationSet

@@ -77,14 +77,12 @@ class Quality:
 
     Attributes:
       metrics: the first is the one that is shown wherever there is room for one.
-      ranks_by: the metric that tells models apart on few images.
       networks: which it is of, for messages.
       outputs: (network, tokens [B*N, D] of its last block) -> what is measured, arrays [B, ...].
       of_images: (outputs, target) -> {name: [B]}, all that is kept of each image.
     """
 
     metrics: tuple[Metric, ...]
-    ranks_by: str
     networks: str
     outputs: Callable[[Network, jax.Array], Any]
     of_images: Callable[[Any, Any], dict[str, jax.Array]]
@@ -104,12 +102,12 @@ class Quality:
         return jnp.sum(values * mask[None], axis=1)[None]
 
     def metric(self, name: str) -> Metric:
-        """The metric of this name, "" standing for `ranks_by`.
+        """The metric of this name, "" standing for the one that is shown.
 
         Raises:
           InputError: it is none of these; names the nearest.
         """
-        name = name or self.ranks_by
+        name = name or self.shown.name
         known = {metric.name: metric for metric in self.metrics}
         if name in known:
             return known[name]
@@ -172,10 +170,8 @@ def relative_error(features: jax.Array, target: jax.Array) -> jax.Array:
     return error / (jnp.square(target).sum(-1) + 1e-6)
 
 
-CLASSIFICATION = Quality(
-    (TOP1, LOG_LIKELIHOOD), "log_likelihood", "with classes", _classify, _of_labelled
-)
-AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "cosine", "without classes", _features, _of_features)
+CLASSIFICATION = Quality((TOP1, LOG_LIKELIHOOD), "with classes", _classify, _of_labelled)
+AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "without classes", _features, _of_features)
 
 
 def quality_of(spec: Spec) -> Quality:

@@ -138,7 +138,7 @@ def evolve(
       directory: receives history.jsonl, from which an interrupted search goes on; None: nothing is
         kept.
       metric: that is maximised: "top1" or "log_likelihood"; of a network without classes "cosine"
-        or "relative_error". Empty: log-likelihood, or cosine.
+        or "relative_error". Empty: top-1, or cosine.
       teacher: the uncompressed network, whose features those of subnets are compared with; it is
         needed where there are no classes.
       first: genes int32 [F, L] to begin with, such as those of `allocate` (ours).

@@ -63,7 +63,7 @@ def filter_space(
       recipe: of the local supernets.
       directory: receives a training and the scores of each block; None: nothing is kept.
       drop: share of each block's triples to drop.
-      metric: of the score; empty: log-likelihood, or cosine.
+      metric: of the score; empty: top-1, or cosine.
       watch_of: of a training's name, as in `flora_jax.train`.
       training: further arguments of `flora_jax.train`.
 

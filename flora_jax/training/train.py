@@ -73,7 +73,7 @@ def train(
       sample: which subnets of a supernet are trained: a sampling of `RankSpace.sample`, or a
         function step -> genes int32 [L].
       heldout: looked at once every `recipe.evaluate_epochs`; its metrics go to metrics.jsonl.
-      metric: by which the best parameters are chosen; empty: log-likelihood, or cosine.
+      metric: by which the best parameters are chosen; empty: top-1, or cosine.
       seed: of everything random.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       profile_step: a profile of this step is written to `directory`; 0 for none.
