@@ -462,11 +462,13 @@ def dependents(name: str, plan: Mapping[str, Planned]) -> list[str]:
 
 def changes(run: Run) -> list[tuple[str, object, object]]:
     """Fields with an effect whose value differs from that in the folder: (name, there, here)."""
-    there, here = stable(saved_settings(run.folder)), stable(run.settings)
+    there, here = saved_settings(run.folder), run.settings
+    with_effect = {name for name, *_ in differences(stable(there), stable(here))}
     unsaid, file = {"stages"}, run.folder / IMAGES_FILE
     if file.exists() and read_json(file)["signature"] == run.images_signature:
         unsaid |= {f"data.{name}" for name in _PLACE}
-    return [each for each in differences(there, here) if each[0] not in unsaid]
+    found = differences(there.to_config(), here.to_config())
+    return [each for each in found if each[0] in with_effect - unsaid]
 
 
 def left_by(folder: epath.Path, steps: Iterable[Planned]) -> Iterator[epath.Path]:
