@@ -56,7 +56,7 @@ def test_trials_on_a_finished_run(finished_run, program, line):
     assert re.search(line, done.stdout, re.MULTILINE)
 
 
-def test_summary_of_seeds():
+def test_summary_of_seeds_and_of_several_budgets():
     runs = [
         {
             "dense": {"top1": dense, "macs": 100, "params": 50},
@@ -67,13 +67,8 @@ def test_summary_of_seeds():
     dense, subnet = summary(runs).splitlines()[2:]
     assert dense == "| dense | 99.00, 97.00 | 98.00 ± 1.41 | +0.00 | 0.0 % | 0.0 % |"
     assert subnet == "| subnet | 98.00, 98.00 | 98.00 ± 0.00 | +0.00 | 60.0 % | 60.0 % |"
-
-
-def test_summary_of_several_budgets():
-    entry = {"top1": 0.9, "macs": 40, "params": 20}
-    dense = {"top1": 0.9, "macs": 100, "params": 50}
-    budgets = [entry | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
-    rows = summary([{"dense": dense, "subnet": budgets}]).splitlines()[3:]
+    budgets = [runs[0]["subnet"] | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
+    rows = summary([runs[0] | {"subnet": budgets}]).splitlines()[3:]
     assert [row.split("|")[1] for row in rows] == [" subnet 0.4 ", " subnet 0.55 "]
 
 

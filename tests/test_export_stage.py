@@ -9,12 +9,10 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from flora_jax.stages.changes import stages_from, stages_to_redo
 
 import flora_jax as flora
 from flora_jax.commands.classifier import Classifier
 from flora_jax.configs import deit_t
-from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
 from flora_jax.methods import export as stage
@@ -22,9 +20,10 @@ from flora_jax.methods import start
 from flora_jax.report.card import base_model, dataset_name
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import Run
+from flora_jax.runs.workdir import Run, Step, planned, stale_steps
 from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
+from tests.helpers.runs import tiny_config
 from tests.helpers.slimming import TINY_HYBRID, images_of, random_model
 from tests.helpers.weights import assert_same
 
@@ -152,7 +151,8 @@ def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
     spec = dataclasses.replace(SPEC, depth=2, blocks=(), patch_size=2)
     models = {"dense": random_model(spec), "slim": slimmed(spec)}
     run = run_in(tmp_path, models, spec=spec, stages=SLIM, export=("stablehlo",))
-    stage.export(run, Images(run.settings))  # compared on digits
+    run.images = Images(run.settings)
+    stage.export(Step(run, "export"), None, run.settings.export)  # compared on digits
     assert in_folder(tmp_path / "export") == ["slim"]
     assert "ViT-Slim learned" in (tmp_path / "export/slim/README.md").read_text()
 
@@ -200,7 +200,6 @@ def test_the_stage_is_there_exactly_where_something_is_exported():
     assert Settings.from_config(json.loads(json.dumps(with_it.to_config()))) == with_it
     assert settings(stages=with_it.stages).stages == STAGES  # a saved config, export=() since
     assert settings(export=("timm",), stages=("pretrain",)).stages == ("pretrain", "export")
-    assert "export" not in IMPROVED_STAGES
 
 
 @pytest.mark.parametrize(
@@ -210,7 +209,7 @@ def test_the_stage_is_there_exactly_where_something_is_exported():
         ({"export": "onnx"}, r"export must be a row of names, .* got 'onnx'"),
         (
             {"export": ("onnx",), "stages": ("evaluate",)},
-            "export needs a stage that leaves a model, extract, pretrain, .* got evaluate",
+            "export needs a stage that leaves a model",
         ),
     ],
 )
@@ -221,47 +220,45 @@ def test_exports_that_cannot_be(changes, message):
 
 def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    config = deit_t.get_config("runlocal")
-    config.export = ("timm", "onnx_float16")
     with pytest.raises(MissingPackageError, match=r"onnxruntime.*install 'flora_jax\[onnx\]'"):
-        start.run(config, tmp_path / "run")
-    config.export = ()
+        start.run(tiny_config(export=("timm", "onnx_float16")), tmp_path / "run")
     with pytest.raises(InputError, match=r"stage export needs to know as what: --config\.export"):
-        start.run(config, tmp_path / "run", stage="export")
-    with pytest.raises(InputError, match=r"no stage slim, only pretrain, .*config\.stages adds it"):
-        start.run(config, tmp_path / "run", "slim")
+        start.run(tiny_config(), tmp_path / "run", stage="export")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_an_export_touches():
-    before, other = settings().to_config(), {"export": ("torch",)}
-    assert stages_to_redo(before, settings(**other).to_config()) == ["export"]
-    changed = settings(export=("onnx",)).to_config()
-    assert stages_to_redo(changed, settings(**other).to_config()) == ["export"]
-    assert stages_to_redo(changed, before) == []
-    assert stages_from("export", settings(**other).stages) == ["export"]
-    budget = {"budget.macs": (0.5, 0.6)}
-    redone = stages_to_redo(changed, settings(export=("onnx",), **budget).to_config())
-    assert redone == ["allocate", "extract", "evaluate", "export", "report"]
+@pytest.mark.parametrize(
+    ("before", "now", "redone"),
+    [
+        ({}, {"export": ("torch",)}, []),  # it is to be done, and nothing anew
+        ({"export": ("onnx",)}, {"export": ("torch",)}, ["export"]),
+        ({"export": ("onnx",)}, {}, []),
+        (
+            {"export": ("onnx",)},
+            {"export": ("onnx",), "budget.macs": (0.5, 0.6)},
+            ["allocate", "extract", "evaluate", "export"],
+        ),
+    ],
+)
+def test_what_an_export_touches(before, now, redone, tmp_path):
+    runs = [Run(settings(**changes), epath.Path(tmp_path)) for changes in (before, now)]
+    done, plan = (planned(run, start.script_of(run.settings)) for run in runs)
+    records = {name: {"key": step.key, "seconds": 1.0} for name, step in done.items()}
+    write_json(tmp_path / "stages.json", records)
+    assert stale_steps(runs[1], plan) == redone
 
 
 @pytest.mark.slow
 def test_a_finished_run_exports_later_and_does_nothing_else(own_run, caplog):
-    config = deit_t.get_config("runlocal")
-    config.export = ("timm",)
     caplog.set_level("INFO", "flora_jax")
-    start.run(config, own_run, stage="export")
+    start.run(tiny_config(export=("timm",)), own_run, stage="export")
     assert [line for line in caplog.messages if line.endswith(": starts")] == ["export: starts"]
     assert not (own_run / "earlier").exists()
     assert in_folder(own_run / "export") == ["subnet"]
-    config.export = ("stablehlo",)
-    start.run(config, own_run, stage="export")
+    start.run(tiny_config(export=("stablehlo",)), own_run, stage="export")
     assert (own_run / "earlier/1/export/subnet/timm").exists()
     assert (own_run / "export/subnet/model.stablehlo.bin").exists()
     assert (own_run / "report.png").exists()
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +274,13 @@ def test_names_of_weights(given, name):
     assert base_model(given) == name
 
 
-def test_names_of_data_tell_no_place():
-    assert dataset_name("folder:/home/me/birds/") == "birds"
-    assert dataset_name("tfds:imagenet_v2/topimages") == "imagenet_v2/topimages"
-    assert dataset_name("digits") == "digits"
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("folder:/home/me/birds/", "birds"),
+        ("tfds:imagenet_v2/topimages", "imagenet_v2/topimages"),
+        ("digits", "digits"),
+    ],
+)
+def test_names_of_data_tell_no_place(given, name):
+    assert dataset_name(given) == name

@@ -22,14 +22,13 @@ if __name__ == "__main__":
 CAN = "memory._can_be_asked_for = lambda: True"
 
 
-@pytest.fixture(params=["file", "module"])
-def start(request, tmp_path):
-    """start(what the program does first, tunables) -> its pid and what it printed."""
+@pytest.fixture
+def start(tmp_path):
+    """start(how, what the program does first, tunables) -> its pid and what it printed."""
 
-    def start(before: str, tunables: str | None):
-        (tmp_path / "a program.py").write_text(PROGRAM.format(before=before))
-        (tmp_path / "program.py").write_text(PROGRAM.format(before=before))
-        how = {"file": ["a program.py"], "module": ["-m", "program"]}[request.param]
+    def start(how: list[str], before: str, tunables: str | None):
+        for name in ("a program.py", "program.py"):
+            (tmp_path / name).write_text(PROGRAM.format(before=before))
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         environment |= {"PYTHONPATH": str(ROOT)}
         environment |= {"GLIBC_TUNABLES": tunables} if tunables else {}
@@ -43,18 +42,21 @@ def start(request, tmp_path):
     return start
 
 
+FILE, MODULE = ["a program.py"], ["-m", "program"]
+
+
 @pytest.mark.parametrize(
-    "before, tunables, expected",
+    "how, before, tunables, expected",
     [
-        (CAN, None, "glibc.malloc.hugetlb=1"),
-        (CAN, "glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
-        (CAN, "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
-        (f"{CAN}; sys.executable = '/nowhere/python'", None, "glibc.malloc.hugetlb=1"),
-        ("memory._can_be_asked_for = lambda: False", None, None),
+        (FILE, CAN, None, "glibc.malloc.hugetlb=1"),
+        (MODULE, CAN, "glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        (FILE, CAN, "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        (MODULE, f"{CAN}; sys.executable = '/nowhere/python'", None, "glibc.malloc.hugetlb=1"),
+        (MODULE, "memory._can_be_asked_for = lambda: False", None, None),
     ],
 )
-def test_a_program_starts_anew(start, before, tunables, expected):
-    started, pid, arguments, found = start(before, tunables)
+def test_a_program_starts_anew(start, how, before, tunables, expected):
+    started, pid, arguments, found = start(how, before, tunables)
     assert (pid, arguments[1:], found) == (started, ["--flag", "a b", ""], expected)
 
 

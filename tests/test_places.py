@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from flora_jax.pipeline import _stages_to_redo
 
 import flora_jax as flora
 from flora_jax.configs import digits, file_of
@@ -23,9 +22,10 @@ from flora_jax.io.checkpoint import Checkpoints, read_saved_parameters, save_par
 from flora_jax.io.files import locked, user_cache_dir, write_json
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
+from flora_jax.methods import start
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run
+from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run, planned, stale_steps
 from tests.helpers.checkpoints import names, restored_step, state_at
 from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save
@@ -190,27 +190,30 @@ def settings_of(name, **changes) -> Settings:
 
 def test_a_run_goes_on_where_the_same_images_lie_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    here = folder_of_pictures(tmp_path / "here")
-    before, workdir = settings_of(f"folder:{here}"), epath.Path(tmp_path / "run")
-    write_json(workdir / CONFIG_FILE, before.to_config())
-    write_json(workdir / IMAGES_FILE, {"signature": Images(before).signature})
-    (workdir / "dense").mkdir()
+    here, workdir = folder_of_pictures(tmp_path / "here"), epath.Path(tmp_path / "run")
 
-    def to_redo(name, **changes):
+    def run_on(name, **changes) -> Run:
         settings = settings_of(name, **changes)
-        return _stages_to_redo(Run(settings, workdir), Images(settings))
+        return Run(settings, workdir, Images(settings))
 
+    def plan_of(run):
+        return planned(run, start.script_of(run.settings))
+
+    before = run_on(f"folder:{here}")
+    records = {name: {"key": of.key, "seconds": 1.0} for name, of in plan_of(before).items()}
+    write_json(workdir / "stages.json", records)
+    write_json(workdir / CONFIG_FILE, before.settings.to_config())
+    write_json(workdir / IMAGES_FILE, {"signature": before.images_signature})
     there = shutil.copytree(here, tmp_path / "there")
-    assert to_redo(f"folder:{there}", data_dir="/data", num_threads=3, num_workers=2) == []
+    moved = run_on(f"folder:{there}", data_dir="/data", num_threads=3, num_workers=2)
+    assert stale_steps(moved, plan_of(moved)) == []
     smaller = folder_of_pictures(tmp_path / "smaller", side=8)
     fewer = folder_of_pictures(tmp_path / "fewer")
     (fewer / "train/ant/0.png").unlink()
     for other in (smaller, fewer):
+        run = run_on(f"folder:{other}")
         with pytest.raises(InputError, match=r"another config; .*\n  data\.name: .*here.* there, "):
-            to_redo(f"folder:{other}")
-    (workdir / IMAGES_FILE).unlink()  # as an earlier version left it
-    with pytest.raises(InputError, match="another config"):
-        to_redo(f"folder:{there}")
+            stale_steps(run, plan_of(run))
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
