@@ -170,9 +170,9 @@ def test_the_metric_is_one_of_the_network():
     config.model.num_classes = 0
     assert Settings.from_config(config).metric == "cosine"
     assert AGREEMENT.metric("relative_error").more_is_better is False
-    with pytest.raises(ValueError, match="top1' does not fit .* without classes.*cosine'"):
+    with pytest.raises(ValueError, match=r"top1' does not fit .* without classes.*cosine'"):
         AGREEMENT.metric("top1")
-    with pytest.raises(ValueError, match="'cosine' does not fit a network with classes.*'top1'"):
+    with pytest.raises(ValueError, match=r"'cosine' does not fit a network with classes.*'top1'"):
         CLASSIFICATION.metric("cosine")
 
 

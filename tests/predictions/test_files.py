@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,8 +121,8 @@ def test_a_flipped_bit_is_detected_and_only_that_file_written_anew(
     assert content(copy) == content(stored)
 
 
-OTHER = {"images": "abc", "num_images": 51, "batch_size": 8, "steps": 9, "seed": 4, "k": 5}
-OTHER |= {"num_classes": 11, "teacher": "abc", "augmentation": AUGMENTATION | {"name": "shift"}}
+OTHER = {"images": "abc", "steps": 9, "seed": 4, "k": 5, "num_classes": 11, "teacher": "abc"}
+OTHER["augmentation"] = AUGMENTATION | {"name": "shift"}
 
 
 @pytest.mark.parametrize("field, value", OTHER.items(), ids=OTHER)
@@ -169,8 +168,6 @@ def test_bad_processes_and_steps(stored, description, tmp_path):
         parts_to_write(stored, description, 0, 2)
     with pytest.raises(ValueError, match=r"batch_size 16 cannot be shared by 3 processes; .*: 15"):
         StoredPredictions(stored, description, 0, 3)
-    with pytest.raises(ValueError, match=r"process_index 2 lies outside 0\.\.1"):
-        StoredPredictions(stored, description, 2, 2)
     with pytest.raises(ValueError, match=r"step 8 lies outside 0\.\.7"):
         StoredPredictions(stored, description).read(8)
     with pytest.raises(FileNotFoundError, match="no predictions are stored there"):
@@ -212,13 +209,6 @@ def test_records_are_the_top_classes_of_each_augmented_image(stored, description
         )
 
 
-def test_the_teacher_is_the_model_on_normalised_images(teacher):
-    images = first_batches(1)[0]["image"]
-    model = a_model(seed=1)
-    logits = jax.jit(lambda images: model(NORMALIZATION(images)))(images)
-    np.testing.assert_allclose(teacher(images), jax.nn.softmax(logits), atol=1e-5)
-
-
 def test_a_file_holds_the_steps_that_begin_in_its_epoch(stored, description):
     epochs = [description.steps_of(epoch) for epoch in range(3)]
     assert epochs == [range(4), range(4, 7), range(7, 8)]
@@ -255,21 +245,10 @@ IMAGENET = Description(num_classes=1000, **_NUMBERS, **_OF)
 
 def test_size_of_imagenet():
     assert IMAGENET.num_bytes == 1252 * 1024 * 400
-    assert dataclasses.replace(IMAGENET, num_classes=32767).record["index"].base == np.int16
-    many = dataclasses.replace(IMAGENET, num_classes=65536)
-    assert many.record["index"].base == np.uint16
-    assert many.num_bytes == IMAGENET.num_bytes
-
-
-@pytest.mark.parametrize(
-    "field, value, message",
-    [
-        ("k", 1001, "k must be in 1..1000, got 1001"),
-        ("num_classes", 65537, "num_classes must be in 1..65536, got 65537"),
-        ("batch_size", 1_281_168, "batch_size must be in 1..1281167"),
-        ("steps", 0, "steps must be at least 1"),
-    ],
-)
-def test_numbers_out_of_range(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(IMAGENET, **{field: value})
+    for num_classes, dtype in ((32767, np.int16), (65536, np.uint16)):
+        description = dataclasses.replace(IMAGENET, num_classes=num_classes)
+        assert description.record["index"].base == dtype
+        assert description.num_bytes == IMAGENET.num_bytes
+    for field, value in {"k": 1001, "num_classes": 65537, "batch_size": 1_281_168}.items():
+        with pytest.raises(ValueError, match=rf"{field} must be in 1\.\.\d+, got {value}"):
+            dataclasses.replace(IMAGENET, **{field: value})
