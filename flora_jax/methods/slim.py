@@ -17,7 +17,7 @@ from flora_jax.models.spec import Spec
 from flora_jax.runs.checks import check_macs_budget, warn_of_idle_gates
 from flora_jax.runs.settings import SlimSettings
 from flora_jax.runs.workdir import Result, Run, SavedModel, Step
-from flora_jax.slim.masks import DECISION_FILE, write_decision_once
+from flora_jax.slim.threshold import DECISION_FILE, write_decision_once
 from flora_jax.training.train import train
 from flora_jax.weights import folder
 

@@ -30,7 +30,7 @@ from flora_jax.runs.budgets import (
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages
-from flora_jax.slim.masks import DECISION_FILE, Masks, read_decision
+from flora_jax.slim.threshold import DECISION_FILE, Masks, read_decision
 from flora_jax.timing import describe_device
 from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.weights.folder import SPEC_FILE, load_spec

@@ -3,7 +3,7 @@
 A method is a script of steps (`flora_jax/methods`):
 
     dense = run.step("pretrain", make_dense, settings.pretrain, saved=SavedModel("dense"))
-    supernet = run.step("supernet", train_supernet, dense, settings.supernet, saved=...)
+    candidates = run.step("filter", filter_candidates, dense, settings.filter, saved=...)
 
 What goes into a step is its images, the seed, and its inputs: values, or the results of earlier
 steps. Their stable hash is the step's key; a step whose key is that of its record is loaded, any
