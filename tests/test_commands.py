@@ -164,11 +164,10 @@ def test_a_hugging_face_folder_at_the_size_of_its_preprocessing(tmp_path, data, 
     name = "hf_dinov2_classifier"
     save_file(modern.arrays(name), tmp_path / "model.safetensors")
     config = modern.config(name)["config"] | {"id2label": {str(i): f"class {i}" for i in range(10)}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     processor = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    classifier = Classifier.open(tmp_path)
-    assert classifier.network.spec.image_size == 56
+    for file, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        (tmp_path / file).write_text(json.dumps(content))
+    assert Classifier.open(tmp_path).network.spec.image_size == 56
     assert predict(tmp_path, [str(data / "val/ant")]) == 0
     assert "class 3 " in capsys.readouterr().out
 

@@ -24,8 +24,7 @@ from flora_jax.runs.workdir import Run, Step, planned, stale_steps
 from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.runs import tiny_config
-from tests.helpers.slimming import TINY_HYBRID, images_of, random_model
-from tests.helpers.weights import assert_same
+from tests.helpers.slimming import images_of, random_model
 
 SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=10)
 SLIM = ("pretrain", "slim", "report")
@@ -77,7 +76,7 @@ def exported(tmp_path_factory, subnets):
     says = np.asarray(subnets["extract/subnet_0.75"](images)).argmax(axis=1)
     labels = np.where(np.arange(8) == 3, (says + 1) % 10, says)  # one is wrong
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    stage.export_once(run, images[:3], NAMES, lambda: iter(batches))
+    stage.export_once(run, WRITABLE, images[:3], NAMES, lambda: iter(batches))
     return folder / "export"
 
 
@@ -139,7 +138,7 @@ def test_a_card_without_labels_claims_no_accuracy(tmp_path):
     spec = dataclasses.replace(SPEC, num_classes=0)
     run = run_in(tmp_path, {"dense": random_model(spec)}, spec=spec, stages=("pretrain",))
     run = Run(dataclasses.replace(run.settings, export=("timm",), metric=""), run.folder)
-    stage.export_once(run, None, ())
+    stage.export_once(run, run.settings.export, None, ())
     text = (tmp_path / "export/dense/README.md").read_text()
     assert "model-index" not in text
     assert "It was not measured" in text
@@ -157,24 +156,9 @@ def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
     assert "ViT-Slim learned" in (tmp_path / "export/slim/README.md").read_text()
 
 
-@pytest.mark.slow
-def test_a_hybrid_is_handed_out_in_every_form(tmp_path):
-    models = {"dense": random_model(TINY_HYBRID), "slim": low_rank(slimmed(TINY_HYBRID))}
-    run = run_in(tmp_path, models, spec=TINY_HYBRID, stages=SLIM, export=WRITABLE)
-    stage.export_once(run, None, ())
-    folder = tmp_path / "export/slim"
-    assert {EXPORTS[kind].path for kind in WRITABLE} < set(in_folder(folder))
-    for kind in ("torch", "timm"):
-        assert_same(flora.load(folder / kind), models["slim"])
-    text = (folder / "README.md").read_text()
-    assert "\nA TinyViT that tells 5 classes apart, of images of 32 x 32 pixels: " in text
-
-
-def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
-    tmp_path, subnets, monkeypatch
-):
+def test_a_refused_file_leaves_nothing_and_what_was_finished_stays(tmp_path, subnets, monkeypatch):
     models = {"extract/subnet": subnets["extract/subnet_0.5"]}
-    run = run_in(tmp_path, models, export=("timm", "stablehlo"), **{"budget.macs": (0.4, 0.5)})
+    run = run_in(tmp_path, models, **{"budget.macs": (0.4, 0.5)})
 
     def refuses(model, path, images):
         raise InputError("outputs differ from the model's by 3.0e-01 of the largest")
@@ -183,39 +167,31 @@ def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
     with monkeypatch.context() as patch:
         patch.setitem(EXPORTS, "stablehlo", wrong)
         with pytest.raises(InputError, match=r"of subnet as 'stablehlo': outputs differ .* 3\.0e"):
-            stage.export_once(run, None, NAMES)
-    assert in_folder(tmp_path / "export") == []
-    (tmp_path / "export/.subnet.partial-1").mkdir()  # of a process that was killed
-    stage.export_once(run, None, NAMES)
+            stage.export_once(run, ("timm", "stablehlo"), None, NAMES)
+        assert in_folder(tmp_path / "export") == []
+        stage.export_once(run, ("timm",), None, NAMES)
+        stage.export_once(run, ("stablehlo",), None, NAMES)  # which is there: it is not written
     assert in_folder(tmp_path / "export") == ["subnet"]
-    assert (tmp_path / "earlier/1/export/.subnet.partial-1").exists()
 
 
 # --- settings and changes -------------------------------------------------------------------------
 
 
-def test_the_stage_is_there_exactly_where_something_is_exported():
-    with_it = settings(export=("onnx",))
-    assert with_it.stages == (*STAGES[:-1], "export", "report")
-    assert Settings.from_config(json.loads(json.dumps(with_it.to_config()))) == with_it
-    assert settings(stages=with_it.stages).stages == STAGES  # a saved config, export=() since
-    assert settings(export=("timm",), stages=("pretrain",)).stages == ("pretrain", "export")
+def test_the_step_is_there_exactly_where_something_is_exported(tmp_path):
+    for kinds, there in ((("onnx",), ["export"]), ((), [])):
+        run = Run(settings(export=kinds), epath.Path(tmp_path))
+        names = list(planned(run, start.script_of(run.settings)))
+        assert names == [*STAGES[:-1], *there, "report"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_exports_that_cannot_be():
+    for changes, message in (
         ({"export": ("onx",)}, r"unknown export 'onx'; choose one of .* mean 'onnx'"),
         ({"export": "onnx"}, r"export must be a row of names, .* got 'onnx'"),
-        (
-            {"export": ("onnx",), "stages": ("evaluate",)},
-            "export needs a stage that leaves a model",
-        ),
-    ],
-)
-def test_exports_that_cannot_be(changes, message):
-    with pytest.raises(InputError, match=message):
-        Settings.from_config(changes)
+        ({"export": ("onnx",), "stages": ("evaluate",)}, "export needs a stage that leaves a mode"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Settings.from_config(changes)
 
 
 def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
@@ -261,26 +237,9 @@ def test_a_finished_run_exports_later_and_does_nothing_else(own_run, caplog):
     assert (own_run / "report.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("", ""),
-        ("hf:me/vit@v2", "me/vit"),
-        ("/data/my vit/", "my-vit"),
-        ("weights/deit_t.safetensors", "deit_t"),
-    ],
-)
-def test_names_of_weights(given, name):
-    assert base_model(given) == name
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("folder:/home/me/birds/", "birds"),
-        ("tfds:imagenet_v2/topimages", "imagenet_v2/topimages"),
-        ("digits", "digits"),
-    ],
-)
-def test_names_of_data_tell_no_place(given, name):
-    assert dataset_name(given) == name
+def test_names_in_cards_tell_no_place():
+    assert base_model("hf:me/vit@v2") == "me/vit"
+    assert base_model("/data/my vit/") == "my-vit"
+    assert base_model("weights/deit_t.safetensors") == "deit_t"
+    assert dataset_name("folder:/home/me/birds/") == "birds"
+    assert dataset_name("tfds:imagenet_v2/topimages") == "imagenet_v2/topimages"

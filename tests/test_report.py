@@ -53,7 +53,8 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
         (own_run / name).unlink()
     shutil.rmtree(own_run / "subnet")  # which is to come out of extract/subnet
     done = json.loads((own_run / "stages.json").read_text())
-    done = {name: done[name] for name in done if name not in ("finetune", "evaluate", "report")}
+    for name in ("finetune", "evaluate", "report"):
+        del done[name]["seconds"]  # as while they go on
     (own_run / "stages.json").write_text(json.dumps(done))
 
     def gone(settings):
