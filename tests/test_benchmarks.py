@@ -1,11 +1,14 @@
-"""The benchmarks run and print what their documentation says, on the smallest case."""
+"""Benchmarks run and print what their documentation says; what they make of real material."""
 
+import importlib.util
 import re
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
+from benchmarks import clip_art, dinov2
 from benchmarks.seeds import comparison, mean_over_seeds, summary
 from tests.helpers.commands import run_benchmark
 
@@ -92,3 +95,125 @@ def test_comparison_over_seeds(tmp_path):
         comparison(paths)
     with pytest.raises(SystemExit, match=r"9\.safetensors is missing"):
         comparison([*paths, tmp_path / "9.safetensors"])
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    is_missing = importlib.util.find_spec(package) is None
+    reason = f"{package} is missing: pip install '.[benchmarks]'"
+    return pytest.mark.skipif(is_missing, reason=reason)
+
+
+def drawing(seed: int, category: str = "animals") -> clip_art.Drawing:
+    pixels = np.random.default_rng(seed).integers(0, 200, (4, 4, 3), np.uint8)
+    large = np.asarray(Image.fromarray(pixels).resize((128, 128)))
+    return clip_art.Drawing(category, f"{seed}.png", large)
+
+
+def house(wall: str, at: tuple[int, int] = (0, 0), page: int = 400) -> Image.Image:
+    picture = Image.new("RGBA", (page, page))
+    draw, (x, y) = ImageDraw.Draw(picture), at
+    draw.polygon([(x, y + 60), (x + 50, y), (x + 100, y + 60)], fill="black")
+    draw.rectangle((x + 10, y + 60, x + 90, y + 120), fill=wall)
+    draw.rectangle((x + 40, y + 80, x + 60, y + 120), fill="black")
+    return picture
+
+
+def as_drawing(picture: Image.Image, name: str) -> clip_art.Drawing:
+    return clip_art.Drawing("buildings", name, clip_art.square(picture))
+
+
+def names(groups: list[clip_art.Group]) -> set[frozenset[str]]:
+    return {frozenset(drawing.name for drawing in group) for group in groups}
+
+
+@pytest.fixture
+def groups() -> list[clip_art.Group]:
+    """100 drawings: 40 alone, 10 pairs, 5 of 5, and 15 alike."""
+    drawings = iter(map(drawing, range(100)))
+    sizes = [1] * 40 + [2] * 10 + [5] * 5 + [15]
+    return [[next(drawings) for _ in range(size)] for size in sizes]
+
+
+@pytest.mark.parametrize(("most", "train", "val"), [(700, 70, 30), (50, 35, 15)])
+def test_split_keeps_groups_whole_and_the_fraction(groups, most, train, val):
+    sides = clip_art.split(groups, 0.3, most)
+    assert {side: sum(map(len, chosen)) for side, chosen in sides.items()} == {
+        "train": train,
+        "val": val,
+    }
+    assert names(sides["train"]) | names(sides["val"]) <= names(groups)
+    assert not names(sides["train"]) & names(sides["val"])
+    mixed = [groups[i][::-1] for i in np.random.default_rng(0).permutation(len(groups))]
+    again = clip_art.split(mixed, 0.3, most)
+    assert all(names(sides[side]) == names(again[side]) for side in sides)
+
+
+def test_recoloured_and_moved_drawings_are_near_duplicates():
+    drawings = [
+        as_drawing(house("gray"), "gray"),
+        as_drawing(house("tomato"), "red"),
+        as_drawing(house("gray", at=(250, 90)), "moved"),
+        as_drawing(house("gray").rotate(90), "turned"),
+    ]
+    groups = clip_art.near_duplicates(clip_art.distinct(drawings))
+    # Where the drawing lies on its page is cut away: "moved" is "gray", the first in the alphabet.
+    assert names(groups) == {frozenset({"gray", "red"}), frozenset({"turned"})}
+
+
+def test_equal_drawings_are_kept_once_a_class():
+    drawings = [drawing(0), drawing(0), drawing(0, "food"), drawing(1)]
+    kept = clip_art.distinct(drawings)
+    found = sorted((one.category, one.name) for one in kept)
+    assert found == [("animals", "0.png"), ("animals", "1.png"), ("food", "0.png")]
+    # Those in two classes are one group, which tells that the class is in doubt.
+    assert sorted(map(len, clip_art.near_duplicates(kept))) == [1, 2]
+
+
+def test_a_drawing_is_cut_out_and_put_on_white():
+    pixels = clip_art.square(house("tomato", at=(250, 90)))
+    assert (pixels.shape, pixels.dtype) == ((128, 128, 3), np.uint8)
+    assert (pixels[0, 0] == 255).all()
+    is_drawn = (pixels < clip_art.PAPER).any(axis=2)
+    assert is_drawn.any(axis=1).all()  # its long side fills the square
+    assert not is_drawn[:, :8].any()
+    assert not is_drawn[:, -8:].any()
+    for size in ((0, 0), (20, 20), (300, 1)):  # blank, tiny and thin
+        page = Image.new("RGBA", (400, 400))
+        page.paste("black", (10, 10, 10 + size[0], 10 + size[1]))
+        assert clip_art.square(page) is None
+
+
+def test_links_are_read_as_the_pictures_they_are(tmp_path):
+    for category in clip_art.CLASSES:
+        (tmp_path / category).mkdir()
+    (tmp_path / "food/fruit").mkdir()
+    house("gray").save(tmp_path / "food/fruit/a.png")
+    (tmp_path / "plants/b.png").symlink_to("../food/fruit/a.png")
+    Image.new("RGBA", (50, 50)).save(tmp_path / "plants/blank.png")
+    found, drawings = clip_art.read(tmp_path)
+    assert found == {"food": 1, "plants": 2}
+    assert [(one.category, one.name) for one in drawings] == [
+        ("food", "fruit-a.png"),
+        ("plants", "b.png"),
+    ]
+    assert drawings[0].digest == drawings[1].digest
+
+
+def test_crops_are_squares_inside_the_photograph():
+    rows, columns = np.indices((60, 90), np.uint8)
+    photo = np.stack([rows, columns, np.zeros_like(rows)], axis=-1)
+    made = dinov2.crops(photo, 16, 50, np.random.default_rng(0))
+    assert made.shape == (50, 16, 16, 3)
+    assert made.dtype == np.uint8
+    heights, widths = np.ptp(made[..., 0], axis=(1, 2)), np.ptp(made[..., 1], axis=(1, 2))
+    assert heights.min() > 60 * 0.3**0.5 * 0.8
+    assert np.abs(heights.astype(int) - widths).max() <= 2
+    np.testing.assert_array_equal(made, dinov2.crops(photo, 16, 50, np.random.default_rng(0)))
+
+
+@needs("skimage")
+def test_photographs_are_rgb():
+    photographs = dinov2.photographs()
+    assert {"china", "flower", "astronaut", "camera"} <= photographs.keys()
+    for name, photo in photographs.items():
+        assert (photo.dtype, photo.shape[2:]) == (np.uint8, (3,)), name

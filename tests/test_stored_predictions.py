@@ -1,4 +1,4 @@
-"""Stored predictions: folders that resist, the records, and the description of them."""
+"""Stored predictions: folders that resist, records, and training as with the teacher."""
 
 import contextlib
 import dataclasses
@@ -13,31 +13,87 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flora_jax as flora
+from flora_jax.cluster.mesh import make_mesh, shard_batch
+from flora_jax.data.augment import train_transform
+from flora_jax.data.batches import train_batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
 from flora_jax.data.subsets import subset
 from flora_jax.models import functional
+from flora_jax.training.settings import TrainSettings
+from flora_jax.training.step import initial_state, make_step, soft_targets
 from flora_jax.training.stored_predictions import (
     Description,
     StoredPredictions,
     Teacher,
+    compare_predictions,
     describe,
     parts_to_write,
     write_predictions,
 )
-from tests.helpers.predictions import (
-    AUGMENTATION,
-    BATCH_SIZE,
-    NORMALIZATION,
-    PART,
-    SEED,
-    STEPS,
-    a_model,
-    batches,
-    first_batches,
-    read_all,
-    write,
+
+SPEC = flora.ViTSpec(
+    image_size=8, patch_size=4, in_channels=1, embed_dim=8, depth=1, num_heads=2, num_classes=10
 )
+NORMALIZATION = Normalization((0.5,), (0.5,))
+AUGMENTATION = {"name": "digits", "image_shape": SPEC.image_shape, "scale": (0.9, 1.1)}
+BATCH_SIZE, STEPS, SEED = 16, 8, 3
+SOURCE = subset(digits(), range(50))  # epochs of 4, 3 and 1 steps
+PART = "epoch_0001.part_000_of_001.bin"
+
+
+def a_model(seed):
+    """Scaled up, so that its predictions are not all alike."""
+    structure, parameters = functional.split(flora.create(SPEC, seed))
+    return functional.merge(structure, {name: 2 * p for name, p in parameters.items()})
+
+
+def a_description(teacher, **changes):
+    fields = {"batch_size": BATCH_SIZE, "steps": STEPS, "seed": SEED, "k": 4, **changes}
+    return describe("digits", SOURCE, teacher, augmentation=AUGMENTATION, **fields)
+
+
+def batches(start, *process):
+    transform = train_transform(**AUGMENTATION)
+    return train_batches(SOURCE, transform, BATCH_SIZE, SEED, start, *process)
+
+
+def first_batches(steps=STEPS, start=0):
+    with contextlib.closing(batches(start)) as stream:
+        return list(itertools.islice(stream, steps))
+
+
+def write(folder, description, teacher, processes=1):
+    for index in range(processes):
+
+        def share(start, index=index):
+            return batches(start, index, processes)
+
+        write_predictions(folder, description, teacher, share, index, processes)
+
+
+def read_all(folder, description, *process):
+    reader = StoredPredictions(folder, description, *process)
+    return [reader.read(step) for step in range(description.steps)]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(a_model(seed=1), NORMALIZATION)
+
+
+@pytest.fixture(scope="module")
+def description(teacher):
+    return a_description(teacher)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, description, teacher):
+    """A finished folder. Tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("stored")
+    write(folder, description, teacher)
+    return folder
 
 
 @pytest.fixture
@@ -252,3 +308,77 @@ def test_size_of_imagenet():
     for field, value in {"k": 1001, "num_classes": 65537, "batch_size": 1_281_168}.items():
         with pytest.raises(ValueError, match=rf"{field} must be in 1\.\.\d+, got {value}"):
             dataclasses.replace(IMAGENET, **{field: value})
+
+
+def loss(batch, teacher_model=None, accumulate=1):
+    recipe = TrainSettings(
+        steps=STEPS, batch_size=BATCH_SIZE, learning_rate=1e-3, accumulate=accumulate
+    )
+    structure, parameters = functional.split(a_model(seed=2))
+    teacher = functional.split(teacher_model) if teacher_model else (None, None)
+    step = make_step(structure, recipe, NORMALIZATION, make_mesh(), teacher[0])
+    batch = shard_batch(batch, make_mesh())
+    return np.asarray(
+        step(initial_state(structure, parameters, recipe), batch, None, teacher[1])[1]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_that_of_the_teacher_at_hand(tmp_path, teacher, accumulate):
+    """Of a whole prediction: k = 100 is more than there are classes."""
+    description = a_description(teacher, k=100, steps=5)
+    assert description.k == 10
+    write(tmp_path, description, teacher)
+    start = 3  # in the first epoch; step 4 is in the next
+    reader = StoredPredictions(tmp_path, description)
+    with contextlib.closing(reader.attach(batches(start), start)) as attached:
+        pairs = list(zip(first_batches(2, start), itertools.islice(attached, 2), strict=True))
+    for batch, with_targets in pairs:
+        np.testing.assert_array_equal(batch["image"], with_targets["image"])
+        wanted = loss(batch, a_model(seed=1))
+        np.testing.assert_allclose(loss(with_targets, None, accumulate), wanted, rtol=1e-3)
+        assert abs(loss(batch)[0] / wanted[0] - 1) > 1e-2  # the labels teach something else
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(derandomize=True, deadline=None, max_examples=30)
+def test_soft_targets(data):
+    """Against numpy in float64, for predictions from flat to certain."""
+    num_classes = data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, num_classes))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    logits = data.draw(st.sampled_from([0, 1, 30])) * rng.normal(size=(3, num_classes))
+    exact = np.exp(logits - logits.max(-1, keepdims=True))
+    exact /= exact.sum(-1, keepdims=True)
+    index = np.argsort(-exact, -1)[:, :k].astype(np.int16)
+    probs = np.take_along_axis(exact, index.astype(int), -1).astype(np.float16)
+
+    targets = np.asarray(soft_targets(probs, index, num_classes))
+    assert targets.dtype == np.float32
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-6)
+    for row, p, i in zip(targets, np.float64(probs), index, strict=True):
+        np.testing.assert_allclose(row[i], p, rtol=2e-3)
+        others = np.delete(row, i)
+        np.testing.assert_allclose(others, max(0, 1 - p.sum()) / max(1, others.size), atol=1e-6)
+
+
+def test_soft_targets_of_more_classes_than_int16_holds():
+    targets = soft_targets(np.float16([[0.75]]), np.uint16([[40_000]]), 40_001)
+    np.testing.assert_allclose(targets[0, 40_000], 0.75)
+    np.testing.assert_allclose(targets[0, :-1], 0.25 / 40_000, rtol=1e-6)
+
+
+def test_comparison_with_a_fresh_pass(stored, description, teacher):
+    with contextlib.closing(StoredPredictions(stored, description).attach(batches(0))) as stream:
+        attached = list(itertools.islice(stream, 3))
+    largest, mean = compare_predictions(teacher, attached)
+    assert 0 < mean < largest <= 2.5e-4
+    other = compare_predictions(Teacher(a_model(seed=2), NORMALIZATION), attached)
+    assert other.largest > 0.1
+    assert other.mean > 0.01
+    with pytest.raises(ValueError, match="no batch to compare"):
+        compare_predictions(teacher, [])
+    with pytest.raises(ValueError, match="a teacher or stored predictions, not both"):
+        loss(attached[0], a_model(seed=5))
