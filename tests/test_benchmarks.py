@@ -1,6 +1,5 @@
 """Benchmarks run and print what their documentation says; what they make of real material."""
 
-import importlib.util
 import re
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
-from benchmarks import clip_art, dinov2
+from benchmarks import clip_art
 from benchmarks.seeds import comparison, mean_over_seeds, summary
 from tests.helpers.commands import run_benchmark
 
@@ -97,12 +96,6 @@ def test_comparison_over_seeds(tmp_path):
         comparison([*paths, tmp_path / "9.safetensors"])
 
 
-def needs(package: str) -> pytest.MarkDecorator:
-    is_missing = importlib.util.find_spec(package) is None
-    reason = f"{package} is missing: pip install '.[benchmarks]'"
-    return pytest.mark.skipif(is_missing, reason=reason)
-
-
 def drawing(seed: int, category: str = "animals") -> clip_art.Drawing:
     pixels = np.random.default_rng(seed).integers(0, 200, (4, 4, 3), np.uint8)
     large = np.asarray(Image.fromarray(pixels).resize((128, 128)))
@@ -181,39 +174,3 @@ def test_a_drawing_is_cut_out_and_put_on_white():
         page = Image.new("RGBA", (400, 400))
         page.paste("black", (10, 10, 10 + size[0], 10 + size[1]))
         assert clip_art.square(page) is None
-
-
-def test_links_are_read_as_the_pictures_they_are(tmp_path):
-    for category in clip_art.CLASSES:
-        (tmp_path / category).mkdir()
-    (tmp_path / "food/fruit").mkdir()
-    house("gray").save(tmp_path / "food/fruit/a.png")
-    (tmp_path / "plants/b.png").symlink_to("../food/fruit/a.png")
-    Image.new("RGBA", (50, 50)).save(tmp_path / "plants/blank.png")
-    found, drawings = clip_art.read(tmp_path)
-    assert found == {"food": 1, "plants": 2}
-    assert [(one.category, one.name) for one in drawings] == [
-        ("food", "fruit-a.png"),
-        ("plants", "b.png"),
-    ]
-    assert drawings[0].digest == drawings[1].digest
-
-
-def test_crops_are_squares_inside_the_photograph():
-    rows, columns = np.indices((60, 90), np.uint8)
-    photo = np.stack([rows, columns, np.zeros_like(rows)], axis=-1)
-    made = dinov2.crops(photo, 16, 50, np.random.default_rng(0))
-    assert made.shape == (50, 16, 16, 3)
-    assert made.dtype == np.uint8
-    heights, widths = np.ptp(made[..., 0], axis=(1, 2)), np.ptp(made[..., 1], axis=(1, 2))
-    assert heights.min() > 60 * 0.3**0.5 * 0.8
-    assert np.abs(heights.astype(int) - widths).max() <= 2
-    np.testing.assert_array_equal(made, dinov2.crops(photo, 16, 50, np.random.default_rng(0)))
-
-
-@needs("skimage")
-def test_photographs_are_rgb():
-    photographs = dinov2.photographs()
-    assert {"china", "flower", "astronaut", "camera"} <= photographs.keys()
-    for name, photo in photographs.items():
-        assert (photo.dtype, photo.shape[2:]) == (np.uint8, (3,)), name

@@ -202,36 +202,26 @@ def test_folders_that_are_no_classifier(tmp_path, folder):
             Classifier.open(place)
 
 
-@pytest.mark.parametrize(
-    "ours, theirs, message",
-    [
-        (("a", "b"), ("a", "b", "c"), "model has 2 classes, but data has 3.*only in the data: c"),
-        (("a", "b"), ("a", "d"), r"only in the model: b; only in the data: d.*classes\.json"),
-        (("a", "a", "b"), ("a", "b", "a"), "several are called a"),
-    ],
-)
-def test_classes_that_do_not_match(ours, theirs, message):
-    with pytest.raises(ValueError, match=message):
-        matched(ours, len(ours), theirs, "data")
-
-
 def test_classes_are_matched_by_name():
     assert matched(("a", "b", "c"), 3, ("c", "a", "b"), "data").tolist() == [2, 0, 1]
-    assert matched(("a", "b", "a"), 3, ("a", "b", "a"), "data").tolist() == [0, 1, 2]
     assert matched(("e\u0301", "b"), 2, ("b", "\xe9"), "data").tolist() == [1, 0]
+    for ours, theirs, message in (
+        ("ab", "abc", "model has 2 classes, but data has 3.*only in the data: c"),
+        ("ab", "ad", r"only in the model: b; only in the data: d.*classes\.json"),
+        ("aab", "aba", "several are called a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matched(tuple(ours), len(ours), tuple(theirs), "data")
 
 
-@pytest.mark.parametrize(
-    "kind, split, message",
-    [
-        ("images:", "", "has no labels"),
+def test_data_that_cannot_be_evaluated_on(folder, data):
+    for name, split, message in (
+        (f"images:{data}", "", "has no labels"),
         ("digits", "val", "--split needs a dataset with splits"),
-        ("folder:", "test", r"no folder .*/test"),
-    ],
-)
-def test_data_that_cannot_be_evaluated_on(folder, data, kind, split, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(folder, f"{kind}{data}" if kind.endswith(":") else kind, split=split)
+        (f"folder:{data}", "test", r"no folder .*/test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(folder, name, split=split)
 
 
 @pytest.mark.slow

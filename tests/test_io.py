@@ -95,13 +95,14 @@ def test_descriptions_that_lack_a_field_or_are_newer(saved, field):
 
 
 def test_not_a_model(tmp_path, saved):
-    with pytest.raises(FileNotFoundError, match=r"nowhere has no spec\.json: not a folder"):
-        flora.load(tmp_path / "nowhere")
     save_description_once(flora.load(saved), tmp_path / "another")
-    with pytest.raises(FileNotFoundError, match=r"saved model; inside it are another, model$"):
-        flora.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        flora.load(tmp_path / "another")
+    for place, message in (
+        (tmp_path / "nowhere", r"nowhere has no spec\.json: not a folder"),
+        (tmp_path, r"saved model; inside it are another, model$"),
+        (tmp_path / "another", "no checkpoint in"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            flora.load(place)
 
 
 # --- files ---------------------------------------------------------------------------------------

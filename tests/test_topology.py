@@ -225,15 +225,6 @@ def program_text():
     return (DATA / "collectives_v5e.hlo").read_text()
 
 
-def test_collectives_of_a_program(program_text):
-    assert hlo.collectives(program_text) == [
-        hlo.Collective("all-reduce", 2 * 256 * 256, in_branch=True),
-        hlo.Collective("all-gather", 2 * 512 * 256, in_branch=False),
-        hlo.Collective("reduce-scatter", 4 * 512 * 512, in_branch=False),
-        hlo.Collective("collective-permute", 4 * 256 * 512, in_branch=False),
-    ]
-
-
 NESTED = """
 %outer (p: f32[2]) -> f32[2] {
   %inner = f32[2]{0} fusion(%p), kind=kCustom, calls=%region_1.0_spmd
@@ -244,11 +235,17 @@ NESTED = """
 """
 
 
-def test_what_a_branch_calls_is_in_the_branch(program_text):
+def test_collectives_of_a_program(program_text):
+    assert hlo.collectives(program_text) == [
+        hlo.Collective("all-reduce", 2 * 256 * 256, in_branch=True),
+        hlo.Collective("all-gather", 2 * 512 * 256, in_branch=False),
+        hlo.Collective("reduce-scatter", 4 * 512 * 512, in_branch=False),
+        hlo.Collective("collective-permute", 4 * 256 * 512, in_branch=False),
+    ]
     text = program_text.replace("to_apply=%region_3.0", "calls=%region_1.0_spmd")
     text = text.replace("branch_computations={%region_0.0_spmd, %region_1.0_spmd}", "")
     assert not any(c.in_branch for c in hlo.collectives(text))
-    nested = f"{text}{NESTED}"
+    nested = f"{text}{NESTED}"  # what a branch calls is in the branch
     assert [c.kind for c in hlo.collectives(nested) if c.in_branch] == ["all-reduce"]
 
 
