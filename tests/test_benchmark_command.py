@@ -109,15 +109,8 @@ def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
     rows, too_large = measure(models, engines[:1], [120, 5])
     assert too_large == [{"engine": "ideal", "batch": 120, "model": "dense"}]
     assert {row.batch for row in rows} == {5}
-
-
-def test_how_engines_say_that_memory_is_short():
-    for error in (
-        MemoryError("Unable to allocate 561. GiB for an array"),
-        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
-        Exception("Failed to allocate memory for requested buffer of size 99"),  # ONNX Runtime
-    ):
-        assert is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError("Unable to allocate 561. GiB for an array"))
+    assert is_out_of_memory(Exception("Failed to allocate memory for requested buffer"))
     assert not is_out_of_memory(RuntimeError("shapes (3, 4) and (5,) do not fit"))
 
 
@@ -198,17 +191,14 @@ def test_one_model_against_another_in_every_engine(tmp_path, quickly, capsys):
     assert shares["small"] == pytest.approx(slimmed(SPEC).spec.macs() / larger.macs())
 
 
-@pytest.mark.parametrize(
-    ("place", "sizes", "message"),
-    [
+def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch):
+    monkeypatch.setattr(command, "installed_engines", lambda: pytest.fail("work has begun"))
+    for place, sizes, message in (
         ("mine", "0", r"--batch_sizes must be whole numbers from 1, such as 1,8,64; got 0"),
         ("mime", "1", r"mime is not there \(did you mean 'mine'\?\)"),
         ("begun", "1", r"begun: no model of this run is finished yet"),
         (".", "1", r"is no model or run; runs inside it are begun, mine"),
         ("mine/supernet", "1", r"holds a supernet: .*extract a model first"),
-    ],
-)
-def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch, place, sizes, message):
-    monkeypatch.setattr(command, "installed_engines", lambda: pytest.fail("work has begun"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        benchmark(run_folder.parent / place, batch_sizes=sizes.split(","))
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            benchmark(run_folder.parent / place, batch_sizes=sizes.split(","))

@@ -216,7 +216,7 @@ def test_classes_are_matched_by_name():
 
 def test_data_that_cannot_be_evaluated_on(folder, data):
     for name, split, message in (
-        (f"images:{data}", "", "has no labels"),
+        (f"images:{data}", None, "has no labels"),
         ("digits", "val", "--split needs a dataset with splits"),
         (f"folder:{data}", "test", r"no folder .*/test"),
     ):

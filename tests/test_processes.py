@@ -141,11 +141,11 @@ def start(name: str, directory: pathlib.Path, num_processes: int, devices: int, 
 
 
 def finish(members) -> list[subprocess.CompletedProcess]:
-    done = []
-    for process in members:
-        output, errors = process.communicate(timeout=200)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
-    return done
+    return [
+        subprocess.CompletedProcess(process.args, process.wait(), output, errors)
+        for process in members
+        for output, errors in [process.communicate(timeout=200)]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +191,12 @@ def test_two_processes_sum_the_same_and_leave_out_what_either_cannot_decode(foun
 
 
 def test_both_processes_know_what_one_finds_in_each_image(results):
-    alone, *both = (
-        json.loads((results[i] / f"images_{process}.json").read_text())
-        for i, process in ((0, 0), (1, 0), (1, 1))
-    )
+    files = [results[i] / f"images_{process}.json" for i, process in ((0, 0), (1, 0), (1, 1))]
+    alone, *both = (json.loads(file.read_text()) for file in files)
     assert len(alone["predicted"]) == SETTINGS.batch_size
     for together in both:
-        assert together["predicted"] == alone["predicted"]
-        assert together["is_correct"] == alone["is_correct"]
+        for name in ("predicted", "is_correct"):
+            assert together[name] == alone[name]
         np.testing.assert_allclose(together["log_likelihood"], alone["log_likelihood"], rtol=1e-6)
 
 
