@@ -10,18 +10,7 @@ from ml_collections import config_flags
 
 import flora_jax as flora
 from flora_jax import main
-from flora_jax.configs import (
-    deit_b,
-    deit_s,
-    deit_t,
-    digits,
-    swin_b,
-    swin_s,
-    swin_t,
-    tiny_vit_5m,
-    tiny_vit_11m,
-    tiny_vit_21m,
-)
+from flora_jax.configs import digits, imagenet
 from flora_jax.methods import start
 from flora_jax.runs import checks
 from flora_jax.runs.budgets import budgets_of
@@ -31,12 +20,6 @@ from flora_jax.training.train import warn_if_nothing_is_learnt
 from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
 from tests.helpers.runs import tiny_config
-
-PUBLISHED = (
-    *(deit_b, deit_s, deit_t, swin_b, swin_s, swin_t),
-    *(tiny_vit_5m, tiny_vit_11m, tiny_vit_21m),
-)
-
 
 BAD_CONFIGS = {
     "stage": ({"stages": ("pretrain", "serach")}, r"unknown stage 'serach'.*did you mean 'search'"),
@@ -93,14 +76,13 @@ def test_command_line_errors_are_one_line(tmp_path):
     assert done.stderr.strip() == """error: 'epoch' Did you mean "epochs" instead of "epoch"?"""
 
 
-@pytest.mark.parametrize("config_file", PUBLISHED)
-def test_published_configs_make_sense(config_file, tmp_path):
-    config = config_file.get_config()
-    settings = Settings.from_config(config)
+@pytest.mark.parametrize("name", imagenet.FLORA)
+def test_published_configs_make_sense(name):
+    settings = Settings.from_config(imagenet.config(name)())
     least, most = settings.space.of(settings.model).macs_range()
     for budget in budgets_of(settings.spending, settings.model):
         assert least < budget.window[0] < budget.window[1] < most
-    small = Settings.from_config(config_file.get_config("runlocal"))
+    small = Settings.from_config(imagenet.config(name)("runlocal"))
     assert small.model.family == settings.model.family
     checks.check(small)
 
