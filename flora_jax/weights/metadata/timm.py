@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from flora_jax.errors import InputError, UnknownNetworkError, unknown
+from flora_jax.errors import InputError, unknown
 from flora_jax.models.convolution import KERNEL_SIZE
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
@@ -87,9 +87,8 @@ def spec_of_config(config: Fields) -> Spec:
     `pretrained_cfg.input_size` beside it say what is different.
 
     Raises:
-      UnknownNetworkError: an architecture or an argument that is not known here.
-      InputError: a network that this library cannot build, or a field of another kind of value
-        than timm writes; says which.
+      InputError: an architecture or an argument that is not known here, a network that this
+        library cannot build, or a field of another kind of value than timm writes; says which.
     """
     name = config.text("architecture").partition(".")[0]
     pretrained = config.within("pretrained_cfg")
@@ -104,7 +103,7 @@ def spec_of_config(config: Fields) -> Spec:
     for pattern, read in _READERS.items():
         if match := re.fullmatch(pattern, name):
             return read(match, arguments)
-    raise UnknownNetworkError(
+    raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
         f"are vit_*, deit_*, deit3_* and swin_* with plain blocks, and tiny_vit_*; such as "
         f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_dinov3, "
@@ -117,9 +116,7 @@ def _read(
 ) -> tuple[Fields, dict[str, Any]]:
     """The arguments, and the fields of a spec that they are one by one."""
     if odd := sorted(arguments.keys() - known.keys() - {*also}):
-        raise UnknownNetworkError(
-            f"model_args of {name} have {', '.join(odd)}, which is not known here"
-        )
+        raise InputError(f"model_args of {name} have {', '.join(odd)}, which is not known here")
     given = Fields(arguments)
     return given, {ours: read(given, key) for key, (ours, read) in known.items() if key in given}
 
@@ -154,7 +151,7 @@ def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
 def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
     """What the name says, as timm's arguments, and `rope_theta` and `k_bias`, which are none."""
     if size not in _SIZES:
-        raise UnknownNetworkError(unknown(f"size of {family}", size, _SIZES))
+        raise InputError(unknown(f"size of {family}", size, _SIZES))
     width, depth, num_heads, mlp_ratio = _SIZES[size]
     image_sizes = re.findall(r"\d+", variant)
     found: dict[str, Any] = {
@@ -196,7 +193,7 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
         return found | ({"fc_norm": False} if match[1] else {})
     if re.fullmatch(r"\d+", variant):
         return found
-    raise UnknownNetworkError(f"unknown kind of {family}: {variant!r} in its architecture's name")
+    raise InputError(f"unknown kind of {family}: {variant!r} in its architecture's name")
 
 
 def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
