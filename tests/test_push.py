@@ -91,7 +91,7 @@ def test_what_the_hub_answers(run, api):
     refused = RuntimeError("403 Forbidden: not yours\nRequest ID: 7")
     refused.response = types.SimpleNamespace(status_code=403)
     api.error = refused
-    with pytest.raises(InputError, match=r"token must be one of me.*\(403 Forbidden: not yours\)"):
+    with pytest.raises(InputError, match=r"access is refused.*\(403 Forbidden: not yours\)"):
         push("me/vit", run)
     api.error = ConnectionError("no route to host")
     with pytest.raises(StorageError, match=r"could not be uploaded to http.* \(no route to host\)"):
