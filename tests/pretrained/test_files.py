@@ -44,7 +44,7 @@ def test_files_that_are_not_weights(vit, tmp_path):
     whole = path.read_bytes()
     for part in (b"", whole[:5], whole[:100], whole[:-1]):
         path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"vit\.safetensors is not a readable"):
+        with pytest.raises(ValueError, match=r"vit\.safetensors: not a readable"):
             from_pretrained(path, VIT)
     (tmp_path / "vit.npz").write_bytes(whole)
     with pytest.raises(ValueError, match=r"vit\.npz is no file of weights.* end in \.safetensors,"):
@@ -104,7 +104,7 @@ def test_a_folder_in_several_files(swin, tmp_path):
         from_pretrained(second, SWIN)
     whole = second.read_bytes()
     second.write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors is not a readable"):
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors: not a readable"):
         from_pretrained(tmp_path, SWIN)
     save_file({"other": np.zeros(1)}, second)
     with pytest.raises(ValueError, match=r"not in model-00002-of-00003\.safetensors: .*swin\."):
@@ -151,9 +151,7 @@ def test_kinds_of_numbers_that_numpy_lacks(vit, tmp_path):
     content = path.read_bytes().replace(b'{"dtype":"U8",', b'{"dtype":"F8_E4M3",')
     length = int.from_bytes(content[:8], "little") + len("F8_E4M3") - len("U8")
     path.write_bytes(length.to_bytes(8, "little") + content[8:])
-    with pytest.raises(
-        ValueError, match=r"quantised\.safetensors: head\.weight is stored as F8_E4M3"
-    ):
+    with pytest.raises(ValueError, match=r"quantised\.safetensors: not a readable .*float8"):
         from_pretrained(path, VIT)
 
 
@@ -232,9 +230,7 @@ def test_pytorch_tensors_that_numpy_cannot_take(torch, tmp_path, kind):
             "float8": lambda: tensor.to(torch.float8_e5m2),
         }[kind]()
         torch.save({"fine": tensor, "odd.weight": odd}, tmp_path / "x.pth")
-        with pytest.raises(
-            ValueError, match=rf"x\.pth: odd\.weight is .*{kind}.*; weights must be"
-        ):
+        with pytest.raises(ValueError, match=rf"x\.pth: odd\.weight is .*{kind}"):
             read_state_dict(tmp_path / "x.pth")
 
 
@@ -251,7 +247,9 @@ class Executed:
 def test_pytorch_files_that_are_no_state_dict(torch, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": {"w": torch.zeros(2)}, "args": Executed(tmp_path / "trace")}, path)
-    with pytest.raises(ValueError, match=r"x\.pth holds more than tensors.*nothing else is unpick"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth: holds more than tensors.*nothing else is unpick"
+    ):
         read_state_dict(path)
     assert not (tmp_path / "trace").exists()
     torch.save({"epoch": 3, "weight": torch.zeros(2)}, path)
@@ -264,5 +262,5 @@ def test_pytorch_files_that_are_no_state_dict(torch, tmp_path):
     whole = path.read_bytes()
     for part in (b"", b"nonsense", whole[:100], whole[:-50]):
         path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"x\.pth (is not a readable|holds more than)"):
+        with pytest.raises(ValueError, match=r"x\.pth: (not a readable|holds more than)"):
             read_state_dict(path)
