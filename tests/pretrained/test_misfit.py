@@ -49,7 +49,7 @@ def test_another_family_or_none(vit, swin):
     with pytest.raises(ValueError, match="of a Hugging Face ViT, but the spec is a SwinSpec"):
         from_state_dict(written(vit, layouts.hugging_face_vit), SWIN)
     with pytest.raises(
-        ValueError, match=r"found conv1, fc; expected names such as blocks\.0\..*layouts.*timm"
+        ValueError, match=r"found conv1, fc; expected those of .*timm ViT, such as blocks\.0\."
     ):
         from_state_dict({"conv1": np.zeros(3), "fc": np.zeros(3)}, VIT)
     with pytest.raises(ValueError, match=r"unknown weight names: found none; expected"):
@@ -129,9 +129,7 @@ def test_weights_that_are_not_finite(swin, dtype, value):
 def test_weights_of_another_kind_of_number(vit, dtype):
     arrays = written(vit, layouts.timm)
     arrays["norm.bias"] = arrays["norm.bias"].astype(dtype)
-    with pytest.raises(
-        ValueError, match=rf"norm\.bias is {dtype}; .*only float16, bfloat16, float32"
-    ):
+    with pytest.raises(ValueError, match=rf"norm\.bias is {dtype}; .* float16, bfloat16"):
         from_state_dict(arrays, VIT)
 
 
