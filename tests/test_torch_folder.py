@@ -189,7 +189,7 @@ def test_folders_that_hold_something_else(tiny_model, tmp_path, without_torch):
     (tmp_path / "mine.py").touch()
     with pytest.raises(InputError, match=r"holds mine\.py, and no earlier export: give an empty"):
         flora.export_torch(tiny_model, tmp_path)
-    with pytest.raises(InputError, match=r"mine\.py is a file, where a folder is to be written"):
+    with pytest.raises(StorageError, match=r"writing .*mine\.py/folder/.* failed"):
         flora.export_torch(tiny_model, tmp_path / "mine.py" / "folder")
     flora.save(tiny_model, tmp_path / "saved")
     with pytest.raises(InputError, match=r"holds model\.safetensors, spec\.json, and no earlier"):
@@ -197,13 +197,6 @@ def test_folders_that_hold_something_else(tiny_model, tmp_path, without_torch):
     assert flora.load(tmp_path / "saved").spec == tiny_model.spec
     (tmp_path / "cloned" / ".git").mkdir(parents=True)
     flora.export_torch(tiny_model, tmp_path / "cloned")
-
-
-def test_a_folder_without_permission(tiny_model, tmp_path, without_torch, monkeypatch):
-    monkeypatch.setattr(pytorch.os, "access", lambda path, mode: False)
-    with pytest.raises(StorageError, match="cannot be written: no permission"):
-        flora.export_torch(tiny_model, tmp_path / "new")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- models that cannot be exported ---------------------------------------------------------------
