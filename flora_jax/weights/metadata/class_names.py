@@ -23,14 +23,9 @@ def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
       InputError: broken JSON, something else than names, or a number without one; names the file.
     """
     folder = local_folder(folder)
-    for name, read in ((CLASSES_FILE, _own), (CONFIG_FILE, _of_config)):
-        if (folder / name).exists():
-            return read_named(folder / name, read)
-    return ()
-
-
-def _own(names: Any) -> tuple[str, ...]:
-    return _names(Fields({"names": names}), "names")
+    if (path := folder / CLASSES_FILE).exists():
+        return read_named(path, lambda names: _names(Fields({"names": names}), "names"))
+    return read_named(path, _of_config) if (path := folder / CONFIG_FILE).exists() else ()
 
 
 def _of_config(config: Any) -> tuple[str, ...]:

@@ -41,15 +41,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "BitImageProcessor": _CLIP,
 }
 # Of a file that does not name one, by the beginning of the network's model_type.
-_PROCESSORS = {
-    "vit": "ViT",
-    "swin": "ViT",
-    "deit": "DeiT",
-    "dinov2": "Bit",
-    "dinov3": "DINOv3ViT",
-    "clip": "CLIP",
-    "siglip": "Siglip",
-}
+_PROCESSORS = {"vit": "ViT", "swin": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}
+_PROCESSORS |= {"dinov2": "Bit", "dinov3": "DINOv3ViT"}
 
 
 def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
@@ -131,16 +124,17 @@ def _transformers(folder: epath.Path, content: Any) -> Preprocessing:
     """Pixels come to 0..1 here, and by nothing else."""
     fields = Fields(content)
     defaults = _defaults(fields, folder)
-    wanted = {"do_rescale": True, "do_resize": True, "rescale_offset": False, "do_pad": False}
-    for name, value in (wanted | {"do_grayscale": False, "do_flip_channel_order": False}).items():
-        if fields.flag(name, value) != value:
-            raise fields.error(name, f"{str(value).lower()}, for nothing else is done here")
+    always = ("do_rescale", "do_resize")
+    never = ("rescale_offset", "do_pad", "do_grayscale", "do_flip_channel_order")
+    for name in (*always, *never):
+        if fields.flag(name, name in always) != (name in always):
+            raise fields.error(name, f"{str(name in always).lower()}, as nothing else is done here")
     if not math.isclose(fields.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise fields.error("rescale_factor", "1/255, for pixels are taken in 0..1 here")
-    mean: tuple[float, ...] = (0.0,) * 3
-    std: tuple[float, ...] = (1.0,) * 3
-    if fields.flag("do_normalize", True):
-        mean, std = (fields.numbers(name, defaults[name]) for name in ("image_mean", "image_std"))
+    normal = fields
+    if not fields.flag("do_normalize", True):
+        normal = Fields({"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3})
+    mean, std = (normal.numbers(name, defaults[name]) for name in ("image_mean", "image_std"))
     number = fields.count("resample", defaults["resample"])
     interpolations = {int(method): method.name.lower() for method in Image.Resampling}
     if number not in interpolations:

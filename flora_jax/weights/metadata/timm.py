@@ -31,48 +31,45 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
     "7b": (4096, 40, 32, 2),
 }
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
-# timm's arguments that are fields of a spec: their name there, and how they are read.
-_OF_ALL: dict[str, tuple[str, Callable[[Fields, str], Any]]] = {
-    "img_size": ("image_size", Fields.side),
-    "in_chans": ("in_channels", Fields.size),
-    "num_classes": ("num_classes", Fields.count),
-    "mlp_ratio": ("mlp_ratio", Fields.number),
-}
-_OF_VIT = _OF_ALL | {
-    "patch_size": ("patch_size", Fields.side),
-    "embed_dim": ("embed_dim", Fields.size),
-    "depth": ("depth", Fields.size),
-    "num_heads": ("num_heads", Fields.size),
-    "qkv_bias": ("qkv_bias", Fields.flag),
-    "class_token": ("class_token", Fields.flag),
-    "reg_tokens": ("num_registers", Fields.count),
-    "num_reg_tokens": ("num_registers", Fields.count),
-    "pre_norm": ("pre_norm", Fields.flag),
-    "act_layer": ("activation", Fields.text),
-    "swiglu_mlp": ("gated_mlp", Fields.flag),
-    "layer_norm_eps": ("layer_norm_eps", Fields.number),
-}
+
+
+def _as(kind: Callable[[Fields, str], Any], *names: str, **renamed: str) -> dict[str, tuple]:
+    """timm's arguments that are fields of a spec: their name there, and how they are read."""
+    pairs = dict(zip(names, names, strict=True)) | renamed
+    return {theirs: (ours, kind) for theirs, ours in pairs.items()}
+
+
+_OF_ALL = (
+    _as(Fields.side, img_size="image_size")
+    | _as(Fields.size, in_chans="in_channels")
+    | _as(Fields.count, "num_classes")
+    | _as(Fields.number, "mlp_ratio")
+)
+_OF_VIT = (
+    _OF_ALL
+    | _as(Fields.side, "patch_size")
+    | _as(Fields.size, "embed_dim", "depth", "num_heads")
+    | _as(Fields.count, reg_tokens="num_registers", num_reg_tokens="num_registers")
+    | _as(Fields.flag, "qkv_bias", "class_token", "pre_norm", swiglu_mlp="gated_mlp")
+    | _as(Fields.text, act_layer="activation")
+    | _as(Fields.number, "layer_norm_eps")
+)
 # Those of a ViT that say something of a spec together with others.
 _ALSO_OF_VIT = {
     *("global_pool", "fc_norm", "use_fc_norm", "init_values", "no_embed_class", "use_abs_pos_emb")
 }
-_OF_SWIN = _OF_ALL | {
-    "patch_size": ("patch_size", Fields.side),
-    "window_size": ("window_size", Fields.side),
-    "embed_dim": ("embed_dim", Fields.size),
-    "depths": ("depths", Fields.sizes),
-    "num_heads": ("num_heads", Fields.sizes),
-    "qkv_bias": ("qkv_bias", Fields.flag),
-    "patch_norm": ("patch_norm", Fields.flag),
-    "ape": ("absolute_pos_embed", Fields.flag),
-}
-_OF_TINY_VIT = _OF_ALL | {
-    "embed_dims": ("embed_dims", Fields.sizes),
-    "depths": ("depths", Fields.sizes),
-    "num_heads": ("num_heads", Fields.sizes),
-    "window_sizes": ("window_sizes", Fields.sizes),
-    "mbconv_expand_ratio": ("mbconv_expand_ratio", Fields.number),
-}
+_OF_SWIN = (
+    _OF_ALL
+    | _as(Fields.side, "patch_size", "window_size")
+    | _as(Fields.size, "embed_dim")
+    | _as(Fields.sizes, "depths", "num_heads")
+    | _as(Fields.flag, "qkv_bias", "patch_norm", ape="absolute_pos_embed")
+)
+_OF_TINY_VIT = (
+    _OF_ALL
+    | _as(Fields.sizes, "embed_dims", "depths", "num_heads", "window_sizes")
+    | _as(Fields.number, "mbconv_expand_ratio")
+)
 # Arguments of training, or of other sizes at run time, which change no network.
 _WITHOUT_EFFECT = re.compile(
     r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
@@ -92,13 +89,13 @@ def spec_of_config(config: Fields) -> Spec:
     """
     name = config.text("architecture").partition(".")[0]
     pretrained = config.within("pretrained_cfg")
-    beside = Fields({key: config[key] for key in ("num_classes", "global_pool") if key in config})
     arguments: dict[str, Any] = {}
     if "input_size" in pretrained:
         arguments["img_size"] = pretrained.sizes("input_size")[-2:]
     if "num_classes" in pretrained:
-        arguments["num_classes"] = pretrained.count("num_classes")
-    arguments |= {**beside, **config.within("model_args")}
+        arguments["num_classes"] = pretrained["num_classes"]
+    arguments |= {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    arguments |= config.within("model_args")
     arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
     for pattern, read in _READERS.items():
         if match := re.fullmatch(pattern, name):
@@ -106,8 +103,7 @@ def spec_of_config(config: Fields) -> Spec:
     raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
         f"are vit_*, deit_*, deit3_* and swin_* with plain blocks, and tiny_vit_*; such as "
-        f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_dinov3, "
-        f"vit_base_patch16_siglip_224, vit_base_patch16_clip_224"
+        f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_siglip_224"
     )
 
 
@@ -163,13 +159,13 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
     }
     if family == "deit3":
         return found | {"no_embed_class": True, "init_values": 1e-6}
-    if match := re.fullmatch(r"(reg\d+_)?dinov2", variant):
+    if match := re.fullmatch(r"(?:reg(\d+)_)?dinov2", variant):
         found |= {"init_values": 1e-5, "img_size": 518}
         if match[1]:
-            found |= {"reg_tokens": int(match[1][3:-1]), "no_embed_class": True}
+            found |= {"reg_tokens": int(match[1]), "no_embed_class": True}
         if size == "giant":
-            found |= {"embed_dim": 1536, "num_heads": 24, "swiglu_mlp": True}
-            found["mlp_ratio"] = 4096 / 1536
+            found |= {"embed_dim": 1536, "num_heads": 24, "mlp_ratio": 4096 / 1536}
+            found["swiglu_mlp"] = True
         return found
     if match := re.fullmatch(r"dinov3(_qkvb)?", variant):
         return found | {
