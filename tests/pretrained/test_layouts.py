@@ -61,41 +61,27 @@ def test_every_layout_reads_the_same_model(models, spec, table):
     assert_same(from_state_dict(arrays, models[spec].spec), models[spec])
 
 
+ENCODER, SWIN = "vit.encoder.layer.0.attention", "swin.encoder.layers"
+
+
 @pytest.mark.parametrize(
     ("spec", "table", "names"),
     [
         ("distilled", "timm", "dist_token head_dist.bias blocks.1.mlp.fc2.weight norm.weight"),
         ("mean", "timm", "fc_norm.weight cls_token pos_embed blocks.0.attn.qkv.weight"),
-        (
-            "absolute",
-            "timm",
-            "absolute_pos_embed head.fc.weight layers.1.downsample.reduction.weight "
-            "layers.1.blocks.0.attn.relative_position_bias_table patch_embed.norm.bias",
-        ),
+        ("absolute", "timm", "absolute_pos_embed head.fc.weight patch_embed.norm.bias "
+         "layers.1.downsample.norm.bias layers.1.blocks.0.attn.relative_position_bias_table"),
         ("swin", "release", "head.bias layers.0.downsample.norm.weight norm.weight"),
-        (
-            "vit",
-            "hugging_face_vit",
-            "vit.embeddings.cls_token vit.embeddings.patch_embeddings.projection.weight "
-            "vit.encoder.layer.1.attention.attention.key.bias vit.layernorm.weight classifier.bias "
-            "vit.encoder.layer.0.attention.output.dense.bias vit.encoder.layer.0.output.dense.bias",
-        ),
-        (
-            "distilled",
-            "hugging_face_vit",
-            "deit.embeddings.distillation_token cls_classifier.bias distillation_classifier.weight "
-            "deit.encoder.layer.0.intermediate.dense.weight deit.embeddings.position_embeddings",
-        ),
+        ("vit", "hugging_face_vit", f"{ENCODER}.attention.key.bias {ENCODER}.output.dense.bias "
+         "vit.embeddings.cls_token vit.embeddings.patch_embeddings.projection.weight "
+         "vit.layernorm.weight classifier.bias vit.encoder.layer.0.output.dense.bias"),
+        ("distilled", "hugging_face_vit", "deit.embeddings.distillation_token cls_classifier.bias "
+         "distillation_classifier.weight deit.embeddings.position_embeddings"),
         ("vit", "hugging_face_vit_5", "vit.layers.1.attention.q_proj.bias vit.layernorm.bias"),
-        (
-            "absolute",
-            "hugging_face_swin",
-            "swin.embeddings.position_embeddings swin.embeddings.norm.bias swin.layernorm.weight "
-            "swin.encoder.layers.0.downsample.reduction.weight "
-            "swin.encoder.layers.1.blocks.0.attention.self.relative_position_bias_table "
-            "swin.encoder.layers.0.blocks.1.attention.self.value.weight "
-            "swin.encoder.layers.0.blocks.1.layernorm_after.bias",
-        ),
+        ("absolute", "hugging_face_swin", "swin.embeddings.position_embeddings "
+         f"swin.layernorm.weight {SWIN}.0.downsample.reduction.weight "
+         f"{SWIN}.1.blocks.0.attention.self.relative_position_bias_table "
+         f"{SWIN}.0.blocks.1.attention.self.value.weight"),
     ],
 )  # fmt: skip
 def test_published_names(models, spec, table, names):
