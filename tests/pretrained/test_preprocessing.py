@@ -158,9 +158,11 @@ def test_own_file_comes_first_and_back_as_it_was(tmp_path):
 
 
 def test_nothing_said(tmp_path):
-    assert flora.read_preprocessing(tmp_path) is None
-    assert flora.read_preprocessing(written(tmp_path, config={"model_type": "vit"})) is None
-    assert read_class_names(tmp_path) == ()
+    """Names that transformers makes up are none."""
+    made_up = {"model_type": "vit", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    for files in ({}, {"config": made_up}):
+        assert flora.read_preprocessing(written(tmp_path, **files)) is None
+        assert read_class_names(tmp_path) == ()
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,3 @@ NAMES = ("cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"
 )
 def test_class_names(tmp_path, file, content):
     assert read_class_names(written(tmp_path, **{file: content})) == NAMES
-
-
-def test_names_that_transformers_makes_up_are_none(tmp_path):
-    written(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
-    assert read_class_names(tmp_path) == ()
