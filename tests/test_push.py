@@ -82,7 +82,7 @@ def test_what_the_hub_answers(run, api):
     refused = RuntimeError("403 Forbidden: not yours\nRequest ID: 7")
     refused.response = types.SimpleNamespace(status_code=403)
     for answer, kind, message in (
-        (refused, InputError, r"token must be one of me.*\(403 Forbidden: not yours\)"),
+        (refused, InputError, r"access is refused.*\(403 Forbidden: not yours\)"),
         (ConnectionError("no route to host"), StorageError, r"uploaded to .* \(no route to host\)"),
         (hub.errors.HFValidationError("Cannot have --"), InputError, "names no repository: Cannot"),
         (KeyError("a fault of ours keeps its traceback"), KeyError, "a fault of ours"),

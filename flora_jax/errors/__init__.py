@@ -8,7 +8,6 @@ from flora_jax.errors.kinds import (
     MissingPackageError,
     RunError,
     StorageError,
-    UnknownNetworkError,
     UserError,
 )
 
@@ -18,7 +17,6 @@ __all__ = [
     "MissingPackageError",
     "RunError",
     "StorageError",
-    "UnknownNetworkError",
     "UserError",
     "check_at_least",
     "check_between",

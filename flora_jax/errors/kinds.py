@@ -13,10 +13,6 @@ class InputError(UserError, ValueError):
     """A value, a file or a combination of them that cannot be used."""
 
 
-class UnknownNetworkError(InputError):
-    """A kind of network that this library does not know."""
-
-
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that should be there is not."""
 

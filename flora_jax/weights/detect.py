@@ -41,28 +41,23 @@ class Layout(NamedTuple):
 
 
 # The first whose signature stands in a name, at its beginning or behind a dot.
+_BLOCKS = r"blocks\.\d+\."
 LAYOUTS = [
-    Layout(
-        *("Hugging Face Swin", "swin", layouts.hugging_face_swin),
-        r"layers\.\d+\.blocks\.\d+\.layernorm_",
-    ),
+    Layout("Hugging Face Swin", "swin", layouts.hugging_face_swin, rf"{_BLOCKS}layernorm_"),
     Layout(
         *("Hugging Face ViT", "vit", layouts.hugging_face_vit),
         r"layers?\.\d+\.layernorm_|embeddings\.(cls_token|class_embedding|patch_embedding)",
     ),
     Layout(
         *("timm TinyViT", "tiny_vit", layouts.timm_tiny_vit),
-        r"stages\.\d+\.blocks\.\d+\.(attn\.attention_biases$|local_conv\.)",
+        rf"stages\.\d+\.{_BLOCKS}(attn\.attention_biases$|local_conv\.)",
     ),
-    Layout("flora_jax TinyViT", "tiny_vit", layouts.own, r"blocks\.\d+\.attn\.attention_biases$"),
-    Layout("timm Swin", "swin", layouts.timm_swin, r"layers\.\d+\.blocks\.\d+\."),
-    Layout(
-        *("flora_jax Swin", "swin", layouts.own),
-        r"blocks\.\d+\.attn\.relative_position_bias_table$",
-    ),
-    Layout("flora_jax ViT", "vit", layouts.own, r"blocks\.\d+\.attn\.proj\.kernel$"),
-    Layout("OpenCLIP ViT", "vit", layouts.open_clip_vit, r"transformer\.resblocks\.\d+\."),
-    Layout("timm ViT", "vit", layouts.timm_vit, r"blocks\.\d+\."),
+    Layout("flora_jax TinyViT", "tiny_vit", layouts.own, rf"{_BLOCKS}attn\.attention_biases$"),
+    Layout("timm Swin", "swin", layouts.timm_swin, rf"layers\.\d+\.{_BLOCKS}"),
+    Layout("flora_jax Swin", "swin", layouts.own, rf"{_BLOCKS}attn\.relative_position_bias_table$"),
+    Layout("flora_jax ViT", "vit", layouts.own, rf"{_BLOCKS}attn\.proj\.kernel$"),
+    Layout("OpenCLIP ViT", "vit", layouts.open_clip_vit, rf"transformer\.res{_BLOCKS}"),
+    Layout("timm ViT", "vit", layouts.timm_vit, _BLOCKS),
 ]
 
 
@@ -72,15 +67,14 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
     Raises:
       InputError: none of LAYOUTS, or one of another family than the spec's.
     """
-    for layout in LAYOUTS:
-        if any(re.search(rf"(^|\.)({layout.signature})", key) for key in keys):
-            break
-    else:
+    signatures = {layout: re.compile(rf"(^|\.)({layout.signature})") for layout in LAYOUTS}
+    found = (layout for layout, signature in signatures.items() if any(map(signature.search, keys)))
+    layout = next(found, None)
+    if layout is None:
         expected = [source for row in layouts.timm(spec) for source in row.sources]
         raise InputError(
-            f"unknown weight names: found {few(keys, 3)}; expected names such as "
-            f"{few(expected, 3)}, or those of another of the layouts "
-            f"{', '.join(layout.title for layout in LAYOUTS)}"
+            f"unknown weight names: found {few(keys, 3)}; expected those of "
+            f"{', '.join(layout.title for layout in LAYOUTS)}, such as {few(expected, 3)}"
         )
     if layout.family != spec.family:
         raise InputError(

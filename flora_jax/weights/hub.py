@@ -1,10 +1,12 @@
 """Repositories of the Hugging Face hub as folders: `hf:owner/name`, or with `@revision` behind."""
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import types
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -76,29 +78,15 @@ def uploaded(folder: epath.Path, name: str) -> str:
     match = _REPOSITORY.fullmatch(name)
     if match is None or match["revision"]:
         raise InputError(f"{name!r} names no repository; expected owner/name, such as me/small-vit")
-    huggingface_hub = _package("an upload")
-    if huggingface_hub.get_token() is None:
+    hub = _package("an upload")
+    if hub.get_token() is None:
         raise InputError(f"no token to write {name} with: {_LOGIN}")
-    api = huggingface_hub.HfApi()
-    try:
+    with _errors_named(hub, name, "uploaded to"):
+        api = hub.HfApi()
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=name, folder_path=os.fspath(folder), commit_message="Upload by flora_jax"
         )
-    except huggingface_hub.errors.HFValidationError as error:
-        raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
-    except Exception as error:
-        if _is_refusal(error):
-            raise InputError(
-                f"{name}: the hub refuses to write; the token must be one of {name.split('/')[0]} "
-                f"that may: {_LOGIN} ({_first_line(error)})"
-            ) from error
-        if not _is_of_the_network(error):
-            raise
-        raise StorageError(
-            f"{name} could not be uploaded to {huggingface_hub.constants.ENDPOINT} "
-            f"({_first_line(error)}); the same command tries again"
-        ) from error
     return str(url)
 
 
@@ -115,37 +103,50 @@ def _downloaded(name: str, revision: str | None) -> epath.Path:
 def _snapshot(asked: str, name: str, revision: str | None, files: tuple[str, ...]) -> epath.Path:
     hub = _package(asked)
     try:
-        return epath.Path(
-            hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
-        )
-    except hub.errors.HFValidationError as error:
-        raise InputError(f"{asked} names no repository: {_first_line(error)}") from error
-    except hub.errors.RevisionNotFoundError as error:
-        raise MissingFileError(f"{asked}: {name} has no revision {revision}") from error
-    except Exception as error:
-        is_gated = isinstance(error, hub.errors.GatedRepoError)
-        if isinstance(error, hub.errors.RepositoryNotFoundError) and not is_gated:
-            raise MissingFileError(
-                f"{asked}: no repository {name} on the hub; a private one needs a login: {_LOGIN}"
-            ) from error
-        is_not_cached = isinstance(error, hub.errors.LocalEntryNotFoundError)
-        cause = (error.__cause__ or error) if is_not_cached else error
-        if is_gated or _is_refusal(cause):
-            raise InputError(
-                f"{asked}: access is refused; accept its conditions at "
-                f"https://huggingface.co/{name}, and log in: {_LOGIN}"
-            ) from error
-        if not is_not_cached and not _is_of_the_network(error):
-            raise
+        with _errors_named(hub, asked, "downloaded from"):
+            return epath.Path(
+                hub.snapshot_download(name, revision=revision, allow_patterns=[*files])
+            )
+    except StorageError:
         # Another program may have fetched the weights, perhaps without all that is wanted here.
         for file in (_SAFETENSORS[0], _SAFETENSORS[-1], _PYTORCH[0], _PYTORCH[-1]):
             cached = hub.try_to_load_from_cache(name, file, revision=revision)
             if isinstance(cached, str):
                 return epath.Path(cached).parent
-        raise StorageError(
-            f"{asked} could not be downloaded from {hub.constants.ENDPOINT} "
-            f"({_first_line(cause)}), and the cache {hub.constants.HF_HUB_CACHE} does not hold it"
-        ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _errors_named(hub: types.ModuleType, name: str, done: str) -> Iterator[None]:
+    """Makes of the hub's errors, and those of the network, what a user can mend."""
+    try:
+        yield
+    except hub.errors.HFValidationError as error:
+        raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise MissingFileError(f"{name}: the repository has no such revision") from error
+    except Exception as error:
+        is_not_cached = isinstance(error, hub.errors.LocalEntryNotFoundError)
+        cause = (error.__cause__ or error) if is_not_cached else error
+        reason = f"({_first_line(cause)})"
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        is_gated = isinstance(error, hub.errors.GatedRepoError)
+        if isinstance(error, hub.errors.RepositoryNotFoundError) and not is_gated:
+            raise MissingFileError(
+                f"{name}: no such repository; a private one needs a login: {_LOGIN}"
+            ) from error
+        if is_gated or status in (401, 403):
+            raise InputError(
+                f"{name}: access is refused; accept the conditions on its page, and log in as "
+                f"someone who has access: {_LOGIN} {reason}"
+            ) from error
+        is_of_the_network = type(error).__module__.partition(".")[0] in _HTTP_CLIENTS
+        if is_not_cached or is_of_the_network or isinstance(error, OSError):
+            endpoint, cache = hub.constants.ENDPOINT, hub.constants.HF_HUB_CACHE
+            raise StorageError(
+                f"{name} could not be {done} {endpoint} {reason}; downloads are in {cache}"
+            ) from error
+        raise
 
 
 def _package(asked: str) -> types.ModuleType:
@@ -157,15 +158,6 @@ def _package(asked: str) -> types.ModuleType:
             f"{asked} needs huggingface_hub: pip install 'flora_jax[hub]'"
         ) from error
     return huggingface_hub
-
-
-def _is_of_the_network(error: BaseException) -> bool:
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HTTP_CLIENTS
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether an error of the hub carries the HTTP status of one."""
-    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
 
 
 def _first_line(error: BaseException) -> str:

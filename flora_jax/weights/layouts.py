@@ -21,6 +21,7 @@ from flora_jax.weights.name_map import (
     TRANSPOSED,
     WITHOUT_KEY,
     Change,
+    Kind,
     Names,
     Row,
     Table,
@@ -43,89 +44,63 @@ from flora_jax.weights.name_map import (
     vector,
 )
 
-# {layer} stands before a block's names, in each list.
+_BLOCK_NORMS, _BLOCK_LINEARS = (".norm1", ".norm2"), (".attn.qkv", ".attn.proj", ".mlp.fc1")
+_BIAS_TABLE = "relative_position_bias_table"
+
+
+def _alike(kind: Kind, *names: str) -> Names:
+    """What has our name there, too."""
+    return [(name, name, kind) for name in names]
+
 
 # timm's ViT, DeiT and EVA, and the releases of DeiT, DINOv2 and DINOv3.
 _TIMM_VIT: Names = [
-    ("cls_token", "cls_token", token),
-    ("dist_token", "dist_token", token),
+    *_alike(token, "cls_token", "dist_token", "pos_embed", "attn_pool.latent"),
     ("reg_token", "reg_token|register_tokens|storage_tokens", token),
-    ("pos_embed", "pos_embed", token),
-    ("patch_embed.proj", "patch_embed.proj", patches),
-    ("norm_pre", "norm_pre", norm),
+    *_alike(patches, "patch_embed.proj"),
+    *_alike(norm, "norm_pre", "attn_pool.norm", *_BLOCK_NORMS),
     ("norm", "{norm}", norm),
-    ("attn_pool.latent", "attn_pool.latent", token),
-    ("attn_pool.q", "attn_pool.q", linear),
-    ("attn_pool.kv", "attn_pool.kv", linear),
-    ("attn_pool.proj", "attn_pool.proj", linear),
-    ("attn_pool.norm", "attn_pool.norm", norm),
-    ("attn_pool.mlp.fc1", "attn_pool.mlp.fc1", linear),
-    ("attn_pool.mlp.fc2", "attn_pool.mlp.fc2", linear),
-    ("head", "head", linear),
-    ("head_dist", "head_dist", linear),
-    ("blocks.{block}.norm1", "{layer}norm1", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
-    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
-    ("blocks.{block}.attn.proj.gamma", "{layer}ls1.gamma|{layer}gamma_1", layer_scale),
-    ("blocks.{block}.norm2", "{layer}norm2", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.[fc1_g fc1_x]", linear),  # gated, as the next
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.[w1 w2]|{layer}mlp.w12", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2|{layer}mlp.w3", linear),
-    ("blocks.{block}.mlp.fc2.gamma", "{layer}ls2.gamma|{layer}gamma_2", layer_scale),
+    *_alike(linear, "attn_pool.q", "attn_pool.kv", "attn_pool.proj", "head", "head_dist"),
+    *_alike(linear, "attn_pool.mlp.fc1", "attn_pool.mlp.fc2", *_BLOCK_LINEARS),
+    (".mlp.fc1", ".mlp.[fc1_g fc1_x]|.mlp.[w1 w2]|.mlp.w12", linear),  # gated
+    (".mlp.fc2", ".mlp.fc2|.mlp.w3", linear),
+    (".attn.proj.gamma", ".ls1.gamma|.gamma_1", layer_scale),
+    (".mlp.fc2.gamma", ".ls2.gamma|.gamma_2", layer_scale),
 ]
 
 # timm's Swin from 0.9 on, and Microsoft's release.
 _TIMM_SWIN: Names = [
-    ("absolute_pos_embed", "absolute_pos_embed", token),
-    ("patch_embed.proj", "patch_embed.proj", patches),
-    ("patch_embed.norm", "patch_embed.norm", norm),
-    ("norm", "norm", norm),
+    *_alike(token, "absolute_pos_embed"),
+    *_alike(patches, "patch_embed.proj"),
+    *_alike(norm, "patch_embed.norm", "norm", *_BLOCK_NORMS),
     ("head", "head.fc|head", linear),
-    ("blocks.{block}.downsample.norm", "{down}.downsample.norm", norm),
-    ("blocks.{block}.downsample.reduction", "{down}.downsample.reduction", matrix),
-    ("blocks.{block}.norm1", "{layer}norm1", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
-    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
-    (
-        "blocks.{block}.attn.relative_position_bias_table",
-        "{layer}attn.relative_position_bias_table",
-        array,
-    ),
-    ("blocks.{block}.norm2", "{layer}norm2", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2", linear),
+    (".downsample.norm", "{down}.downsample.norm", norm),
+    (".downsample.reduction", "{down}.downsample.reduction", matrix),
+    *_alike(linear, *_BLOCK_LINEARS, ".mlp.fc2"),
+    *_alike(array, f".attn.{_BIAS_TABLE}"),
 ]
 
 # timm's TinyViT.
 _TIMM_TINY_VIT: Names = [
-    ("patch_embed.conv1", "patch_embed.conv1", convolution),
-    ("patch_embed.conv2", "patch_embed.conv2", convolution),
+    *_alike(convolution, "patch_embed.conv1", "patch_embed.conv2"),
     ("mbconvs.{i}.conv1", "stages.0.blocks.{i}.conv1", pointwise),
     ("mbconvs.{i}.conv2", "stages.0.blocks.{i}.conv2", depthwise),
     ("mbconvs.{i}.conv3", "stages.0.blocks.{i}.conv3", pointwise),
-    ("blocks.{block}.downsample.conv1", "stages.{stage}.downsample.conv1", pointwise),
-    ("blocks.{block}.downsample.conv2", "stages.{stage}.downsample.conv2", depthwise),
-    ("blocks.{block}.downsample.conv3", "stages.{stage}.downsample.conv3", pointwise),
-    (
-        "blocks.{block}.attn.attention_biases",
-        "{layer}attn.attention_biases",
-        transposed,
-    ),
-    ("blocks.{block}.norm1", "{layer}attn.norm", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attn.qkv", linear),
-    ("blocks.{block}.attn.proj", "{layer}attn.proj", linear),
-    ("blocks.{block}.local_conv", "{layer}local_conv", depthwise),
-    ("blocks.{block}.norm2", "{layer}mlp.norm", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.fc1", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}mlp.fc2", linear),
+    (".downsample.conv1", "stages.{stage}.downsample.conv1", pointwise),
+    (".downsample.conv2", "stages.{stage}.downsample.conv2", depthwise),
+    (".downsample.conv3", "stages.{stage}.downsample.conv3", pointwise),
+    *_alike(transposed, ".attn.attention_biases"),
+    *_alike(depthwise, ".local_conv"),
+    *_alike(linear, *_BLOCK_LINEARS, ".mlp.fc2"),
+    (".norm1", ".attn.norm", norm),
+    (".norm2", ".mlp.norm", norm),
     ("norm", "head.norm", norm),
     ("head", "head.fc", linear),
 ]
 
 # transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP: {at} stands before the encoder's names.
-# It writes the names of its version 4, which are the first, to
-# every file; version 5 has others in memory.
+# It writes the names of its version 4, which are the first, to every file; version 5 has others in
+# memory.
 _HUGGING_FACE_VIT: Names = [
     ("cls_token", "{at}embeddings.cls_token", token),
     ("cls_token", "{at}embeddings.class_embedding", vector),
@@ -134,8 +109,7 @@ _HUGGING_FACE_VIT: Names = [
     ("pos_embed", "{at}embeddings.position_embeddings", token),
     ("pos_embed", "{at}embeddings.position_embedding.weight", array),
     ("patch_embed.proj", "{at}embeddings.patch_embeddings.projection", patches),
-    ("patch_embed.proj", "{at}embeddings.patch_embeddings", patches),
-    ("patch_embed.proj", "{at}embeddings.patch_embedding", patches),
+    ("patch_embed.proj", "{at}embeddings.patch_embeddings|{at}embeddings.patch_embedding", patches),
     ("norm_pre", "{at}pre_layrnorm", norm),
     ("norm", "{at}layernorm|{at}norm|{at}post_layernorm", norm),
     ("attn_pool.latent", "{at}head.probe", token),
@@ -147,20 +121,16 @@ _HUGGING_FACE_VIT: Names = [
     ("attn_pool.mlp.fc2", "{at}head.mlp.fc2", linear),
     ("head", "{classifier}", linear),
     ("head_dist", "distillation_classifier", linear),
-    ("blocks.{block}.norm1", "{layer}layernorm_before|{layer}norm1|{layer}layer_norm1", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attention.attention.[query key value]", linear),
-    ("blocks.{block}.attn.qkv", "{layer}attention.[q_proj k_proj v_proj]", linear),
-    ("blocks.{block}.attn.qkv", "{layer}self_attn.[q_proj k_proj v_proj]", linear),
-    ("blocks.{block}.attn.proj", "{layer}attention.output.dense|{layer}attention.o_proj", linear),
-    ("blocks.{block}.attn.proj", "{layer}self_attn.out_proj", linear),
-    ("blocks.{block}.attn.proj.gamma", "{layer}layer_scale1.lambda1", layer_scale),
-    ("blocks.{block}.norm2", "{layer}layernorm_after|{layer}norm2|{layer}layer_norm2", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}intermediate.dense|{layer}mlp.fc1", linear),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.weights_in|{layer}mlp.[gate_proj up_proj]", linear),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.up_proj", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}output.dense|{layer}mlp.fc2", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}mlp.down_proj|{layer}mlp.weights_out", linear),
-    ("blocks.{block}.mlp.fc2.gamma", "{layer}layer_scale2.lambda1", layer_scale),
+    (".norm1", ".layernorm_before|.norm1|.layer_norm1", norm),
+    (".attn.qkv", ".attention.attention.[query key value]", linear),
+    (".attn.qkv", ".attention.[q_proj k_proj v_proj]|.self_attn.[q_proj k_proj v_proj]", linear),
+    (".attn.proj", ".attention.output.dense|.attention.o_proj|.self_attn.out_proj", linear),
+    (".attn.proj.gamma", ".layer_scale1.lambda1", layer_scale),
+    (".norm2", ".layernorm_after|.norm2|.layer_norm2", norm),
+    (".mlp.fc1", ".intermediate.dense|.mlp.fc1|.mlp.weights_in", linear),
+    (".mlp.fc1", ".mlp.[gate_proj up_proj]|.mlp.up_proj", linear),
+    (".mlp.fc2", ".output.dense|.mlp.fc2|.mlp.down_proj|.mlp.weights_out", linear),
+    (".mlp.fc2.gamma", ".layer_scale2.lambda1", layer_scale),
 ]
 
 # transformers' Swin.
@@ -170,25 +140,16 @@ _HUGGING_FACE_SWIN: Names = [
     ("patch_embed.norm", "{at}embeddings.norm", norm),
     ("norm", "{at}layernorm", norm),
     ("head", "classifier", linear),
-    ("blocks.{block}.downsample.norm", "{at}encoder.layers.{before}.downsample.norm", norm),
-    (
-        "blocks.{block}.downsample.reduction",
-        "{at}encoder.layers.{before}.downsample.reduction",
-        matrix,
-    ),
-    ("blocks.{block}.norm1", "{layer}layernorm_before", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attention.self.[query key value]", linear),
-    ("blocks.{block}.attn.qkv", "{layer}attention.[q_proj k_proj v_proj]", linear),
-    ("blocks.{block}.attn.proj", "{layer}attention.output.dense|{layer}attention.o_proj", linear),
-    (
-        "blocks.{block}.attn.relative_position_bias_table",
-        "{layer}attention.self.relative_position_bias_table"
-        "|{layer}attention.relative_position_bias.relative_position_bias_table",
-        array,
-    ),
-    ("blocks.{block}.norm2", "{layer}layernorm_after", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}intermediate.dense|{layer}mlp.fc1", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}output.dense|{layer}mlp.fc2", linear),
+    (".downsample.norm", "{at}encoder.layers.{before}.downsample.norm", norm),
+    (".downsample.reduction", "{at}encoder.layers.{before}.downsample.reduction", matrix),
+    (".norm1", ".layernorm_before", norm),
+    (".attn.qkv", ".attention.self.[query key value]|.attention.[q_proj k_proj v_proj]", linear),
+    (".attn.proj", ".attention.output.dense|.attention.o_proj", linear),
+    (f".attn.{_BIAS_TABLE}", f".attention.self.{_BIAS_TABLE}", array),
+    (f".attn.{_BIAS_TABLE}", f".attention.relative_position_bias.{_BIAS_TABLE}", array),
+    (".norm2", ".layernorm_after", norm),
+    (".mlp.fc1", ".intermediate.dense|.mlp.fc1", linear),
+    (".mlp.fc2", ".output.dense|.mlp.fc2", linear),
 ]
 
 # OpenAI's CLIP and OpenCLIP, where these build their own ViT.
@@ -200,12 +161,12 @@ _OPEN_CLIP_VIT: Names = [
     ("norm_pre", "ln_pre", norm),
     ("norm", "ln_post", norm),
     ("head", "head", linear),
-    ("blocks.{block}.norm1", "{layer}ln_1", norm),
-    ("blocks.{block}.attn.qkv", "{layer}attn", packed),
-    ("blocks.{block}.attn.proj", "{layer}attn.out_proj", linear),
-    ("blocks.{block}.norm2", "{layer}ln_2", norm),
-    ("blocks.{block}.mlp.fc1", "{layer}mlp.c_fc", linear),
-    ("blocks.{block}.mlp.fc2", "{layer}mlp.c_proj", linear),
+    (".norm1", ".ln_1", norm),
+    (".attn.qkv", ".attn", packed),
+    (".attn.proj", ".attn.out_proj", linear),
+    (".norm2", ".ln_2", norm),
+    (".mlp.fc1", ".mlp.c_fc", linear),
+    (".mlp.fc2", ".mlp.c_proj", linear),
 ]
 
 # Wrappers' prefix and the encoder's ("vit.") in names of transformers.
@@ -217,11 +178,8 @@ _FIRST_NORM = r"((?:\w+\.)*?)0\.(layernorm_before|norm1|layer_norm1)\.weight$"
 
 def timm(spec: Spec) -> Table:
     """timm's current names; a compressed layer has those of the published subnets."""
-    tables: dict[str, Callable[..., Table]] = {
-        "vit": timm_vit,
-        "swin": timm_swin,
-        "tiny_vit": timm_tiny_vit,
-    }
+    tables: dict[str, Callable[..., Table]]
+    tables = {"vit": timm_vit, "swin": timm_swin, "tiny_vit": timm_tiny_vit}
     return tables[spec.family](spec)
 
 
@@ -233,12 +191,12 @@ def own(spec: Spec, keys: Collection[str] = ()) -> Table:
 def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
     if not keys:  # a file to write: EVA, which runs DINOv3 in timm, has other names than its ViT
         is_eva = spec.rope_theta is not None
-        written = {("blocks.0.gamma_1" if is_eva else "blocks.0.ls1.gamma"): spec.layer_scale}
-        written["blocks.0.gamma_2" if is_eva else "blocks.0.ls2.gamma"] = spec.layer_scale
-        written["blocks.0.mlp.fc1_g.weight"] = is_eva and spec.gated_mlp and not any(spec.ranks)
-        keys = {name for name, is_there in written.items() if is_there}
+        scales = ("gamma_1", "gamma_2") if is_eva else ("ls1.gamma", "ls2.gamma")
+        parted = is_eva and spec.gated_mlp and not any(spec.ranks)
+        written = (*scales * spec.layer_scale, *["mlp.fc1_g.weight"] * parted)
+        keys = [f"blocks.0.{name}" for name in written]
     last_norm = "fc_norm" if spec.normalises_pooled else "norm"
-    rows = name_map(spec, _TIMM_VIT, keys, layer="blocks.{block}.", norm=last_norm)
+    rows = name_map(spec, _TIMM_VIT, keys, layer="blocks.{block}", norm=last_norm)
     if not spec.k_bias:
         rows = [_without_key(row, is_masked="storage_tokens" in keys) for row in rows]
     return _positions_first(spec, rows)
@@ -261,24 +219,25 @@ def _positions_first(spec: ViTSpec, rows: Table) -> Table:
     has_own = spec.positions == "patches" and "cls_token" in sources
     if not has_own or not sources.get("reg_token", "").endswith("register_tokens"):
         return rows
-    changed = {
-        "cls_token": lambda row: WithPosition(
-            row.target, (*row.sources, sources["pos_embed"]), row.change
-        ),
-        "pos_embed": lambda row: dataclasses.replace(row, change=OF_PATCHES),
-    }
-    return [changed[row.target](row) if row.target in changed else row for row in rows]
+    changed = []
+    for row in rows:
+        if row.target == "cls_token":
+            row = WithPosition(row.target, (*row.sources, sources["pos_embed"]), row.change)
+        elif row.target == "pos_embed":
+            row = dataclasses.replace(row, change=OF_PATCHES)
+        changed.append(row)
+    return changed
 
 
 def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
     """timm's downsampling begins a stage, that of Microsoft's release ends the one before."""
     ends = any(key.startswith("layers.0.downsample.") for key in keys)
     down = "layers.{before}" if ends else "layers.{stage}"
-    return name_map(spec, _TIMM_SWIN, keys, layer="layers.{stage}.blocks.{i}.", down=down)
+    return name_map(spec, _TIMM_SWIN, keys, layer="layers.{stage}.blocks.{i}", down=down)
 
 
 def timm_tiny_vit(spec: TinyViTSpec, keys: Collection[str] = ()) -> Table:
-    rows = name_map(spec, _TIMM_TINY_VIT, keys, layer="stages.{stage}.blocks.{i}.")
+    rows = name_map(spec, _TIMM_TINY_VIT, keys, layer="stages.{stage}.blocks.{i}")
     return [_by_part(row, spec.blocks) for row in rows]
 
 
@@ -318,24 +277,21 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
         _HUGGING_FACE_VIT,
         keys,
         at=at,
-        layer=f"{at}{first[1] if first else 'encoder.layer.'}{{block}}.",
+        layer=f"{at}{first[1] if first else 'encoder.layer.'}{{block}}",
         register="register_tokens" if spec.distilled else "distillation_token",
         classifier="cls_classifier" if spec.distilled else "classifier",
     )
     if not spec.k_bias:
-        rows = [
-            dataclasses.replace(row, sources=row.sources[::2])
-            if row.target.endswith("attn.qkv.bias")
-            else row
-            for row in rows
-        ]
+        for i, row in enumerate(rows):
+            if row.target.endswith("attn.qkv.bias"):
+                rows[i] = dataclasses.replace(row, sources=row.sources[::2])
     return _positions_first(spec, rows)
 
 
 def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
     """SwinForImageClassification of transformers, and the bare SwinModel."""
     at, keys = _encoder(keys, "swin.")
-    layer = f"{at}encoder.layers.{{stage}}.blocks.{{i}}."
+    layer = f"{at}encoder.layers.{{stage}}.blocks.{{i}}"
     return name_map(spec, _HUGGING_FACE_SWIN, keys, at=at, layer=layer)
 
 
@@ -350,7 +306,7 @@ def _encoder(keys: Collection[str], otherwise: str) -> tuple[str, Collection[str
 
 def open_clip_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
     """The images' network, without the projection to what it shares with the texts'."""
-    return name_map(spec, _OPEN_CLIP_VIT, keys, layer="transformer.resblocks.{block}.")
+    return name_map(spec, _OPEN_CLIP_VIT, keys, layer="transformer.resblocks.{block}")
 
 
 # Where the modules of `model.py` in a folder of `export_torch` have other names than ours.

@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,9 @@ def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> 
     for row in rows:
         _check_arrays(row, arrays, own[row.target].shape)
     parameters = _read(rows, arrays, spec, own)
-    _replace_classifier_of_other_classes(parameters, spec)
+    _drop_classifier_of_other_classes(parameters, spec)
     missing = own.keys() - parameters.keys()
+    # Other classes start as equally likely, so that the first steps do not spoil the features.
     classifiers = {name for name in missing if _is_of_classifier(name)}
     parameters |= {name: jnp.zeros(own[name].shape, own[name].dtype) for name in classifiers}
     parameters |= _fresh(spec, missing - classifiers)
@@ -98,11 +99,8 @@ def _read(
             array = _resampled(row, array, wanted, spec)
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if not_finite:
-        warnings.warn(
-            f"weights that are NaN or infinite as float32: {few(not_finite)}",
-            NotFiniteWarning,
-            stacklevel=5,
-        )
+        message = f"weights that are NaN or infinite as float32: {few(not_finite)}"
+        warnings.warn(message, NotFiniteWarning, stacklevel=5)
     if resampled:
         log.info("interpolated to the spec's size: %s", few(resampled))
     return parameters
@@ -143,10 +141,8 @@ def _check_names(spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], str
     if not missing and not unexpected:
         return
     nearest = did_you_mean(min(unexpected), missing) if unexpected else ""
-    message = (
-        f"the weights do not fit the spec: missing {few(missing)}; unexpected "
-        f"{few(unexpected)}{nearest}"
-    )
+    lists = f"missing {few(missing)}; unexpected {few(unexpected)}{nearest}"
+    message = f"the weights do not fit the spec: {lists}"
     if strict:
         raise InputError(message)
     warnings.warn(
@@ -163,24 +159,21 @@ def _check_arrays(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, 
 
     Positions may be more or fewer, and so may classes.
     """
-    wanted = row.shapes(shape)
-    free = 0 if _holds_positions(row.target) else -1 if _is_of_classifier(row.target) else None
     longer = list(shape)
-    if free is not None:
-        longer[free] += 1
-    for source, lengths in row.shapes(tuple(longer)).items():
+    if _holds_positions(row.target):
+        longer[0] += 1
+    elif _is_of_classifier(row.target):
+        longer[-1] += 1
+    with_more = row.shapes(tuple(longer))
+    for source, wanted in row.shapes(shape).items():
         array = arrays[source]
         if array.dtype.name not in _DTYPES:
+            kinds = ", ".join(_DTYPES)
+            raise InputError(f"{source} is {array.dtype}; weights are read as {kinds} alone")
+        fixed = [i for i, length in enumerate(wanted) if length == with_more[source][i]]
+        if array.ndim != len(wanted) or any(array.shape[i] != wanted[i] for i in fixed):
             raise InputError(
-                f"{source} is {array.dtype}; quantised weights are not read, only "
-                f"{', '.join(_DTYPES)}"
-            )
-        if len(array.shape) != len(lengths) or any(
-            found != one and one == other
-            for found, one, other in zip(array.shape, wanted[source], lengths, strict=True)
-        ):
-            raise InputError(
-                f"{source} has shape {array.shape} in the file, and {wanted[source]} in the spec"
+                f"{source} has shape {array.shape} in the file, and {wanted} in the spec"
             )
 
 
@@ -204,8 +197,7 @@ def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) 
         ) from error
 
 
-def _replace_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
-    """Starts other classes as equally likely, so that the first steps do not spoil the features."""
+def _drop_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
     for name in CLASSIFIERS:
         kernel = parameters.get(f"{name}.kernel")
         if kernel is not None and kernel.shape[-1] != spec.num_classes:
@@ -214,19 +206,18 @@ def _replace_classifier_of_other_classes(parameters: dict[str, jax.Array], spec:
                 f"the spec: a new one of zeros takes its place",
                 stacklevel=4,
             )
-            parameters[f"{name}.kernel"] = jnp.zeros((len(kernel), spec.num_classes), kernel.dtype)
-            parameters[f"{name}.bias"] = jnp.zeros(spec.num_classes, kernel.dtype)
+            for part in ("kernel", "bias"):
+                parameters.pop(f"{name}.{part}", None)
 
 
-def _fresh(spec: Spec, names: Iterable[str]) -> dict[str, jax.Array]:
+def _fresh(spec: Spec, names: Collection[str]) -> dict[str, jax.Array]:
     """Random values of these parameters; compiled, so that no others are ever made."""
-    names = sorted(names)
     if not names:
         return {}
 
     @jax.jit
     def make():
         parameters = functional.split(create(spec))[1]
-        return {name: parameters[name] for name in names}
+        return {name: parameters[name] for name in sorted(names)}
 
     return make()

@@ -86,7 +86,8 @@ Table = list[Row]
 # (spec, our name, their names) -> the rows of a module or a parameter
 Kind = Callable[..., Table]
 # (our name, their name, kind). {block}, {stage}, {before} (the stage before) and {i} (in the stage)
-# stand for numbers, "a|b" for two spellings, "x.[a b]" for x.a and x.b side by side.
+# stand for numbers, "a|b" for two spellings, "x.[a b]" for x.a and x.b side by side; a name that
+# begins with a dot is of a block.
 Names = Sequence[tuple[str, str, Kind]]
 
 
@@ -249,13 +250,16 @@ def _factors(ours: str, theirs: str) -> Table:
     ]
 
 
-def name_map(spec: Spec, names: Names, keys: Collection[str] = (), **prefixes: str) -> Table:
+def name_map(
+    spec: Spec, names: Names, keys: Collection[str] = (), *, layer: str, **prefixes: str
+) -> Table:
     """The rows of all parameters of this spec.
 
     Args:
       names: what any spec of the family may have; what this one lacks is left out.
       keys: the names in a file, which choose between spellings; without them it is the first.
-      prefixes: what else stands for something in their names, such as "{layer}".
+      layer: what begins their names in a block.
+      prefixes: what else stands for something in their names, such as "{at}".
     """
     keys = frozenset(keys)
     ranks = dict(zip((layer.name for layer in spec.layers), spec.ranks, strict=True))
@@ -263,9 +267,12 @@ def name_map(spec: Spec, names: Names, keys: Collection[str] = (), **prefixes: s
     is_subnet = any(r is not None for r in spec.ranks) or any(map(_OF_A_SUBNET.search, keys))
     spellings: dict[str, list[tuple[str, Kind]]] = {}
     for ours, theirs, kind in names:
-        for prefix, stands_for in prefixes.items():
-            theirs = theirs.replace(f"{{{prefix}}}", stands_for)
-        spellings.setdefault(ours, []).extend((name, kind) for name in theirs.split("|"))
+        for name in theirs.split("|"):
+            name = f"{layer}{name}" if name[0] == "." else name
+            for prefix, stands_for in prefixes.items():
+                name = name.replace(f"{{{prefix}}}", stands_for)
+            whole = f"blocks.{{block}}{ours}" if ours[0] == "." else ours
+            spellings.setdefault(whole, []).append((name, kind))
     rows: Table = []
     scales: dict[str, str] = {}
     for ours, options in spellings.items():

@@ -1,23 +1,29 @@
-"""State dicts as files: arrays by name, from safetensors or PyTorch, in one file or several."""
+"""State dicts as files: arrays by name, from safetensors or PyTorch, in one file or several.
 
+PyTorch is imported when a file of it is read.
+"""
+
+import argparse
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from flora_jax.errors import InputError, MissingFileError, few
+from flora_jax.errors import InputError, MissingFileError, MissingPackageError, few
 from flora_jax.io.files import on_disk, read_json
 from flora_jax.io.paths import user_path
-from flora_jax.weights.pytorch import read_pytorch
+from flora_jax.weights.detect import pick
+from flora_jax.weights.metadata.fields import naming
 
 _SAFETENSORS, _PYTORCH = ".safetensors", (".pth", ".pt", ".bin", ".pth.tar")
+_WRAPPERS = ("model", "state_dict")
 _LFS_POINTER = b"version https://git-lfs"
 _INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}$")
-# What numpy can hold; other kinds, such as float8, are those of quantised weights.
-_READABLE = re.compile(r"F64|F32|B?F16|[IU](64|32|16|8)|BOOL")
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -25,13 +31,13 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 
     Half precision, bfloat16 too, becomes float32. An `.index.json` is read with all files that it
     lists. A training checkpoint of PyTorch gives its moving average where it has one, and its
-    "model" or "state_dict" otherwise; it needs torch, and nothing but tensors and plain values is
-    ever unpickled.
+    "model" or "state_dict" otherwise; it needs torch, and nothing but tensors and plain values,
+    argparse's Namespace among them, is ever unpickled.
 
     Raises:
       MissingFileError: no such file, or a part of a sharded one is missing.
       InputError: another kind of file, a damaged one, one that holds other objects, one part of
-        several, or a tensor of a kind that cannot be read; names file and tensor.
+        several, or a tensor that numpy cannot hold; names the file.
       MissingPackageError: a PyTorch file, and torch is not installed.
     """
     path = user_path(path)
@@ -48,11 +54,11 @@ def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
     if not path.name.endswith((_SAFETENSORS, *_PYTORCH)):
         accepted = ", ".join((_SAFETENSORS, *_PYTORCH))
         raise InputError(f"{path.name} is no file of weights: its name must end in {accepted}")
-    read = _read_safetensors if path.name.endswith(_SAFETENSORS) else read_pytorch
-    with on_disk(path) as file:
+    read = _read_safetensors if path.name.endswith(_SAFETENSORS) else _read_pytorch
+    with naming(path), on_disk(path) as file:
         with open(file, "rb") as opened:
             if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise InputError(f"{path} is a pointer of Git LFS to the weights: git lfs pull")
+                raise InputError("a pointer of Git LFS to the weights: git lfs pull")
         arrays = read(file)
     for name, array in arrays.items():
         if array.dtype.itemsize == 2 and array.dtype.kind in "fV":  # V: ml_dtypes' bfloat16
@@ -81,13 +87,64 @@ def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
-            for name in file.offset_keys():
-                kind = file.get_slice(name).get_dtype()
-                if not _READABLE.fullmatch(kind):
-                    raise InputError(
-                        f"{path}: {name} is stored as {kind}; quantised weights are not read, only "
-                        f"F16, BF16, F32 and F64"
-                    )
             return file.get_tensors()
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a readable .safetensors file: {error}") from error
+    except (SafetensorError, AttributeError) as error:  # the latter of what numpy lacks: float8
+        raise InputError(f"not a readable .safetensors file: {error}") from error
+
+
+def _read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackageError(
+            f"reading {path.name} needs PyTorch: pip install 'flora_jax[torch]'"
+        ) from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"holds more than tensors (or is damaged), and nothing else is unpickled: save the "
+            f"state dict alone, torch.save(model.state_dict(), ...). {_reason(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"not a readable PyTorch file: {_reason(error)}") from error
+    found = _state_dicts(content)
+    if not found:
+        what = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else content
+        raise InputError(
+            f"no state dict, flat or under a key such as {' or '.join(_WRAPPERS)}; found {what}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in found[pick(found, usual=_WRAPPERS)].items():
+        try:
+            is_bfloat16 = tensor.dtype == torch.bfloat16
+            arrays[name] = (tensor.float() if is_bfloat16 else tensor).detach().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise InputError(f"{name} is {tensor.dtype}, {tensor.layout}: {error}") from error
+    return arrays
+
+
+def _state_dicts(content) -> dict[str, dict]:
+    """The state dicts in nested ones by their dotted keys, as far up as there are any."""
+    if _is_state_dict(content):
+        return {"": content}
+    inner = content if isinstance(content, dict) else {}
+    found = {name: value for name, value in inner.items() if _is_state_dict(value)}
+    return found or {
+        f"{name}.{key}": state_dict
+        for name, value in inner.items()
+        for key, state_dict in _state_dicts(value).items()
+    }
+
+
+def _is_state_dict(value) -> bool:
+    import torch
+
+    return isinstance(value, dict) and bool(value) and all(map(torch.is_tensor, value.values()))
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what was found, or its first."""
+    lines = str(error).strip().splitlines() or [""]
+    return next((line.strip() for line in lines if "Unsupported" in line), lines[0])

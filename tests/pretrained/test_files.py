@@ -44,45 +44,28 @@ def test_files_that_are_not_weights(vit, tmp_path):
     whole = path.read_bytes()
     for part in (b"", whole[:5], whole[:100], whole[:-1]):
         path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"vit\.safetensors is not a readable"):
+        with pytest.raises(ValueError, match=r"vit\.safetensors: not a readable"):
             from_pretrained(path, VIT)
-    (tmp_path / "vit.npz").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"vit\.npz is no file of weights.* end in \.safetensors,"):
-        from_pretrained(tmp_path / "vit.npz", VIT)
 
 
-def test_own_folder(vit, tmp_path):
+def test_own_folder(vit, subnets, tmp_path):
     flora.save(vit, tmp_path / "vit")
     assert_same(from_pretrained(tmp_path / "vit"), vit)
-    assert_same(from_pretrained(tmp_path / "vit", VIT), vit)
     assert_same(from_pretrained(tmp_path / "vit" / "model.safetensors", VIT), vit)
-    other = dataclasses.replace(VIT, num_classes=5, image_size=20)
-    with pytest.warns(UserWarning, match="3 classes in the weights and 5 in the spec"):
-        model = from_pretrained(tmp_path / "vit", other)
-    assert model.spec == other
-
-
-def test_own_folder_of_a_subnet(subnets, tmp_path):
     flora.save(subnets["swin"], tmp_path / "swin")
+    other = dataclasses.replace(VIT, num_classes=5, image_size=20)
     dense = dataclasses.replace(SWIN, num_classes=5)
-    with pytest.warns(UserWarning, match="3 classes in the weights and 5 in the spec"):
-        model = from_pretrained(tmp_path / "swin", dense)
-    assert model.spec == dense.with_ranks(subnets["swin"].spec.ranks)
+    ranks = subnets["swin"].spec.ranks
+    for name, asked, made in (("vit", other, other), ("swin", dense, dense.with_ranks(ranks))):
+        with pytest.warns(UserWarning, match="3 classes in the weights and 5 in the spec"):
+            assert from_pretrained(tmp_path / name, asked).spec == made
 
 
-def test_folders_without_a_model(vit, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for spec\.json, model\.safetensors, mod"):
-        from_pretrained(tmp_path, VIT)
+def test_a_folder_of_a_supernet(vit, tmp_path):
     supernet = flora.factorize(vit, flora.RankSpace.regular(VIT, ratios=(1 / 2, 1)))
     flora.save(supernet, tmp_path)
     with pytest.raises(ValueError, match=r"holds a supernet: flora_jax\.load opens it, extract"):
         from_pretrained(tmp_path)
-
-
-def test_hugging_face_folder(vit, tmp_path):
-    save_file(written(vit, layouts.hugging_face_vit), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    assert_same(from_pretrained(tmp_path, VIT), vit)
 
 
 def shard(arrays, folder, suffix, save):
@@ -104,7 +87,7 @@ def test_a_folder_in_several_files(swin, tmp_path):
         from_pretrained(second, SWIN)
     whole = second.read_bytes()
     second.write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors is not a readable"):
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors: not a readable"):
         from_pretrained(tmp_path, SWIN)
     save_file({"other": np.zeros(1)}, second)
     with pytest.raises(ValueError, match=r"not in model-00002-of-00003\.safetensors: .*swin\."):
@@ -144,16 +127,12 @@ def test_kinds_of_numbers_that_numpy_lacks(vit, tmp_path):
     arrays = written(vit, layouts.timm)
     arrays["head.weight"] = np.zeros(arrays["head.weight"].shape, np.uint8)
     save_file(arrays, path)
-    with pytest.raises(
-        ValueError, match=r"quantised\.safetensors: head\.weight is uint8; quantised"
-    ):
+    with pytest.raises(ValueError, match=r"quantised\.safetensors: head\.weight is uint8; weights"):
         from_pretrained(path, VIT)
     content = path.read_bytes().replace(b'{"dtype":"U8",', b'{"dtype":"F8_E4M3",')
     length = int.from_bytes(content[:8], "little") + len("F8_E4M3") - len("U8")
     path.write_bytes(length.to_bytes(8, "little") + content[8:])
-    with pytest.raises(
-        ValueError, match=r"quantised\.safetensors: head\.weight is stored as F8_E4M3"
-    ):
+    with pytest.raises(ValueError, match=r"quantised\.safetensors: not a readable .*float8"):
         from_pretrained(path, VIT)
 
 
@@ -169,8 +148,9 @@ def torch():
     return pytest.importorskip("torch", reason="reads PyTorch files, which needs torch")
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("wrapper", "dtype"), [(None, "float32"), ("model", "float16"), ("state_dict", "bfloat16")]
+)
 def test_pytorch_file(torch, vit, tmp_path, wrapper, dtype):
     dtype = getattr(torch, dtype)
     tensors = {n: torch.tensor(a).to(dtype) for n, a in written(vit, layouts.timm).items()}
@@ -232,9 +212,7 @@ def test_pytorch_tensors_that_numpy_cannot_take(torch, tmp_path, kind):
             "float8": lambda: tensor.to(torch.float8_e5m2),
         }[kind]()
         torch.save({"fine": tensor, "odd.weight": odd}, tmp_path / "x.pth")
-        with pytest.raises(
-            ValueError, match=rf"x\.pth: odd\.weight is .*{kind}.*; weights must be"
-        ):
+        with pytest.raises(ValueError, match=rf"x\.pth: odd\.weight is .*{kind}"):
             read_state_dict(tmp_path / "x.pth")
 
 
@@ -251,7 +229,9 @@ class Executed:
 def test_pytorch_files_that_are_no_state_dict(torch, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": {"w": torch.zeros(2)}, "args": Executed(tmp_path / "trace")}, path)
-    with pytest.raises(ValueError, match=r"x\.pth holds more than tensors.*nothing else is unpick"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth: holds more than tensors.*nothing else is unpick"
+    ):
         read_state_dict(path)
     assert not (tmp_path / "trace").exists()
     torch.save({"epoch": 3, "weight": torch.zeros(2)}, path)
@@ -264,5 +244,5 @@ def test_pytorch_files_that_are_no_state_dict(torch, tmp_path):
     whole = path.read_bytes()
     for part in (b"", b"nonsense", whole[:100], whole[:-50]):
         path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"x\.pth (is not a readable|holds more than)"):
+        with pytest.raises(ValueError, match=r"x\.pth: (not a readable|holds more than)"):
             read_state_dict(path)

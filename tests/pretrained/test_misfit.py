@@ -49,7 +49,7 @@ def test_another_family_or_none(vit, swin):
     with pytest.raises(ValueError, match="of a Hugging Face ViT, but the spec is a SwinSpec"):
         from_state_dict(written(vit, layouts.hugging_face_vit), SWIN)
     with pytest.raises(
-        ValueError, match=r"found conv1, fc; expected names such as blocks\.0\..*layouts.*timm"
+        ValueError, match=r"found conv1, fc; expected those of .*timm ViT, such as blocks\.0\."
     ):
         from_state_dict({"conv1": np.zeros(3), "fc": np.zeros(3)}, VIT)
     with pytest.raises(ValueError, match=r"unknown weight names: found none; expected"):
@@ -60,14 +60,8 @@ def test_another_family_or_none(vit, swin):
     ("name", "shape", "message"),
     [
         ("pos_embed", (2, 10, 8), r"pos_embed has shape \(2, 10, 8\) .* \(1, 10, 8\) in the spec"),
-        (
-            "pos_embed",
-            (1, 12, 8),
-            r"from \(12, 8\) to \(10, 8\): 11 patches make no sq",
-        ),
-        ("pos_embed", (1, 10, 9), r"has shape \(1, 10, 9\) in the file, and \(1, 10, 8\)"),
+        ("pos_embed", (1, 12, 8), r"from \(12, 8\) to \(10, 8\): 11 patches make no sq"),
         ("cls_token", (), r"cls_token has shape \(\) in the file, and \(1, 1, 8\)"),
-        ("patch_embed.proj.weight", (8, 32), r"weight has shape \(8, 32\) .*\(8, 2, 4, 4\) in the"),
         ("patch_embed.proj.weight", (8, 8, 2, 2), r"\(8, 8, 2, 2\) .*\(8, 2, 4, 4\) in the spec"),
         ("blocks.0.mlp.fc1.weight", (32, 9), r"fc1.weight has shape \(32, 9\) .* \(32, 8\) in the"),
         ("head.weight", (3, 9), r"head.weight has shape \(3, 9\) in the file, and \(3, 8\)"),
@@ -129,9 +123,7 @@ def test_weights_that_are_not_finite(swin, dtype, value):
 def test_weights_of_another_kind_of_number(vit, dtype):
     arrays = written(vit, layouts.timm)
     arrays["norm.bias"] = arrays["norm.bias"].astype(dtype)
-    with pytest.raises(
-        ValueError, match=rf"norm\.bias is {dtype}; .*only float16, bfloat16, float32"
-    ):
+    with pytest.raises(ValueError, match=rf"norm\.bias is {dtype}; .* float16, bfloat16"):
         from_state_dict(arrays, VIT)
 
 

@@ -16,6 +16,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}}
+CROPPED = {
+    "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 107},
+    "crop_size": {"height": 93, "width": 93}, "do_convert_rgb": True,
+    "rescale_factor": 0.00392156862745098,
+}  # fmt: skip
 # As they stand on the hub, at other sizes; with what they come to.
 PROCESSORS = {
     "vit": (
@@ -31,15 +36,7 @@ PROCESSORS = {
         Preprocessing(336, *CLIP, 1.0, "center", "bicubic"),
     ),
     "dinov2": (
-        {
-            "image_processor_type": "BitImageProcessor",
-            "size": {"shortest_edge": 107},
-            "crop_size": {"height": 93, "width": 93},
-            "image_mean": list(IMAGENET[0]),
-            "image_std": list(IMAGENET[1]),
-            "do_convert_rgb": True,
-            "rescale_factor": 0.00392156862745098,
-        },
+        CROPPED | {"image_mean": list(IMAGENET[0]), "image_std": list(IMAGENET[1])},
         Preprocessing(93, *IMAGENET, 93 / 107, "center", "bicubic"),
     ),
     "deit": (
@@ -47,10 +44,7 @@ PROCESSORS = {
         Preprocessing(98, STANDARD, STANDARD, 98 / 110, "squash_center", "bicubic"),
     ),
     "dinov3": (
-        {
-            "image_processor_type": "DINOv3ViTImageProcessorFast",
-            "size": {"height": 80, "width": 80},
-        },
+        {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": [80, 80]},
         Preprocessing(80, *IMAGENET, 0.875, "squash", "bilinear"),
     ),
     "siglip": (
@@ -82,11 +76,7 @@ def test_hugging_face(tmp_path, name):
 
 @pytest.mark.parametrize("size, short", [(93, 107), (224, 256), (49, 49), (131, 999)])
 def test_short_side_is_exactly_the_one_of_the_file(tmp_path, size, short):
-    config = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": short},
-        "crop_size": {"height": size, "width": size},
-    }
+    config = CROPPED | {"size": {"shortest_edge": short}, "crop_size": size}
     read = flora.read_preprocessing(written(tmp_path, preprocessor_config=config))
     assert int(size / read.crop_pct) == short
 
@@ -114,39 +104,32 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
 
 
 TIMM = {"architecture": "vit_base_patch16_224.orig", "num_classes": 1000}
+SQUASHED = {
+    "input_size": [3, 70, 70], "fixed_input_size": True, "interpolation": "bilinear",
+    "crop_pct": 0.9, "crop_mode": "squash", "mean": [0.5] * 3, "std": [0.5] * 3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (TIMM | {"pretrained_cfg": {}}, Preprocessing(224, background=())),
+        ({"pretrained_cfg": {}}, Preprocessing(224, background=())),
         (
-            TIMM
-            | {
-                "pretrained_cfg": {
-                    "input_size": [3, 70, 70],
-                    "fixed_input_size": True,
-                    "interpolation": "bilinear",
-                    "crop_pct": 0.9,
-                    "crop_mode": "squash",
-                    "mean": [0.5] * 3,
-                    "std": [0.5] * 3,
-                }
-            },
+            {"pretrained_cfg": SQUASHED},
             Preprocessing(70, STANDARD, STANDARD, 0.9, "squash_center", "bilinear", ()),
         ),
         (
-            TIMM | {"input_size": [3, 90, 90], "crop_pct": 1.0, "crop_mode": "squash"},
+            {"input_size": [3, 90, 90], "crop_pct": 1.0, "crop_mode": "squash"},
             Preprocessing(90, crop_pct=1.0, crop_mode="squash", background=()),
         ),
         (
-            TIMM | {"model_args": {"img_size": 48}, "pretrained_cfg": {"input_size": [3, 70, 70]}},
+            {"model_args": {"img_size": 48}, "pretrained_cfg": {"input_size": [3, 70, 70]}},
             Preprocessing(48, background=()),
         ),
     ],
 )
 def test_timm(tmp_path, config, expected):
-    assert flora.read_preprocessing(written(tmp_path, config=config)) == expected
+    assert flora.read_preprocessing(written(tmp_path, config=TIMM | config)) == expected
 
 
 def test_pixels_are_those_of_timm(tmp_path):
@@ -175,9 +158,11 @@ def test_own_file_comes_first_and_back_as_it_was(tmp_path):
 
 
 def test_nothing_said(tmp_path):
-    assert flora.read_preprocessing(tmp_path) is None
-    assert flora.read_preprocessing(written(tmp_path, config={"model_type": "vit"})) is None
-    assert read_class_names(tmp_path) == ()
+    """Names that transformers makes up are none."""
+    made_up = {"model_type": "vit", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    for files in ({}, {"config": made_up}):
+        assert flora.read_preprocessing(written(tmp_path, **files)) is None
+        assert read_class_names(tmp_path) == ()
 
 
 @pytest.mark.parametrize(
@@ -185,21 +170,18 @@ def test_nothing_said(tmp_path):
     [
         ({"size": {"height": 96, "width": 64}}, "size must be a square"),
         ({"size": {"longest_edge": 96}}, "size must be a number, a height and a width, or"),
-        ({"size": "96"}, "size must be a number"),
-        ({"size": True}, "size must be a number"),
         ({"size": {"shortest_edge": 96}}, "do_center_crop must be true where size has a sh"),
-        ({"resample": "bicubic"}, r"resample must be a number of Pillow's: 0 \(nearest\)"),
-        ({"resample": 7}, "resample must be a number of Pillow's"),
-        ({"image_mean": "0.5"}, "image_mean must be a list of numbers of at least 0, got '0.5'"),
+        ({"resample": 7}, "resample must be one of Pillow's .*0: 'nearest'"),
+        (
+            {"image_mean": "0.5"},
+            "image_mean must be a list, each a number of at least 0, got '0.5'",
+        ),
         ({"image_std": [58.4, 57.1, 57.4]}, "std must lie in .*did you mean"),
-        ({"do_resize": False}, "do_resize must be true"),
         ({"do_rescale": False}, "do_rescale must be true, "),
-        ({"do_rescale": 1}, "do_rescale must be true or false, got 1"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor must be 1/255.*got 0.0078"),
         ({"rescale_offset": True}, "rescale_offset must be false"),
         ({"do_center_crop": True, "crop_size": 128}, "crop_size must be at most size 96"),
         ({"image_processor_type": "ViTImageProcesor"}, "did you mean 'ViTImageProcessor'"),
-        ({"image_processor_type": None}, "unknown image_processor_type ''"),
     ],
 )
 def test_hugging_face_refused(tmp_path, changes, message):
@@ -214,22 +196,19 @@ def test_hugging_face_refused(tmp_path, changes, message):
         ("preprocessing", {"image_size": 8, "crop_pt": 1}, "unknown field 'crop_pt' .did you mean"),
         ("preprocessing", {"crop_pct": 1}, "image_size must be the side of a square"),
         ("preprocessing", {"image_size": 8, "background": [0.5] * 3}, "background must be a list"),
-        (
-            "preprocessing",
-            {"image_size": 8, "crop_mode": "border"},
-            "crop_mode 'border' is unknown",
-        ),
         ("preprocessing", [8], "must be an object with fields"),
-        ("config", TIMM | {"pretrained_cfg": [1]}, "pretrained_cfg must be an object"),
         ("config", TIMM | {"crop_mode": "border"}, "crop_mode 'border' is unknown"),
         ("config", TIMM | {"input_size": [3, 70, 90]}, "input_size must be the side of a square"),
-        ("config", TIMM | {"input_size": 70}, "input_size must be channels, height and width"),
-        ("config", TIMM | {"interpolation": "random"}, "interpolation 'random' is unknown"),
+        ("classes", {"1": "cat"}, "names must be a name for each number from 0 to 0"),
+        ("config", {"id2label": "cat"}, "id2label must be a list of names"),
     ],
 )
 def test_other_files_refused(tmp_path, file, content, message):
-    with pytest.raises(ValueError, match=rf"{file}\.json:?.*{message}"):
-        flora.read_preprocessing(written(tmp_path, **{file: content}))
+    read = flora.read_preprocessing
+    if file == "classes" or "id2label" in content:
+        read = read_class_names
+    with pytest.raises(ValueError, match=rf"{file}\.json: .*{message}"):
+        read(written(tmp_path, **{file: content}))
 
 
 def test_broken_json_is_named(tmp_path):
@@ -255,22 +234,3 @@ NAMES = ("cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"
 )
 def test_class_names(tmp_path, file, content):
     assert read_class_names(written(tmp_path, **{file: content})) == NAMES
-
-
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("classes", {"1": "cat"}, "names must be a name for each number from 0 to 0"),
-        ("classes", [1, 2], "names must be a list of names"),
-        ("config", {"id2label": {"0": "cat", "2": "dog"}}, "id2label must be a name for each"),
-        ("config", {"id2label": "cat"}, "id2label must be a list of names"),
-    ],
-)
-def test_class_names_refused(tmp_path, file, content, message):
-    with pytest.raises(ValueError, match=f"{file}.json: {message}"):
-        read_class_names(written(tmp_path, **{file: content}))
-
-
-def test_names_that_transformers_makes_up_are_none(tmp_path):
-    written(tmp_path, config={"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
-    assert read_class_names(tmp_path) == ()

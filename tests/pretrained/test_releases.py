@@ -21,25 +21,15 @@ RENAMED = {
     "timm_deit3": [(r"ls([12])\.gamma", r"gamma_\1")],
     "timm_dinov3": [("reg_token", "storage_tokens"), (r"gamma_([12])", r"ls\1.gamma")],
     "timm_clip": [
-        (r"norm_pre\.", "ln_pre."),
-        (r"^norm\.", "ln_post."),
-        (r"norm([12])\.", r"ln_\1."),
-        (r"^blocks\.", "transformer.resblocks."),
-        (r"qkv\.", "in_proj_"),
-        (r"attn\.proj", "attn.out_proj"),
-        (r"mlp\.fc1", "mlp.c_fc"),
-        (r"mlp\.fc2", "mlp.c_proj"),
-        (r"patch_embed\.proj", "conv1"),
-        ("pos_embed", "positional_embedding"),
+        (r"norm_pre\.", "ln_pre."), (r"^norm\.", "ln_post."), (r"norm([12])\.", r"ln_\1."),
+        (r"^blocks\.", "transformer.resblocks."), (r"qkv\.", "in_proj_"),
+        (r"attn\.proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"),
+        (r"patch_embed\.proj", "conv1"), ("pos_embed", "positional_embedding"),
         ("cls_token", "class_embedding"),
     ],
-}
-RENAMED["timm_dinov3_swiglu"] = [
-    *RENAMED["timm_dinov3"],
-    (r"mlp\.fc1_g", "mlp.w1"),
-    (r"mlp\.fc1_x", "mlp.w2"),
-    (r"mlp\.fc2", "mlp.w3"),
-]
+}  # fmt: skip
+_GATED = [(r"mlp\.fc1_g", "mlp.w1"), (r"mlp\.fc1_x", "mlp.w2"), (r"mlp\.fc2", "mlp.w3")]
+RENAMED["timm_dinov3_swiglu"] = RENAMED["timm_dinov3"] + _GATED
 
 
 def released(name) -> dict[str, np.ndarray]:

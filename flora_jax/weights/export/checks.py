@@ -13,7 +13,6 @@ from flora_jax.io.files import replacing
 from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
-from flora_jax.models.spec import Spec
 
 # protobuf (ONNX) and flatbuffers (jax.export) end at 2 GiB; what is not weights needs some of it.
 LARGEST_FILE = 2**31 - 2**24
@@ -26,10 +25,8 @@ def check_is_one_network(model: Any) -> None:
     if isinstance(model, Supernet):
         raise InputError("a supernet holds many networks: extract one first, then export it")
     if not isinstance(model, Network):
-        raise InputError(
-            f"a {type(model).__name__} cannot be exported; a network can, such as flora.extract "
-            f"and flora.slim.extract give"
-        )
+        kind = type(model).__name__
+        raise InputError(f"a {kind} cannot be exported; flora.slim.extract gives a network")
 
 
 def check_fits_in_a_file(num_bytes: int, path: epath.Path, instead: str = "") -> None:
@@ -51,19 +48,20 @@ def file_named(path: epath.PathLike, ending: str) -> epath.Path:
     return path
 
 
-def images_to_compare(spec: Spec, images: np.ndarray | None) -> np.ndarray:
+def images_to_compare(model: Any, images: np.ndarray | None) -> np.ndarray:
     """The images that a written network is run on: those given, or else two random ones.
 
     Raises:
-      InputError: those given are none that the network takes.
+      InputError: as `check_is_one_network`, or those given are none that the network takes.
     """
+    check_is_one_network(model)
+    shape = model.spec.image_shape
     if images is None:
-        shape = (_BATCH, *spec.image_shape)
-        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    if images.dtype != np.float32 or images.shape[1:] != spec.image_shape or not len(images):
+        return np.random.default_rng(0).normal(size=(_BATCH, *shape)).astype(np.float32)
+    if images.dtype != np.float32 or images.shape[1:] != shape or not len(images):
         raise InputError(
             f"images to compare on are {images.dtype} {images.shape}; the network takes float32 "
-            f"(B, {', '.join(map(str, spec.image_shape))}), B at least 1"
+            f"(B, {', '.join(map(str, shape))}), B at least 1"
         )
     return images
 

@@ -18,7 +18,6 @@ from flora_jax.weights.export.checks import (
     Forward,
     check_computes,
     check_fits_in_a_file,
-    check_is_one_network,
     exactly,
     file_named,
     images_to_compare,
@@ -61,19 +60,23 @@ def export_onnx(
     path = file_named(path, ".onnx")
     if dtype not in TOLERANCES:
         raise InputError(unknown("dtype", dtype, TOLERANCES))
-    check_is_one_network(model)
-    compared = images_to_compare(model.spec, images)
+    compared = images_to_compare(model, images)
     num_values = sum(value.size for value in functional.split(model)[1].values())
     smaller = "" if dtype == "float16" else "; dtype='float16' halves it"
     graph_dtype = "float32" if dtype == "int8" else dtype  # 8 bits come out of float32
     check_fits_in_a_file(num_values * np.dtype(graph_dtype).itemsize, path, smaller)
-    _check_is_installed(dtype)
+    for name in ("onnx", "onnxruntime") if dtype == "int8" else ("onnx",):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            install = "pip install 'flora_jax[onnx]'"
+            raise MissingPackageError(f"export_onnx needs {name}: {install}") from error
 
     def check(content: bytes) -> None:
         if (written := in_onnx_runtime(content)) is None:
             log.warning("%s was not run to check it: pip install 'flora_jax[onnx]'", path.name)
-            return
-        check_computes(written, exactly(model), compared, TOLERANCES[dtype])
+        else:
+            check_computes(written, exactly(model), compared, TOLERANCES[dtype])
 
     def make() -> bytes:
         written = _onnx_model(model, graph_dtype)
@@ -82,25 +85,14 @@ def export_onnx(
     write_program(path, make, check)
 
 
-def _check_is_installed(dtype: str) -> None:
-    for name in ("onnx", "onnxruntime") if dtype == "int8" else ("onnx",):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"export_onnx needs {name}: pip install 'flora_jax[onnx]'"
-            ) from error
-
-
 def _onnx_model(model: Network, dtype: str) -> Any:
-    spec, graph = model.spec, Graph(dtype)
-    height, width, channels = spec.image_shape
-    images, is_float32 = "images", dtype == "float32"
-    x = network(graph, model, images if is_float32 else graph.cast(images, dtype))
+    graph, image = Graph(dtype), jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
+    height, width, channels = model.spec.image_shape
+    is_float32 = dtype == "float32"
+    x = network(graph, model, "images" if is_float32 else graph.cast("images", dtype))
     output = x if is_float32 else graph.cast(x, "float32")
-    image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     _, size = jax.eval_shape(lambda images: model(images), image).shape
-    name = "logits" if spec.num_classes else "features"
+    name = "logits" if model.spec.num_classes else "features"
     return graph.model([channels, height, width], output, name, size)
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +24,6 @@ from flora_jax.models.swin import (
 )
 from flora_jax.models.tiny_vit import (
     Convolution,
-    ConvolutionalEmbed,
     DepthwiseConvolution,
     MBConv,
     MirroredWindowAttention,
@@ -38,6 +36,7 @@ from flora_jax.models.windows import WindowAttention, Windows
 # Gelu came with 20, and nothing newer is needed: the lowest that has every operation is what most
 # runtimes take (ONNX Runtime from 1.17).
 OPSET = 20
+_FIRST, _SECOND = np.int64(0), np.int64(1)
 Value = str  # the name of what a node gives
 Input = Value | np.ndarray | np.generic | list[int]  # all but the first become constants
 
@@ -87,6 +86,11 @@ class Graph:
         from onnx import helper
 
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def swap(self, x: Value, axes: int, one: int, other: int) -> Value:
+        order = list(range(axes))
+        order[one], order[other] = order[other], order[one]
+        return self.node("Transpose", x, perm=order)
 
     def _constant(self, array: np.ndarray) -> Value:
         """Equal ones are stored once."""
@@ -153,21 +157,16 @@ def _inside(graph: Graph, owner: Any, name: str, x: Value) -> Value:
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def _linear(graph: Graph, layer: Linear, x: Value) -> Value:
-    product = graph.node("MatMul", x, graph.parameter("kernel", layer.kernel))
-    return _with_bias(graph, layer, product, layer.kernel.shape[1])
-
-
-def _low_rank_linear(graph: Graph, layer: LowRankLinear, x: Value) -> Value:
-    low = graph.node("MatMul", x, graph.parameter("down", layer.down[...].T))
-    product = graph.node("MatMul", low, graph.parameter("up", layer.up))
-    return _with_bias(graph, layer, product, layer.up.shape[1])
-
-
-def _with_bias(graph: Graph, layer: Linear | LowRankLinear, x: Value, features: int) -> Value:
+def _linear(graph: Graph, layer: Linear | LowRankLinear, x: Value) -> Value:
+    if isinstance(layer, LowRankLinear):
+        x = graph.node("MatMul", x, graph.parameter("down", layer.down[...].T))
+        name, weights = "up", layer.up[...]
+    else:
+        name, weights = "kernel", layer.kernel[...]
+    x = graph.node("MatMul", x, graph.parameter(name, weights))
     if layer.bias is None:
         return x
-    bias = whole_bias(layer.bias[...], features)
+    bias = whole_bias(layer.bias[...], weights.shape[1])
     return graph.node("Add", x, graph.parameter("bias", bias))
 
 
@@ -178,12 +177,10 @@ def _norm(graph: Graph, norm: LayerNorm, x: Value) -> Value:
 
 def _mlp(graph: Graph, mlp: Mlp, x: Value) -> Value:
     hidden, activate = _inside(graph, mlp, "fc1", x), _ACTIVATIONS[mlp.activation]
-    if mlp.is_gated:
-        gate, value = graph.nodes("Split", 2, hidden, axis=-1, num_outputs=2)
-        hidden = graph.node("Mul", activate(graph, gate), value)
-    else:
-        hidden = activate(graph, hidden)
-    return _inside(graph, mlp, "fc2", hidden)
+    if not mlp.is_gated:
+        return _inside(graph, mlp, "fc2", activate(graph, hidden))
+    gate, value = graph.nodes("Split", 2, hidden, axis=-1, num_outputs=2)
+    return _inside(graph, mlp, "fc2", graph.node("Mul", activate(graph, gate), value))
 
 
 def _gelu(graph: Graph, x: Value, approximate: str = "none") -> Value:
@@ -217,12 +214,6 @@ def _block(graph: Graph, block: Block, x: Value) -> Value:
 # --- how tokens move ------------------------------------------------------------------------------
 
 
-def _swap(graph: Graph, x: Value, axes: int, one: int, other: int) -> Value:
-    order = list(range(axes))
-    order[one], order[other] = order[other], order[one]
-    return graph.node("Transpose", x, perm=order)
-
-
 def _cut(graph: Graph, windows: Windows, x: Value) -> Value:
     """Window by window; `_join` undoes it."""
     first = 0
@@ -236,13 +227,7 @@ def _join(graph: Graph, windows: Windows, x: Value) -> Value:
     return _reordered(graph, windows.join, num_tokens, x)
 
 
-def _reordered(
-    graph: Graph,
-    move: Callable[[jax.Array], jax.Array],
-    num_tokens: int,
-    x: Value,
-    first: int = 0,
-) -> Value:
+def _reordered(graph: Graph, move: Callable, num_tokens: int, x: Value, first: int = 0) -> Value:
     """Orders the tokens of each image as `move` does those of one, [N, D].
 
     `first` is the number of the first of them in x, of which what `move` adds has number 0.
@@ -251,10 +236,6 @@ def _reordered(
     order = np.asarray(move(numbers[:, None])).ravel()
     stays = np.array_equal(order, np.arange(num_tokens))
     return x if stays else graph.node("Gather", x, order, axis=1)
-
-
-def _selection(graph: Graph, selection: TokenSelection, x: Value) -> Value:
-    return graph.node("Gather", x, list(selection.positions), axis=1)
 
 
 def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
@@ -270,8 +251,9 @@ def _for_each_image(graph: Graph, like: Value, value: np.ndarray | Value, axes: 
     return graph.node("Expand", value, graph.node("Concat", batch, [1] * (axes - 1), axis=0))
 
 
-def _token(graph: Graph, x: Value, number: int) -> Value:
-    return graph.node("Gather", x, np.int64(number), axis=1)
+def _tokens(graph: Graph, x: Value, numbers: Any) -> Value:
+    """Those of these numbers; of one, without the axis of tokens."""
+    return graph.node("Gather", x, numbers, axis=1)
 
 
 def _mean(graph: Graph, tokens: Value) -> Value:
@@ -285,7 +267,7 @@ def _heads(graph: Graph, x: Value, number: int, shape: list[int]) -> list[Value]
     """Takes [B, N, number*H*d] to as many [B, ..., H, T, d]; `shape` is [..., T, H, d]."""
     parts = [x] if number == 1 else graph.nodes("Split", number, x, axis=-1, num_outputs=number)
     by_token = [graph.node("Reshape", part, [0, *shape]) for part in parts]
-    return [_swap(graph, part, len(shape) + 1, -3, -2) for part in by_token]
+    return [graph.swap(part, len(shape) + 1, -3, -2) for part in by_token]
 
 
 def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
@@ -296,11 +278,11 @@ def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[A
     query, key, value = qkv
     *windows, tokens, num_heads, head_dim = shape
     query = graph.node("Mul", query, np.float32(head_dim**-0.5))
-    logits = graph.node("MatMul", query, _swap(graph, key, len(shape) + 1, -2, -1))
+    logits = graph.node("MatMul", query, graph.swap(key, len(shape) + 1, -2, -1))
     for bias in biases:
         logits = graph.node("Add", logits, bias)
     mixed = graph.node("MatMul", graph.node("Softmax", logits, axis=-1), value)
-    mixed = _swap(graph, mixed, len(shape) + 1, -3, -2)
+    mixed = graph.swap(mixed, len(shape) + 1, -3, -2)
     return graph.node("Reshape", mixed, [0, math.prod(windows) * tokens, num_heads * head_dim])
 
 
@@ -326,8 +308,7 @@ def _constants(attention: Attention) -> np.ndarray:
     shape = (3, 1, attention.num_heads, 1, attention.head_dim)
     if attention.qkv.bias is None:
         return np.zeros(shape, np.float32)
-    features = 3 * attention.num_heads * attention.head_dim
-    return np.asarray(whole_bias(attention.qkv.bias[...], features)).reshape(shape)
+    return np.asarray(whole_bias(attention.qkv.bias[...], math.prod(shape))).reshape(shape)
 
 
 def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
@@ -389,62 +370,52 @@ def _attention_pool(graph: Graph, pool: AttentionPool, tokens: Value) -> Value:
 
 def _tokens_of(graph: Graph, grid: Value) -> Value:
     """The places of a map, row by row."""
-    return _swap(graph, graph.node("Reshape", grid, [0, 0, -1]), 3, 1, 2)
+    return graph.swap(graph.node("Reshape", grid, [0, 0, -1]), 3, 1, 2)
 
 
 def _map_of(graph: Graph, tokens: Value, side: int) -> Value:
-    return graph.node("Reshape", _swap(graph, tokens, 3, 1, 2), [0, 0, side, side])
+    return graph.node("Reshape", graph.swap(tokens, 3, 1, 2), [0, 0, side, side])
 
 
-def _embedding(graph: Graph, embed: ConvolutionalEmbed, images: Value) -> Value:
-    """images [B, C, H, W] -> map."""
-    x = _gelu(graph, _convolution(graph.at("conv1"), embed.conv1, images))
-    return _convolution(graph.at("conv2"), embed.conv2, x)
+def _convolutions(graph: Graph, owner: Any, x: Value) -> Value:
+    """map -> map: conv1, conv2 and so on, with a GELU between two."""
+    names = [name for name in ("conv1", "conv2", "conv3") if hasattr(owner, name)]
+    for name in names:
+        x = x if name == names[0] else _gelu(graph, x)
+        x = _convolution(graph.at(name), getattr(owner, name), x)
+    return x
 
 
 def _mbconv(graph: Graph, mbconv: MBConv, x: Value) -> Value:
     """map -> map."""
-    return _gelu(graph, graph.node("Add", x, _point_depth_point(graph, mbconv, x)))
+    return _gelu(graph, graph.node("Add", x, _convolutions(graph, mbconv, x)))
 
 
 def _downsampling(graph: Graph, layers: PointDepthPoint, x: Value) -> Value:
     """tokens -> tokens."""
     grid = _map_of(graph, x, layers.conv2.grid_size)
-    return _tokens_of(graph, _point_depth_point(graph, layers, grid))
+    return _tokens_of(graph, _convolutions(graph, layers, grid))
 
 
-def _local_convolution(graph: Graph, convolution: DepthwiseConvolution, x: Value) -> Value:
+def _local_convolution(graph: Graph, layer: DepthwiseConvolution, x: Value) -> Value:
     """tokens -> tokens."""
-    grid = _map_of(graph, x, convolution.grid_size)
-    return _tokens_of(graph, _depthwise(graph, convolution, grid))
+    return _tokens_of(graph, _convolution(graph, layer, _map_of(graph, x, layer.grid_size)))
 
 
-def _point_depth_point(graph: Graph, layers: PointDepthPoint, x: Value) -> Value:
-    x = _gelu(graph, _pointwise(graph.at("conv1"), layers.conv1, x))
-    x = _gelu(graph, _depthwise(graph.at("conv2"), layers.conv2, x))
-    return _pointwise(graph.at("conv3"), layers.conv3, x)
-
-
-def _pointwise(graph: Graph, layer: Linear, x: Value) -> Value:
-    return _conv(graph, layer, layer.kernel[...].T[:, :, None, None], x)
-
-
-def _depthwise(graph: Graph, layer: DepthwiseConvolution, x: Value) -> Value:
-    kernel = layer.kernel[...].transpose(2, 0, 1)[:, None]
-    return _conv(graph, layer, kernel, x, group=len(kernel), **_padded(layer.stride))
-
-
-def _convolution(graph: Graph, layer: Convolution, x: Value) -> Value:
-    kernel = layer.kernel[...].transpose(3, 2, 0, 1)
-    return _conv(graph, layer, kernel, x, **_padded(layer.stride))
-
-
-def _padded(stride: int) -> dict[str, Any]:
-    return {"strides": [stride] * 2, "pads": [1] * 4}
-
-
-def _conv(graph: Graph, layer: Any, kernel: jax.Array, x: Value, **attributes: Any) -> Value:
+def _convolution(
+    graph: Graph, layer: Linear | Convolution | DepthwiseConvolution, x: Value
+) -> Value:
     """map -> map; the kernel as ONNX has it, [D, C / group, height, width]."""
+    kernel, attributes = layer.kernel[...], dict[str, Any]()
+    if isinstance(layer, Linear):
+        kernel = kernel.T[:, :, None, None]
+    elif isinstance(layer, DepthwiseConvolution):
+        kernel = kernel.transpose(2, 0, 1)[:, None]
+        attributes["group"] = len(kernel)
+    else:
+        kernel = kernel.transpose(3, 2, 0, 1)
+    if not isinstance(layer, Linear):
+        attributes |= {"strides": [layer.stride] * 2, "pads": [1] * 4}
     weights = graph.parameter("kernel", kernel), graph.parameter("bias", layer.bias)
     return graph.node("Conv", x, *weights, **attributes)
 
@@ -459,18 +430,15 @@ def _patches(graph: Graph, patch_embed: PatchEmbed, image_size: int, images: Val
     grid = graph.node("Transpose", grid, perm=[0, 2, 4, 3, 5, 1])
     patches = graph.node("Reshape", grid, [0, grid_size**2, pixels])
     if patch_embed.kept is not None:
-        patches = graph.node("Gather", patches, list(patch_embed.kept), axis=1)
+        patches = _tokens(graph, patches, list(patch_embed.kept))
     return _inside(graph, patch_embed, "norm", _inside(graph, patch_embed, "proj", patches))
 
 
 def _embed_vit(graph: Graph, model: ViT, images: Value) -> Value:
-    spec = model.spec
-    x = _patches(graph.at("patch_embed"), model.patch_embed, spec.image_size, images)
-    positions = None
-    if model.pos_embed is not None:
-        positions = graph.parameter("pos_embed", model.pos_embed)
-    if positions and spec.positions == "patches":
-        x = graph.node("Add", x, positions)
+    positions = model.spec.positions
+    x = _patches(graph.at("patch_embed"), model.patch_embed, model.spec.image_size, images)
+    if positions == "patches":
+        x = graph.node("Add", x, graph.parameter("pos_embed", model.pos_embed))
     prefix = [
         _for_each_image(graph, images, graph.parameter(name, getattr(model, name)), axes=3)
         for name in ("cls_token", "dist_token", "reg_token")
@@ -478,21 +446,22 @@ def _embed_vit(graph: Graph, model: ViT, images: Value) -> Value:
     ]
     if prefix:
         x = graph.node("Concat", *prefix, x, axis=1)
-    if positions and spec.positions == "all":
-        x = graph.node("Add", x, positions)
+    if positions == "all":
+        x = graph.node("Add", x, graph.parameter("pos_embed", model.pos_embed))
     return _inside(graph, model, "norm_pre", x)
 
 
 def _classify_vit(graph: Graph, model: ViT, x: Value) -> Value:
     spec, prefix = model.spec, model.spec.num_prefix_tokens
+    if spec.distilled:
+        logits = [
+            _inside(graph, model, head, _inside(graph, model, "norm", _tokens(graph, x, number)))
+            for head, number in (("head", _FIRST), ("head_dist", _SECOND))
+        ]
+        return graph.node("Mul", graph.node("Add", *logits), np.float32(0.5))
     if spec.pool == "token":
-        first = _inside(graph, model, "norm", _token(graph, x, 0))
-        logits = _inside(graph, model, "head", first)
-        if not spec.distilled:
-            return logits
-        second = _inside(graph, model, "norm", _token(graph, x, 1))
-        distilled = _inside(graph, model, "head_dist", second)
-        return graph.node("Mul", graph.node("Add", logits, distilled), np.float32(0.5))
+        x = _inside(graph, model, "norm", _tokens(graph, x, _FIRST))
+        return _inside(graph, model, "head", x)
     tokens = x if spec.normalises_pooled else _inside(graph, model, "norm", x)
     if model.attn_pool is not None:
         return _inside(graph, model, "head", _inside(graph, model, "attn_pool", tokens))
@@ -500,7 +469,7 @@ def _classify_vit(graph: Graph, model: ViT, x: Value) -> Value:
     if spec.normalises_pooled:
         pooled = _inside(graph, model, "norm", pooled)
     if spec.pool == "token_and_mean":
-        pooled = graph.node("Concat", _token(graph, tokens, 0), pooled, axis=-1)
+        pooled = graph.node("Concat", _tokens(graph, tokens, _FIRST), pooled, axis=-1)
     return _inside(graph, model, "head", pooled)
 
 
@@ -516,7 +485,7 @@ def _classify_swin(graph: Graph, model: Swin, x: Value) -> Value:
 
 
 def _embed_tiny_vit(graph: Graph, model: TinyViT, images: Value) -> Value:
-    x = _embedding(graph.at("patch_embed"), model.patch_embed, images)
+    x = _convolutions(graph.at("patch_embed"), model.patch_embed, images)
     for i, layers in enumerate(model.mbconvs):
         x = _mbconv(graph.at(f"mbconvs.{i}"), layers, x)
     return _tokens_of(graph, x)
@@ -528,13 +497,13 @@ def _classify_tiny_vit(graph: Graph, model: TinyViT, x: Value) -> Value:
 
 _MODULES: dict[type, Callable[[Graph, Any, Value], Value]] = {
     Linear: _linear,
-    LowRankLinear: _low_rank_linear,
+    LowRankLinear: _linear,
     LayerNorm: _norm,
     Mlp: _mlp,
     Block: _block,
     Attention: _attention,
     AttentionPool: _attention_pool,
-    TokenSelection: _selection,
+    TokenSelection: lambda graph, selection, x: _tokens(graph, x, list(selection.positions)),
     ShiftedWindowAttention: _shifted_attention,
     PatchMerging: _merging,
     MirroredWindowAttention: _mirrored_attention,

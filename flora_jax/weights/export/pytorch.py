@@ -1,21 +1,18 @@
 """A finished model as a folder that PyTorch opens, without JAX and without this library."""
 
-import importlib.util
 import json
 import logging
-import os
 import pathlib
 import tempfile
-import types
 from typing import Any
 
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from flora_jax.errors import InputError, StorageError, few
+from flora_jax.errors import InputError, few
 from flora_jax.io.files import read_json, replacing
-from flora_jax.io.paths import is_url, user_path
+from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
@@ -23,7 +20,6 @@ from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights import layouts
 from flora_jax.weights.export.checks import (
     check_computes,
-    check_is_one_network,
     exactly,
     images_to_compare,
 )
@@ -52,13 +48,11 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
 
     Raises:
       InputError: the model is a supernet, or holds NaN or infinite parameters; images of another
-        shape; the folder is a file, or holds files but no earlier export; or PyTorch computes
-        something else.
+        shape; the folder holds files but no earlier export; or PyTorch computes something else.
       StorageError: the folder cannot be written.
     """
     folder = user_path(folder)
-    check_is_one_network(model)
-    images = images_to_compare(model.spec, images)
+    images = images_to_compare(model, images)
     _check_can_hold_an_export(folder)
     parameters = functional.split(model)[1]
     arrays = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
@@ -71,7 +65,8 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
         CODE_FILE: code.read_bytes(),
     }
     _check_computes_the_same(model, files, images)
-    (folder / CODE_FILE).unlink(missing_ok=True)
+    if (folder / CODE_FILE).exists():
+        (folder / CODE_FILE).unlink()
     for name, content in files.items():
         with replacing(folder / name) as partial:
             partial.write_bytes(content)
@@ -79,32 +74,26 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
 
 def load_export(folder: epath.PathLike) -> Any:
     """The torch module of an exported folder, as its `model.py` loads it; needs torch."""
-    return _module_of(pathlib.Path(folder, CODE_FILE)).load(folder)
+    path = pathlib.Path(folder, CODE_FILE)
+    module: dict[str, Any] = {"__name__": path.stem}
+    exec(compile(path.read_text(), path, "exec"), module)
+    return module["load"](folder)
 
 
 def _check_can_hold_an_export(folder: epath.Path) -> None:
-    if not is_url(folder):  # what is in a bucket has no folders around it
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir():
-            raise InputError(f"{existing} is a file, where a folder is to be written")
-        if not os.access(existing, os.W_OK):
-            raise StorageError(f"{existing} cannot be written: no permission")
-    if not folder.exists() or _is_an_export(folder):
+    if not folder.is_dir():
+        return
+    try:
+        description = read_json(folder / SPEC_FILE)
+    except (OSError, InputError):
+        description = {}
+    if "family" in description:  # that of `flora_jax.save` is another
         return
     # What is hidden, such as .git, is in nobody's way.
     if found := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
         raise InputError(
             f"{folder} holds {few(found)}, and no earlier export: give an empty or a new folder"
         )
-
-
-def _is_an_export(folder: epath.Path) -> bool:
-    """True where an export was begun; the `spec.json` of `flora_jax.save` is another."""
-    try:
-        description = read_json(folder / SPEC_FILE)
-    except (OSError, InputError):
-        return False
-    return isinstance(description, dict) and "family" in description
 
 
 def _state_dict(parameters: dict[str, np.ndarray], spec: Spec) -> dict[str, np.ndarray]:
@@ -132,12 +121,3 @@ def _check_computes_the_same(model: Network, files: dict[str, bytes], images: np
                 return network(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
 
         check_computes(written, exactly(model), images, _TOLERANCE)
-
-
-def _module_of(path: pathlib.Path) -> types.ModuleType:
-    specification = importlib.util.spec_from_file_location("flora_jax_export", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module

@@ -12,7 +12,6 @@ from flora_jax.models.network import Network
 from flora_jax.weights.export.checks import (
     check_computes,
     check_fits_in_a_file,
-    check_is_one_network,
     file_named,
     images_to_compare,
     write_program,
@@ -43,8 +42,7 @@ def export_stablehlo(
       StorageError: the file cannot be written.
     """
     path = file_named(path, ".bin")
-    check_is_one_network(model)
-    compared = images_to_compare(model.spec, images)
+    compared = images_to_compare(model, images)
     structure, parameters = functional.split(model)
     # From the host: parameters on several devices would tie the program to as many.
     constants: dict[str, Any] = {name: np.asarray(value) for name, value in parameters.items()}

@@ -42,9 +42,8 @@ def export_timm(model: Network, path: epath.PathLike) -> None:
     check_is_one_network(model)
     if model.spec != dataclasses.replace(model.spec, blocks=()):
         log.warning(
-            "%s: timm cannot hold what is compressed (ranks, widths of single blocks, tokens that "
-            "leave); flora.export_torch writes a folder that PyTorch runs, flora.export_onnx a "
-            "file for other runtimes",
+            "%s: timm cannot hold what is compressed; flora.export_torch writes a folder that "
+            "PyTorch runs, flora.export_onnx a file for other runtimes",
             path.name,
         )
     parameters = functional.split(model)[1]
@@ -69,7 +68,7 @@ def export_timm_folder(
       InputError: as `export_timm`, images of another shape, or the file holds another model.
     """
     folder = user_path(folder)
-    compared = images_to_compare(model.spec, images)
+    compared = images_to_compare(model, images)
     export_timm(model, folder / WEIGHTS_FILE)
     write_json(folder / SPEC_FILE, spec_to_json(model.spec))
     check_computes(exactly(load_model(folder)), exactly(model), compared, _TOLERANCE)

@@ -1,12 +1,12 @@
 """Names of the classes that a model in a folder knows."""
 
 import re
+from typing import Any
 
 from etils import epath
 
-from flora_jax.io.files import read_json
 from flora_jax.weights.hub import local_folder
-from flora_jax.weights.metadata.fields import Fields
+from flora_jax.weights.metadata.fields import Fields, read_named
 from flora_jax.weights.metadata.spec import CONFIG_FILE
 
 CLASSES_FILE = "classes.json"
@@ -24,18 +24,18 @@ def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
     """
     folder = local_folder(folder)
     if (path := folder / CLASSES_FILE).exists():
-        return _names(Fields({"names": read_json(path)}, f"{path}: "), "names")
-    if not (path := folder / CONFIG_FILE).exists():
-        return ()
-    fields = Fields.read(path)
+        return read_named(path, lambda names: _names(Fields({"names": names}), "names"))
+    return read_named(path, _of_config) if (path := folder / CONFIG_FILE).exists() else ()
+
+
+def _of_config(config: Any) -> tuple[str, ...]:
+    fields = Fields(config)
     if "architecture" not in fields:
         names = _names(fields, "id2label")
         return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
-    for inner in (fields, fields.within("pretrained_cfg")):
-        for key in ("label_names", "labels"):
-            if names := _names(inner, key):
-                return names
-    return ()
+    places = (fields, fields.within("pretrained_cfg"))
+    found = (_names(place, key) for place in places for key in ("label_names", "labels"))
+    return next(filter(None, found), ())
 
 
 def _names(fields: Fields, key: str) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
 """Fields of a JSON object that someone else wrote, each checked as it is read."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
 from flora_jax.errors import InputError
 from flora_jax.io.files import read_json
+
+_Read = TypeVar("_Read")
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
@@ -16,8 +19,13 @@ def is_whole(value: Any, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a string": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "a whole number of at least 0": lambda value: is_whole(value, 0),
+    "a whole number of at least 1": is_whole,
+    "a number of at least 0": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+}
 
 
 @contextlib.contextmanager
@@ -29,8 +37,15 @@ def naming(place: object) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from error
 
 
+def read_named(path: epath.Path, read: Callable[[Any], _Read]) -> _Read:
+    """Reads the content of a JSON file by this function; errors name the file."""
+    content = read_json(path)
+    with naming(path):
+        return read(content)
+
+
 class Fields(Mapping[str, Any]):
-    """A JSON object; `at`, the place that it is from, begins its errors. What is null says nothing.
+    """A JSON object; `at`, its place in another, begins its errors. What is null says nothing.
 
     A field that is missing has the default that is asked for with it; without one it is needed.
 
@@ -41,14 +56,9 @@ class Fields(Mapping[str, Any]):
     def __init__(self, values: Any, at: str = ""):
         self.at = at
         if not isinstance(values, Mapping):
-            where = at.rstrip(".: ") or "it"
-            raise InputError(f"{where} must be an object with fields, got {values!r}")
+            what = at.rstrip(".: ") or "it"
+            raise InputError(f"{what} must be an object with fields, got {values!r}")
         self._values = {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def read(cls, path: epath.Path) -> "Fields":
-        """The object that a file holds."""
-        return cls(read_json(path), f"{path}: ")
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -67,37 +77,30 @@ class Fields(Mapping[str, Any]):
         """The object in a field, empty where there is none."""
         return Fields(self.get(name, {}), f"{self.at}{name}.")
 
-    def text(self, name: str, default: str | None = None) -> str:
-        return self._checked(name, default, lambda v: isinstance(v, str), "a string")
+    def _one(self, kind: str, name: str, default: Any = None) -> Any:
+        if not _KINDS[kind](value := self.get(name, default)):
+            raise self.error(name, kind)
+        return value
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        return self._list(name, (), lambda v: isinstance(v, str), "strings")
+    def _several(self, kind: str, name: str, default: Any = None) -> tuple:
+        value = self.get(name, default)
+        if not isinstance(value, list | tuple) or not all(map(_KINDS[kind], value)):
+            raise self.error(name, f"a list, each {kind}")
+        return tuple(value)
 
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        return self._checked(name, default, lambda v: isinstance(v, bool), "true or false")
-
-    def count(self, name: str, default: int | None = None) -> int:
-        return self._checked(
-            name, default, lambda v: is_whole(v, 0), "a whole number of at least 0"
-        )
-
-    def size(self, name: str, default: int | None = None) -> int:
-        return self._checked(name, default, is_whole, "a whole number of at least 1")
-
-    def sizes(self, name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        return self._list(name, default, is_whole, "whole numbers of at least 1", least=1)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return self._checked(name, default, _is_number, "a number of at least 0")
+    text = functools.partialmethod(_one, "a string")
+    texts = functools.partialmethod(_several, "a string")
+    flag = functools.partialmethod(_one, "true or false")
+    count = functools.partialmethod(_one, "a whole number of at least 0")
+    counts = functools.partialmethod(_several, "a whole number of at least 0")
+    size = functools.partialmethod(_one, "a whole number of at least 1")
+    sizes = functools.partialmethod(_several, "a whole number of at least 1")
+    number = functools.partialmethod(_one, "a number of at least 0")
 
     def numbers(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """A list of numbers, or one."""
-        value = self.get(name, default)
-        return (
-            (value,)
-            if _is_number(value)
-            else self._list(name, default, _is_number, "numbers of at least 0")
-        )
+        kind, value = "a number of at least 0", self.get(name)
+        return (value,) if _KINDS[kind](value) else self._several(kind, name, default)
 
     def side(self, name: str, default: int | None = None) -> int:
         """A number of pixels or patches, or a list of equal ones."""
@@ -106,18 +109,3 @@ class Fields(Mapping[str, Any]):
         if not is_whole(first) or any(other != first for other in others):
             raise self.error(name, "the side of a square in whole numbers")
         return first
-
-    def _list(
-        self, name: str, default: Any, fits: Callable[[Any], bool], what: str, least: int = 0
-    ) -> tuple:
-        def is_list(value: Any) -> bool:
-            is_long = isinstance(value, list | tuple) and len(value) >= least
-            return is_long and all(map(fits, value))
-
-        return tuple(self._checked(name, default, is_list, f"a list of {what}"))
-
-    def _checked(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
-        value = self.get(name, default)
-        if not fits(value):
-            raise self.error(name, what)
-        return value

@@ -1,23 +1,15 @@
 """Specs of networks that a config.json of transformers describes."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flora_jax.errors import InputError, UnknownNetworkError, did_you_mean, unknown
+from flora_jax.errors import InputError, did_you_mean, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.metadata.fields import Fields
 
-# Fields of a spec that a file may leave to transformers' defaults, by their names there.
-_SAID_AS = {
-    "num_heads": ("num_attention_heads", "num_heads"),
-    "layer_norm_eps": ("layer_norm_eps",),
-    "activation": ("hidden_act",),
-    "rope_theta": ("rope_theta", "rope_parameters"),
-    "image_size": ("image_size",),
-    "window_size": ("window_size",),
-}
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -37,23 +29,16 @@ def spec_of_config(config: Fields) -> Spec:
     network has none: it gives its pooled feature.
 
     Raises:
-      UnknownNetworkError: another model_type.
-      InputError: a network that this library cannot build, or a field of another kind of value
-        than transformers writes; says which.
+      InputError: another model_type, a network that this library cannot build, or a field of
+        another kind of value than transformers writes; says which.
     """
     model_type = str(config.get("model_type"))
     if model_type not in _READERS:
-        raise UnknownNetworkError(
+        raise InputError(
             f"model_type {model_type!r} is not a vision transformer that flora_jax reads: accepted "
             f"are {', '.join(_READERS)}{did_you_mean(model_type, _READERS)}"
         )
     return _READERS[model_type](config)
-
-
-def says(config: Fields, field: str) -> bool:
-    """Whether the file itself says this field of its spec, and no default of transformers."""
-    config = _of_images(config)
-    return field not in _SAID_AS or any(name in config for name in _SAID_AS[field])
 
 
 def _of_images(config: Fields) -> Fields:
@@ -62,43 +47,33 @@ def _of_images(config: Fields) -> Fields:
 
 
 def _vit(config: Fields) -> ViTSpec:
-    return ViTSpec(**_sizes(config, 1e-12), num_classes=_num_classes(config), **_mlp(config))
+    return ViTSpec(**_plain(config, layer_norm_eps=1e-12), num_classes=_num_classes(config))
 
 
 def _deit(config: Fields) -> ViTSpec:
     """Where nobody classifies the distillation token, it is a register."""
     distilled = _class_of(config).endswith("WithTeacher")
-    return ViTSpec(
-        **_sizes(config, 1e-12),
-        **_mlp(config),
-        num_classes=_num_classes(config),
-        distilled=distilled,
-        num_registers=0 if distilled else 1,
-    )
+    own = {"distilled": True} if distilled else {"num_registers": 1}
+    return dataclasses.replace(_vit(config), blocks=(), **own)
 
 
 def _dinov2(config: Fields) -> ViTSpec:
-    width, mlp_ratio = config.size("hidden_size", 768), config.number("mlp_ratio", 4)
-    mlp: dict[str, Any] = {"mlp_ratio": mlp_ratio, "activation": _activation(config, "gelu")}
+    fields = _plain(config, layer_norm_eps=1e-6, patch_size=14)
+    mlp_ratio = fields["mlp_ratio"] = config.number("mlp_ratio", 4)
     if config.flag("use_swiglu_ffn", False):
-        hidden = (int(int(width * mlp_ratio) * 2 / 3) + 7) // 8 * 8
-        mlp = {"mlp_ratio": hidden / width, "activation": "silu", "gated_mlp": True}
+        hidden = (int(int(fields["embed_dim"] * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        fields |= {"mlp_ratio": hidden / fields["embed_dim"], "activation": "silu"}
+        fields["gated_mlp"] = True
     if config["model_type"] == "dinov2_with_registers":
-        mlp |= {"num_registers": config.count("num_register_tokens", 4), "positions": "patches"}
+        fields |= {"num_registers": config.count("num_register_tokens", 4), "positions": "patches"}
     num_classes = _num_classes(config)
-    return ViTSpec(
-        **_sizes(config, 1e-6, patch_size=14),
-        **mlp,
-        num_classes=num_classes,
-        pool="token_and_mean" if num_classes else "token",
-        layer_scale=True,
-    )
+    pool = "token_and_mean" if num_classes else "token"
+    return ViTSpec(**fields, num_classes=num_classes, pool=pool, layer_scale=True)
 
 
 def _dinov3(config: Fields) -> ViTSpec:
-    for name in ("proj_bias", "mlp_bias"):
-        if not config.flag(name, True):
-            raise InputError(f"{name} is false: these layers always have a bias here")
+    if not (config.flag("proj_bias", True) and config.flag("mlp_bias", True)):
+        raise InputError("proj_bias or mlp_bias is false: these layers always have a bias here")
     if _num_classes(config):
         raise InputError(f"{_class_of(config)} is no class that this library knows the pool of")
     query, key, value = (config.flag(f"{n}_bias", n != "key") for n in ("query", "key", "value"))
@@ -107,10 +82,10 @@ def _dinov3(config: Fields) -> ViTSpec:
             f"query_bias, key_bias and value_bias are {query}, {key} and {value}; query and value "
             f"must be alike, and only with them can the key have one"
         )
+    fields = _plain(config, layer_norm_eps=1e-5, embed_dim=384, num_heads=6)
     rope_theta = config.within("rope_parameters").number("rope_theta", 100.0)
     return ViTSpec(
-        **_sizes(config, 1e-5, hidden_size=384, num_heads=6) | {"qkv_bias": query},
-        **_mlp(config, hidden_size=384),
+        **fields | {"qkv_bias": query},
         num_classes=0,
         k_bias=key or not query,
         gated_mlp=config.flag("use_gated_mlp", False),
@@ -127,14 +102,8 @@ def _clip(config: Fields) -> ViTSpec:
             f"{_class_of(config)} averages tokens without a norm, which no spec here does; "
             f"CLIPVisionModel is the same network without the classifier"
         )
-    config = _of_images(config)
-    return ViTSpec(
-        **_sizes(config, 1e-5, patch_size=32),
-        **_mlp(config, activation="quick_gelu"),
-        num_classes=0,
-        pre_norm=True,
-        patch_bias=False,
-    )
+    fields = _plain(_of_images(config), layer_norm_eps=1e-5, patch_size=32, activation="quick_gelu")
+    return ViTSpec(**fields, num_classes=0, pre_norm=True, patch_bias=False)
 
 
 def _siglip(config: Fields) -> ViTSpec:
@@ -142,8 +111,7 @@ def _siglip(config: Fields) -> ViTSpec:
     config = _of_images(config)
     has_pool = config.flag("vision_use_head", True) and not num_classes
     return ViTSpec(
-        **_sizes(config, 1e-6),
-        **_mlp(config, activation="gelu_pytorch_tanh"),
+        **_plain(config, layer_norm_eps=1e-6, activation="gelu_pytorch_tanh"),
         num_classes=num_classes,
         class_token=False,
         pool="attention" if has_pool else "mean",
@@ -184,31 +152,29 @@ _READERS: dict[str, Callable[[Fields], Spec]] = {
 }
 
 
-def _sizes(
+def _plain(
     config: Fields,
     layer_norm_eps: float,
     patch_size: int = 16,
-    hidden_size: int = 768,
+    embed_dim: int = 768,
     num_heads: int = 12,
+    activation: str = "gelu",
 ) -> dict[str, Any]:
-    """The fields that every ViT has; the arguments are defaults."""
+    """The fields that every ViT has; the arguments are the defaults of its kind."""
+    width = config.size("hidden_size", embed_dim)
+    hidden = config.size("intermediate_size", 4 * embed_dim)
     return {
         "image_size": config.side("image_size", 224),
         "patch_size": config.side("patch_size", patch_size),
-        "embed_dim": config.size("hidden_size", hidden_size),
+        "embed_dim": width,
         "depth": config.size("num_hidden_layers", 12),
         "num_heads": config.size("num_attention_heads", num_heads),
         "in_channels": config.size("num_channels", 3),
         "qkv_bias": config.flag("qkv_bias", True),
         "layer_norm_eps": config.number("layer_norm_eps", layer_norm_eps),
+        "mlp_ratio": hidden // width if hidden % width == 0 else hidden / width,
+        "activation": _activation(config, activation),
     }
-
-
-def _mlp(config: Fields, hidden_size: int = 768, activation: str = "gelu") -> dict[str, Any]:
-    width = config.size("hidden_size", hidden_size)
-    hidden = config.size("intermediate_size", 4 * hidden_size)
-    ratio = hidden // width if hidden % width == 0 else hidden / width
-    return {"mlp_ratio": ratio, "activation": _activation(config, activation)}
 
 
 def _activation(config: Fields, default: str) -> str:
@@ -219,7 +185,7 @@ def _activation(config: Fields, default: str) -> str:
 
 
 def _class_of(config: Fields) -> str:
-    return (*config.texts("architectures"), "")[0]
+    return (*config.texts("architectures", ()), "")[0]
 
 
 def _num_classes(config: Fields) -> int:

@@ -1,7 +1,9 @@
 """Preprocessing of pictures that a model in a folder asks for: ours, timm's or transformers'."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -9,15 +11,13 @@ from PIL import Image
 
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, did_you_mean, unknown
-from flora_jax.io.files import write_json
+from flora_jax.io.files import read_json, write_json
 from flora_jax.io.paths import user_path
 from flora_jax.weights.hub import local_folder
-from flora_jax.weights.metadata.fields import Fields, is_whole
+from flora_jax.weights.metadata.fields import Fields, is_whole, read_named
 from flora_jax.weights.metadata.spec import CONFIG_FILE
 
 PREPROCESSING_FILE = "preprocessing.json"
-# transformers 5 writes the image processor into the first, beside that of texts.
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 _STANDARD = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
@@ -40,18 +40,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "BitImageProcessor": _CLIP,
 }
-_PROCESSORS = {  # of a file that does not name one
-    "vit": "ViTImageProcessor",
-    "swin": "ViTImageProcessor",
-    "deit": "DeiTImageProcessor",
-    "dinov2": "BitImageProcessor",
-    "dinov2_with_registers": "BitImageProcessor",
-    "dinov3_vit": "DINOv3ViTImageProcessor",
-    "clip": "CLIPImageProcessor",
-    "clip_vision_model": "CLIPImageProcessor",
-    "siglip": "SiglipImageProcessor",
-    "siglip_vision_model": "SiglipImageProcessor",
-}
+# Of a file that does not name one, by the beginning of the network's model_type.
+_PROCESSORS = {"vit": "ViT", "swin": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}
+_PROCESSORS |= {"dinov2": "Bit", "dinov3": "DINOv3ViT"}
 
 
 def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
@@ -66,18 +57,16 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
         `Preprocessing` cannot say; names the file and the field.
     """
     folder = local_folder(folder)
-    path = folder / PREPROCESSING_FILE
-    if path.exists():
-        fields = Fields.read(path)
-        return _preprocessing(fields, _own(fields))
-    config = folder / CONFIG_FILE
-    fields = Fields.read(config) if config.exists() else Fields({})
-    if "architecture" in fields:
-        return _preprocessing(fields, _timm(fields))
-    if (processor := _processor_in(folder)) is None:
-        return None
-    defaults = _DEFAULTS[_processor(processor, fields.text("model_type", ""))]
-    return _preprocessing(processor, _transformers(processor, defaults))
+    readers: dict[str, Callable[[Any], Preprocessing | None]] = {
+        PREPROCESSING_FILE: _own,
+        CONFIG_FILE: _timm,
+        "processor_config.json": functools.partial(_beside_texts, folder),
+        "preprocessor_config.json": functools.partial(_transformers, folder),
+    }
+    for name, read in readers.items():
+        if (folder / name).exists() and (found := read_named(folder / name, read)):
+            return found
+    return None
 
 
 def save_preprocessing(folder: epath.PathLike, preprocessing: Preprocessing) -> None:
@@ -85,99 +74,91 @@ def save_preprocessing(folder: epath.PathLike, preprocessing: Preprocessing) -> 
     write_json(user_path(folder) / PREPROCESSING_FILE, dataclasses.asdict(preprocessing))
 
 
-def _preprocessing(fields: Fields, values: dict[str, Any]) -> Preprocessing:
-    try:
-        return Preprocessing(**values)
-    except InputError as error:
-        raise InputError(f"{fields.at}{error}") from error
+def _own(content: Any) -> Preprocessing:
+    fields, default = Fields(content), Preprocessing
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    for name in fields.keys() - {*names}:
+        raise InputError(f"unknown field {name!r}{did_you_mean(name, names)}")
+    return Preprocessing(
+        image_size=fields.side("image_size"),
+        mean=fields.numbers("mean", default.mean),
+        std=fields.numbers("std", default.std),
+        crop_pct=fields.number("crop_pct", default.crop_pct),
+        crop_mode=fields.text("crop_mode", default.crop_mode),
+        interpolation=fields.text("interpolation", default.interpolation),
+        background=fields.counts("background", default.background),
+    )
 
 
-def _own(fields: Fields) -> dict[str, Any]:
-    defaults = {f.name: f.default for f in dataclasses.fields(Preprocessing)}
-    for name in fields:
-        if name not in defaults:
-            raise InputError(f"{fields.at}unknown field {name!r}{did_you_mean(name, defaults)}")
-    background = fields.get("background", list(Preprocessing.background))
-    if not isinstance(background, list) or not all(is_whole(each, 0) for each in background):
-        raise fields.error("background", "a list of whole numbers")
-    return {
-        "image_size": fields.side("image_size"),
-        "mean": fields.numbers("mean", Preprocessing.mean),
-        "std": fields.numbers("std", Preprocessing.std),
-        "crop_pct": fields.number("crop_pct", Preprocessing.crop_pct),
-        "crop_mode": fields.text("crop_mode", Preprocessing.crop_mode),
-        "interpolation": fields.text("interpolation", Preprocessing.interpolation),
-        "background": tuple(background),
-    }
-
-
-def _timm(config: Fields) -> dict[str, Any]:
+def _timm(content: Any) -> Preprocessing | None:
     """Old files have no pretrained_cfg but its fields."""
+    config = Fields(content)
+    if "architecture" not in config:
+        return None
     fields = config.within("pretrained_cfg") if "pretrained_cfg" in config else config
-    arguments = config.within("model_args")
     crop_pct = fields.number("crop_pct", 0) or 0.875
     crop_mode = fields.text("crop_mode", "") or "center"
     if crop_mode == "squash" and crop_pct < 1:
         crop_mode = "squash_center"
-    if "img_size" in arguments:
-        image_size = arguments.side("img_size")
-    else:
-        channels_and_size = fields.get("input_size", [3, 224, 224])
-        if not isinstance(channels_and_size, list) or len(channels_and_size) != 3:
-            raise fields.error("input_size", "channels, height and width")
-        image_size = Fields({"input_size": channels_and_size[1:]}, fields.at).side("input_size")
-    return {
-        "image_size": image_size,
-        "mean": fields.numbers("mean", _IMAGENET["image_mean"]),
-        "std": fields.numbers("std", _IMAGENET["image_std"]),
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-        "interpolation": fields.text("interpolation", "") or "bicubic",
-        "background": (),
-    }
+    sides = {"input_size": fields.sizes("input_size", (3, 224, 224))[1:]}
+    return Preprocessing(
+        config.within("model_args").side("img_size", Fields(sides).side("input_size")),
+        mean=fields.numbers("mean", _IMAGENET["image_mean"]),
+        std=fields.numbers("std", _IMAGENET["image_std"]),
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        interpolation=fields.text("interpolation", "") or "bicubic",
+        background=(),
+    )
 
 
-def _processor_in(folder: epath.Path) -> Fields | None:
-    """The fields of an image processor of transformers, where the folder has one."""
-    both, of_images = (folder / name for name in _PROCESSOR_FILES)
-    if both.exists() and "image_processor" in (fields := Fields.read(both)):
-        return fields.within("image_processor")
-    return Fields.read(of_images) if of_images.exists() else None
+def _beside_texts(folder: epath.Path, content: Any) -> Preprocessing | None:
+    """The image processor that transformers 5 writes beside that of texts."""
+    fields = Fields(content)
+    if "image_processor" not in fields:
+        return None
+    return _transformers(folder, fields.within("image_processor"))
 
 
-def _processor(fields: Fields, model_type: str) -> str:
-    named = fields.text("image_processor_type", "") or fields.text("feature_extractor_type", "")
-    name = named.replace("FeatureExtractor", "ImageProcessor")
-    name = name.removesuffix("Fast").removesuffix("Pil") or _PROCESSORS.get(model_type, "")
-    if name not in _DEFAULTS:
-        raise InputError(fields.at + unknown("image_processor_type", named, _DEFAULTS))
-    return name
-
-
-def _transformers(fields: Fields, defaults: dict[str, Any]) -> dict[str, Any]:
+def _transformers(folder: epath.Path, content: Any) -> Preprocessing:
     """Pixels come to 0..1 here, and by nothing else."""
-    wanted = {"do_rescale": True, "do_resize": True, "rescale_offset": False, "do_pad": False}
-    for name, value in (wanted | {"do_grayscale": False, "do_flip_channel_order": False}).items():
-        if fields.flag(name, value) != value:
-            raise fields.error(name, f"{str(value).lower()}, for nothing else is done here")
+    fields = Fields(content)
+    defaults = _defaults(fields, folder)
+    always = ("do_rescale", "do_resize")
+    never = ("rescale_offset", "do_pad", "do_grayscale", "do_flip_channel_order")
+    for name in (*always, *never):
+        if fields.flag(name, name in always) != (name in always):
+            raise fields.error(name, f"{str(name in always).lower()}, as nothing else is done here")
     if not math.isclose(fields.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
         raise fields.error("rescale_factor", "1/255, for pixels are taken in 0..1 here")
-    mean: tuple[float, ...] = (0.0,) * 3
-    std: tuple[float, ...] = (1.0,) * 3
-    if fields.flag("do_normalize", True):
-        mean, std = (fields.numbers(name, defaults[name]) for name in ("image_mean", "image_std"))
-    number = fields.get("resample", defaults["resample"])
+    normal = fields
+    if not fields.flag("do_normalize", True):
+        normal = Fields({"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3})
+    mean, std = (normal.numbers(name, defaults[name]) for name in ("image_mean", "image_std"))
+    number = fields.count("resample", defaults["resample"])
     interpolations = {int(method): method.name.lower() for method in Image.Resampling}
-    if not is_whole(number, 0) or number not in interpolations:
-        names = ", ".join(f"{key} ({name})" for key, name in sorted(interpolations.items()))
-        raise fields.error("resample", f"a number of Pillow's: {names}")
-    return {
+    if number not in interpolations:
+        raise fields.error("resample", f"one of Pillow's {interpolations}")
+    return Preprocessing(
         **_geometry(fields, defaults),
-        "mean": mean,
-        "std": std,
-        "interpolation": interpolations[number],
-        "background": (255, 255, 255),  # where it converts to RGB at all, it does so on white
-    }
+        mean=mean,
+        std=std,
+        interpolation=interpolations[number],
+        background=(255, 255, 255),  # where it converts to RGB at all, it does so on white
+    )
+
+
+def _defaults(fields: Fields, folder: epath.Path) -> dict[str, Any]:
+    """Those of the image processor that the fields name, or else of the network beside them."""
+    named = fields.text("image_processor_type", "") or fields.text("feature_extractor_type", "")
+    name = named.replace("FeatureExtractor", "ImageProcessor")
+    name = name.removesuffix("Fast").removesuffix("Pil")
+    if not named and (folder / CONFIG_FILE).exists():
+        model_type = str(read_json(folder / CONFIG_FILE).get("model_type"))
+        name = _PROCESSORS.get(model_type.partition("_")[0], "") + "ImageProcessor"
+    if name not in _DEFAULTS:
+        raise InputError(unknown("image_processor_type", named, _DEFAULTS))
+    return _DEFAULTS[name]
 
 
 def _geometry(fields: Fields, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from typing import Any
 
 from etils import epath
 
-from flora_jax.errors import MissingFileError, UnknownNetworkError
-from flora_jax.io.files import read_json
+from flora_jax.errors import MissingFileError
 from flora_jax.models.spec import Spec
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata import hugging_face, timm
-from flora_jax.weights.metadata.fields import Fields, naming
+from flora_jax.weights.metadata.fields import Fields, read_named
 
 CONFIG_FILE = "config.json"
 
@@ -27,12 +26,14 @@ def read_spec(folder: epath.PathLike) -> Spec:
     folder = local_folder(folder)
     if (folder / SPEC_FILE).exists():
         return load_spec(folder)
-    path = folder / CONFIG_FILE
-    if not path.exists():
+    if not (folder / CONFIG_FILE).exists():
         raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
-    config = read_json(path)
-    with naming(path):
-        return spec_of_config(config)
+    return read_config(folder / CONFIG_FILE)
+
+
+def read_config(path: epath.Path) -> Spec:
+    """The spec of a config.json. Raises as `spec_of_config`, with the file's name."""
+    return read_named(path, spec_of_config)
 
 
 def describes_itself(path: epath.PathLike) -> bool:
@@ -45,16 +46,7 @@ def spec_of_config(config: Any) -> Spec:
     """The spec of a config.json's content.
 
     Raises:
-      UnknownNetworkError: it names a kind of network that is not known here.
-      InputError: it asks what that kind of network cannot be here.
+      InputError: it names a kind of network that is not known here, or asks what it cannot be.
     """
-    if not isinstance(config, dict):
-        raise UnknownNetworkError("expected an object with fields")
     fields = Fields(config)
     return (timm if "architecture" in fields else hugging_face).spec_of_config(fields)
-
-
-def says(config: dict, field: str) -> bool:
-    """Whether a config.json itself says a field of its spec: timm's do, by the architecture."""
-    fields = Fields(config)
-    return "architecture" in fields or hugging_face.says(fields, field)

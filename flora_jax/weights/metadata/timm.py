@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from flora_jax.errors import InputError, UnknownNetworkError, unknown
+from flora_jax.errors import InputError, unknown
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
 from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, TinyViTSpec, tiny_vit
@@ -30,48 +30,45 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
     "7b": (4096, 40, 32, 2),
 }
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
-# timm's arguments that are fields of a spec: their name there, and how they are read.
-_OF_ALL: dict[str, tuple[str, Callable[[Fields, str], Any]]] = {
-    "img_size": ("image_size", Fields.side),
-    "in_chans": ("in_channels", Fields.size),
-    "num_classes": ("num_classes", Fields.count),
-    "mlp_ratio": ("mlp_ratio", Fields.number),
-}
-_OF_VIT = _OF_ALL | {
-    "patch_size": ("patch_size", Fields.side),
-    "embed_dim": ("embed_dim", Fields.size),
-    "depth": ("depth", Fields.size),
-    "num_heads": ("num_heads", Fields.size),
-    "qkv_bias": ("qkv_bias", Fields.flag),
-    "class_token": ("class_token", Fields.flag),
-    "reg_tokens": ("num_registers", Fields.count),
-    "num_reg_tokens": ("num_registers", Fields.count),
-    "pre_norm": ("pre_norm", Fields.flag),
-    "act_layer": ("activation", Fields.text),
-    "swiglu_mlp": ("gated_mlp", Fields.flag),
-    "layer_norm_eps": ("layer_norm_eps", Fields.number),
-}
+
+
+def _as(kind: Callable[[Fields, str], Any], *names: str, **renamed: str) -> dict[str, tuple]:
+    """timm's arguments that are fields of a spec: their name there, and how they are read."""
+    pairs = dict(zip(names, names, strict=True)) | renamed
+    return {theirs: (ours, kind) for theirs, ours in pairs.items()}
+
+
+_OF_ALL = (
+    _as(Fields.side, img_size="image_size")
+    | _as(Fields.size, in_chans="in_channels")
+    | _as(Fields.count, "num_classes")
+    | _as(Fields.number, "mlp_ratio")
+)
+_OF_VIT = (
+    _OF_ALL
+    | _as(Fields.side, "patch_size")
+    | _as(Fields.size, "embed_dim", "depth", "num_heads")
+    | _as(Fields.count, reg_tokens="num_registers", num_reg_tokens="num_registers")
+    | _as(Fields.flag, "qkv_bias", "class_token", "pre_norm", swiglu_mlp="gated_mlp")
+    | _as(Fields.text, act_layer="activation")
+    | _as(Fields.number, "layer_norm_eps")
+)
 # Those of a ViT that say something of a spec together with others.
 _ALSO_OF_VIT = {
     *("global_pool", "fc_norm", "use_fc_norm", "init_values", "no_embed_class", "use_abs_pos_emb")
 }
-_OF_SWIN = _OF_ALL | {
-    "patch_size": ("patch_size", Fields.side),
-    "window_size": ("window_size", Fields.side),
-    "embed_dim": ("embed_dim", Fields.size),
-    "depths": ("depths", Fields.sizes),
-    "num_heads": ("num_heads", Fields.sizes),
-    "qkv_bias": ("qkv_bias", Fields.flag),
-    "patch_norm": ("patch_norm", Fields.flag),
-    "ape": ("absolute_pos_embed", Fields.flag),
-}
-_OF_TINY_VIT = _OF_ALL | {
-    "embed_dims": ("embed_dims", Fields.sizes),
-    "depths": ("depths", Fields.sizes),
-    "num_heads": ("num_heads", Fields.sizes),
-    "window_sizes": ("window_sizes", Fields.sizes),
-    "mbconv_expand_ratio": ("mbconv_expand_ratio", Fields.number),
-}
+_OF_SWIN = (
+    _OF_ALL
+    | _as(Fields.side, "patch_size", "window_size")
+    | _as(Fields.size, "embed_dim")
+    | _as(Fields.sizes, "depths", "num_heads")
+    | _as(Fields.flag, "qkv_bias", "patch_norm", ape="absolute_pos_embed")
+)
+_OF_TINY_VIT = (
+    _OF_ALL
+    | _as(Fields.sizes, "embed_dims", "depths", "num_heads", "window_sizes")
+    | _as(Fields.number, "mbconv_expand_ratio")
+)
 # Arguments of training, or of other sizes at run time, which change no network.
 _WITHOUT_EFFECT = re.compile(
     r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
@@ -86,28 +83,26 @@ def spec_of_config(config: Fields) -> Spec:
     `pretrained_cfg.input_size` beside it say what is different.
 
     Raises:
-      UnknownNetworkError: an architecture or an argument that is not known here.
-      InputError: a network that this library cannot build, or a field of another kind of value
-        than timm writes; says which.
+      InputError: an architecture or an argument that is not known here, a network that this
+        library cannot build, or a field of another kind of value than timm writes; says which.
     """
     name = config.text("architecture").partition(".")[0]
     pretrained = config.within("pretrained_cfg")
-    beside = Fields({key: config[key] for key in ("num_classes", "global_pool") if key in config})
     arguments: dict[str, Any] = {}
     if "input_size" in pretrained:
         arguments["img_size"] = pretrained.sizes("input_size")[-2:]
     if "num_classes" in pretrained:
-        arguments["num_classes"] = pretrained.count("num_classes")
-    arguments |= {**beside, **config.within("model_args")}
+        arguments["num_classes"] = pretrained["num_classes"]
+    arguments |= {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    arguments |= config.within("model_args")
     arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
     for pattern, read in _READERS.items():
         if match := re.fullmatch(pattern, name):
             return read(match, arguments)
-    raise UnknownNetworkError(
+    raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
         f"are vit_*, deit_*, deit3_* and swin_* with plain blocks, and tiny_vit_*; such as "
-        f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_dinov3, "
-        f"vit_base_patch16_siglip_224, vit_base_patch16_clip_224"
+        f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_siglip_224"
     )
 
 
@@ -116,9 +111,7 @@ def _read(
 ) -> tuple[Fields, dict[str, Any]]:
     """The arguments, and the fields of a spec that they are one by one."""
     if odd := sorted(arguments.keys() - known.keys() - {*also}):
-        raise UnknownNetworkError(
-            f"model_args of {name} have {', '.join(odd)}, which is not known here"
-        )
+        raise InputError(f"model_args of {name} have {', '.join(odd)}, which is not known here")
     given = Fields(arguments)
     return given, {ours: read(given, key) for key, (ours, read) in known.items() if key in given}
 
@@ -153,7 +146,7 @@ def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
 def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
     """What the name says, as timm's arguments, and `rope_theta` and `k_bias`, which are none."""
     if size not in _SIZES:
-        raise UnknownNetworkError(unknown(f"size of {family}", size, _SIZES))
+        raise InputError(unknown(f"size of {family}", size, _SIZES))
     width, depth, num_heads, mlp_ratio = _SIZES[size]
     image_sizes = re.findall(r"\d+", variant)
     found: dict[str, Any] = {
@@ -165,13 +158,13 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
     }
     if family == "deit3":
         return found | {"no_embed_class": True, "init_values": 1e-6}
-    if match := re.fullmatch(r"(reg\d+_)?dinov2", variant):
+    if match := re.fullmatch(r"(?:reg(\d+)_)?dinov2", variant):
         found |= {"init_values": 1e-5, "img_size": 518}
         if match[1]:
-            found |= {"reg_tokens": int(match[1][3:-1]), "no_embed_class": True}
+            found |= {"reg_tokens": int(match[1]), "no_embed_class": True}
         if size == "giant":
-            found |= {"embed_dim": 1536, "num_heads": 24, "swiglu_mlp": True}
-            found["mlp_ratio"] = 4096 / 1536
+            found |= {"embed_dim": 1536, "num_heads": 24, "mlp_ratio": 4096 / 1536}
+            found["swiglu_mlp"] = True
         return found
     if match := re.fullmatch(r"dinov3(_qkvb)?", variant):
         return found | {
@@ -195,7 +188,7 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
         return found | ({"fc_norm": False} if match[1] else {})
     if re.fullmatch(r"\d+", variant):
         return found
-    raise UnknownNetworkError(f"unknown kind of {family}: {variant!r} in its architecture's name")
+    raise InputError(f"unknown kind of {family}: {variant!r} in its architecture's name")
 
 
 def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
