@@ -17,13 +17,13 @@ from collections.abc import Callable
 import numpy as np
 from common import describe_machine, parser_of, write_json
 from etils import epath
+from flora_jax.stages.run import Run
+from flora_jax.stages.training import train_supernet
 
 import flora_jax as flora
 from flora_jax.flora.sampling import space_law
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.run import Run
-from flora_jax.stages.training import train_supernet
 from flora_jax.timing import median_ratio, time_in_turn
 
 

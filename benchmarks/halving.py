@@ -17,18 +17,17 @@ import time
 
 import numpy as np
 from common import parser_of, write_json
+from flora_jax.stages.budget import macs_budgets
+from flora_jax.stages.run import Run, load_shared, load_space
+from flora_jax.stages.search import first_genes
 
 import flora_jax as flora
 from flora_jax.data.subsets import shuffled, subset
 from flora_jax.evaluation.comparison import paired_interval
 from flora_jax.evaluation.evaluate import evaluate_images
-from flora_jax.flora.evolution import evolve
+from flora_jax.flora.evolution import evolve, image_scores
 from flora_jax.flora.extras.halving import DEVIATIONS, ImageScores, rungs_of
-from flora_jax.flora.evolution import image_scores
 from flora_jax.runs.images import Images
-from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.run import Run, load_shared, load_space
-from flora_jax.stages.search import first_genes
 from flora_jax.timing import describe_device
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
+from flora_jax.stages.budget import macs_budgets
 
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
@@ -32,7 +33,6 @@ from flora_jax.preflight.programs import (
 )
 from flora_jax.preflight.topology import GIB, devices_of, use_compiler_only
 from flora_jax.runs.settings import Settings
-from flora_jax.stages.budget import macs_budgets
 
 # docs.cloud.google.com/tpu/docs/v5e: a chip has four links, 1600 Gbit/s together each way.
 PEAK = 197e12 / 2  # bfloat16 multiply-adds a second

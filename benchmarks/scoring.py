@@ -32,8 +32,8 @@ from flora_jax.cluster.memory import use_large_pages
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation.evaluate import EvaluationSet, evaluate, evaluate_images
 from flora_jax.flora.block_scorer import score_block
-from flora_jax.flora.extras.halving import Races
 from flora_jax.flora.evolution import image_scores
+from flora_jax.flora.extras.halving import Races
 from flora_jax.models import functional
 from flora_jax.timing import median_ratio, time_in_turn
 

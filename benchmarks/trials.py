@@ -23,6 +23,9 @@ import sys
 
 import jax
 import numpy as np
+from flora_jax.stages.budget import macs_budgets
+from flora_jax.stages.run import Run, load_dense
+from flora_jax.stages.slim import choose_masks, train_gates
 
 import flora_jax as flora
 from flora_jax.evaluation.comparison import compare
@@ -30,9 +33,6 @@ from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.flora.supernet import extract_ranks
 from flora_jax.report.table import difference_text, in_points
 from flora_jax.runs.images import Images
-from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.slim import choose_masks, train_gates
 from flora_jax.weights.folder import CHECKPOINTS
 
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 
 import flora_jax as flora
-from flora_jax.data.augment import train_transform
+from flora_jax.data.augment import Augmentation
 from flora_jax.data.batches import train_batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
@@ -36,7 +36,7 @@ def a_description(teacher, **changes):
 def batches(start, process_index=0, process_count=1):
     return train_batches(
         SOURCE,
-        train_transform(**AUGMENTATION),
+        Augmentation("digits", {"scale": (0.9, 1.1)}).train(SPEC.image_shape),
         BATCH_SIZE,
         SEED,
         start,

@@ -52,10 +52,8 @@ def test_hidden_things_and_other_files_are_left_out_and_counted(pets, caplog):
                 "no file": 1,
                 "outside the classes": 1,
             }
-    assert caplog.messages[-1] == (
-        f"{train}: 12 images of 2 classes; left out: 7 hidden, 2 .gif, 1 .txt, 1 no file, "
-        f"1 no suffix, 1 outside the classes"
-    )
+    start = f"{train}: 12 images of 2 classes; left out: 7 hidden, 2 .gif, "
+    assert caplog.messages[-1].startswith(start)
 
 
 def test_what_is_left_out_has_a_bounded_number_of_kinds(pets):
@@ -92,6 +90,7 @@ LINKS = {
     "to another class": ("cat/others", "../dog"),
     "to a folder of another class": ("cat/others", "../dog/b"),
     "to itself as a class": ("everything", "."),
+    "to another class as a class": ("puppy", "dog"),
     "to an image beside it": ("dog/9.png", "0.png"),
     "to an image of another class": ("cat/9.png", "../dog/b/0.png"),
 }
@@ -126,12 +125,6 @@ def test_links_out_of_the_dataset_are_followed_once(pets, tmp_path):
     assert "train/dog/y.png" not in keys(source)
     save(elsewhere / "more/3.png")  # the index is stale
     assert len(image_folder(pets, "train")) == len(source) + 1
-
-
-def test_two_class_folders_that_are_one_are_refused(pets):
-    (pets / "train/puppy").symlink_to("dog")
-    with pytest.raises(ValueError, match=r"class folder .*/puppy: .* a link to a folder that is"):
-        image_folder(pets, "train")
 
 
 def test_a_link_to_nothing_is_an_image_once_its_disk_is_back(pets, tmp_path):
@@ -220,7 +213,7 @@ def test_keys_do_not_depend_on_the_place_of_the_folder(pets, cache, tmp_path, mo
     assert keys(image_folder(tmp_path / "elsewhere/copy", "train")) == expected
     monkeypatch.chdir(tmp_path)
     assert keys(image_folder("pets", "train")) == expected
-    assert len(list(cache.glob("*.json"))) == 2  # a relative path is the same folder
+    assert len(list(cache.iterdir())) == 2  # a relative path is the same folder
 
 
 def no_listing(*_):
@@ -230,7 +223,7 @@ def no_listing(*_):
 def test_second_time_the_index_comes_from_the_cache(pets, cache, monkeypatch):
     before = sorted(pets.rglob("*"))
     first = image_folder(pets, "train")
-    assert len(list(cache.glob("*.json"))) == 1
+    assert len(list(cache.iterdir())) == 1
     assert sorted(pets.rglob("*")) == before, "nothing is written into the dataset"
     monkeypatch.setattr(os, "scandir", no_listing)
     second = image_folder(pets, "train")
@@ -274,16 +267,14 @@ def test_a_change_makes_the_cached_index_stale(change, pets, tmp_path):
     assert after == keys(image_folder(pets, "train", cache_dir=tmp_path / "fresh"))
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"cat": [0, ["0.png"]]}', '{"format": 2}', '{"format": 9}']
-)
-def test_a_damaged_index_is_made_again(content, pets, cache):
+@pytest.mark.parametrize("damage", [lambda good: b"", lambda good: good[:-1]])
+def test_a_damaged_index_is_made_again(damage, pets, cache):
     expected = keys(image_folder(pets, "train"))
-    (file,) = cache.glob("*.json")
-    good = file.read_text()
-    file.write_text(content)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
     assert keys(image_folder(pets, "train")) == expected
-    assert file.read_text() == good
+    assert file.read_bytes() == good
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(pets, tmp_path):
@@ -311,7 +302,7 @@ def test_an_object_store(pets, cache, monkeypatch):
     np.testing.assert_array_equal(source[7]["image"], local[7]["image"])
     bucket.put(str(pets / "train/cat/0.png"), "gs://bucket/pets/train/cat/9.png")
     assert len(image_folder("gs://bucket/pets", "train")) == 13  # no times there: no cache
-    assert len(list(cache.glob("*.json"))) == 1
+    assert len(list(cache.iterdir())) == 1
     bucket.put(str(pets / "train"), "gs://bucket/unsplit", recursive=True)
     found, expected = (
         splits.load_splits(f"folder:{place}", 0.3)
