@@ -65,7 +65,7 @@ def test_folders_without_one_export(run, api):
         push("me/vit", run / "export")
     with pytest.raises(InputError, match="needs --workdir"):
         push("me/vit", None)
-    with pytest.raises(InputError, match="is on no disk: copy"):
+    with pytest.raises(InputError, match="in a folder on disk"):
         push("me/vit", epath.Path("gs://bucket/run"))
     assert len(api.calls) == 2
 

@@ -6,16 +6,16 @@ import importlib.util
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
 
+from flora_jax.cluster.mesh import equal_share
 from flora_jax.configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
 from flora_jax.models import functional
 from flora_jax.preflight import hlo, topology
 from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
-from flora_jax.preflight.topology import check_topology, devices_of, images_a_device, largest_batch
+from flora_jax.preflight.topology import check_topology, devices_of, largest_batch
 from flora_jax.runs.settings import Settings
 from tests.helpers.commands import DATA, ROOT, TINY_CONFIG, run_benchmark
 
@@ -70,26 +70,23 @@ def test_missing_compiler_names_the_command(monkeypatch):
 
 
 def test_batch_that_the_devices_cannot_share_names_the_nearest():
-    training = heaviest_training(settings_of(deit_t, "runlocal"), "masked")  # 32 images
-    sixteen = types.SimpleNamespace(size=16)
-    assert images_a_device(training, sixteen) == 2
+    assert equal_share("batch_size", 32, 16) == 2
     with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices; the nearest that can: 36"):
-        images_a_device(training, types.SimpleNamespace(size=12))
-    recipe = dataclasses.replace(training.recipe, accumulate=4)
+        equal_share("batch_size", 32, 12)
     with pytest.raises(ValueError, match=r"16 devices in 4 parts; the nearest that can: 64"):
-        images_a_device(dataclasses.replace(training, recipe=recipe), sixteen)
+        equal_share("batch_size", 32, 16, accumulate=4)
 
 
 def test_heaviest_training_of_each_kind_of_run():
     flora = heaviest_training(settings_of(deit_b), "tiled")
-    assert (flora.name, flora.num_genes, flora.has_teacher) == ("supernet", 36, True)
+    assert (flora.name, flora.genes.shape, flora.has_teacher) == ("supernet", (36,), True)
     assert flora.network.blocks[0].mlp.fc1.implementation == "tiled"
     dense = flora.spec.macs()
     assert 3.9 / 8 < flora.forward_macs / dense < 4.1 / 8  # mean rank of the law is below half
     assert flora.macs == 3 * flora.forward_macs + dense
 
     gates = heaviest_training(settings_of(vit_slim_deit_b), "tiled")
-    assert (gates.name, gates.num_genes, gates.has_teacher) == ("slim.gates", None, False)
+    assert (gates.name, gates.genes, gates.has_teacher) == ("slim.gates", None, False)
     assert gates.penalty is not None
     assert "blocks.0.token_gate" in functional.split(gates.network)[1]
     recipe = dataclasses.replace(gates.recipe, rematerialize=True)

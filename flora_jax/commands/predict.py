@@ -56,7 +56,7 @@ def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = Fal
             num_bad += 1
             print(f"error: {found}", file=sys.stderr, flush=True)
         else:
-            print(_json(found) if as_json else _line(found), flush=True)
+            print(_text(found, as_json), flush=True)
     return num_bad
 
 
@@ -77,7 +77,9 @@ def predictions(
                     place[:] = image
             rows = np.exp(run(batch))
             for path, image, row in zip(part, images, rows, strict=False):
-                yield image if isinstance(image, BadImageError) else _top(classifier, path, row)
+                best = np.argsort(-row, kind="stable")[:MOST_CLASSES]
+                found = Prediction(path, [(classifier.name(i), float(row[i])) for i in best])
+                yield image if isinstance(image, BadImageError) else found
 
 
 def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
@@ -100,16 +102,9 @@ def _read(
         return BadImageError(f"{path} cannot be read: {error.strerror or error}")
 
 
-def _top(classifier: Classifier, path: epath.Path, probabilities: np.ndarray) -> Prediction:
-    best = np.argsort(-probabilities, kind="stable")[:MOST_CLASSES]
-    return Prediction(path, [(classifier.name(i), float(probabilities[i])) for i in best])
-
-
-def _line(found: Prediction) -> str:
-    classes = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
-    return f"{as_text(os.fspath(found.picture))}: {classes}"
-
-
-def _json(found: Prediction) -> str:
+def _text(found: Prediction, as_json: bool) -> str:
+    picture = as_text(os.fspath(found.picture))
+    if not as_json:
+        return f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in found.classes)}"
     classes = [{"name": name, "probability": round(share, 6)} for name, share in found.classes]
-    return json.dumps({"picture": as_text(os.fspath(found.picture)), "classes": classes})
+    return json.dumps({"picture": picture, "classes": classes})
