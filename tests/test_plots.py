@@ -155,12 +155,6 @@ def test_ranks_draw_three_bars_a_block():
     assert len(ax.get_xticks()) <= 13
 
 
-@pytest.mark.parametrize(("ranks", "full_ranks"), [([1, 2, 3], [4] * 2), ([1] * 4, [4] * 4)])
-def test_ranks_of_other_lengths_are_refused(ranks, full_ranks):
-    with pytest.raises(ValueError, match=f"{len(ranks)} ranks "):
-        figures.plot_ranks(Figure().subplots(), ranks, full_ranks)
-
-
 @pytest.mark.parametrize(("last", "scale"), [(0.01, "log"), (0.4, "linear"), (0.0, "linear")])
 def test_losses_share_an_axis_of_stage_shares(last, scale):
     ax = Figure().subplots()

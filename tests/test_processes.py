@@ -275,7 +275,7 @@ def test_one_that_is_gone_does_not_leave_the_other_waiting(name, tmp_path):
 
 
 def test_connecting_needs_all_or_nothing():
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(RuntimeError, match="the processes did not find one another"):
         processes.connect("localhost:1234", 2)
 
 

@@ -47,14 +47,13 @@ def card_of(
     title = f"{as_text(absolute(run.folder).name)}: {found.name}"
     steps = "\n".join(f"- {step}" for step in _steps(run, found))
     limits = "\n".join(f"- {limit}" for limit in _limits(spec, class_names, bool(tested), exports))
-    loading = "\n\n".join(_how_to_load(spec, exports))
     return f"""---
 {_front_matter(run, found, title, spec, tested)}
 ---
 
 # {title}
 
-{_summary(models)}
+{_summary(spec, run.spec if "dense model" in models else None)}
 
 {_figures(models, coarse or {})}
 
@@ -66,7 +65,7 @@ def card_of(
 
 ## How to load it
 
-{loading}
+{_how_to_load(spec, exports)}
 
 Instead of zeros, `images` are pictures that are prepared as follows, any number of them.
 
@@ -121,15 +120,14 @@ def _front_matter(run: Run, found: Finished, title: str, spec: Spec, tested: Map
     return "\n".join(lines)
 
 
-def _summary(models: Mapping[str, tuple[Spec, Mapping]]) -> str:
-    (spec, _), *dense = models.values()
+def _summary(spec: Spec, dense: Spec | None) -> str:
     names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
     output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
     size, macs, params = spec.image_size, human_count(spec.macs()), human_count(spec.num_params())
     text = f"A {names.get(spec.title, spec.title)} {output}, of images of {size} x {size} pixels: "
     text += f"{macs} multiply-adds (MACs), {params} parameters."
-    for other, _ in dense:
-        saved = 100 * (1 - spec.macs() / other.macs())
+    if dense:
+        saved = 100 * (1 - spec.macs() / dense.macs())
         text += f" It was made of a dense one, with {saved:.1f} % fewer MACs."
     return text
 
@@ -151,21 +149,22 @@ def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, fl
 
 
 def _how_measured(run: Run, spec: Spec, tested: Mapping, difference: Any) -> str:
-    text, dataset, metric = "", dataset_name(run.settings.data.name), quality_of(spec).shown
+    text, metric = "", quality_of(spec).shown
     if "labels_of" in tested:
-        number, labels = tested["test_images"], tested["labels_of"]
-        text = f"Measured on {number:,} test images of {dataset}, by the labels of {labels}.\n"
+        text = f"Measured on {tested['test_images']:,} test images of "
+        text += f"{dataset_name(run.settings.data.name)}, by the labels of {tested['labels_of']}.\n"
     if difference is not None:
         unit = "points of top-1" if metric.in_percent else metric.title
         points = difference_text(in_points(difference, metric), metric.digits)
-        text += "Against the dense model on the same images: "
-        text += f"{points} {unit}, with a 95 % interval."
+        text += (
+            f"Against the dense model on the same images: {points} {unit}, with a 95 % interval."
+        )
     return text.strip()
 
 
 def _steps(run: Run, found: Finished) -> Iterator[str]:
     """The stages that this model went through, with what decided it."""
-    settings, stages = run.settings, run.settings.stages
+    settings, stages, search = run.settings, run.settings.stages, run.settings.search
     weights, data = base_model(settings.pretrained), dataset_name(settings.data.name)
     if found.kind == "transfer":
         yield f"The model {weights} took on the classes of {data}: {_recipe(settings.finetune)}."
@@ -182,7 +181,7 @@ def _steps(run: Run, found: Finished) -> Iterator[str]:
         )
     if found.budget is None:
         return
-    (low, high), search = found.budget.shares, settings.search
+    low, high = found.budget.shares
     images = settings.calibration.images if "calibrate" in stages else 0
     start = f"weighed by up to {images:,} images" if images else "of the plain SVD"
     yield (
@@ -220,17 +219,16 @@ def _recipe(recipe: Recipe) -> str:
 
 def _pictures(wanted: Preprocessing, channels: int) -> str:
     size, larger = wanted.image_size, int(wanted.image_size / wanted.crop_pct)
-    way = f"({wanted.interpolation})"
-    crop = {
-        "center": f"The short side is resized to {larger} pixels {way}, and the central {size} x "
-        f"{size} cut out.",
-        "squash": f"The whole picture is resized to {size} x {size} {way}, whatever its ratio.",
-        "squash_center": f"The whole picture is resized to {larger} x {larger} {way}, whatever its "
-        f"ratio, and the central {size} x {size} cut out.",
-    }[wanted.crop_mode]
+    square = size if wanted.crop_mode == "squash" else larger
+    crop = f"The whole picture is resized to {square} x {square} ({wanted.interpolation})"
+    crop += ", whatever its ratio"
+    if wanted.crop_mode == "center":
+        crop = f"The short side is resized to {larger} pixels ({wanted.interpolation})"
+    if wanted.crop_mode != "squash":
+        crop += f", and the central {size} x {size} cut out"
     colours = "grey, one channel" if channels == 1 else f"{channels} channels (RGB)"
     numbers = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
-    text = f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with {numbers}."
+    text = f"{crop}. Pixels, {colours}, become (pixel / 255 - mean) / std, with {numbers}."
     return f"{text} `preprocessing.json` says the same."
 
 
@@ -292,9 +290,11 @@ _LOADING = {
 }
 
 
-def _how_to_load(spec: Spec, kinds: Sequence[str]) -> Iterator[str]:
+def _how_to_load(spec: Spec, kinds: Sequence[str]) -> str:
+    texts = []
     for kind in kinds:
         tool, imports, images, code = _LOADING[kind.partition("_")[0]]
         values = {"file": EXPORTS[kind].path, "size": spec.image_size, "channels": spec.in_channels}
         text = f"`$file`, {tool}:\n\n```python\n{imports}\n\nimages = {images}\n{code}\n```"
-        yield string.Template(text).substitute(values)
+        texts.append(string.Template(text).substitute(values))
+    return "\n\n".join(texts)

@@ -72,7 +72,7 @@ def test_a_very_long_image_is_not_resized_as_a_whole(shape, monkeypatch):
     height=st.integers(8, 40),
     width=st.integers(8, 40),
     channels=st.sampled_from([1, 3]),
-    name=st.sampled_from(["digits", "shift", "inception"]),
+    name=st.sampled_from(["digits", "shift", "inception", "deit"]),
     seed=st.integers(0, 2**32),
 )
 def test_every_recipe_returns_its_image_shape(height, width, channels, name, seed):

@@ -179,13 +179,3 @@ def test_a_skipped_image_is_replaced_out_of_its_own_split_and_class(pets):
             assert example["label"] == ("dog", "cat").index(example["key"].split("/")[1])
     assert loaded.train.skipped == {"train/cat/1.png", "train/cat/2.png"}
     assert loaded.heldout.skipped == {"train/cat/4.png"}
-
-
-def test_a_single_class_is_refused(pets):
-    with pytest.raises(ValueError, match=r"a single class, 'dog', .* at least 2 are needed"):
-        splits.load_splits(f"folder:{pets}", 0.5, classes=(1,))
-
-
-def test_on_bad_image_is_one_of_two(pets):
-    with pytest.raises(ValueError, match="unknown on_bad_image 'ignore'; choose one of raise"):
-        splits.load_splits(f"folder:{pets}", on_bad_image="ignore")
