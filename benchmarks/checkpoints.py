@@ -11,19 +11,16 @@ training waits, and what the writing thread takes of the cores.
 import dataclasses
 import importlib
 import itertools
+import pathlib
 import tempfile
 from collections.abc import Callable
 
 import numpy as np
 from common import describe_machine, parser_of, write_json
-from etils import epath
-from flora_jax.stages.run import Run
-from flora_jax.stages.training import train_supernet
 
 import flora_jax as flora
-from flora_jax.flora.sampling import space_law
 from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
+from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.timing import median_ratio, time_in_turn
 
 
@@ -43,7 +40,7 @@ def main() -> None:
     machine = describe_machine(f"{arguments.config}, a checkpoint every {every} steps")
     print(machine)
     with tempfile.TemporaryDirectory() as directory:
-        train = make_training(Run(settings, epath.Path(directory)), steps)
+        train = make_training(settings, pathlib.Path(directory), steps)
         work = {"with": lambda: train(every), "without": lambda: train(steps)}
         times = time_in_turn(work, arguments.rounds)
     for name, milliseconds in times.items():
@@ -56,24 +53,18 @@ def main() -> None:
     write_json(arguments.json, machine, {"checkpoint_cost": cost})
 
 
-def make_training(run: Run, steps: int) -> Callable[[int], None]:
+def make_training(settings: Settings, folder: pathlib.Path, steps: int) -> Callable[[int], None]:
     """Trains `steps` steps anew, with a checkpoint every so many."""
-    dense, images = flora.create(run.spec), Images(run.settings)
-    supernet = flora.factorize(dense, run.settings.space.of(run.spec))
-    recipe = run.settings.supernet
-    epochs = steps * recipe.batch_size / len(images.train)
+    spec, images = network_spec(settings), Images(settings).train_set
+    dense = flora.create(spec)
+    supernet = flora.factorize(dense, settings.space.of(spec))
+    epochs = steps * settings.supernet.batch_size / len(images)
     numbers = itertools.count()
 
-    def train(checkpoint_every: int) -> None:
-        train_supernet(
-            run,
-            supernet,
-            dataclasses.replace(recipe, epochs=epochs, checkpoint_every=checkpoint_every),
-            f"training_{next(numbers)}",
-            images.train,
-            draw_genes=space_law(supernet.space, "low_rank_aware", seed=0),
-            teacher=dense,
-        )
+    def train(every: int) -> None:
+        recipe = dataclasses.replace(settings.supernet, epochs=epochs, checkpoint_every=every)
+        directory = folder / f"training_{next(numbers)}"
+        flora.train(supernet, images, recipe, directory=directory, teacher=dense)
 
     return train
 

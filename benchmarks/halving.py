@@ -3,31 +3,30 @@
     python benchmarks/halving.py runs/seeds/seed_0 runs/seeds/seed_1 --seeds 0 1 2
 
 Each search once with all candidates scored on all held-out images, then with those stopped that are
-a number of standard errors behind. The winners are compared on all held-out images, and cut out of
-the supernet on the test images beside the allocated ranks; an interval is one of 95 %. How far the
-best candidate would lead by luck, if none were better than the allocated ranks, is told by drawing
-images anew, with each candidate's own mean lead taken away.
+a number of standard errors behind. The winners are compared on all held-out images, and, where the
+run allocates, on the test images beside the allocated ranks; an interval is one of 95 %. The lead
+that the best candidate has by luck, if none were better than the allocated ranks, comes from images
+drawn anew, with each candidate's own mean lead taken away.
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 import time
 
 import numpy as np
 from common import parser_of, write_json
-from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.run import Run, load_shared, load_space
-from flora_jax.stages.search import first_genes
 
 import flora_jax as flora
 from flora_jax.data.subsets import shuffled, subset
 from flora_jax.evaluation.comparison import paired_interval
 from flora_jax.evaluation.evaluate import evaluate_images
-from flora_jax.flora.evolution import evolve, image_scores
+from flora_jax.flora.evolution import image_scores, search
 from flora_jax.flora.extras.halving import DEVIATIONS, ImageScores, rungs_of
+from flora_jax.flora.extras.warm_start import first_population
+from flora_jax.runs.budgets import ALLOCATION_FILE, load_budgets, load_found
 from flora_jax.runs.images import Images
+from flora_jax.runs.workdir import Run
 from flora_jax.timing import describe_device
 
 
@@ -68,11 +67,11 @@ class Comparison:
 
     def __init__(self, folder: pathlib.Path, more_images: bool):
         self.run, self.name = Run.open(folder), folder.name
-        self.space = load_space(self.run)
-        self.supernet = flora.Supernet(load_shared(self.run).network, self.space)
+        self.supernet = flora.load(folder / "supernet")
+        self.space = self.supernet.space
         images = Images(self.run.settings)
         self.test = images.evaluation_set(images.splits.test)
-        self.window = macs_budgets(self.run.settings, self.run.spec)[0].window
+        self.window = load_budgets(self.run)[0].window
         parts = images.heldout_parts
         if more_images:
             heldout, test = images.splits.heldout, images.splits.test
@@ -81,16 +80,18 @@ class Comparison:
             parts = images.evaluation_set(shuffled(both, 0), rungs_of(len(both))[0])
         self.scores = image_scores(self.supernet, parts, self.run.settings.metric)
         self.scores.of(self.space.full_rank_genes[None], 0, 1)  # compiles
-        entries = json.loads((folder / "allocate/genes.json").read_text())
-        self.allocated = tuple(entries[0]["genes"])
+        self.allocated: tuple[int, ...] = ()
+        if "allocate" in self.run.settings.stages:
+            self.allocated = tuple(load_found(self.run, ALLOCATION_FILE)[0].genes)
         self.of_images = np.empty((0, self.scores.num_images))  # of the last search of all images
         self.without: dict[int, tuple[float, int, tuple[int, ...]]] = {}
 
     def search(self, seed: int, errors: float) -> dict[str, float]:
         if seed not in self.without:
-            whole = dataclasses.replace(self.scores, looks=(self.scores.num_images,))
+            whole = dataclasses.replace(self.scores, rungs=(self.scores.num_images,))
             self.without[seed] = self.timed(whole, seed)
-            self.beside_allocated(seed)
+            if self.allocated:
+                self.beside_allocated(seed)
         halved = dataclasses.replace(self.scores, deviations=errors)
         (seconds, images, ours), (all_seconds, all_images, theirs) = (
             self.timed(halved, seed),
@@ -122,8 +123,13 @@ class Comparison:
             return found
 
         settings, started = self.run.settings.search.evolution, time.perf_counter()
+        first = None
+        if self.allocated:
+            rng = np.random.default_rng(self.run.settings.seed_of("search/first"))
+            allocated = [np.array(self.allocated, np.int32)]
+            first = first_population(self.space, allocated, settings.population, rng)
         with tempfile.TemporaryDirectory() as folder:
-            [best] = evolve(
+            [best] = search(
                 self.space,
                 dataclasses.replace(scores, of=counted),
                 self.space.macs_cost,
@@ -131,10 +137,10 @@ class Comparison:
                 settings,
                 seed,
                 pathlib.Path(folder) / "history.jsonl",
-                first=first_genes(self.run, self.space),
+                first=first,
             )
         seconds = time.perf_counter() - started
-        if not scores.drops:
+        if not scores.halves:
             self.of_images = np.concatenate(every)
         return seconds, sum(found.size for found in every), best.genes
 

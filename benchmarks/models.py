@@ -30,8 +30,8 @@ from timm.models import save_for_hf
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.flora.block_scorer import score_block
 from flora_jax.flora.extras.latency import measure_networks
+from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
 
 SHARE, BATCH = 0.8, 8

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable
 
 import numpy as np
-from flora_jax.stages.budget import macs_budgets
 
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
@@ -32,6 +31,7 @@ from flora_jax.preflight.programs import (
     heaviest_training,
 )
 from flora_jax.preflight.topology import GIB, devices_of, use_compiler_only
+from flora_jax.runs.budgets import budgets_of
 from flora_jax.runs.settings import Settings
 
 # docs.cloud.google.com/tpu/docs/v5e: a chip has four links, 1600 Gbit/s together each way.
@@ -193,7 +193,7 @@ def stages(
     full = executed_macs(space, space.full_rank_genes)
     uniform = executed_macs(space, space.sample(rng, 1000)).mean()
     local = full + (uniform - full) / space.num_blocks
-    window = macs_budgets(settings, spec)[-1].window
+    window = budgets_of(settings.spending, spec)[-1].window
     candidate = executed_macs(space, space.sample_within(rng, 1000, window)).mean()
     epochs, part = settings.filter.train.epochs, settings.filter.train_fraction
     triples = sum(len(kept) for kept in space.kept)

@@ -31,9 +31,9 @@ import flora_jax as flora
 from flora_jax.cluster.memory import use_large_pages
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation.evaluate import EvaluationSet, evaluate, evaluate_images
-from flora_jax.flora.block_scorer import score_block
 from flora_jax.flora.evolution import image_scores
 from flora_jax.flora.extras.halving import Races
+from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
 from flora_jax.timing import median_ratio, time_in_turn
 
@@ -128,7 +128,7 @@ def compare_with_all_images(supernet, batch: int, count: int) -> dict[str, float
     window = [round(share * space.spec.macs()) for share in (0.43, 0.46)]
     genes = space.sample_within(np.random.default_rng(2), count, window)
     costs, places = space.macs(genes), max(1, count // 5)
-    of_all = dataclasses.replace(scores, looks=(scores.num_images,))
+    of_all = dataclasses.replace(scores, rungs=(scores.num_images,))
     seconds, seen = [], []
     for each in (of_all, scores):
         started = time.perf_counter()

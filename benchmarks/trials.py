@@ -23,16 +23,16 @@ import sys
 
 import jax
 import numpy as np
-from flora_jax.stages.budget import macs_budgets
-from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.slim import choose_masks, train_gates
 
 import flora_jax as flora
 from flora_jax.evaluation.comparison import compare
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.flora.supernet import extract_ranks
+from flora_jax.methods.slim import choose_masks, train_gates
 from flora_jax.report.table import difference_text, in_points
+from flora_jax.runs.budgets import load_budgets
 from flora_jax.runs.images import Images
+from flora_jax.runs.workdir import Run, Step
 from flora_jax.weights.folder import CHECKPOINTS
 
 
@@ -60,7 +60,7 @@ def search_metric(arguments: argparse.Namespace) -> None:
     for folder in arguments.runs:
         run, supernet = Run.open(folder), flora.load(folder / "supernet")
         rng = np.random.default_rng(0)
-        budget = macs_budgets(run.settings, run.spec)[-1].window
+        budget = load_budgets(run)[-1].window
         genes = supernet.space.sample_within(rng, arguments.subnets, budget)
         measures = _per_image(Images(run.settings).heldout_set, supernet, genes)
         images, found = measures[0].shape[1], []
@@ -115,7 +115,7 @@ def _subnets_of(
 ) -> dict[str, list[tuple[int, ...]]]:
     """Ranks [L] of the subnets by a title of their budget."""
     found = {}
-    for budget in macs_budgets(run.settings, run.spec):
+    for budget in load_budgets(run):
         title = f"{budget.shares[1]:g} of the multiply-adds"
         found[f"uniform, {title}"] = [space.uniform_ranks_within(budget.window[1])]
         genes = space.sample_within(np.random.default_rng(0), arguments.subnets, budget.window)
@@ -141,9 +141,11 @@ def fold(arguments: argparse.Namespace) -> None:
         run = Run.open(folder)
         if not (folder / "slim/gates" / CHECKPOINTS).exists():
             sys.exit(f"{folder} kept no gates: run it with --config.keep_checkpoints=True")
-        images, dense = Images(run.settings), load_dense(run)
-        gated = train_gates(run, images, dense)  # done already: read from its last checkpoint
-        masks = choose_masks(run.settings.slim, dense.spec, gated)
+        images = run.images = Images(run.settings)
+        dense, settings = flora.load(folder / "dense"), run.settings.slim
+        # Done already: read from its last checkpoint.
+        gated = train_gates(Step(run, "slim"), dense, settings, run.settings.metric)
+        masks = choose_masks(settings, dense.spec, gated)
         models = [
             gated.network,
             flora.slim.extract(gated, masks, fold=True),

@@ -16,7 +16,7 @@ class Progress:
     then at most one every `interval` seconds. A summary line ends both. Of several processes, the
     first one shows it.
 
-        with Progress("supernet", total=1200, start=300) as progress:
+        with Progress("search", total=1200, start=300) as progress:
             for step in range(300, 1200):
                 ...
                 progress.update(loss=0.53)

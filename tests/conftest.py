@@ -31,6 +31,7 @@ import flora_jax as flora
 from flora_jax.models import functional
 from tests.helpers.commands import DATA, run_flora
 from tests.helpers.files import untracked_files
+from tests.helpers.networks import MICRO, TWO_BLOCKS
 
 _BEFORE = pytest.StashKey[set[str]]()
 
@@ -115,9 +116,7 @@ def deit_golden():
 
 @pytest.fixture(scope="session")
 def micro_spec():
-    return flora.ViTSpec(
-        image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10
-    )
+    return MICRO
 
 
 @pytest.fixture(scope="session")
@@ -154,9 +153,7 @@ def without_torch(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_spec():
-    return flora.ViTSpec(
-        image_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3
-    )
+    return TWO_BLOCKS
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Ranks for budgets from measured drops: the knapsack, what is measured, and the path of prices."""
+"""Ranks by measured sensitivity: the knapsack, what is measured, and the path of prices."""
 
 import itertools
 
@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
-from flora_jax.closed_form.allocate import best_within, multiplier_path, nearly_uniform
-from flora_jax.closed_form.knapsack import least_loss
+from flora_jax.closed_form.allocate import (
+    best_within,
+    least_loss,
+    multiplier_path,
+    nearly_uniform,
+)
 from flora_jax.closed_form.sensitivity import Sensitivity
 
 
@@ -67,13 +71,13 @@ def test_knapsack_below_the_cheapest():
 
 
 @pytest.mark.parametrize("measure", ["divergence", "squared_error"])
-def test_drops_are_those_of_the_whole_network(supernet, tiny_images, measure):
+def test_sensitivities_are_those_of_the_whole_network(supernet, tiny_images, measure):
     space = supernet.space
     sensitivity = Sensitivity(supernet, np.repeat(tiny_images, 2, axis=0), measure)
-    drops = sensitivity.drops()
+    sensitivities = sensitivity.of_choices()
     dense = supernet(tiny_images, space.full_rank_genes)
     for layer in range(space.num_layers):
-        assert drops[layer].shape == (len(space.choices[layer]),)
+        assert sensitivities[layer].shape == (len(space.choices[layer]),)
         for gene in range(len(space.choices[layer])):
             genes = space.full_rank_genes
             genes[layer] = gene
@@ -83,7 +87,7 @@ def test_drops_are_those_of_the_whole_network(supernet, tiny_images, measure):
                 expected = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
             else:
                 expected = jnp.sum((logits - dense) ** 2, -1) / jnp.sum(dense**2, -1)
-            np.testing.assert_allclose(drops[layer][gene], expected.mean(), atol=1e-5)
+            np.testing.assert_allclose(sensitivities[layer][gene], expected.mean(), atol=1e-5)
             np.testing.assert_allclose(sensitivity.loss(genes), expected.mean(), atol=1e-5)
 
 
@@ -96,20 +100,20 @@ def test_another_reference(supernet, tiny_model, tiny_images):
     assert far.loss(supernet.space.full_rank_genes) > 0.1
 
 
-def test_drops_around_other_genes_reach_as_far_as_they_are_asked(supernet, tiny_images):
+def test_sensitivities_around_other_genes_reach_as_far_as_they_are_asked(supernet, tiny_images):
     space = supernet.space
     sensitivity = Sensitivity(supernet, np.repeat(tiny_images, 2, axis=0))
     genes = np.array([0, 1, 2, 1, 0, 2], np.int32)
     base = sensitivity.loss(genes)
-    for layer, drop in enumerate(sensitivity.drops(genes, reach=1)):
+    for layer, of_layer in enumerate(sensitivity.of_choices(genes, reach=1)):
         for gene in range(len(space.choices[layer])):
             changed = genes.copy()
             changed[layer] = gene
             if abs(gene - genes[layer]) > 1:
-                assert drop[gene] == np.inf
+                assert of_layer[gene] == np.inf
             else:
                 expected = sensitivity.loss(changed) - base
-                np.testing.assert_allclose(drop[gene], expected, atol=1e-5)
+                np.testing.assert_allclose(of_layer[gene], expected, atol=1e-5)
 
 
 def test_allocation_spends_each_budget_on_the_best_of_all_genes(supernet, tiny_images):
@@ -132,23 +136,23 @@ def test_allocation_stays_in_the_kept_triples(tiny_space):
         for triples in tiny_space.kept
     ]
     space = tiny_space.keep(kept)
-    drops = [np.array([0.3, 0.1, 0.0]) * rng.random() for _ in range(6)]
+    sensitivities = [np.array([0.3, 0.1, 0.0]) * rng.random() for _ in range(6)]
     least, most = space.macs_range()
-    genes = best_within(space, drops, space.macs_cost, [least, (least + most) // 2, most])
+    genes = best_within(space, sensitivities, space.macs_cost, [least, (least + most) // 2, most])
     assert space.contains(genes).all()
 
 
 def test_nearly_uniform_choices_spend_what_the_common_one_leaves(tiny_space):
     space, cost = tiny_space, tiny_space.macs_cost
-    drops = [np.array([0.3, 0.1, 0.0])] * 5 + [np.array([0.9, 0.1, 0.0])]
+    sensitivities = [np.array([0.3, 0.1, 0.0])] * 5 + [np.array([0.9, 0.1, 0.0])]
     common, dearer = space.macs(np.full(6, 0)), space.macs(np.append(np.zeros(5, int), 1))
     for budget, last in ((common, 0), (dearer, 1)):
-        (genes,) = nearly_uniform(space, drops, cost, budget)
+        (genes,) = nearly_uniform(space, sensitivities, cost, budget)
         np.testing.assert_array_equal(genes, [0, 0, 0, 0, 0, last])
-    (genes,) = nearly_uniform(space, drops, cost, space.macs_range()[1])
+    (genes,) = nearly_uniform(space, sensitivities, cost, space.macs_range()[1])
     np.testing.assert_array_equal(genes, space.full_rank_genes)
     far = space.keep([np.array([[0, 0, 0], [2, 2, 2]])] * 2)
-    assert not nearly_uniform(far, drops, cost, far.macs_range()[1] - 1)
+    assert not nearly_uniform(far, sensitivities, cost, far.macs_range()[1] - 1)
 
 
 def test_single_image_serves_both_ways(supernet, tiny_images):
@@ -156,22 +160,22 @@ def test_single_image_serves_both_ways(supernet, tiny_images):
     sensitivity = Sensitivity(supernet, tiny_images[:1])
     genes = space.full_rank_genes
     genes[0] = 0
-    np.testing.assert_allclose(sensitivity.drops()[0][0], sensitivity.loss(genes), atol=1e-5)
+    np.testing.assert_allclose(sensitivity.of_choices()[0][0], sensitivity.loss(genes), atol=1e-5)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_path_of_prices_is_nested_and_optimal_at_its_costs(tiny_space, seed):
     rng = np.random.default_rng(seed)
-    drops = [np.append(-np.sort(-rng.random(2)), 0.0) for _ in range(6)]
-    path = multiplier_path(drops, tiny_space.macs_cost)
+    sensitivities = [np.append(-np.sort(-rng.random(2)), 0.0) for _ in range(6)]
+    path = multiplier_path(sensitivities, tiny_space.macs_cost)
     assert (np.diff(path, axis=0) >= 0).all()
     np.testing.assert_array_equal(path[-1], tiny_space.full_rank_genes)
     budgets = tiny_space.macs(path)
-    best = best_within(tiny_space, drops, tiny_space.macs_cost, budgets)
+    best = best_within(tiny_space, sensitivities, tiny_space.macs_cost, budgets)
 
     def total(genes):
-        return sum(drop[genes[:, i]] for i, drop in enumerate(drops))
+        return sum(of_layer[genes[:, i]] for i, of_layer in enumerate(sensitivities))
 
     np.testing.assert_allclose(total(path), total(best), atol=1e-12)
 

@@ -5,6 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import flora_jax as flora
@@ -97,7 +98,7 @@ def test_minutes_without_labels(finished_run, tmp_path, capsys):
     [
         ({"stages": ("pretrain", "calibrate", "search")}, "search"),
         ({"train_pretrained": True}, "pretrain"),
-        ({"finetune.distill": False}, "finetune"),
+        ({"finetune.distill": False, "finetune.epochs": 1.0}, "finetune"),
     ],
 )
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_calibration_goes_on_where_it_was_stopped(finished_run, tmp_path, monkey
     inherited = {}
     for name in ("whole", "interrupted"):
         settings = Settings.from_config(config)
-        run = Run(settings, tmp_path / name, Images(settings), does="calibrate")
+        run = Run(settings, epath.Path(tmp_path / name), Images(settings), does="calibrate")
         flora.save(flora.load(finished_run / "dense"), run.folder / "dense")
         if name == "interrupted":
             with monkeypatch.context() as patch:

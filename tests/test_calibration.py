@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.closed_form.calibrate import layer_groups, running_sums, zero_sums
+from flora_jax.closed_form import calibrate
+from flora_jax.closed_form.calibrate import layer_groups
+from flora_jax.cluster.processes import Timer
 from flora_jax.flora.svd import svd_factors
 from flora_jax.models import functional
-from tests.helpers.slimming import TINY_SWIN, gated_model, images_of, random_masks, random_model
+from tests.helpers.networks import TINY, TINY_SWIN, images_of, random_model
+from tests.helpers.slimming import gated_model, random_masks
 
-VIT = flora.ViTSpec(
-    image_size=8, patch_size=2, embed_dim=8, depth=3, num_heads=2, num_classes=3, distilled=True
-)
+VIT = flora.ViTSpec(**TINY, depth=2, distilled=True)
 
 
 def slimmed():
@@ -49,7 +50,7 @@ def calibration(model):
 
 
 def inputs_by_hand(model, images):
-    """What enters each searchable layer, block by block."""
+    """The inputs of the searchable layers, block by block."""
     found, x = {}, model.embed(images)
     for i, block in enumerate(model.blocks):
         before = x if block.downsample is None else block.downsample(x)
@@ -87,15 +88,25 @@ def test_batches_may_come_in_any_way(model, calibration):
             np.testing.assert_allclose(other.moments[name], moment, rtol=1e-5, atol=1e-6)
 
 
-def test_sums_go_on_where_they_stopped(model):
-    batches = list(images_of(model.spec, 6).reshape(3, 2, *model.spec.image_shape))
-    layers = model.spec.layers[2:4]
-    whole, parts = zero_sums(layers), zero_sums(layers)
-    list(running_sums(model, batches, whole))
-    list(running_sums(model, batches[:1], parts))
-    list(running_sums(model, batches[1:], parts))
-    for layer in layers:
-        np.testing.assert_array_equal(parts[layer.name], whole[layer.name])
+def test_sums_go_on_where_they_stopped(tmp_path, monkeypatch):
+    model = random_model(VIT)
+    batches = list(images_of(VIT, 6).reshape(3, 2, *VIT.image_shape))
+    whole, sums, calls = flora.calibrate(model, batches), calibrate.batch_sums, []
+
+    def interrupted_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sums(*arguments)
+
+    monkeypatch.setattr(calibrate, "batch_sums", interrupted_at_the_third)
+    monkeypatch.setattr(Timer, "is_due", lambda self: True)
+    with pytest.raises(KeyboardInterrupt):
+        flora.calibrate(model, batches, directory=tmp_path)
+    found = flora.calibrate(model, batches, directory=tmp_path)
+    assert len(calls) == 4
+    for name, moment in whole.moments.items():
+        np.testing.assert_array_equal(found.moments[name], moment)
 
 
 def test_bfloat16_models_keep_their_dtype():

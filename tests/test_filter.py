@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora_jax.flora.filter import budget_price, filter_space, keep_triples
+from flora_jax.flora.filter import budget_price, keep_candidates, keep_triples
 from flora_jax.flora.space import RankSpace
 from flora_jax.models.vit_spec import ViTSpec, deit
 
@@ -98,7 +98,7 @@ def test_published_sizes(size, ratios, kept):
     space = RankSpace.regular(deit(size), table["ratios"])
     rng = np.random.default_rng(0)
     scores = [rng.random(len(triples)) for triples in space.kept]
-    filtered, _ = filter_space(space, scores, [space.spec.macs() // 2])
+    filtered, _ = keep_candidates(space, scores, [space.spec.macs() // 2])
     assert {len(triples) for triples in filtered.kept} == {kept}
     as_published = space.keep(
         np.abs(np.array(triples)[..., None] - table["ratios"]).argmin(-1) for triples in published
@@ -149,8 +149,8 @@ def test_a_smaller_budget_keeps_cheaper_triples():
     space = RankSpace.regular(TWO_BLOCKS)
     scores = [np.log(1 + space.block_macs(b)) for b in range(2)]
     least, most = space.macs_range()
-    tight, [high_price] = filter_space(space, scores, [least + (most - least) // 4])
-    loose, [no_price] = filter_space(space, scores, [most])
+    tight, [high_price] = keep_candidates(space, scores, [least + (most - least) // 4])
+    loose, [no_price] = keep_candidates(space, scores, [most])
     assert no_price == 0 < high_price
     for b in range(2):
         assert tight.block_macs(b).mean() < loose.block_macs(b).mean()
@@ -162,7 +162,7 @@ def test_the_budget_is_that_of_the_whole_network():
     space = RankSpace.regular(TWO_BLOCKS)
     scores = [np.log(1 + space.block_macs(b)) for b in range(2)]
     budget = sum(space.macs_range()) // 2
-    _, [price] = filter_space(space, scores, [budget])
+    _, [price] = keep_candidates(space, scores, [budget])
 
     def macs_of_the_best(price):
         best = [np.argmax(scores[b] - price * space.block_macs(b)) for b in range(2)]
@@ -171,14 +171,14 @@ def test_the_budget_is_that_of_the_whole_network():
     assert macs_of_the_best(price * (1 + 1e-6)) <= budget < macs_of_the_best(price * (1 - 1e-6))
 
 
-def test_filter_space_errors():
+def test_keep_candidates_errors():
     space = RankSpace.regular(TWO_BLOCKS)
     scores = [np.zeros(343)] * 2
     least, _ = space.macs_range()
     with pytest.raises(ValueError, match=f"budget {least - 1} is below the least MACs .* {least}"):
-        filter_space(space, scores, [least - 1])
+        keep_candidates(space, scores, [least - 1])
     with pytest.raises(ValueError, match="expected scores of 2 blocks, got 1"):
-        filter_space(space, scores[:1], [least])
+        keep_candidates(space, scores[:1], [least])
     without_full_rank = space.keep([space.kept[0][:9], space.kept[1]])
     with pytest.raises(ValueError, match="keeps the full-rank triple of every block"):
-        filter_space(without_full_rank, scores, [least])
+        keep_candidates(without_full_rank, scores, [least])

@@ -7,10 +7,10 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.models import functional
+from flora_jax.training.losses import task_loss
 from flora_jax.training.optimizer import learning_rate_schedule
 from flora_jax.training.settings import TrainSettings
-from flora_jax.training.step import task_loss
-from tests.helpers.slimming import logits
+from tests.helpers.networks import logits, size
 
 CONFIGS = range(8)
 SWIN_SPEC = flora.SwinSpec(
@@ -82,8 +82,7 @@ def test_macs(space, genes, golden, supernet, config):
     assert space.macs(genes[config]) == golden["macs"][config]
     subnet = flora.extract(supernet, genes[config])
     assert flora.macs(subnet.spec) == golden["macs"][config]
-    stored = sum(p.size for p in functional.split(subnet)[1].values())
-    assert stored == flora.num_params(subnet.spec) == space.params(genes[config])
+    assert size(subnet) == flora.num_params(subnet.spec) == space.params(genes[config])
 
 
 def test_distillation_loss_and_gradients(supernet, images, genes, golden):

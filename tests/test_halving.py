@@ -1,19 +1,30 @@
-"""Stopping candidates early: who is out, what the others score, and searches that do it."""
+"""Ours in the search: successive halving, and allocated ranks to begin with and to beat."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-from flora_jax.stages.budget import Budget
-from flora_jax.stages.search import better
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax.flora.evolution import read_history
 from flora_jax.flora.extras.halving import Contest, ImageScores, race, rungs_of
-from tests.helpers.searching import HIGHER, SMALL, SPACE, WINDOW, best_inside, search
+from flora_jax.flora.extras.warm_start import lead, nearest_kept, neighbours
+from tests.helpers.searching import (
+    HIGHER,
+    LEAST,
+    MOST,
+    RANGE,
+    REGULAR,
+    SMALL,
+    SPACE,
+    TARGET,
+    best_inside,
+    search,
+    unhurried,
+)
 from tests.helpers.searching import closeness as mean_score
 
 NUM_IMAGES = 240
@@ -100,7 +111,7 @@ def test_a_place_in_any_contest_is_enough():
 
 
 @pytest.mark.parametrize(
-    "num_images, looks",
+    "num_images, rungs",
     [
         (1, (1,)),
         (59, (30, 59)),
@@ -110,8 +121,8 @@ def test_a_place_in_any_contest_is_enough():
         (12_800, (400, 800, 1600, 3200, 6400, 12_800)),
     ],
 )
-def test_looks_are_shares_of_the_images_but_never_at_a_few(num_images, looks):
-    assert rungs_of(num_images) == looks
+def test_rungs_are_shares_of_the_images_but_never_a_few(num_images, rungs):
+    assert rungs_of(num_images) == rungs
 
 
 def noisy(genes, start, stop):
@@ -124,19 +135,19 @@ def noisy(genes, start, stop):
 
 
 HALVED = {"scores": ImageScores(noisy, NUM_IMAGES, rungs_of(NUM_IMAGES))}
-WINDOWS = {"windows": [WINDOW, HIGHER]}
+RANGES = {"ranges": [RANGE, HIGHER]}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("halved") / "history.jsonl"
-    return search(path, **HALVED, **WINDOWS), path.read_bytes(), read_history(path)
+    return search(path, **HALVED, **RANGES), path.read_bytes(), read_history(path)
 
 
 def test_a_part_of_the_images_wins_nothing(finished):
     winners, _, history = finished
     seen_all = [candidate for candidate in history if candidate.has_seen_all]
-    assert winners == [best_inside(seen_all, window) for window in (WINDOW, HIGHER)]
+    assert winners == [best_inside(seen_all, bounds) for bounds in (RANGE, HIGHER)]
     stopped = [candidate for candidate in history if not candidate.has_seen_all]
     assert 0.2 < len(stopped) / len(history) < 0.9
     assert min(c.score for c in stopped) > max(winner.score for winner in winners)
@@ -154,7 +165,7 @@ def test_goes_on_after_a_cut_anywhere(tmp_path_factory, finished, data):
     winners, content, _ = finished
     path = tmp_path_factory.mktemp("cut") / "history.jsonl"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    assert search(path, **HALVED, **WINDOWS) == winners
+    assert search(path, **HALVED, **RANGES) == winners
     assert path.read_bytes() == content
 
 
@@ -168,31 +179,31 @@ def test_a_search_that_goes_on_scores_its_parents_again_and_nothing_else(tmp_pat
 
     path.write_bytes(b"".join(content.splitlines(keepends=True)[:3]))
     scores = dataclasses.replace(HALVED["scores"], of=of)
-    search(path, scores=scores, **WINDOWS)
+    search(path, scores=scores, **RANGES)
     before = {candidate.genes for candidate in history if candidate.generation < 2}
     again = [genes for genes in scored if genes in before]
     assert 0 < len(again) == len(set(again)) <= 2 * SMALL.parents
 
 
 @pytest.mark.parametrize(
-    "change", [{"looks": (NUM_IMAGES,)}, {"deviations": 2.0}, {"looks": rungs_of(NUM_IMAGES)[1:]}]
+    "change", [{"rungs": (NUM_IMAGES,)}, {"deviations": 2.0}, {"rungs": rungs_of(NUM_IMAGES)[1:]}]
 )
 def test_refuses_a_history_that_stops_by_another_rule(tmp_path, finished, change):
     path = tmp_path / "history.jsonl"
     path.write_bytes(finished[1])
     with pytest.raises(ValueError, match=r"belongs to another search \(halving"):
-        search(path, scores=dataclasses.replace(HALVED["scores"], **change), **WINDOWS)
+        search(path, scores=dataclasses.replace(HALVED["scores"], **change), **RANGES)
 
 
 def test_a_history_of_before_says_how_it_goes_on(tmp_path):
     path = tmp_path / "history.jsonl"
-    whole = dataclasses.replace(HALVED["scores"], looks=(NUM_IMAGES,))
-    winners, content = search(path, scores=whole, **WINDOWS), path.read_bytes()
+    whole = dataclasses.replace(HALVED["scores"], rungs=(NUM_IMAGES,))
+    winners, content = search(path, scores=whole, **RANGES), path.read_bytes()
     assert "halving" not in json.loads(content.splitlines()[0])["search"]
     with pytest.raises(ValueError, match=r"halving None .* goes on with halving set to False"):
-        search(path, **HALVED, **WINDOWS)
+        search(path, **HALVED, **RANGES)
     path.write_bytes(content[: len(content) // 2])
-    assert search(path, scores=whole, **WINDOWS) == winners
+    assert search(path, scores=whole, **RANGES) == winners
 
 
 def test_only_generations_with_someone_out_say_how_far_each_came(finished):
@@ -208,40 +219,62 @@ def test_bad_scores_of_images(tmp_path, bad):
 
 
 @pytest.mark.parametrize(
-    "lead, spread, chosen",
+    "mean, spread, is_sure",
     [
-        (0.2, 0.1, "searched"),
-        (0.04, 0.4, "allocated"),  # 1.5 standard errors, which is luck
-        (0.0, 0.0, "allocated"),
+        (0.2, 0.1, True),
+        (0.04, 0.4, False),  # 1.5 standard errors, which is luck
+        (0.0, 0.0, False),
     ],
 )
-def test_allocated_ranks_stay_unless_the_search_is_surely_ahead(lead, spread, chosen):
-    rng = np.random.default_rng(3)
-    searched, allocated = SPACE.sample_within(rng, 2, WINDOW)
-    noise = rng.normal(size=NUM_IMAGES)
-    difference = lead + spread * (noise - noise.mean()) / noise.std()
+def test_a_search_is_ahead_where_it_is_so_by_two_standard_errors(mean, spread, is_sure):
+    searched, allocated = SPACE.sample_within(np.random.default_rng(3), 2, RANGE)
+    noise = np.random.default_rng(3).normal(size=NUM_IMAGES)
+    difference = mean + spread * (noise - noise.mean()) / noise.std()
 
     def of(genes, start, stop):
         rows = np.stack([difference * (row == searched).all() - 1 for row in genes])
         return rows[:, start:stop], rows[:, start:stop] > -1
 
-    entry = {"genes": searched.tolist(), "score": float(difference.mean() - 1), "top1": 1.0}
-    scores = ImageScores(of, NUM_IMAGES, (NUM_IMAGES,))
-    budget = Budget((0.4, 0.5), (1, 2), True)
-    found = better(SPACE, scores, budget, entry, allocated.tolist(), "top1")
-    own = searched if chosen == "searched" else allocated
-    assert (found["chosen"], found["genes"]) == (chosen, own.tolist())
-    assert found["ahead"][0] == pytest.approx(difference.mean())
-    assert found.get("searched", found)["genes"] == entry["genes"]
-    if chosen == "allocated":
-        assert (found["score"], found["top1"]) == (-1, 0)
-        assert found["macs"] == SPACE.macs(allocated)
+    found = lead(ImageScores(of, NUM_IMAGES, (NUM_IMAGES,)), searched, allocated)
+    error = 2 * difference.std() / NUM_IMAGES**0.5
+    assert found.ahead == pytest.approx((mean, mean - error, mean + error))
+    assert (found.is_sure, found.score, found.shown) == (is_sure, -1, 0)
+
+
+def test_the_nearest_kept_triples():
+    space = REGULAR.keep([[(0, 0, 1), (3, 3, 1)], [(1, 0, 0), (0, 0, 1)], [(2, 2, 2)], [(6, 6, 6)]])
+    found = nearest_kept(space, [2, 2, 1, 0, 0, 0, 6, 6, 6, 6, 6, 6])
+    # In block 1 both are one step away, and qkv's costs less than fc2's.
+    assert found.tolist() == [3, 3, 1, 1, 0, 0, 2, 2, 2, 6, 6, 6]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(nearest_kept(space, found), found)
+
+
+@unhurried
+@given(st.integers(0, 2**32), st.integers(1, 40))
+def test_neighbours_are_kept_and_near(seed, count):
+    rng = np.random.default_rng(seed)
+    genes = REGULAR.sample(rng, 1)[0]
+    start = nearest_kept(SPACE, genes)
+    found = neighbours(SPACE, genes, count, rng)
+    assert found.shape == (count, SPACE.num_layers)
+    assert found.dtype == np.int32
+    assert len(np.unique(found, axis=0)) == count
+    assert SPACE.contains(found).all()
+    changed = (found != start).reshape(count, -1, 3).any(axis=-1).sum(axis=1)
+    assert np.isin(changed, [1, 2]).all()
+    assert np.abs(SPACE.macs(found) - SPACE.macs(start)).mean() < 0.02 * (MOST - LEAST)
+
+
+def test_a_point_has_no_neighbours():
+    point = SPACE.keep(triples[:1] for triples in SPACE.kept)
+    assert neighbours(point, TARGET, 5, np.random.default_rng(0)).shape == (0, 12)
 
 
 def test_the_first_parts_are_fair_samples_of_sorted_images():
     labels = np.repeat(np.arange(4), 50)
     images = np.repeat(labels.astype(np.uint8), 12).reshape(-1, 2, 2, 3)
-    parts = flora.ImageSet(images, labels).in_parts
+    parts = flora.ImageSet(images, labels).in_parts(rungs_of(200)[0])
     assert len(parts.is_image_of) == 4  # none is compared on fewer than 30
     assert np.bincount(parts.labels[: rungs_of(200)[0]], minlength=4).min() >= 5
     assert np.bincount(parts.labels).tolist() == [50] * 4

@@ -30,7 +30,7 @@ def image_set(start: int, stop: int) -> flora.ImageSet:
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
     """On a dense model that is trained here, as the demo leaves one behind."""
     monkeypatch.chdir(tmp_path)
     recipe = flora.Recipe(epochs=16, batch_size=50, learning_rate=0.04, warmup_epochs=1)
@@ -45,14 +45,19 @@ def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
     assert read_records("runs/dense/metrics.jsonl")[-1]["heldout_top1"] > 0.85
 
     readme = (ROOT / "README.md").read_text()
-    example = re.search(r"## In a notebook.*?```python\n(.*?)```", readme, re.DOTALL).group(1)
+    flora_example, slim_example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     found: dict = {}
-    exec(example, found)
+    exec(flora_example, found)
     before, after = map(float, capsys.readouterr().out.split())
     assert before > 0.85
     assert after > before - 0.1
     small = flora.load("runs/nb/small")
     assert 0.45 < flora.macs(small.spec) / flora.macs(DIGITS) <= 0.5
+
+    exec(slim_example, found)
+    slimmed = found["small"]
+    assert flora.macs(slimmed.spec) < 0.9 * flora.macs(DIGITS)
+    assert flora.top1(slimmed, found["test"].on_devices) > before - 0.1
 
 
 @pytest.mark.slow

@@ -2,37 +2,25 @@
 
 import dataclasses
 import json
-import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
-from flora_jax.stages.budget import load_budgets, load_latency_table
-from flora_jax.stages.names import FLORA_STAGES
-from flora_jax.stages.run import Run, load_space
-from flora_jax.stages.search import search
 
 import flora_jax as flora
-from flora_jax import pipeline, timing
+from flora_jax import timing
 from flora_jax.configs import deit_t
 from flora_jax.flora.evolution import read_history
 from flora_jax.flora.extras import latency
 from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
-from flora_jax.models.swin_spec import SwinSpec
-from flora_jax.runs.images import Images
-from flora_jax.runs.settings import Settings
+from flora_jax.methods import shared
+from flora_jax.runs.budgets import load_budgets, load_every_candidate, load_latency_table
+from flora_jax.runs.settings import Spending
+from flora_jax.runs.workdir import Run
+from tests.helpers.networks import TINY_SWIN
 
 BATCH = 3
-SWIN = SwinSpec(
-    image_size=16,
-    patch_size=2,
-    embed_dim=8,
-    depths=(2, 2),
-    num_heads=(1, 2),
-    window_size=4,
-    num_classes=3,
-)
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ def ideal_device(monkeypatch, count_macs):
 
 @pytest.mark.parametrize("family", ["vit", "swin", "slim"])
 def test_table_of_an_ideal_device_is_macs(ideal_device, tiny_spec, family):
-    dense = {"vit": tiny_spec, "swin": SWIN, "slim": tiny_spec}[family]
+    dense = {"vit": tiny_spec, "swin": TINY_SWIN, "slim": tiny_spec}[family]
     spec = dense
     if family == "slim":
         gated = flora.slim.add_gates(flora.create(dense))
@@ -80,78 +68,73 @@ def test_networks_are_measured_in_turn(tiny_spec, dtype):
     assert all(ms.shape == (4,) and (ms > 0).all() for ms in times.values())
 
 
-STAGES_OF_TEST = tuple(name for name in FLORA_STAGES if name != "finetune")
-
-
-def latency_run(finished_run, folder, **changes) -> Run:
-    """A copy of the finished run up to its search, which will spend latency."""
-    config = deit_t.get_config("runlocal")
-    # Full rank is inside any window up to 1, however slow factors are at this size.
-    changes = {"budget.latency": (0.01, 1.0), "search.budget": "latency"} | changes
-    config.update_from_flattened_dict({"stages": STAGES_OF_TEST, **changes})
-    for name in ("dense", "supernet", "filter"):
-        shutil.copytree(finished_run / name, folder / name)
-    done = {name: {"seconds": 1} for name in ("pretrain", "filter", "supernet")}
-    (folder / "stages.json").write_text(json.dumps(done))
-    return Run(Settings.from_config(config), folder)
+def with_changes(table, space, of_choice):
+    """The table with other changes: a function of the choice, counted down from the last."""
+    changes = [map(of_choice, range(len(ranks) - 1, -1, -1)) for ranks in space.choices]
+    return dataclasses.replace(table, change_ms=tuple(map(tuple, changes)))
 
 
 @pytest.mark.slow
-def test_search_spends_latency(finished_run, tmp_path, capsys, monkeypatch):
-    run = latency_run(finished_run, tmp_path / "run", **{"budget.latency": (0.3, 0.9)})
-
+def test_search_spends_latency(tmp_path, capsys, monkeypatch):
     def measure_and_make_low_ranks_quick(space, *arguments, **options):
         """At this size a factor pair may be slower than the dense layer."""
         table = measure(space, *arguments, **options)
         step = table.dense_ms / 10 / space.num_layers
-        quick = tuple(
-            tuple(step * (r - len(ranks) + 1) for r in range(len(ranks))) for ranks in space.choices
-        )
-        return dataclasses.replace(table, change_ms=quick)
+        return with_changes(table, space, lambda steps_down: -step * steps_down)
 
-    monkeypatch.setattr("flora_jax.stages.budget.measure", measure_and_make_low_ranks_quick)
-    pipeline.run(run.settings.to_config(), run.folder)
-    table, space = load_latency_table(run), load_space(run)
-    candidates = read_history(run.folder / "search/history.jsonl")
+    monkeypatch.setattr("flora_jax.methods.shared.measure", measure_and_make_low_ranks_quick)
+    # Its quick look beforehand is spoilt in the same way.
+    monkeypatch.setattr("flora_jax.runs.checks._check_latency", lambda *_: None)
+    config, folder = deit_t.get_config("runlocal"), tmp_path / "run"
+    config.update_from_flattened_dict(
+        {
+            "stages": ("pretrain", "search", "extract", "evaluate", "report"),
+            "budget.latency": (0.3, 0.9),
+            "search.budget": "latency",
+        }
+    )
+    flora.run(config, folder)
+    run = Run.open(folder)
+    table, space = load_latency_table(run), load_every_candidate(run)
+    candidates = read_history(folder / "search/history.jsonl")
     costs = table.cost(np.array([candidate.genes for candidate in candidates]))
     assert [candidate.cost for candidate in candidates] == costs.tolist()
     [budget] = load_budgets(run)
     low, high = budget.window
     assert low <= costs.min() <= costs.max() <= high
 
-    best = json.loads((run.folder / "search/best.json").read_text())
+    best = json.loads((folder / "search/best.json").read_text())
     assert best["macs"] == space.macs(best["genes"])
     predicted, measured = (best["latency"][f"{how}_share"] for how in ("predicted", "measured"))
     assert predicted == pytest.approx(table.cost(np.array(best["genes"])) / 1e6 / table.dense_ms)
     assert best["latency"]["error"] == pytest.approx(predicted / measured - 1)
-    result = json.loads((run.folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
     assert result["dense"]["ms"] == pytest.approx(table.dense_ms)
     assert result["subnet"]["ms"] > 0
     assert "fewer ms" in capsys.readouterr().out
-    uniform = flora.load(run.folder / "extract/uniform").spec
-    assert uniform.macs() <= best["macs"]
+    assert flora.load(folder / "extract/uniform").spec.macs() <= best["macs"]
 
     # A search that was interrupted goes on with the table that it began with.
-    whole = (run.folder / "search/history.jsonl").read_bytes()
-    table_file = (run.folder / "search/latency.json").read_bytes()
+    whole = (folder / "search/history.jsonl").read_bytes()
+    table_file = (folder / "latency/table.json").read_bytes()
     first_lines = b"".join(whole.splitlines(keepends=True)[:2])
-    (run.folder / "search/history.jsonl").write_bytes(first_lines)
-    search(run, Images(run.settings))
-    assert (run.folder / "search/latency.json").read_bytes() == table_file
-    assert (run.folder / "search/history.jsonl").read_bytes() == whole
+    (folder / "search/history.jsonl").write_bytes(first_lines)
+    records = json.loads((folder / "stages.json").read_text())
+    del records["search"]["seconds"]
+    (folder / "stages.json").write_text(json.dumps(records))
+    flora.run(config, folder, "search")
+    assert (folder / "latency/table.json").read_bytes() == table_file
+    assert (folder / "search/history.jsonl").read_bytes() == whole
 
 
-@pytest.mark.slow
-def test_unreachable_latency(finished_run, tmp_path):
-    run = latency_run(finished_run, tmp_path / "run", **{"budget.latency": (0.2, 0.3)})
-    changes = tuple((-0.01,) * (len(ranks) - 1) + (0.0,) for ranks in load_space(run).choices)
-    table = LatencyTable("an engine", 16, "float32", 1.0, 1.0, changes)
-    (run.folder / "search").mkdir()
-    (run.folder / "search/latency.json").write_text(json.dumps(table.to_json()))
+def test_unreachable_latency(tiny_space, monkeypatch):
+    table = LatencyTable("an engine", 16, "float32", 1.0, 1.0, ())
+    slow = with_changes(table, tiny_space, lambda steps_down: -0.01 * (steps_down > 0))
+    monkeypatch.setattr(shared, "measure", lambda *_, **__: slow)
+    spending = Spending("latency", ((0.2, 0.3),))
     with pytest.raises(
         ValueError,
         match=r"\(0\.2, 0\.3\) cannot be reached: the space spans 0\.940\.\.1\.000 of the dense "
         r"model's 1\.00 ms on an engine",
     ):
-        search(run, Images(run.settings))
-    assert not (run.folder / "search/history.jsonl").exists()
+        shared.measure_latency(None, tiny_space, tiny_space.spec, spending, 16, "float32")

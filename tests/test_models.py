@@ -1,4 +1,4 @@
-"""Specs, models built from them, weights by name, and layer normalisation."""
+"""Specs, models built from them, and weights by name."""
 
 import json
 import math
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import flora_jax as flora
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.layers import LayerNorm
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.spec_json import spec_from_json, spec_to_json
 from flora_jax.models.swin_spec import SwinSpec
@@ -248,53 +247,3 @@ def test_unknown_json_of_a_block(block):
     changed = {name: v for name, v in (value["blocks"][0] | block).items() if v is not None}
     with pytest.raises(ValueError, match=r"BlockSpec|a block has 3 ranks"):
         spec_from_json(value | {"blocks": [changed]})
-
-
-def plain_layer_norm(x, scale, bias):
-    variance = x.var(-1, keepdims=True)
-    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(variance + 1e-6) * scale[None] + bias[None]
-
-
-@pytest.fixture(scope="module")
-def norm_inputs():
-    """x [7, 16] of different means and sizes, scale, bias, and the gradient of the output."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(7, 16)) * np.geomspace(1e-2, 1e2, 7)[:, None] + rng.normal(size=(7, 1))
-    arrays = (x, rng.normal(size=16), rng.normal(size=16), rng.normal(size=(7, 16)))
-    return [jnp.float32(a) for a in arrays]
-
-
-def with_gradients(norm, x, scale, bias, grad):
-    value, pull_back = jax.vjp(norm, x, scale, bias)
-    return value, *pull_back(grad)
-
-
-def layer_norm(x, scale, bias):
-    structure, _ = functional.split(LayerNorm(x.shape[-1], 1e-6))
-    return functional.merge(structure, {"scale": scale, "bias": bias})(x)
-
-
-def test_layer_norm_and_its_gradient(norm_inputs):
-    actual = with_gradients(layer_norm, *norm_inputs)
-    wanted = with_gradients(plain_layer_norm, *norm_inputs)
-    for ours, theirs in zip(actual, wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * abs(theirs).max())
-
-
-def test_layer_norm_in_bfloat16(norm_inputs):
-    """Statistics in float32: what is lost is the rounding of the result alone."""
-    narrow = [jnp.bfloat16(a) for a in norm_inputs]
-    actual = with_gradients(layer_norm, *narrow)
-    wanted = with_gradients(plain_layer_norm, *(jnp.float32(a) for a in narrow))
-    for ours, theirs in zip(actual, wanted, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(
-            np.float32(ours), theirs, rtol=2e-2, atol=1e-2 * abs(theirs).max()
-        )
-
-
-def test_layer_norm_gradient_has_the_dtype_of_the_input(norm_inputs):
-    x, scale, bias, grad = norm_inputs
-    with jax.numpy_dtype_promotion("standard"):
-        found = with_gradients(layer_norm, jnp.bfloat16(x), scale, bias, grad)
-    assert found[1].dtype == jnp.bfloat16

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import Loop
 from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.load_parameters import NotFiniteWarning
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
-from tests.helpers.slimming import gated_model, logits, random_masks, random_model
+from tests.helpers.networks import logits, random_model, size
+from tests.helpers.slimming import gated_model, random_masks
 from tests.helpers.weights import assert_same
 
 NAMES = list(modern.SPECS)
@@ -80,11 +80,7 @@ def test_slimmed_is_masked(name):
     small = slim.extract(gated, masks, fold=False, tile=3)
     images = modern.images(name)[:2]
     np.testing.assert_allclose(logits(small, images), logits(masked, images), **TOLERANCE)
-    assert functional_size(small) == flora.num_params(small.spec)
-
-
-def functional_size(model) -> int:
-    return sum(math.prod(p.shape) for p in functional.split(model)[1].values())
+    assert size(small) == flora.num_params(small.spec)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +105,7 @@ def test_costs(name, count_macs):
     # DINOv2 stores the class token's position, which reading adds to the token.
     positions = spec.embed_dim if name == "hf_dinov2_registers" else 0
     expected = sum(stored.values()) - sum(stored[n] for n in folded) - positions
-    assert flora.num_params(spec) == expected == functional_size(model)
+    assert flora.num_params(spec) == expected == size(model)
     assert bool(folded) == spec.layer_scale
 
 

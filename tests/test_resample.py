@@ -10,7 +10,7 @@ from flora_jax.weights.resample import resample_pos_embed, resample_relative_pos
 
 @pytest.fixture(scope="module")
 def golden(data_dir):
-    """What timm makes of a 14 x 14 grid and of a window of 7."""
+    """timm's results for a 14 x 14 grid and of a window of 7."""
     with np.load(data_dir / "resample_embeddings.npz") as archive:
         return dict(archive)
 

@@ -1,22 +1,31 @@
 """The supernet: inherited weights, run-time genes, and the networks cut out of it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax.data.normalize import Normalization
 from flora_jax.evaluation import evaluate as evaluation
-from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.filter import score_block
+from flora_jax.flora.layer import RankedLinear
 from flora_jax.flora.supernet import abstract_supernet, extract_ranks
 from flora_jax.flora.svd import svd_factors
 from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.layers import make_linear
+from tests.helpers.networks import TINY_SWIN, TWO_BLOCKS, every_triple
 
 NORMALIZATION = Normalization((0.5,), (0.25,))
 NUM_IMAGES, BATCH = 13, 5
+DEEP = dataclasses.replace(TWO_BLOCKS, depth=12, blocks=())
+DEEP_SWIN = dataclasses.replace(TINY_SWIN, depths=(2, 12), blocks=())
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +53,6 @@ def evaluation_batches(tiny_model, tiny_spec):
 @pytest.fixture(scope="module")
 def evaluation_set(evaluation_batches):
     return flora.EvaluationSet(evaluation_batches, NORMALIZATION)
-
-
-def every_triple(block):
-    """Genes [27, 6]: each triple of the block, the other block at full rank."""
-    genes = np.full((27, 6), 2, np.int32)
-    genes[:, 3 * block : 3 * block + 3] = np.stack(np.mgrid[:3, :3, :3], -1).reshape(-1, 3)
-    return genes
 
 
 @pytest.mark.parametrize("implementation", ["masked", "sliced"])
@@ -89,16 +91,16 @@ def test_extract_ranks_that_the_space_does_not_list(supernet, tiny_model, tiny_i
 
 
 @pytest.mark.parametrize(
-    ("ranks", "message"), [((2,) * 5, "expected 6 ranks, got 5"), ((2,) * 5 + (9,), "rank 9")]
+    ("ranks", "message"),
+    [
+        ((2,) * 5, "expected 6 ranks, got 5"),
+        ((2,) * 5 + (9,), "rank 9"),
+        ((0,) + (2,) * 5, r"rank 0 of blocks\.0\.attn\.qkv lies outside 1\.\.8"),
+    ],
 )
 def test_extract_bad_ranks(supernet, ranks, message):
     with pytest.raises(ValueError, match=message):
         extract_ranks(supernet, ranks)
-
-
-def test_extract_rank_zero(supernet):
-    with pytest.raises(ValueError, match=r"rank 0 of blocks\.0\.attn\.qkv lies outside 1\.\.8"):
-        extract_ranks(supernet, (0,) + (2,) * 5)
 
 
 BAD_GENES = [
@@ -112,20 +114,14 @@ POPULATION = ([[0] * 6] * 2, r"shape \(2, 6\)")
 
 
 @pytest.mark.parametrize(("genes", "message"), [*BAD_GENES, POPULATION])
-def test_bad_genes(supernet, tiny_images, genes, message):
+def test_bad_genes(supernet, tiny_images, evaluation_set, genes, message):
     with pytest.raises(ValueError, match=message):
         supernet(tiny_images, genes)
-
-
-@pytest.mark.parametrize(("genes", "message"), BAD_GENES)
-def test_extract_bad_genes(supernet, genes, message):
     with pytest.raises(ValueError, match=message):
         flora.extract(supernet, genes)
-
-
-def test_extract_a_population(supernet):
-    with pytest.raises(ValueError, match=POPULATION[1]):
-        flora.extract(supernet, POPULATION[0])
+    if message != POPULATION[1]:
+        with pytest.raises(ValueError, match=message):
+            flora.top1(supernet, evaluation_set, genes)
 
 
 def test_bad_images(supernet):
@@ -153,7 +149,7 @@ def test_traced_genes(supernet, tiny_images):
 
 
 def test_one_program_serves_every_subnet(supernet, tiny_images, evaluation_set):
-    genes = every_triple(0)
+    genes = every_triple(supernet.space, 0)
     supernet(tiny_images, genes[0])
     flora.top1(supernet, evaluation_set, genes[:1])
     evaluation.evaluate_images(supernet, evaluation_set, genes[:1], slice(1, 2))
@@ -168,7 +164,7 @@ def test_one_program_serves_every_subnet(supernet, tiny_images, evaluation_set):
 
 
 def test_subnets_are_scored_image_by_image(supernet, evaluation_set):
-    genes, of_images = every_triple(1)[::9], evaluation.evaluate_images
+    genes, of_images = every_triple(supernet.space, 1)[::9], evaluation.evaluate_images
     found = of_images(supernet, evaluation_set, genes)
     for name, means in (("is_correct", "top1"), ("log_likelihood", "log_likelihood")):
         expected = flora.evaluate(supernet, evaluation_set, genes)[means]
@@ -257,23 +253,17 @@ def test_top1_counts_exactly(tiny_model, supernet, evaluation_batches, evaluatio
     assert flora.top1(supernet.network, evaluation_set) == scores[0]
 
 
-@pytest.mark.parametrize(("genes", "message"), BAD_GENES)
-def test_top1_of_bad_genes(supernet, evaluation_set, genes, message):
-    with pytest.raises(ValueError, match=message):
-        flora.top1(supernet, evaluation_set, genes)
-
-
 @pytest.mark.parametrize("block", [0, 1])
 def test_score_block_measures_the_whole_network(supernet, evaluation_set, block):
     scores = score_block(supernet, block, evaluation_set)
-    expected = flora.evaluate(supernet, evaluation_set, every_triple(block))
+    expected = flora.evaluate(supernet, evaluation_set, every_triple(supernet.space, block))
     assert len(np.unique(scores["top1"])) > 1
     np.testing.assert_array_equal(scores["top1"], expected["top1"])
     np.testing.assert_allclose(scores["log_likelihood"], expected["log_likelihood"], rtol=1e-5)
 
 
 def test_score_block_keeps_the_order_of_the_kept_triples(supernet, evaluation_set, tiny_space):
-    every = every_triple(1)
+    every = every_triple(supernet.space, 1)
     rows = [3, 4, 11, 26]
     kept = tiny_space.keep([tiny_space.kept[0], every[rows, 3:]])
     some = score_block(flora.Supernet(supernet.network, kept), 1, evaluation_set)
@@ -286,3 +276,90 @@ def test_a_network_and_a_space_of_other_ranks_are_no_supernet(supernet):
     other = flora.RankSpace.regular(supernet.space.spec, (0.5, 1.0))
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv of the network takes the ranks"):
         flora.Supernet(supernet.network, other)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_factorize_of_what_is_not_finite(tiny_model, tiny_space, tiny_images, value):
+    structure, parameters = functional.split(tiny_model)
+    stats = flora.calibrate(tiny_model, tiny_images)
+    name = "blocks.1.mlp.fc2"
+    moments = stats.moments | {name: np.full_like(stats.moments[name], value)}
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.mlp\.fc2 .* second moment of its input is not"
+    ):
+        flora.factorize(
+            tiny_model, tiny_space, calibration=dataclasses.replace(stats, moments=moments)
+        )
+    parameters[f"{name}.kernel"] = parameters[f"{name}.kernel"].at[2, 3].set(value)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 .* its kernel is not finite"):
+        flora.factorize(functional.merge(structure, parameters), tiny_space)
+
+
+def test_factorize_where_a_decomposition_fails(tiny_model, tiny_space, tiny_images):
+    """The moment of no tokens, below zero; and singular values that float16 cannot hold."""
+    stats, name = flora.calibrate(tiny_model, tiny_images), "blocks.0.attn.qkv"
+    moments = stats.moments | {name: -stats.moments[name]}
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv cannot .*: .*positive definite"):
+        flora.factorize(
+            tiny_model, tiny_space, calibration=dataclasses.replace(stats, moments=moments)
+        )
+    structure, parameters = functional.split(tiny_model)
+    parameters[f"{name}.kernel"] = jnp.full_like(parameters[f"{name}.kernel"], 6e4, jnp.float16)
+    with pytest.raises(ValueError, match=r"attn\.qkv cannot .*: its factors exceed float16"):
+        flora.factorize(functional.merge(structure, parameters), tiny_space)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_factorised_in_float32(tiny_model, tiny_space, dtype):
+    structure, parameters = functional.split(tiny_model)
+    halves = {name: p.astype(dtype) for name, p in parameters.items()}
+    supernet = flora.factorize(functional.merge(structure, halves), tiny_space)
+    found, layer = functional.split(supernet.network)[1], tiny_space.spec.layers[0]
+    kernel = np.asarray(halves[f"{layer.name}.kernel"], np.float32)
+    for part, factor in zip(("down", "up"), svd_factors(kernel, "down"), strict=True):
+        assert found[f"{layer.name}.{part}"].dtype == dtype
+        np.testing.assert_array_equal(found[f"{layer.name}.{part}"], factor.astype(dtype))
+
+
+@pytest.mark.parametrize("spec", [DEEP, DEEP_SWIN], ids=["vit", "swin"])
+def test_slots_are_in_the_order_of_genes(spec):
+    """Also from block 10 on, whose name comes before that of block 2."""
+    space = flora.RankSpace.regular(spec, ratios=(1 / 4, 1 / 2, 1))
+    structure, parameters = functional.split(abstract_supernet(space, "masked").network)
+    names = [".".join(map(str, path)) for path, _ in structure.slots]
+    assert names == [f"{layer.name}.gene" for layer in spec.layers]
+    assert [last for _, last in structure.slots] == space.full_rank_genes.tolist()
+    assert not any("gene" in name for name in parameters)
+
+
+def test_genes_reach_the_layers_they_belong_to():
+    space = flora.RankSpace.regular(DEEP, ratios=(1 / 4, 1 / 2, 1))
+    structure, parameters = functional.split(flora.factorize(flora.create(DEEP), space).network)
+    genes = space.sample(np.random.default_rng(0), 1)[0]
+    network = functional.merge(structure, parameters, genes)
+    for i, block in enumerate(network.blocks):
+        layers = (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)
+        assert [int(layer.gene[...]) for layer in layers] == genes[3 * i : 3 * i + 3].tolist()
+
+
+def test_a_layer_of_the_callers_own():
+    """The factory is told by (layer, rank) what it makes, once for each searchable layer."""
+    made = []
+
+    def linear(layer, rank, *, rngs):
+        made.append((layer, rank))
+        return make_linear(layer, rank, rngs=rngs)
+
+    spec = DEEP.with_ranks((1, None, 2) * 12)
+    model = flora.create(spec, linear=linear)
+    assert sorted(made, key=str) == sorted(zip(spec.layers, spec.ranks, strict=True), key=str)
+    shapes, others = (functional.split(m)[1] for m in (model, create_abstract(spec)))
+    assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, others)
+
+
+def test_a_ranked_layer_is_made_of_shapes_alone():
+    layer = dataclasses.replace(DEEP.layers[0], use_bias=False)
+    ranked = nnx.eval_shape(lambda: RankedLinear(layer, (1, 8), "masked", rngs=nnx.Rngs(0)))
+    structure, parameters = functional.split(ranked)
+    assert {name: p.shape for name, p in parameters.items()} == {"down": (8, 8), "up": (8, 24)}
+    assert structure.slots == ((("gene",), 1),)

@@ -16,18 +16,19 @@ from safetensors.numpy import load_file, save_file
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.flora.block_scorer import score_block
+from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
-from flora_jax.models.convolution import DepthwiseConvolution
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.loop import Loop
+from flora_jax.models.network import Loop
 from flora_jax.models.spec import BlockSpec
+from flora_jax.models.tiny_vit import DepthwiseConvolution
 from flora_jax.models.windows import Windows
 from flora_jax.weights.layouts import timm
 from flora_jax.weights.resample import resample_distance_table
 from tests.helpers import modern
 from tests.helpers.commands import DATA
-from tests.helpers.slimming import QUICK, gated_model, logits, random_masks, random_model
+from tests.helpers.networks import QUICK, every_triple, logits, random_model, size
+from tests.helpers.slimming import gated_model, random_masks
 from tests.helpers.weights import assert_same
 
 NAME = "timm_tiny_vit"
@@ -47,10 +48,6 @@ def _looped(structure, parameters, images):
 
 def logits_in_a_loop(model, images):
     return _looped(*functional.split(model), images)
-
-
-def size(model) -> int:
-    return sum(value.size for value in functional.split(model)[1].values())
 
 
 def test_output_is_that_of_timm():
@@ -146,7 +143,7 @@ def test_weights_that_do_not_fit():
         ({"depths": (2, 2)}, r"depths \(2, 2\), .* must have one entry a stage"),
         ({"depths": (0, 2, 6, 2)}, r"depths must be at least 1, got \(0, 2, 6, 2\)"),
         ({"embed_dims": (95, 192, 384, 576)}, "begin with 95, which must be even.*nearest: 96"),
-        ({"blocks": (BlockSpec(1, 4, 8),)}, "make 10 attention blocks but 1 were given"),
+        ({"blocks": (BlockSpec(1, 4, 8),)}, "make 10 blocks .* but 1 were given"),
         ({"blocks": (BlockSpec(6, 32, 768, tokens=(0,)),) * 10}, "no token can leave: the conv"),
     ],
 )
@@ -254,16 +251,14 @@ def test_one_program_serves_every_subnet_and_extraction_is_the_supernet():
 
 
 def test_scoring_a_block_is_scoring_the_network():
-    """What a search shares between candidates: the blocks before, and a block's attention half."""
+    """Candidates share the blocks before, and a block's attention half."""
     space = flora.RankSpace.regular(SPEC, ratios=(1 / 3, 1))
     supernet = flora.factorize(model(), space, implementation="masked")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     batch = {"image": pictures, "label": np.arange(3, dtype=np.int32)}
     heldout = flora.EvaluationSet([batch | {"mask": np.ones(3, np.float32)}], flora.Normalization())
-    block, genes = 2, np.tile(space.full_rank_genes, (8, 1))
-    genes[:, 3 * block : 3 * block + 3] = np.stack(np.mgrid[:2, :2, :2], -1).reshape(-1, 3)
-    expected = flora.evaluate(supernet, heldout, genes)["log_likelihood"]
-    scores = score_block(supernet, block, heldout)["log_likelihood"]
+    expected = flora.evaluate(supernet, heldout, every_triple(space, 2))["log_likelihood"]
+    scores = score_block(supernet, 2, heldout)["log_likelihood"]
     assert len(np.unique(scores.round(4))) == 8
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax.weights.export.timm import export_timm
-from tests.helpers.slimming import images_of, logits
+from tests.helpers.networks import images_of, logits
 from tests.helpers.torch_models import randomise, torch, torch_logits
 
 files = pytest.importorskip("safetensors.torch")

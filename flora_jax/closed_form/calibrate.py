@@ -27,9 +27,8 @@ from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import Linear, check_images
-from flora_jax.models.linear_shape import LinearShape, Rank
 from flora_jax.models.network import Network
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import LinearShape, Rank, Spec
 from flora_jax.progress import Progress
 
 SHRINKAGE = 0.05  # docs/decisions.md
@@ -80,7 +79,7 @@ class Calibration:
         return (1 - self.shrinkage) * moment + self.shrinkage * mean_square * np.eye(size)
 
     def is_full_rank(self, layer: LinearShape, moment: np.ndarray) -> bool:
-        """Whether the tokens that entered the layer span all directions, up to rounding."""
+        """True where the tokens that entered the layer span all directions, up to rounding."""
         if self.num_images * layer.tokens < layer.in_features:
             return False
         rounding = np.finfo(np.float32).eps * np.diag(moment).max()
@@ -128,44 +127,68 @@ def calibrate(
         are not floating point, or what enters a layer is not finite; names the layer.
       Stopped: the process was told to end; what is summed so far is in the directory.
     """
+    if any(rank is not None for rank in model.spec.ranks):
+        raise InputError("calibration needs a dense model, but this one has low-rank layers")
     batches = image_batches(images, model.spec) if normalize is None else list(images)
     groups, total = layer_groups(model.spec), num_images(batches)
     folder = None if directory is None else user_path(directory)
     files = [folder and folder / f"group_{i:03d}.safetensors" for i in range(len(groups))]
     wait_for_all("groups of moments are looked for")
     done = sum(file is not None and file.exists() for file in files)
-    moments: dict[str, np.ndarray | epath.Path] = {}
+    moments: Arrays = {}
     with (
         StopRequest() as stop_request,
         Progress("calibrate", len(groups) * total, done * total, "image") as progress,
     ):
         for layers, file in zip(groups, files, strict=True):
             if file is None or not file.exists():
-                sums = _sum_up(model, batches, layers, file, normalize, progress, stop_request)
-                found = means(sums, layers, total)
+                found = _moments(
+                    *(model, batches, layers, file, normalize or jnp.asarray),
+                    *(progress, stop_request),
+                )
                 if file is not None:
                     _write_once(file, found)
-            moments |= found if file is None else dict.fromkeys([la.name for la in layers], file)
+                else:
+                    moments |= found
     checksum = functional.checksum(functional.split(model)[1])
-    return Calibration(model.spec, checksum, total, _Moments(moments))
+    files_of = {la.name: f for layers, f in zip(groups, files, strict=True) for la in layers if f}
+    return Calibration(model.spec, checksum, total, _Moments(files_of) if folder else moments)
 
 
-def _sum_up(
+def _moments(
     model: Network,
     batches: list[np.ndarray],
     layers: list[LinearShape],
     file: epath.Path | None,
-    normalize: Callable[[jax.Array], jax.Array] | None,
+    normalize: Callable[[jax.Array], jax.Array],
     progress: Progress,
     stop_request: StopRequest,
 ) -> Arrays:
-    """Sums over all batches for a group of layers; raises Stopped when what there is is saved."""
-    partial = file and file.with_suffix(".partial")
-    start, sums = _read_partial(partial) or (0, zero_sums(layers))
+    """Moments of a group of layers; raises Stopped when what there is of the sums is saved.
+
+    Every process passes the same batches, and all get the same sums.
+    """
+    mesh = make_mesh()
+    structure, _ = functional.split(create_abstract(model.spec, linear=TappedLinear))
+    parameters = replicate(functional.split(model)[1], mesh)
+    sums = {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
+    names, partial, start = tuple(sums), file and file.with_suffix(".partial"), 0
+    if partial is not None and partial.exists():
+        sums = {name: sum.copy() for name, sum in safetensors.load(partial.read_bytes()).items()}
+        start = int(sums.pop(_COUNT))
     progress.update(num_images(batches[:start]))
     timer = Timer(_SECONDS_BETWEEN_SAVES)
-    summed = running_sums(model, batches[start:], sums, normalize=normalize or jnp.asarray)
-    for count, batch in enumerate(summed, start=start + 1):
+    for count, batch in enumerate(batches[start:], start=start + 1):
+        padded, mask = (spread(array, mesh) for array in shared_by(mesh.size, batch))
+        found = batch_sums(structure, mesh, names, normalize, parameters, padded, mask)
+        for name in names:
+            of_batch = np.asarray(found[name])
+            if not np.isfinite(np.trace(of_batch)):
+                raise InputError(
+                    f"what enters {name} is not finite on the calibration images: the weights "
+                    f"before it or the images hold NaN or infinity"
+                )
+            sums[name] += of_batch
         progress.update(len(batch))
         is_told, is_due = stop_request.is_set(), timer.is_due()
         if partial is not None and (is_told or is_due):
@@ -174,35 +197,25 @@ def _sum_up(
             raise stop_request.stopped(
                 f"calibrate is saved at image {progress.done} of {progress.total}"
             )
-    return sums
+    tokens = {layer.name: layer.tokens * num_images(batches) for layer in layers}
+    return {name: (sum / tokens[name]).astype(np.float32) for name, sum in sums.items()}
 
 
 class _Moments(Mapping[str, np.ndarray]):
-    """Moments of layers, those in a file read whenever they are asked for."""
+    """Moments of layers, read from a file whenever they are asked for."""
 
-    def __init__(self, places: Mapping[str, np.ndarray | epath.Path]):
-        self._places = places
+    def __init__(self, files: Mapping[str, epath.Path]):
+        self._files = files
 
     def __getitem__(self, name: str) -> np.ndarray:
-        place = self._places[name]
-        if isinstance(place, np.ndarray):
-            return place
-        with on_disk(place) as path, safe_open(path, framework="numpy") as file:
+        with on_disk(self._files[name]) as path, safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._places)
-
-
-def _read_partial(path: epath.Path | None) -> tuple[int, Arrays] | None:
-    """Batches done and the sums over them, of a pass that was interrupted."""
-    if path is None or not path.exists():
-        return None
-    sums = {name: array.copy() for name, array in safetensors.load(path.read_bytes()).items()}
-    return int(sums.pop(_COUNT)), sums
+        return len(self._files)
 
 
 @by_the_first
@@ -251,65 +264,8 @@ def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[Line
     return groups
 
 
-def zero_sums(layers: Sequence[LinearShape]) -> Arrays:
-    """Where `running_sums` starts: float64 [in, in] by the name of the layer."""
-    return {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
-
-
-def running_sums(
-    model: Network,
-    batches: Sequence[np.ndarray],
-    sums: Arrays,
-    *,
-    normalize: Callable[[jax.Array], jax.Array] = jnp.asarray,
-) -> Iterator[np.ndarray]:
-    """Adds x x^T of what enters the layers to their sums, batch by batch.
-
-    Every process passes the same batches, and all get the same sums.
-
-    Args:
-      sums: of the layers to look at, as `zero_sums` makes them; they are changed in place.
-      normalize: makes float images of the batches, on the device; hashable.
-
-    Yields:
-      Each batch, when it is in the sums.
-
-    Raises:
-      InputError: the model has ranks, or what enters a layer is not finite.
-    """
-    if any(rank is not None for rank in model.spec.ranks):
-        raise InputError("calibration needs a dense model, but this one has low-rank layers")
-    mesh = make_mesh()
-    tapped = create_abstract(model.spec, linear=TappedLinear)
-    structure, _ = functional.split(tapped)
-    parameters = replicate(functional.split(model)[1], mesh)
-    names = tuple(sums)
-    for batch in batches:
-        padded, mask = shared_by(mesh.size, batch)
-        found = batch_sums(
-            structure, mesh, names, normalize, parameters, spread(padded, mesh), spread(mask, mesh)
-        )
-        for name in names:
-            of_batch = np.asarray(found[name])
-            if not np.isfinite(np.trace(of_batch)):
-                raise InputError(
-                    f"what enters {name} is not finite on the calibration images: the weights "
-                    f"before it or the images hold NaN or infinity"
-                )
-            sums[name] += of_batch
-        yield batch
-
-
-def means(sums: Arrays, layers: Sequence[LinearShape], num_images: int) -> Arrays:
-    """Turns sums over all tokens into the moments of a `Calibration`."""
-    return {
-        layer.name: (sums[layer.name] / (layer.tokens * num_images)).astype(np.float32)
-        for layer in layers
-    }
-
-
 class LayerInput(nnx.Variable):
-    """What entered a layer the last time it was called, [M, in]."""
+    """The input of a layer when it was called last, [M, in]."""
 
 
 class TappedLinear(Linear):

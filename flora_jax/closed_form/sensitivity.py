@@ -1,4 +1,4 @@
-"""How far subnets are from full rank, measured on images without labels."""
+"""Sensitivity of subnets: their distance from full rank, on images without labels."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -43,10 +43,10 @@ class _Part(NamedTuple):
 
 
 class Sensitivity:
-    """How far a supernet's subnets are from its full rank, on calibration images.
+    """The distance of a supernet's subnets from its full rank, on calibration images.
 
-    Drops are measured on one half of the images and whole subnets are judged on the other, so that
-    no choice is made for the sake of single images.
+    Choices are measured on one half of the images and whole subnets are judged on the other, so
+    that no choice is made for the sake of single images.
 
     Args:
       supernet, images, measure: as in `allocate`.
@@ -96,20 +96,20 @@ class Sensitivity:
         return _Part(batches, len(images))
 
     def loss(self, genes: np.ndarray | tuple[int, ...]) -> float:
-        """What the measure says about one subnet, genes int32 [L], on the other half of images."""
+        """The measure of one subnet, genes int32 [L], on the other half of the images."""
         key = tuple(map(int, genes))
         if key not in self._losses:
             triple = np.array(genes[:LAYERS_PER_BLOCK])[None]
             self._losses[key] = float(self._means(0, triple, np.array(genes), self._to_judge)[0])
         return self._losses[key]
 
-    def drops(
+    def of_choices(
         self,
         genes: np.ndarray | None = None,
         reach: int | None = None,
         on_block: Callable[[], object] = lambda: None,
     ) -> list[np.ndarray]:
-        """What each choice of each layer changes about the loss, on one half of the images.
+        """The change of the loss by each choice of each layer, on one half of the images.
 
         DeiT-B with 7 ratios takes 19 runs of half the network on average for each of its blocks,
         7 where the reach is 1.
@@ -124,18 +124,18 @@ class Sensitivity:
         """
         space = self.space
         genes = space.full_rank_genes if genes is None else np.asarray(genes)
-        drops: list[np.ndarray] = []
+        found: list[np.ndarray] = []
         for block in range(space.num_blocks):
             own = slice(LAYERS_PER_BLOCK * block, LAYERS_PER_BLOCK * (block + 1))
             triples = _one_layer_at_a_time(space.choices[own], genes[own], reach)
             means = self._means(block, triples, genes, self._to_try)
             for place, choices in enumerate(space.choices[own]):
-                drop = np.full(len(choices), np.inf)
+                of_layer = np.full(len(choices), np.inf)
                 is_own = (np.delete(triples - genes[own], place, axis=1) == 0).all(axis=1)
-                drop[triples[is_own, place]] = means[is_own] - means[0]
-                drops.append(drop)
+                of_layer[triples[is_own, place]] = means[is_own] - means[0]
+                found.append(of_layer)
             on_block()
-        return drops
+        return found
 
     def _means(
         self, block: int, triples: np.ndarray, others: np.ndarray, part: "_Part"

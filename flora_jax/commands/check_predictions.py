@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import matching
 from flora_jax.runs.images import Images
+from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import Run
+from flora_jax.training.settings import Recipe
 from flora_jax.training.stored_predictions import StoredTeacher
 from flora_jax.training.train import PREDICTIONS, stored_teacher
 from flora_jax.weights.folder import load_model
@@ -39,19 +41,22 @@ def check_predictions(run: Run) -> None:
 def _stored_teachers(run: Run) -> Iterator[tuple[str, StoredTeacher]]:
     settings, images = run.settings, Images(run.settings)
     base = "slim" if "slim" in settings.stages else "dense"
-    for pattern, recipe in (
-        ("slim/gates", settings.slim.gates),
-        ("slim/retrain", settings.slim.retrain),
-        ("filter/block_*", settings.filter.train),
-        ("supernet", settings.supernet),
-        ("finetune/*", settings.finetune),
-    ):
-        for folder in matching(run.folder, f"{pattern}/{PREDICTIONS}"):
+    for pattern in (f"*/{PREDICTIONS}", f"*/*/{PREDICTIONS}"):
+        for folder in matching(run.folder, pattern):
             name = str(folder.parent.relative_to(run.folder))
-            is_alone = name.endswith("_alone")  # trained as the supernet was
-            own = settings.supernet if is_alone else recipe
+            stage, _, training = name.partition("/")
             used = images.train_set
-            if name.startswith("filter/"):
+            if stage == "filter":
                 used = images.part_of_train_set(settings.filter.train_fraction)
-            teacher = load_model(run.folder / ("dense" if name.startswith("slim/") else base))
-            yield name, stored_teacher(teacher, used, own, name, folder.parent, settings.seed)
+            teacher = load_model(run.folder / ("dense" if stage == "slim" else base))
+            recipe = _recipe_of(settings, stage, training)
+            yield name, stored_teacher(teacher, used, recipe, name, folder.parent, settings.seed)
+
+
+def _recipe_of(settings: Settings, stage: str, training: str) -> Recipe:
+    if training.endswith("_alone"):  # trained as the supernet was
+        return settings.supernet
+    section = getattr(settings, stage)
+    if isinstance(section, Recipe):
+        return section
+    return section.train if stage == "filter" else getattr(section, training)

@@ -1,1 +1,1 @@
-"""How good a model is, and how two compare."""
+"""Metrics of models, and comparisons of two."""

@@ -67,7 +67,7 @@ def budget_name(kind: str, budget: Sequence[float]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """What kind of model a name says: "subnet" for "subnet" and for "subnet 0.55"."""
+    """The kind of model of a name: "subnet" for "subnet" and for "subnet 0.55"."""
     return name.split(" ")[0]
 
 

@@ -1,9 +1,9 @@
-"""How good models are over a set of images that stays on the devices."""
+"""Evaluation of models on images that stay on the devices."""
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,7 +131,7 @@ class EvaluationSet:
 
 @jax.jit(static_argnums=(0, 1, 2))
 def _outputs(structure, quality: Quality, mesh, parameters, images):
-    """What is measured of a model for normalised images, split over the devices as they are."""
+    """The outputs of a model for normalised images, split over the devices as they are."""
 
     def on_one_device(parameters, images):
         return quality.of(functional.merge(structure, parameters), images)
@@ -193,27 +193,29 @@ def evaluate(
         another shape than those that they are compared with.
       ValueError: genes that do not fit the supernet, or genes for a plain model.
     """
-    network, population = _population(model, genes)
-    check_measures(network.spec, evaluation_set)
-    structure, parameters = functional.split(network)
-    mesh, quality = evaluation_set.mesh, evaluation_set.quality
-    run = functools.partial(
-        sum_model_metrics, structure, quality, mesh, replicate(parameters, mesh)
-    )
-    sums: list[list[jax.Array]] = [[] for _ in population]
-    for batch in evaluation_set.batches:
-        for own, one in zip(sums, population, strict=True):
-            own.append(run(batch, one))
-    return means(sums, evaluation_set)
+    found = _on_batches(sum_model_metrics, model, evaluation_set, genes)
+    return means([list(own) for own in zip(*found, strict=True)], evaluation_set)
 
 
-def _population(model: Network | Supernet, genes) -> tuple[Network, Sequence[np.ndarray | None]]:
-    """The network, and what it is run with one after another."""
+def _on_batches(
+    program: Callable,
+    model: Network | Supernet,
+    images: EvaluationSet,
+    genes,
+    batches: slice = slice(None),
+) -> list[list[Any]]:
+    """The results of a program of a model: of each batch, with each of the genes in turn."""
     if not isinstance(model, Network):
-        return model.network, list(np.atleast_2d(model.space.validate(genes)))
-    if genes is not None:
+        network, population = model.network, list(np.atleast_2d(model.space.validate(genes)))
+    elif genes is None:
+        network, population = model, [None]
+    else:
         raise ValueError("a plain model has no genes; pass the Supernet itself")
-    return model, [None]
+    check_measures(network.spec, images)
+    structure, parameters = functional.split(network)
+    parameters = replicate(parameters, images.mesh)
+    run = functools.partial(program, structure, images.quality, images.mesh, parameters)
+    return [[run(batch, one) for one in population] for batch in images.some(batches)]
 
 
 def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
@@ -240,7 +242,7 @@ def top1(
 
 @jax.jit(static_argnums=(0, 1, 2))
 def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
-    """What is kept of each image of a batch, {name: [B]}, whole on every device."""
+    """The values of each image of a batch, {name: [B]}, whole on every device."""
 
     def on_one_device(parameters, batch, genes):
         images, target, _ = batch
@@ -255,7 +257,7 @@ def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
 def evaluate_images(
     model: Network | Supernet, evaluation_set: EvaluationSet, genes=None, batches=slice(None)
 ) -> dict[str, np.ndarray]:
-    """What a model makes of each image, in the order of the images; `evaluate` has the means.
+    """Results of a model on each image, in the order of the images; `evaluate` has the means.
 
     All processes call it and get the same.
 
@@ -272,13 +274,7 @@ def evaluate_images(
     Raises:
       InputError, ValueError: as `evaluate`.
     """
-    network, population = _population(model, genes)
-    check_measures(network.spec, evaluation_set)
-    structure, parameters = functional.split(network)
-    mesh, quality = evaluation_set.mesh, evaluation_set.quality
-    run = functools.partial(of_images, structure, quality, mesh, replicate(parameters, mesh))
-    found = [[run(batch, one) for one in population] for batch in evaluation_set.some(batches)]
-    found = jax.device_get(found)
+    found = jax.device_get(_on_batches(of_images, model, evaluation_set, genes, batches))
     is_image = np.concatenate(evaluation_set.is_image_of[batches])
     columns = {
         name: np.concatenate([[each[name] for each in batch] for batch in found], axis=1)
@@ -305,7 +301,7 @@ class HeldOut:
       images: that the model is not trained on.
       space: of the supernet whose network is trained; None for a plain model.
       decides: a metric of the images, by which the best parameters are chosen; empty: the
-        log-likelihood, or the cosine of images that are compared with a network.
+        top-1, or the cosine of images that are compared with a network.
     """
 
     images: EvaluationSet

@@ -1,4 +1,4 @@
-"""How good a model is: what it says about labelled images, or how like another's its features are.
+"""Metrics: of a model's predictions by labels, or of its features beside another model's.
 
 Each is one value, from which evaluation, search, comparison and report take what differs.
 """
@@ -14,8 +14,7 @@ import optax
 
 from flora_jax.errors import InputError
 from flora_jax.errors.hints import choices
-from flora_jax.models.block import run_blocks
-from flora_jax.models.network import Network
+from flora_jax.models.network import Network, run_blocks
 from flora_jax.models.spec import Spec
 
 
@@ -41,7 +40,7 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """What a value is multiplied by to be shown."""
+        """The factor by which a value is shown."""
         return 100 if self.in_percent else 1
 
     @property
@@ -74,18 +73,16 @@ METRICS = (TOP1, LOG_LIKELIHOOD, COSINE, RELATIVE_ERROR)
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What is measured of a model on a batch of images. Hashable.
+    """The metrics of a kind of network, and their computation on a batch. Hashable.
 
     Attributes:
       metrics: the first is the one that is shown wherever there is room for one.
-      ranks_by: the metric that tells models apart on few images.
       networks: which it is of, for messages.
       outputs: (network, tokens [B*N, D] of its last block) -> what is measured, arrays [B, ...].
       of_images: (outputs, target) -> {name: [B]}, all that is kept of each image.
     """
 
     metrics: tuple[Metric, ...]
-    ranks_by: str
     networks: str
     outputs: Callable[[Network, jax.Array], Any]
     of_images: Callable[[Any, Any], dict[str, jax.Array]]
@@ -105,12 +102,12 @@ class Quality:
         return jnp.sum(values * mask[None], axis=1)[None]
 
     def metric(self, name: str) -> Metric:
-        """The metric of this name, "" standing for `ranks_by`.
+        """The metric of this name, "" standing for the one that is shown.
 
         Raises:
           InputError: it is none of these; names the nearest.
         """
-        name = name or self.ranks_by
+        name = name or self.shown.name
         known = {metric.name: metric for metric in self.metrics}
         if name in known:
             return known[name]
@@ -173,12 +170,10 @@ def relative_error(features: jax.Array, target: jax.Array) -> jax.Array:
     return error / (jnp.square(target).sum(-1) + 1e-6)
 
 
-CLASSIFICATION = Quality(
-    (TOP1, LOG_LIKELIHOOD), "log_likelihood", "with classes", _classify, _of_labelled
-)
-AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "cosine", "without classes", _features, _of_features)
+CLASSIFICATION = Quality((TOP1, LOG_LIKELIHOOD), "with classes", _classify, _of_labelled)
+AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "without classes", _features, _of_features)
 
 
 def quality_of(spec: Spec) -> Quality:
-    """What a network of this spec is measured by: one without classes, by its features."""
+    """The quality of networks of this spec: of one without classes, that of its features."""
     return CLASSIFICATION if spec.num_classes else AGREEMENT

@@ -1,10 +1,12 @@
-"""What an extracted network costs, as a sum over its layers: MACs, parameters, nanoseconds."""
+"""The cost of an extracted network as a sum over its layers: MACs, parameters, nanoseconds."""
 
 import dataclasses
 
 import numpy as np
 
 from flora_jax.models.spec import by_block
+
+Range = tuple[float, float]  # the least and the most that a subnet of a budget may cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class Cost:
         return sum(parts, np.asarray(self.fixed, np.int64))
 
     def of_block(self, block: int, triples: np.ndarray) -> np.ndarray:
-        """What the three layers of a block add at each of its gene triples [K, 3], int64 [K]."""
+        """The cost of a block's three layers at each of its gene triples [K, 3], int64 [K]."""
         layers = by_block(self.layers)[block]
         costs = [layer[column] for layer, column in zip(layers, triples.T, strict=True)]
         return np.sum(costs, axis=0)

@@ -1,4 +1,4 @@
-"""Low-rank aware candidate filtering: the rank triples of each block that stay (FLORA, section 3).
+"""Low-rank aware candidate filtering: the best rank triples of each block (FLORA, section 3).
 
 For each block a local supernet is trained, in which only that block's ranks vary, by uniform draws.
 Every triple of the block is then scored on held-out images, and judged by one number,
@@ -63,25 +63,26 @@ def filter_space(
       recipe: of the local supernets.
       directory: receives a training and the scores of each block; None: nothing is kept.
       drop: share of each block's triples to drop.
-      metric: of the score; empty: top-1, or the cosine.
+      metric: of the score; empty: top-1, or cosine.
       watch_of: of a training's name, as in `flora_jax.train`.
       training: further arguments of `flora_jax.train`.
 
     Raises:
-      InputError: as `flora_jax.train` and `keep_candidates`.
+      InputError, NonFiniteLossError, Stopped: as `flora_jax.train` and `keep_candidates`.
     """
     space, found = supernet.space, []
     folder = None if directory is None else user_path(directory)
-    if isinstance(heldout, ImageSet):
-        heldout = measured_by(heldout.on_devices, space.spec, teacher)
+    heldout = measured_by(heldout, space.spec, teacher)
     quality = heldout.quality
     deciding, shown = quality.metric(metric), quality.shown.name
     with Progress("filter", total=space.num_blocks, unit="block") as progress:
         for block in range(space.num_blocks):
             name = f"block_{block:02d}"
             file = None if folder is None else folder / name / "scores.json"
-            metrics = _read(file)
-            if metrics is None:
+            wait_for_all("scores are looked for")
+            if file is not None and file.exists():
+                metrics = read_json(file)
+            else:
                 local = train(
                     local_supernet(supernet, block),
                     images,
@@ -104,11 +105,6 @@ def filter_space(
     return kept
 
 
-def _read(file: epath.Path | None) -> dict | None:
-    wait_for_all("scores are looked for")
-    return read_json(file) if file is not None and file.exists() else None
-
-
 def local_supernet(supernet: Supernet, block: int) -> Supernet:
     """The supernet whose other blocks stay at full rank."""
     space = supernet.space
@@ -120,7 +116,7 @@ def local_supernet(supernet: Supernet, block: int) -> Supernet:
 def score_block(
     supernet: Supernet, block: int, evaluation_set: EvaluationSet
 ) -> dict[str, np.ndarray]:
-    """Metrics of each kept triple of `block`, others at full rank, in the order of `kept[block]`.
+    """Metrics of each candidate of `block`, other blocks at full rank, in the order of `kept`.
 
     Returns:
       As `flora_jax.evaluate`, with K in the place of P.
@@ -139,6 +135,36 @@ def score_block(
     return means(sums, evaluation_set)
 
 
+def keep_candidates(
+    space: RankSpace, scores: list[np.ndarray], budgets: Sequence[int], drop: float = 0.7
+) -> tuple[RankSpace, list[float]]:
+    """The space of the candidates that stay at the price of any budget, and the prices.
+
+    Args:
+      space: of all candidates, the full-rank triple of every block among them.
+      scores: one float array [K_b] a block, aligned with `space.kept`.
+      budgets: MACs of the whole network for one image.
+      drop: share of each block's triples to drop, at each price.
+
+    Raises:
+      InputError: full rank is no candidate, or a budget is below the least MACs of the space.
+      ValueError: scores do not fit the space, or one is not finite.
+    """
+    if not space.contains(space.full_rank_genes):
+        raise InputError("filtering needs a space that keeps the full-rank triple of every block")
+    if min(budgets) < space.macs_range()[0]:
+        raise InputError(
+            f"budget {min(budgets)} is below the least MACs of the space, {space.macs_range()[0]}"
+        )
+    macs = [space.block_macs(b) for b in range(space.num_blocks)]
+    prices = [budget_price(scores, macs, budget - space.fixed_macs) for budget in budgets]
+    kept = []
+    for triples, score, cost in zip(space.kept, scores, macs, strict=True):
+        at_each = [keep_triples(score, cost, price, drop) for price in prices]
+        kept.append(triples[np.unique(np.concatenate(at_each))])
+    return space.keep(kept), prices
+
+
 def budget_price(scores: list[np.ndarray], macs: list[np.ndarray], budget: int) -> float:
     """The price of a MAC under "least total accuracy drop within the MAC budget".
 
@@ -154,8 +180,8 @@ def budget_price(scores: list[np.ndarray], macs: list[np.ndarray], budget: int) 
       Accuracy per MAC, at least 0; 0 when the most accurate triples fit already.
 
     Raises:
-      ValueError: scores and macs differ in shape, a score is not finite, or the budget is below
-        the cheapest total.
+      InputError: the budget is below the cheapest total.
+      ValueError: scores and macs differ in shape, or a score is not finite.
     """
     scores = [np.asarray(score, np.float64) for score in scores]
     macs = [np.asarray(cost, np.int64) for cost in macs]
@@ -182,7 +208,11 @@ def keep_triples(
       score: float [N], top1 of each triple.
       macs: int [N].
       price: accuracy per MAC.
-      drop: share to drop, in [0, 1).
+      drop: share to drop.
+
+    Raises:
+      InputError: drop lies outside [0, 1).
+      ValueError: score and macs differ in shape, or a score is not finite.
     """
     if not 0 <= drop < 1:
         raise InputError(f"drop must lie in [0, 1), got {drop}")
@@ -193,47 +223,6 @@ def keep_triples(
     best_first = np.lexsort((macs, -(score - price * macs)))
     others = best_first[best_first != full_rank]
     return np.sort(np.append(others[: count - 1], full_rank))
-
-
-def keep_candidates(
-    space: RankSpace, scores: list[np.ndarray], budgets: Sequence[int], drop: float = 0.7
-) -> tuple[RankSpace, list[float]]:
-    """The space of the triples kept at the price of any budget, and the prices.
-
-    Args:
-      space: every block of it keeps the full-rank triple.
-      scores: one float array [K_b] a block, aligned with `space.kept`.
-      budgets: MACs of the whole network for one image.
-      drop: share of each block's triples to drop, at each price.
-
-    Raises:
-      ValueError: scores do not fit the space, or a budget is below its least MACs.
-    """
-    if not space.contains(space.full_rank_genes):
-        raise InputError("filtering needs a space that keeps the full-rank triple of every block")
-    if min(budgets) < space.macs_range()[0]:
-        raise InputError(
-            f"budget {min(budgets)} is below the least MACs of the space, {space.macs_range()[0]}"
-        )
-    macs = [space.block_macs(b) for b in range(space.num_blocks)]
-    prices = [budget_price(scores, macs, budget - space.fixed_macs) for budget in budgets]
-    kept = []
-    for triples, score, cost in zip(space.kept, scores, macs, strict=True):
-        at_each = [keep_triples(score, cost, price, drop) for price in prices]
-        kept.append(triples[np.unique(np.concatenate(at_each))])
-    return space.keep(kept), prices
-
-
-def _check_aligned(scores: list[np.ndarray], macs: list[np.ndarray]) -> None:
-    if len(scores) != len(macs):
-        raise ValueError(f"expected scores of {len(macs)} blocks, got {len(scores)}")
-    for b, (score, cost) in enumerate(zip(scores, macs, strict=True)):
-        if score.shape != cost.shape or score.ndim != 1:
-            raise ValueError(
-                f"block {b} has scores of shape {score.shape} for macs of shape {cost.shape}"
-            )
-        if not np.isfinite(score).all():
-            raise ValueError(f"block {b} has a score that is not finite")
 
 
 def hull_options(score: np.ndarray, macs: np.ndarray) -> list[int]:
@@ -258,3 +247,15 @@ def _hull_steps(score: np.ndarray, macs: np.ndarray) -> np.ndarray:
 
 def _slope(score: np.ndarray, macs: np.ndarray, a: int, b: int) -> float:
     return (score[b] - score[a]) / (macs[b] - macs[a])
+
+
+def _check_aligned(scores: list[np.ndarray], macs: list[np.ndarray]) -> None:
+    if len(scores) != len(macs):
+        raise ValueError(f"expected scores of {len(macs)} blocks, got {len(scores)}")
+    for b, (score, cost) in enumerate(zip(scores, macs, strict=True)):
+        if score.shape != cost.shape or score.ndim != 1:
+            raise ValueError(
+                f"block {b} has scores of shape {score.shape} for macs of shape {cost.shape}"
+            )
+        if not np.isfinite(score).all():
+            raise ValueError(f"block {b} has a score that is not finite")

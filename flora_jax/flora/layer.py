@@ -21,7 +21,7 @@ from flax import nnx
 
 from flora_jax.models.functional import Slot
 from flora_jax.models.layers import add_bias, zero_bias
-from flora_jax.models.linear_shape import LinearShape
+from flora_jax.models.spec import LinearShape
 
 Ranks = tuple[int, ...]
 
@@ -102,7 +102,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 def default_implementation() -> str:
-    """What is fastest on this platform; figures in docs/performance.md.
+    """The fastest form on this platform; figures in docs/performance.md.
 
     On TPU the branches of the sliced form make a program of over 1 GB; v2 to v4 have too little
     vector memory for the tiles of large layers, or no bfloat16 matrix unit that takes them.

@@ -10,71 +10,49 @@ exact here, without rejection.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
 from flora_jax.errors import InputError, unknown
 from flora_jax.flora.cost import Cost
-from flora_jax.models.spec import Spec, by_block
+from flora_jax.models.spec import LinearShape
 
 SAMPLINGS = ("low_rank_aware", "uniform")
-Draw = Callable[[int], np.ndarray]  # step -> genes int32 [L]
-
-
-class Triples(Protocol):
-    """The part of a `RankSpace` that is drawn from: kept triples, and the ranks they stand for."""
-
-    @property
-    def spec(self) -> Spec: ...
-
-    @property
-    def choices(self) -> tuple[tuple[int, ...], ...]: ...
-
-    @property
-    def kept(self) -> tuple[np.ndarray, ...]: ...
-
-
-def sample(space: Triples, rng: np.random.Generator, n: int, sampling: str) -> np.ndarray:
-    """`n` random genes int32 [n, L] of the kept triples. Raises as `RankSpace.sample`."""
-    if sampling not in SAMPLINGS:
-        raise InputError(unknown("sampling", sampling, SAMPLINGS))
-    picks = [
-        rng.choice(len(triples), size=n, p=weights / weights.sum())
-        for triples, weights in zip(space.kept, _weights(space, sampling), strict=True)
-    ]
-    return np.concatenate(
-        [triples[pick] for triples, pick in zip(space.kept, picks, strict=True)], axis=1
-    )
-
-
-def _weights(space: Triples, sampling: str) -> Iterator[np.ndarray]:
-    """The weight of each kept triple of a block, float64 [K_b]."""
-    of_blocks = zip(space.kept, space.spec.block_layers, by_block(space.choices), strict=True)
-    for triples, layers, ranks in of_blocks:
-        weights = np.ones(len(triples))
-        if sampling == "low_rank_aware":
-            for layer, of_layer, column in zip(layers, ranks, triples.T, strict=True):
-                weights *= layer.full_rank / np.array(of_layer)[column]
-        yield weights
-
-
-def draw_by_step(space: Triples, sampling: str, seed: int) -> Draw:
-    """A subnet a step: a function step -> genes int32 [L], the same on every host."""
-    return lambda step: sample(space, np.random.default_rng([seed, step]), 1, sampling)[0]
-
-
 _MAX_CELLS = 2**17
 
 
-class WindowSampler:
-    """Uniform draws of genes with the total cost in a window, without rejection.
+def triple_weights(
+    sampling: str,
+    layers: Sequence[LinearShape],
+    ranks: Sequence[Sequence[int]],
+    triples: np.ndarray,
+) -> np.ndarray:
+    """The weights by which a sampling draws a block's triples, float64 [K].
+
+    Args:
+      layers, ranks: the block's three layers, and the ranks that their genes stand for.
+      triples: int32 [K, 3], genes.
+
+    Raises:
+      InputError: an unknown sampling.
+    """
+    if sampling not in SAMPLINGS:
+        raise InputError(unknown("sampling", sampling, SAMPLINGS))
+    weights = np.ones(len(triples))
+    if sampling == "low_rank_aware":
+        for layer, of_layer, genes in zip(layers, ranks, triples.T, strict=True):
+            weights *= layer.full_rank / np.array(of_layer)[genes]
+    return weights
+
+
+class RangeSampler:
+    """Uniform draws of genes with the total cost in a range, without rejection.
 
     Costs are counted in cells of their greatest common divisor; dynamic programming from the last
     block backwards gives the share of completions at every total, so a draw fixes the total first
     and then block after block. Above 2**17 cells a cell is made wider and a cost is rounded down
-    to it; then only totals that lie in the window whatever was rounded off are drawn, so every
+    to it; then only totals that lie in the range whatever was rounded off are drawn, so every
     draw is legal, and what is lost is a strip of at most one cell a block at either end.
 
     Args:
@@ -110,7 +88,7 @@ class WindowSampler:
         """Genes int32 [n, L]; InputError where nothing costs lo..hi."""
         if not lo <= hi:
             raise InputError(
-                f"the {self.cost.unit} window [{lo}, {hi}] is empty: lo must not exceed hi"
+                f"the {self.cost.unit} range [{lo}, {hi}] is empty: lo must not exceed hi"
             )
         if lo > self._most or hi < self._least:
             raise self._unreachable(lo, hi)
@@ -150,8 +128,8 @@ class WindowSampler:
         unit, advice = self.cost.unit, ""
         if self._rounded_off:
             width = self._cell + self._rounded_off
-            advice = f"; use a window at least {width} {unit} wide"
+            advice = f"; use a range at least {width} {unit} wide"
         return InputError(
-            f"no kept genes found inside the {unit} window [{lo}, {hi}]; the space reaches "
+            f"no kept genes found inside the {unit} range [{lo}, {hi}]; the space reaches "
             f"{self._least}..{self._most}, the nearest found costs {self.cost(genes)[0]}{advice}"
         )

@@ -1,4 +1,6 @@
-"""The ranks a network may take: genes, their exact cost, and random draws of them.
+"""The ranks a network may take: genes, their exact cost, and random draws (FLORA, section 3).
+
+    rank of a layer = round(ratio * full rank),    ratio in 1/8, 2/8, .. 6/8, 1
 
 Genes are indices into each layer's rank choices, int32 [..., L]. Searchable layers come block by
 block as (qkv, fc1, fc2), so three genes of a block are a triple. Costs are those of the extracted
@@ -14,19 +16,19 @@ import numpy as np
 
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
-from flora_jax.flora.sampling import WindowSampler
-from flora_jax.flora.sampling import sample as sampling_of
+from flora_jax.flora.sampling import RangeSampler, triple_weights
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RankSpace:
-    """Rank choices of every searchable layer and the gene triples kept in every block.
+    """Rank choices of every searchable layer and the candidates of every block.
 
     Attributes:
       spec: the dense network.
       choices: L tuples of ascending ranks; the last one is the layer's full rank.
-      kept: one int32 array [K_b, 3] of gene triples a block, in lexicographic order.
+      kept: the candidates: one int32 array [K_b, 3] of gene triples a block, in lexicographic
+        order.
 
     Raises:
       InputError: the spec is not dense, choices do not ascend to full rank, or kept triples are
@@ -120,7 +122,7 @@ class RankSpace:
         return dataclasses.replace(self, kept=tuple(kept))
 
     def to_json(self) -> dict:
-        """Choices and kept triples as plain lists; the spec is saved elsewhere."""
+        """Choices and candidates as plain lists; the spec is saved elsewhere."""
         return {
             "choices": [list(ranks) for ranks in self.choices],
             "kept": [triples.tolist() for triples in self.kept],
@@ -153,14 +155,14 @@ class RankSpace:
 
     @property
     def cheapest_genes(self) -> np.ndarray:
-        """int32 [L]: the kept triple of the least MACs in every block."""
+        """int32 [L]: the candidate of the least MACs in every block."""
         return np.concatenate(
             [triples[self.block_macs(b).argmin()] for b, triples in enumerate(self.kept)]
         )
 
     @property
     def middle_genes(self) -> np.ndarray:
-        """int32 [L]: in every block the kept triple nearest to the middle choice of each layer."""
+        """int32 [L]: in every block the candidate nearest to the middle choice of each layer."""
         middle = self.full_rank_triples // 2
         distances = (abs(triples - m).sum(-1) for triples, m in zip(self.kept, middle, strict=True))
         return np.concatenate([t[d.argmin()] for t, d in zip(self.kept, distances, strict=True)])
@@ -214,7 +216,7 @@ class RankSpace:
         return Cost("parameters", fixed, self._weights)(self.validate(genes))
 
     def block_macs(self, block: int) -> np.ndarray:
-        """int64 [K_b]: MACs of the three searchable layers for each kept triple of a block."""
+        """int64 [K_b]: MACs of the three searchable layers for each candidate of a block."""
         return self.macs_cost.of_block(block, self.kept[block])
 
     def macs_range(self) -> tuple[int, int]:
@@ -233,29 +235,34 @@ class RankSpace:
         return inside
 
     def sample(self, rng: np.random.Generator, n: int, sampling: str = "uniform") -> np.ndarray:
-        """`n` random genes int32 [n, L], blocks independent, over the kept triples.
+        """`n` random genes int32 [n, L], blocks independent, over the candidates.
 
-        Sampling "low_rank_aware" draws a triple with probability proportional to the product of
-        1/ratio over its layers, ratio = rank / full rank (`flora_jax/flora/sampling.py`).
+        "low_rank_aware" draws a triple with probability proportional to the product of 1/ratio over
+        its layers, ratio = rank / full rank.
 
         Raises:
           InputError: an unknown sampling.
         """
-        return sampling_of(self, rng, n, sampling)
+        of_blocks = zip(self.kept, self.spec.block_layers, by_block(self.choices), strict=True)
+        genes = []
+        for triples, layers, ranks in of_blocks:
+            weights = triple_weights(sampling, layers, ranks, triples)
+            genes.append(triples[rng.choice(len(triples), size=n, p=weights / weights.sum())])
+        return np.concatenate(genes, axis=1)
 
     def sample_within(self, rng: np.random.Generator, n: int, macs) -> np.ndarray:
         """`n` genes int32 [n, L], uniform over the kept ones with macs inside [lo, hi].
 
-        See WindowSampler for how spaces with very many distinct costs are treated.
+        See RangeSampler for how spaces with very many distinct costs are treated.
 
         Raises:
           InputError: no kept genes cost lo..hi; names the feasible range and the nearest MACs.
         """
-        return self._window_sampler.draw(rng, n, *macs)
+        return self._range_sampler.draw(rng, n, *macs)
 
     @functools.cached_property
-    def _window_sampler(self) -> WindowSampler:
-        return WindowSampler(self.kept, self.macs_cost)
+    def _range_sampler(self) -> RangeSampler:
+        return RangeSampler(self.kept, self.macs_cost)
 
     def uniform_ranks_within(self, hi: int) -> tuple[int, ...]:
         """L ranks at the largest common ratio whose extracted network costs at most `hi` MACs.

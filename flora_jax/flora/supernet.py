@@ -1,4 +1,10 @@
-"""The low-rank supernet, and the extraction of a subnet (FLORA, section 3)."""
+"""The low-rank supernet, and the extraction of a subnet (FLORA, section 3).
+
+    kernel of a layer = down[:r].T @ up[:r],    stored dense where r * (in + out) >= in * out
+
+The published code counts the MACs of the cheaper form, but builds subnets with a pair of factors at
+every rank below full; here the extracted network is what is counted.
+"""
 
 import dataclasses
 
@@ -12,8 +18,8 @@ from flora_jax.flora.space import RankSpace
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import check_images
-from flora_jax.models.linear_shape import LinearShape, Rank
 from flora_jax.models.network import Network
+from flora_jax.models.spec import LinearShape, Rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,33 +70,6 @@ class Supernet:
         return _forward(structure, parameters, images, jnp.asarray(genes))
 
 
-@jax.jit(static_argnums=0)
-def _forward(structure, parameters, images, genes):
-    return functional.merge(structure, parameters, genes)(images)
-
-
-def abstract_supernet(space: RankSpace, implementation: str | None = None) -> Supernet:
-    """A supernet whose parameters are shapes without values: the target of a restore."""
-    return Supernet(_abstract_network(space, implementation), space)
-
-
-def _abstract_network(space: RankSpace, implementation: str | None) -> Network:
-    implementation = implementation or default_implementation()
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(unknown("implementation", implementation, IMPLEMENTATIONS))
-    ranks_of = {layer.name: c for layer, c in zip(space.spec.layers, space.choices, strict=True)}
-
-    def ranked(layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> RankedLinear:
-        return RankedLinear(layer, ranks_of[layer.name], implementation, rngs=rngs)
-
-    return create_abstract(space.spec, linear=ranked)
-
-
-def _check_one_subnet(genes) -> None:
-    if genes.ndim != 1:
-        raise InputError(f"genes have shape {genes.shape}; pass one subnet at a time")
-
-
 def extract(supernet: Supernet, genes) -> Network:
     """The chosen subnet as a smaller plain model, equal to the supernet at these genes.
 
@@ -121,3 +100,30 @@ def extract_ranks(supernet: Supernet, ranks: tuple[int, ...]) -> Network:
             stored_ranks.append(rank)
     spec = space.spec.with_ranks(tuple(stored_ranks))
     return functional.with_parameters(create_abstract(spec), parameters)
+
+
+def abstract_supernet(space: RankSpace, implementation: str | None = None) -> Supernet:
+    """A supernet whose parameters are shapes without values: the target of a restore.
+
+    Raises:
+      InputError: the implementation is unknown.
+    """
+    implementation = implementation or default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(unknown("implementation", implementation, IMPLEMENTATIONS))
+    ranks_of = {layer.name: c for layer, c in zip(space.spec.layers, space.choices, strict=True)}
+
+    def ranked(layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs) -> RankedLinear:
+        return RankedLinear(layer, ranks_of[layer.name], implementation, rngs=rngs)
+
+    return Supernet(create_abstract(space.spec, linear=ranked), space)
+
+
+def _check_one_subnet(genes) -> None:
+    if genes.ndim != 1:
+        raise InputError(f"genes have shape {genes.shape}; pass one subnet at a time")
+
+
+@jax.jit(static_argnums=0)
+def _forward(structure, parameters, images, genes):
+    return functional.merge(structure, parameters, genes)(images)

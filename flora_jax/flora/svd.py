@@ -1,4 +1,10 @@
-"""Weight inheritance by SVD: a dense model's kernels as pairs of factors (FLORA, section 3)."""
+"""Weight inheritance by SVD: a dense model's kernels as pairs of factors (FLORA, section 3).
+
+    kernel = U S V^T,    down = (U S)^T, up = V^T;    of fc2 down = U^T, up = S V^T, as published
+
+Ours is the norm in which the leading components are the best: that of a calibration, where one is
+given (`flora_jax/closed_form/calibrate.py`), in the place of the identity's.
+"""
 
 import logging
 import os
@@ -14,8 +20,8 @@ from flora_jax.errors import InputError, few
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet, abstract_supernet
 from flora_jax.models import functional
-from flora_jax.models.linear_shape import LinearShape
 from flora_jax.models.network import Network
+from flora_jax.models.spec import LinearShape
 
 log = logging.getLogger(__name__)
 

@@ -38,21 +38,20 @@ def closed_form(run: Run) -> None:
     """Calibrate, allocate, cut out and fine-tune."""
     dense = shared.start(run)
     base = slim_where_named(run, dense)
-    plain = run.derived(inherit, base, run.settings.space)
-    supernet = calibrated(run, base, plain)
+    supernet = calibrated(run, base, otherwise=shared.inherited(run, base))
     latency = shared.latency_table(run, run.derived(_space_of, supernet))
     found = allocated(run, supernet, base, latency)
     shared.cut_and_finish(run, base, supernet, supernet, found, None, latency)
 
 
-def calibrated(run: Run, base: Result, plain: Result) -> Result:
-    """The supernet with factors weighed by what enters each layer, or the plain one."""
+def calibrated(run: Run, base: Result, otherwise: Result) -> Result:
+    """The supernet with factors weighed by what enters each layer, or another."""
     return run.step(
         "calibrate",
         weigh_factors,
         *(base, run.settings.space, run.settings.calibration),
         saved=SavedSupernet("inherited"),
-        otherwise=plain,
+        otherwise=otherwise,
     )
 
 
@@ -65,11 +64,6 @@ def allocated(run: Run, supernet: Result, base: Result, latency: Result | None) 
         *(supernet, base, run.spec, settings.spending, latency, settings.allocation),
         saved=SavedJson(ALLOCATION_FILE),
     )
-
-
-def inherit(base: Network, space: SpaceSettings) -> Supernet:
-    """The supernet of the plain SVD."""
-    return factorize(base, space.of(base.spec))
 
 
 def _space_of(supernet: Supernet):

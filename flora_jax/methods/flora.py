@@ -28,7 +28,6 @@ from flora_jax.flora.filter import filter_space
 from flora_jax.flora.sampling import SAMPLINGS
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet
-from flora_jax.flora.svd import factorize
 from flora_jax.methods import closed_form, shared
 from flora_jax.methods.slim import slim_where_named
 from flora_jax.models.network import Network
@@ -48,6 +47,7 @@ from flora_jax.runs.settings import (
 )
 from flora_jax.runs.workdir import Run, SavedJson, SavedSpace, SavedSupernet, Step, Unhashed
 from flora_jax.training.settings import Recipe
+from flora_jax.training.train import train
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def flora(run: Run) -> None:
     settings, spending = run.settings, run.settings.spending
     dense = shared.start(run)
     base = slim_where_named(run, dense)
-    inherited = closed_form.calibrated(run, base, plain=run.derived(inherit, base, settings.space))
+    inherited = closed_form.calibrated(run, base, otherwise=shared.inherited(run, base))
     macs = tuple(high for _, high in settings.budget.windows("macs"))
     candidates = run.step(
         "filter",
@@ -90,11 +90,6 @@ def flora(run: Run) -> None:
     shared.cut_and_finish(run, base, inherited, supernet, winners, allocated, latency)
 
 
-def inherit(base: Network, space: SpaceSettings) -> Supernet:
-    """The supernet of the plain SVD, as published."""
-    return factorize(base, space.of(base.spec))
-
-
 def every_candidate(base: Network, space: SpaceSettings) -> RankSpace:
     """The space of every rank triple."""
     return space.of(base.spec)
@@ -115,19 +110,19 @@ def filter_candidates(
     budgets: Sequence[float],
 ) -> RankSpace:
     """FLORA: keeps the best rank triples of each block"""
+    place = step.training()
+    del place["name"], place["watch"]  # each block has its own
     return filter_space(
         inherited,
         step.images.part_of_train_set(settings.train_fraction),
         step.images.measured(step.images.heldout_set, dense),
         [round(share * dense.spec.macs()) for share in budgets],
         settings.train,
-        directory=step.directory,
         teacher=base,
         drop=settings.drop,
         metric=metric,
-        seed=step.run.settings.seed,
         watch_of=step.watch,
-        **step.how,
+        **place,
     )
 
 
@@ -151,9 +146,11 @@ def train_supernet(
             file = step.directory / "sensitivity.json"
             _, drops = closed_form.measured_sensitivity(step, supernet, base, allocation, file)
             sample = nested(space, multiplier_path(drops, space.macs_cost), seed)
-    return step.train(
+    return train(
         supernet,
+        step.images.train_set,
         recipe,
+        **step.training(),
         teacher=base,
         sample=sample,
         heldout=step.images.looked_at(dense),

@@ -4,47 +4,38 @@ and report at the end."""
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from safetensors import numpy as safetensors
 
-from flora_jax.cluster.processes import by_the_first
-from flora_jax.evaluation.comparison import baseline_pairs, compare
-from flora_jax.evaluation.evaluate import evaluate_images, top1
-from flora_jax.evaluation.quality import Quality
-from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
+from flora_jax.evaluation.evaluate import top1
+from flora_jax.flora.extras.latency import LatencyTable, measure
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet, extract_ranks
-from flora_jax.io.files import read_json, replacing, write_json_once
+from flora_jax.flora.svd import factorize
+from flora_jax.io.files import read_json, write_json_once
+from flora_jax.methods.evaluate import evaluate
 from flora_jax.methods.export import export
 from flora_jax.models.factory import create
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.report.table import DATA
 from flora_jax.runs.budgets import (
     LATENCY_FILE,
     budgets_of,
     extracted_kinds,
-    finished_models,
     read_found,
     uniform_ranks,
 )
-from flora_jax.runs.checks import check_budget, check_not_chance, warn_of_remembered_images
-from flora_jax.runs.model_files import report_models_once
-from flora_jax.runs.settings import Spending
+from flora_jax.runs.checks import check_budget, check_not_chance
+from flora_jax.runs.settings import SpaceSettings, Spending
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, After, Result, Run, SavedModel, Step
-from flora_jax.timing import median_ratio
 from flora_jax.training.probe import fit_classifier, has_no_classifier
 from flora_jax.training.settings import Recipe
+from flora_jax.training.train import train
 from flora_jax.weights import folder
 from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)
-
-PerImage = dict[str, np.ndarray]
 
 
 def start(run: Run) -> Result:
@@ -75,7 +66,8 @@ def make_dense(
         model = create(spec, step.seed_of("create"))
     if recipe is not None:
         folder.save_description_once(model, step.directory)
-        model = step.train(model, recipe, heldout=step.images.looked_at(), metric=metric)
+        images, looks = step.images.train_set, step.images.looked_at()
+        model = train(model, images, recipe, **step.training(), heldout=looks, metric=metric)
     if step.images.are_labelled:
         share = float(top1(model, step.images.heldout_set))
         log.info("dense model: %.2f %% top-1 held-out", 100 * share)
@@ -94,6 +86,16 @@ def with_classifier(step: Step, model: Network, probe_images: int) -> Network:
     share = 100 * top1(model, images.heldout_set)
     log.info("new classifier, a linear probe: %.2f %% top-1 held-out", share)
     return model
+
+
+def inherited(run: Run, base: Result) -> Result:
+    """The supernet of the plain SVD, as published."""
+    return run.derived(inherit, base, run.settings.space)
+
+
+def inherit(base: Network, space: SpaceSettings) -> Supernet:
+    """Factors of the plain SVD."""
+    return factorize(base, space.of(base.spec))
 
 
 def latency_table(run: Run, space: Result) -> Result | None:
@@ -208,12 +210,20 @@ def fine_tune(
     """
     workdir = step.run.folder
 
-    def train(model: Network, own: Recipe, name: str) -> Network:
+    def trained(model: Network, own: Recipe, name: str) -> Network:
         if not own.epochs:
             return model
         folder.save_description_once(model, workdir / name)
         looks = step.images.looked_at(folder.load_model(workdir / "dense"))
-        return step.train(model, own, name, teacher=base, heldout=looks, metric=metric)
+        return train(
+            model,
+            step.images.train_set,
+            own,
+            **step.training(name),
+            teacher=base,
+            heldout=looks,
+            metric=metric,
+        )
 
     for budget in budgets_of(spending, dense, latency):
         twin = budget.folder("subnet")
@@ -226,8 +236,8 @@ def fine_tune(
                 folder.save_once(folder.load_model(workdir / twin), workdir / name)
                 continue
             if kind == "uniform" and alone is not None:
-                model = train(model, alone, f"finetune/{name}_alone")
-            model = train(model, recipe, f"finetune/{name}")
+                model = trained(model, alone, f"finetune/{name}_alone")
+            model = trained(model, recipe, f"finetune/{name}")
             folder.save_once(model, workdir / name)
 
 
@@ -246,99 +256,3 @@ def report(step: Step, models: None) -> None:
     from flora_jax.report.report import report  # Matplotlib takes 0.4 seconds
 
     report(step.run, step.images)
-
-
-def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrained: bool) -> None:
-    """compares all models on the test images: result.json
-
-    It is the only look at them.
-    """
-    run, images = step.run, step.images
-    finished = list(finished_models(run))
-    dense = None
-    if "pretrain" in run.settings.stages:
-        dense = folder.load_model(run.folder / "dense")
-    test_set = images.measured(images.evaluation_set(images.splits.test), dense)
-    entries, specs, found = {}, {}, {}
-    for _, name, path, budget in finished:
-        model = folder.load_model(run.folder / path)
-        specs[name], found[name] = model.spec, evaluate_images(model, test_set)
-        entries[name] = _entry(specs[name], test_set.quality, found[name])
-        if name == "dense" and is_pretrained and images.are_labelled:
-            heldout = images.heldout_set
-            share = float(top1(model, heldout))
-            numbers = heldout.num_images, entries[name]["top1"], test_set.num_images
-            warn_of_remembered_images(share, *numbers)
-        if budget is not None:
-            entries[name]["budget"] = budget.shares
-    labels = test_set.labels if run.spec.num_classes else None
-    save_images_once(run.folder / TEST_IMAGES_FILE, labels, found)
-    for name, against in compare(found, baseline_pairs(found)).items():
-        entries[name]["against"] = against
-        if "dense" in against and run.spec.num_classes:
-            entries[name]["agreement"] = _agreement(found[name], found["dense"])
-    for name, ms in _milliseconds(run.spec, latency, specs).items():
-        entries[name]["ms"] = ms
-    result: dict[str, Any] = {}
-    for kind, name, _, budget in finished:
-        if budget is None or budget.is_only:
-            result[kind] = entries[name]
-        else:
-            result.setdefault(kind, []).append(entries[name])
-    result[DATA] = {
-        "classes": list(images.class_names),
-        "left_out": {
-            "train": images.splits.train.left_out,
-            "test": images.splits.test.left_out,
-        },
-        "test_images": test_set.num_images,
-        "skipped_test_images": len(images.splits.test) - test_set.num_images,
-    }
-    write_json_once(run.folder / "result.json", result)
-    about = {
-        "dataset": run.settings.data.name,
-        "test_images": test_set.num_images,
-        "labels_of": "the dataset" if images.splits.num_classes else "the dense model",
-    }
-    report_models_once(run.folder, entries, {name: path for _, name, path, _ in finished}, about)
-
-
-@by_the_first
-def save_images_once(
-    path: epath.Path, labels: np.ndarray | None, found: dict[str, PerImage]
-) -> None:
-    """Writes what each model makes of each image. Raises as `replacing`.
-
-    Args:
-      labels: int32 [n]; stored as "label".
-      found: {model: what `evaluate_images` gives}; stored as "model/is_correct" (uint8 [n]),
-        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]), or as "model/cosine"
-        and "model/relative_error" (float32 [n]).
-    """
-    tensors = {} if labels is None else {"label": labels}
-    for model, values in found.items():
-        for name, value in values.items():
-            is_bool = value.dtype == bool
-            tensors[f"{model}/{name}"] = value.astype(np.uint8) if is_bool else value
-    with replacing(path) as partial:
-        partial.write_bytes(safetensors.save(tensors))
-
-
-def _entry(spec: Spec, quality: Quality, found: PerImage) -> dict:
-    means = {m.name: float(found[m.of_image].mean(dtype=np.float64)) for m in quality.metrics}
-    return means | {"macs": spec.macs(), "params": spec.num_params()}
-
-
-def _agreement(ours: PerImage, theirs: PerImage) -> float:
-    """Share of the images of which both predict the same class."""
-    return float((ours["predicted"] == theirs["predicted"]).mean())
-
-
-def _milliseconds(
-    dense: Spec, latency: LatencyTable | None, specs: dict[str, Spec]
-) -> dict[str, float]:
-    """Times of the finished models, on the scale of the table that the search used."""
-    if latency is None:
-        return {}
-    times = measure_networks(specs | {"dense": dense}, latency.batch_size, latency.dtype)
-    return {name: latency.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}

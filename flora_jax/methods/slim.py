@@ -17,7 +17,8 @@ from flora_jax.models.spec import Spec
 from flora_jax.runs.checks import check_macs_budget, warn_of_idle_gates
 from flora_jax.runs.settings import SlimSettings
 from flora_jax.runs.workdir import Result, Run, SavedModel, Step
-from flora_jax.slim.masks import DECISION_FILE, write_decision_once
+from flora_jax.slim.threshold import DECISION_FILE, write_decision_once
+from flora_jax.training.train import train
 from flora_jax.weights import folder
 
 log = logging.getLogger(__name__)
@@ -62,18 +63,25 @@ def cut_and_retrain(step: Step, dense: Network, settings: SlimSettings, metric: 
     folder.save_once(small, step.directory / "cut")
     folder.save_description_once(small, step.directory / "retrain")
     looks = step.images.looked_at(dense)
-    return step.train(
-        small, settings.retrain, "slim/retrain", teacher=dense, heldout=looks, metric=metric
+    return train(
+        small,
+        step.images.train_set,
+        settings.retrain,
+        **step.training("slim/retrain"),
+        teacher=dense,
+        heldout=looks,
+        metric=metric,
     )
 
 
 def train_gates(step: Step, dense: Network, settings: SlimSettings, metric: str) -> vit_slim.Gated:
     """Trains the dense model with gates, whose l1 norm is a part of the loss."""
     gated = vit_slim.add_gates(dense, settings.attention, settings.tokens)
-    gated = step.train(
+    gated = train(
         gated,
+        step.images.train_set,
         settings.gates,
-        "slim/gates",
+        **step.training("slim/gates"),
         teacher=dense,
         penalty=settings.penalty,
         heldout=step.images.looked_at(dense),

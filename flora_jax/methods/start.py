@@ -92,13 +92,12 @@ def run(
 
 
 def script_of(settings: Settings) -> Script:
-    """The method whose steps the settings name among their stages."""
+    """The first method that has all of the stages."""
     stages = set(settings.stages)
-    if "transfer" in stages:
-        return transfer
-    if stages & {"filter", "supernet", "search"}:
-        return flora
-    return closed_form if "extract" in stages or "slim" not in stages else slim
+    for method in (transfer, slim, closed_form):
+        if stages <= set(listing.steps_of(method.__name__)):
+            return method
+    return flora
 
 
 _NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract"}}

@@ -10,6 +10,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.runs.workdir import Run, SavedModel, Step
 from flora_jax.training.settings import Recipe
+from flora_jax.training.train import train
 from flora_jax.weights import folder
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -34,4 +35,5 @@ def fine_tune_on_other_classes(
     model = shared.with_classifier(step, from_pretrained(pretrained, spec), probe_images)
     folder.save_description_once(model, step.directory / "training")
     looks = step.images.looked_at()
-    return step.train(model, recipe, "transfer/training", heldout=looks, metric=metric)
+    place = step.training("transfer/training")
+    return train(model, step.images.train_set, recipe, **place, heldout=looks, metric=metric)

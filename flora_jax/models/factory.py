@@ -5,9 +5,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from flora_jax.models.block import Block
 from flora_jax.models.layers import MakeLinear, make_linear
-from flora_jax.models.network import Network
+from flora_jax.models.network import Block, Network
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin import Swin
 from flora_jax.models.tiny_vit import TinyViT

@@ -1,15 +1,126 @@
-"""What the networks of all families have in common: an embedding, blocks and a classifier."""
+"""The common parts of all families' networks: patch embedding, blocks, classifier."""
 
 import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.models.block import RunBlocks, run_blocks
-from flora_jax.models.layers import Linear
-from flora_jax.models.spec import Spec
+from flora_jax.models.layers import LAYER_OUTPUT, LayerNorm, Linear
+from flora_jax.models.spec import BlockInput, Spec
+from flora_jax.models.windows import Windows
 
 CLASSIFIERS = ("head", "head_dist")  # the modules that logits come from
+BLOCK_OUTPUT = "block_output"  # what rematerialisation keeps
+_PERIODS = (1, 2)  # Swin shifts the windows of every other block
+
+
+class Block(nnx.Module):
+    """Pre-norm block, in two halves so that a search can score them apart. x [B*N, D].
+
+    A stage's first block may begin with a `downsample` of all tokens. Where attention stays inside
+    `windows`, it sees the tokens window by window. A `local_conv` follows it in hybrids.
+    """
+
+    def __init__(
+        self,
+        into: BlockInput,
+        attention: nnx.Module,
+        mlp: nnx.Module,
+        epsilon: float,
+        downsample: nnx.Module | None = None,
+        windows: Windows | None = None,
+        local_conv: nnx.Module | None = None,
+    ):
+        self.downsample, self.windows, self.local_conv = downsample, windows, local_conv
+        self.norm1 = LayerNorm(into.width, epsilon)
+        self.attn = attention
+        self.norm2 = LayerNorm(into.width, epsilon)
+        self.mlp = mlp
+
+    def normalised(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
+        """The input of the attention and of the MLP; a subclass may change it."""
+        return norm(x)
+
+    def attention_half(self, x: jax.Array) -> jax.Array:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        tokens = x if self.windows is None else self.windows.cut(x)
+        mixed = self.attn(self.normalised(self.norm1, tokens))
+        x = x + (mixed if self.windows is None else self.windows.join(mixed))
+        return x if self.local_conv is None else self.local_conv(x)
+
+    def mlp_half(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.normalised(self.norm2, x))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp_half(self.attention_half(x))
+
+
+RunBlocks = Callable[[Sequence[Block], jax.Array], jax.Array]
+
+
+def run_blocks(blocks: Iterable[Block], x: jax.Array) -> jax.Array:
+    """Takes tokens [B*N, D] through all blocks."""
+    for block in blocks:
+        x = checkpoint_name(block(x), BLOCK_OUTPUT)
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Computes the same as `run_blocks`, with a loop wherever like blocks repeat.
+
+    The backward pass computes again what is between the layers' products, for a loop would keep
+    all of it; with `rematerialize`, all but the blocks' outputs.
+    """
+
+    rematerialize: bool = False
+
+    def __call__(self, blocks: Sequence[Block], x: jax.Array) -> jax.Array:
+        """Takes tokens [B*N, D] through all blocks."""
+        parts = [nnx.split(block) for block in blocks]
+        shapes = [(graphdef, jax.tree.map(jnp.shape, state)) for graphdef, state in parts]
+        start = 0
+        while start < len(blocks):
+            repeats = {period: _repeats(shapes[start:], period) for period in _PERIODS}
+            period = max(repeats, key=repeats.__getitem__)
+            end = start + repeats[period] * period
+            if repeats[period] == 1:
+                x = run_blocks(blocks[start:end], x)
+            else:
+                x = self._run(parts[start:end], period, x)
+            start = end
+        return x
+
+    def _run(self, parts: list, period: int, x: jax.Array) -> jax.Array:
+        graphdefs, states = zip(*parts, strict=True)
+        periods = [states[i : i + period] for i in range(0, len(states), period)]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *periods)
+        kept = () if self.rematerialize else (LAYER_OUTPUT,)
+
+        @functools.partial(
+            jax.checkpoint,
+            prevent_cse=False,  # a loop is no place where XLA would merge the two computations
+            policy=jax.checkpoint_policies.save_only_these_names(*kept),
+        )
+        def one_period(x, states):
+            return run_blocks(map(nnx.merge, graphdefs[:period], states), x), None
+
+        return jax.lax.scan(one_period, x, stacked)[0]
+
+
+def _repeats(shapes: list, period: int) -> int:
+    """Times that the first `period` of them come in a row, at least once."""
+    times = 1
+    while shapes[:period] == shapes[times * period : (times + 1) * period]:
+        times += 1
+    return times
 
 
 class Network(nnx.Module):
@@ -51,3 +162,36 @@ class Network(nnx.Module):
 def make_classifier(features: int, num_classes: int, *, rngs: nnx.Rngs) -> Linear | None:
     """The layer that logits come from; None where there are no classes."""
     return Linear(features, num_classes, rngs=rngs) if num_classes else None
+
+
+class PatchEmbed(nnx.Module):
+    """images [B, H, W, C] -> patches projected to [B*N, D], normalised by `norm` if given.
+
+    `kept` lists the patches to project, in rows; None for all. `bias` is that of the projection.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_channels: int,
+        width: int,
+        norm: LayerNorm | None = None,
+        kept: tuple[int, ...] | None = None,
+        bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size, self.kept = patch_size, kept
+        pixels, bias_features = patch_size * patch_size * in_channels, width * bias
+        self.proj = Linear(pixels, width, bias_features=bias_features, rngs=rngs)
+        self.norm = norm
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        size = self.patch_size
+        grid = images.reshape(batch, height // size, size, width // size, size, channels)
+        patches = grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+        if self.kept is not None:
+            patches = patches[:, np.array(self.kept, int)]
+        x = self.proj(patches.reshape(-1, patches.shape[-1]))
+        return x if self.norm is None else self.norm(x)

@@ -8,10 +8,9 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from flora_jax.errors import InputError, check_at_least
-from flora_jax.models.linear_shape import BlockLayers, LinearShape, Rank
 
 _Field = TypeVar("_Field")
 
@@ -21,8 +20,72 @@ def later(default: _Field) -> _Field:
     return dataclasses.field(default=default, metadata={"later": True})
 
 
+Rank = int | None  # None: one dense matrix; an integer: a pair of factors of that rank
 Ranks = tuple[Rank, Rank, Rank]  # of a block's (qkv, fc1, fc2)
 LAYERS_PER_BLOCK = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearShape:
+    """A searchable Linear layer.
+
+    Attributes:
+      name: of the module, such as "blocks.0.attn.qkv".
+      tokens: of an image, that pass through it.
+      use_bias: False: it adds none.
+      key_bias: False: of the (query, key, value) that it makes, the key has no bias.
+      singular_values_into: the factor of a pair, "down" or "up", that inherits them from an SVD.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    tokens: int
+    use_bias: bool = True
+    key_bias: bool = True
+    singular_values_into: Literal["down", "up"] = "down"
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def bias_features(self) -> int:
+        """The size of its bias as stored; 0 for none."""
+        features = self.out_features if self.key_bias else 2 * self.out_features // 3
+        return features * self.use_bias
+
+    def is_cheaper_dense(self, rank: int) -> bool:
+        """True where the factor pair of this rank would cost at least the one dense matrix."""
+        return rank * (self.in_features + self.out_features) >= self.in_features * self.out_features
+
+    def extracted_rank(self, rank: int) -> Rank:
+        """The rank as extracted: None where one dense matrix is cheaper."""
+        return None if self.is_cheaper_dense(rank) else rank
+
+    def rank_at(self, ratio: float, tile: int = 1) -> int:
+        """The rank at a share of full rank; short of full rank a multiple of the tile."""
+        rank = round(ratio * self.full_rank)
+        if rank == self.full_rank:
+            return rank
+        return min(max(1, round(rank / tile)) * tile, self.full_rank)
+
+    def num_weights(self, rank: Rank) -> int:
+        """Weights without the bias, as stored: factors for an integer rank."""
+        if rank is None:
+            return self.in_features * self.out_features
+        return rank * (self.in_features + self.out_features)
+
+    def macs(self, rank: Rank) -> int:
+        return self.tokens * self.num_weights(rank)
+
+
+class BlockLayers(NamedTuple):
+    """The searchable layers of one block, in the order of its ranks and genes."""
+
+    qkv: LinearShape
+    fc1: LinearShape
+    fc2: LinearShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +120,7 @@ class BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BlockInput:
-    """What a block works on: tokens of one image, their width, and how many each attends to.
+    """The input of a block: tokens of one image, their width, and how many each attends to.
 
     `padding` counts tokens that fill up windows: they attend, and are attended to, as all others.
     """
@@ -73,7 +136,7 @@ class BlockInput:
 
 
 class Spec(abc.ABC):
-    """What every family's spec can do. A family adds its fields and what lies around its blocks."""
+    """A network's shape. A family adds its fields and what lies around its blocks."""
 
     family: ClassVar[str]
     title: ClassVar[str]  # of the family, for people
@@ -92,7 +155,7 @@ class Spec(abc.ABC):
     @property
     @abc.abstractmethod
     def block_inputs(self) -> tuple[BlockInput, ...]:
-        """What each block works on."""
+        """The input of each block."""
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -101,7 +164,7 @@ class Spec(abc.ABC):
 
     @property
     def pools_prefix(self) -> bool:
-        """Whether what is pooled is a normalised prefix token, or the mean of two."""
+        """True where what is pooled is a normalised prefix token, or the mean of two."""
         return False
 
     @property
@@ -199,6 +262,41 @@ class Spec(abc.ABC):
             total += layer.num_weights(rank) + layer.bias_features
         return total
 
+    def _fill_stages(self, stages, first: int, mlp_dim: Callable[[int], int]) -> None:
+        """Fills `blocks`, where none are given, with equal ones a stage, and checks them.
+
+        Args:
+          stages: with their `depth`, `width` and `num_heads`.
+          first: number of the first of them, by which an error names them.
+          mlp_dim: of the width.
+
+        Raises:
+          InputError: a width is not a multiple of num_heads, there are too many or too few blocks,
+            tokens that leave, or a rank that lies outside 1..full rank.
+        """
+        depth = sum(stage.depth for stage in stages)
+        blocks: list[BlockSpec] = []
+        for number, stage in enumerate(() if self.blocks else stages, start=first):
+            width, num_heads = stage.width, stage.num_heads
+            if width % num_heads:
+                divisors = [n for n in range(1, width + 1) if width % n == 0]
+                raise InputError(
+                    f"stage {number} has width {width}, not a multiple of its num_heads "
+                    f"{num_heads}; the nearest that divides it: "
+                    f"{nearest(num_heads, divisors.__contains__)}"
+                )
+            block = BlockSpec(num_heads, width // num_heads, mlp_dim(width))
+            blocks += [block] * stage.depth
+        if not self.blocks:
+            object.__setattr__(self, "blocks", tuple(blocks))
+        if len(self.blocks) != depth:
+            raise InputError(
+                f"the depths make {depth} blocks with attention, but {len(self.blocks)} were given"
+            )
+        if any(block.tokens is not None for block in self.blocks):
+            raise InputError(f"no token can leave: {self.why_tokens_stay}")
+        self._check_ranks()
+
     def _check_ranks(self) -> None:
         for layer, rank in zip(self.layers, self.ranks, strict=True):
             if rank is not None and not 1 <= rank <= layer.full_rank:
@@ -212,23 +310,8 @@ _Each = TypeVar("_Each")
 
 
 def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
-    """What there is for each searchable layer, as one triple a block."""
+    """The values of all searchable layers, as one triple a block."""
     return list(zip(each[0::3], each[1::3], each[2::3], strict=True))
-
-
-def whole_block(stage: int, width: int, num_heads: int, mlp_dim: int) -> BlockSpec:
-    """An uncut block of a stage, the number of which an error says.
-
-    Raises:
-      InputError: the width is not a multiple of num_heads; names the nearest that divides it.
-    """
-    if width % num_heads:
-        divisors = [n for n in range(1, width + 1) if width % n == 0]
-        raise InputError(
-            f"stage {stage} has width {width}, not a multiple of its num_heads {num_heads}; "
-            f"the nearest that divides it: {nearest(num_heads, divisors.__contains__)}"
-        )
-    return BlockSpec(num_heads, width // num_heads, mlp_dim)
 
 
 def check_multiple(spec: Spec, name: str, divisor_name: str) -> None:

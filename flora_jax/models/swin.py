@@ -7,13 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
-from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
-from flora_jax.models.linear_shape import LinearShape
-from flora_jax.models.mlp import Mlp
-from flora_jax.models.network import Network, make_classifier
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images
+from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
+from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin_spec import Stage, SwinSpec
 from flora_jax.models.windows import WindowAttention, Windows
 

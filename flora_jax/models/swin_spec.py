@@ -10,7 +10,6 @@ from flora_jax.models.spec import (
     Spec,
     check_multiple,
     nearest,
-    whole_block,
 )
 
 
@@ -86,16 +85,7 @@ class SwinSpec(Spec):
             )
         check_multiple(self, "image_size", "patch_size")
         self._check_windows()
-        if not self.blocks:
-            object.__setattr__(self, "blocks", self._regular_blocks())
-        if len(self.blocks) != sum(self.depths):
-            raise InputError(
-                f"depths {self.depths} make {sum(self.depths)} blocks but {len(self.blocks)} "
-                f"were given"
-            )
-        if any(block.tokens is not None for block in self.blocks):
-            raise InputError(f"no token can leave: {self.why_tokens_stay}")
-        self._check_ranks()
+        self._fill_stages(self.stages, 1, lambda width: round(self.mlp_ratio * width))
 
     def _check_windows(self) -> None:
         for number in range(len(self.depths)):
@@ -115,7 +105,7 @@ class SwinSpec(Spec):
             )
 
     def _tiles(self, image_size: int, window_size: int, number: int) -> bool:
-        """Whether stage `number` has a whole number of patches and of windows."""
+        """True where stage `number` has a whole number of patches and of windows."""
         grid_size, rest = divmod(image_size, self.patch_size * 2**number)
         return not rest and grid_size % min(window_size, grid_size) == 0
 
@@ -124,13 +114,6 @@ class SwinSpec(Spec):
         return all(
             self._tiles(image_size, window_size, number) for number in range(len(self.depths))
         )
-
-    def _regular_blocks(self) -> tuple[BlockSpec, ...]:
-        blocks: list[BlockSpec] = []
-        for number, stage in enumerate(self.stages, start=1):
-            mlp_dim = round(self.mlp_ratio * stage.width)
-            blocks += [whole_block(number, stage.width, stage.num_heads, mlp_dim)] * stage.depth
-        return tuple(blocks)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

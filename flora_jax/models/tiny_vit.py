@@ -7,16 +7,76 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flora_jax.models.block import Block
-from flora_jax.models.convolution import Convolution, DepthwiseConvolution
 from flora_jax.models.functional import Undecayed
-from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images
-from flora_jax.models.linear_shape import LinearShape
-from flora_jax.models.mlp import Mlp, gelu
-from flora_jax.models.network import Network, make_classifier
-from flora_jax.models.spec import BlockSpec
-from flora_jax.models.tiny_vit_spec import Stage, TinyViTSpec
+from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images, gelu
+from flora_jax.models.network import Block, Network, make_classifier
+from flora_jax.models.spec import BlockSpec, LinearShape
+from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, Stage, TinyViTSpec, strided
 from flora_jax.models.windows import WindowAttention, Windows
+
+
+class Convolution(nnx.Module):
+    """x [B, n, n, C] -> [B, m, m, D], m = ceil(n / stride)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, *, rngs: nnx.Rngs):
+        shape = (KERNEL_SIZE, KERNEL_SIZE, in_channels, out_channels)
+        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.stride = stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        product = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...],
+            (self.stride, self.stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return product + self.bias[None, None, None]
+
+
+class DepthwiseConvolution(nnx.Module):
+    """Each channel by itself. x [B*n*n, C] -> [B*m*m, C], m = ceil(n / stride).
+
+    It begins as random, or as the `identity`, where no shortcut leads past it.
+    """
+
+    def __init__(
+        self,
+        grid_size: int,
+        channels: int,
+        stride: int = 1,
+        identity: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        shape = (KERNEL_SIZE, KERNEL_SIZE, channels)
+        if identity:
+            kernel = jnp.zeros(shape).at[1, 1].set(1)
+        else:
+            kernel = jax.random.normal(rngs.params(), shape) * (2 / KERNEL_SIZE**2) ** 0.5
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.grid_size, self.stride = grid_size, stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Adds up nine shifted maps: 5 to 30 times as fast as XLA's grouped convolution on CPU."""
+        channels, stride = x.shape[-1], self.stride
+        side, low = strided(self.grid_size, stride), 1
+        # Each shift begins inside one of stride x stride phases of the map.
+        phases = side + (KERNEL_SIZE - 1) // stride
+        high = phases * stride - low - self.grid_size
+        grid = x.reshape(-1, self.grid_size, self.grid_size, channels)
+        grid = jnp.pad(grid, ((0, 0), (low, high), (low, high), (0, 0)))
+        grid = grid.reshape(-1, phases, stride, phases, stride, channels)
+        kernel = self.kernel[...]
+        total = self.bias[None, None, None]
+        for row in range(KERNEL_SIZE):
+            for column in range(KERNEL_SIZE):
+                (top, phase), (left, other_phase) = divmod(row, stride), divmod(column, stride)
+                shifted = grid[:, top : top + side, phase, left : left + side, other_phase]
+                total = total + shifted * kernel[row, column][None, None, None]
+        return total.reshape(-1, channels)
 
 
 class ConvolutionalEmbed(nnx.Module):

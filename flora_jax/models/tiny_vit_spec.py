@@ -4,11 +4,16 @@ import dataclasses
 from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, unknown
-from flora_jax.models.convolution import KERNEL_SIZE, strided
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec, whole_block
+from flora_jax.models.spec import BlockInput, BlockSpec, Spec
 from flora_jax.models.windows import Windows
 
+KERNEL_SIZE = 3  # of convolutions
 _TAPS = KERNEL_SIZE**2
+
+
+def strided(grid_size: int, stride: int) -> int:
+    """Side length of a feature map behind a 3 x 3 convolution, padded by one."""
+    return -(-grid_size // stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +84,7 @@ class TinyViTSpec(Spec):
                 f"embed_dims begin with {self.embed_dims[0]}, which must be even: the first "
                 f"convolution has half as many channels; the nearest: {self.embed_dims[0] + 1}"
             )
-        if not self.blocks:
-            object.__setattr__(self, "blocks", self._regular_blocks())
-        if len(self.blocks) != sum(self.depths[1:]):
-            raise InputError(
-                f"depths {self.depths} make {sum(self.depths[1:])} attention blocks but "
-                f"{len(self.blocks)} were given"
-            )
-        if any(block.tokens is not None for block in self.blocks):
-            raise InputError(f"no token can leave: {self.why_tokens_stay}")
-        self._check_ranks()
-
-    def _regular_blocks(self) -> tuple[BlockSpec, ...]:
-        blocks: list[BlockSpec] = []
-        for number, stage in enumerate(self.stages, start=2):
-            mlp_dim = int(self.mlp_ratio * stage.width)
-            blocks += [whole_block(number, stage.width, stage.num_heads, mlp_dim)] * stage.depth
-        return tuple(blocks)
+        self._fill_stages(self.stages, 2, lambda width: int(self.mlp_ratio * width))
 
     @property
     def embedded_grid(self) -> int:

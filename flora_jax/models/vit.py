@@ -1,5 +1,7 @@
 """DeiT (Touvron et al. 2021) and the plain ViTs like it, as NNX modules built from a ViTSpec."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,17 +10,69 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flora_jax.models.attention import attend, merge_heads, split_heads
-from flora_jax.models.block import Block, PatchEmbed
 from flora_jax.models.functional import Undecayed
-from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, check_images, whole_bias
-from flora_jax.models.linear_shape import LinearShape
-from flora_jax.models.mlp import Mlp
-from flora_jax.models.network import Network, make_classifier
-from flora_jax.models.pooling import AttentionPool
-from flora_jax.models.positions import Rotary
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    MakeLinear,
+    Mlp,
+    attend,
+    check_images,
+    merge_heads,
+    split_heads,
+    whole_bias,
+)
+from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
+from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.vit_spec import ViTSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Turns each pair (i, i + d/2) of a query's or key's dimensions by its patch's position.
+
+    The first half of an uncut head's pairs turns with y, the second with x, both in [-1, 1] from
+    edge to edge; their periods grow geometrically from 1 towards theta. Tokens before those of the
+    patches are not turned.
+
+    Attributes:
+      grid_size: patches a side.
+      head_dim: of the uncut head, a multiple of 4.
+      num_prefix_tokens: before the patches.
+      tokens: numbers of the tokens that there are, counted in the uncut image; None for all.
+      pairs: of each head, numbers of the pairs that it has, in the uncut head; None for all.
+    """
+
+    theta: float
+    grid_size: int
+    head_dim: int
+    num_prefix_tokens: int
+    tokens: tuple[int, ...] | None = None
+    pairs: tuple[tuple[int, ...], ...] | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, N, d] -> the same, turned; computed in float32."""
+        cos, sin = tables(self)
+        wide = x.astype(jnp.float32)
+        first, second = jnp.split(wide, 2, axis=-1)
+        turned = wide * cos[None] + jnp.concatenate([-second, first], axis=-1) * sin[None]
+        return turned.astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine, float32 [H, N, d]; [1, N, d] where all heads are alike."""
+    periods = rotary.theta ** (np.arange(rotary.head_dim // 4) / (rotary.head_dim // 4))
+    places = (np.arange(rotary.grid_size) + 0.5) / rotary.grid_size * 2 - 1
+    grid = np.stack(np.meshgrid(places, places, indexing="ij"), -1).reshape(-1, 2)  # y, x
+    angles = (2 * np.pi * grid[:, :, None] / periods).reshape(len(grid), -1)
+    angles = np.concatenate([np.zeros((rotary.num_prefix_tokens, angles.shape[1])), angles])
+    if rotary.tokens is not None:
+        angles = angles[np.array(rotary.tokens)]
+    by_head = angles[None] if rotary.pairs is None else angles[:, np.array(rotary.pairs)]
+    by_head = by_head if rotary.pairs is None else by_head.transpose(1, 0, 2)
+    both = np.concatenate([by_head, by_head], axis=-1)
+    return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)
 
 
 class Attention(nnx.Module):
@@ -74,6 +128,36 @@ class TokenSelection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         tokens = x.reshape(-1, self.num_tokens, x.shape[-1])
         return tokens[:, np.array(self.positions)].reshape(-1, x.shape[-1])
+
+
+class AttentionPool(nnx.Module):
+    """Tokens [B, N, D] -> [B, D]: a learned query attends to all of them, then an MLP (SigLIP).
+
+    It is no searchable layer: for one query it costs little, and its kernels stay dense.
+    """
+
+    def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
+        width, self.num_heads = spec.embed_dim, spec.num_heads
+        init = nnx.initializers.normal(width**-0.5)
+        self.latent = Undecayed(init(rngs.params(), (1, width)))
+        self.q = Linear(width, width, rngs=rngs)
+        self.kv = Linear(width, 2 * width, rngs=rngs)
+        self.proj = Linear(width, width, rngs=rngs)
+        self.norm = LayerNorm(width, spec.layer_norm_eps)
+        hidden = spec.mlp_dim
+        fc1, fc2 = Linear(width, hidden, rngs=rngs), Linear(hidden, width, rngs=rngs)
+        self.mlp = Mlp(fc1, fc2, spec.activation)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        batch, num_tokens, width = tokens.shape
+        query = self.q(self.latent[...]).reshape(1, self.num_heads, 1, -1)
+        query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
+        key_value = self.kv(tokens.reshape(-1, width))
+        key, value = key_value.reshape(batch, num_tokens, 2, self.num_heads, -1).transpose(
+            2, 0, 3, 1, 4
+        )
+        x = self.proj(merge_heads(attend(query, key, value, np.zeros((1, 1, 1, 1), np.float32))))
+        return x + self.mlp(self.norm(x))
 
 
 class ViT(Network):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, check_known, unknown
-from flora_jax.models.mlp import ACTIVATIONS
+from flora_jax.models.layers import ACTIVATIONS
 from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple, later
 
 POOLS = ("token", "mean", "token_and_mean", "attention")
@@ -172,7 +172,7 @@ class ViTSpec(Spec):
 
     @property
     def normalises_pooled(self) -> bool:
-        """Whether the last norm comes after the pooling of all patches."""
+        """True where the last norm comes after the pooling of all patches."""
         return self.pool == "mean" and self.fc_norm
 
     @property
@@ -195,7 +195,7 @@ class ViTSpec(Spec):
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the uncut image has."""
+        """Tokens of the uncut image."""
         return self.num_prefix_tokens + self.num_patches
 
     @property

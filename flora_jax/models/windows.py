@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.attention import attend, merge_heads, split_heads
-from flora_jax.models.layers import Linear, MakeLinear
-from flora_jax.models.linear_shape import LinearShape
-from flora_jax.models.spec import BlockSpec
+from flora_jax.models.layers import Linear, MakeLinear, attend, merge_heads, split_heads
+from flora_jax.models.spec import BlockSpec, LinearShape
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How the tokens of a square feature map are cut into windows.
+    """Windows that the tokens of a square feature map are cut into.
 
     Windows that do not tile the map are filled up with zeros at its right and lower edge.
 

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors
 from flora_jax.errors import UserError, differences
 from flora_jax.evaluation.comparison import kind_of
 from flora_jax.evaluation.quality import TOP1, Metric, quality_of
-from flora_jax.flora.history import read_history
+from flora_jax.flora.evolution import read_history
 from flora_jax.io.files import matching, read_json
 from flora_jax.io.json_lines import read_lines, read_records
 from flora_jax.io.paths import as_text
@@ -30,7 +30,7 @@ from flora_jax.runs.budgets import (
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages
-from flora_jax.slim.masks import DECISION_FILE, Masks, read_decision
+from flora_jax.slim.threshold import DECISION_FILE, Masks, read_decision
 from flora_jax.timing import describe_device
 from flora_jax.training.metrics import METRICS_FILE
 from flora_jax.weights.folder import SPEC_FILE, load_spec

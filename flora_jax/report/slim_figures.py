@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from flora_jax.report.data import Slimming
 from flora_jax.report.figures import PART_COLORS, Panel, block_bars, block_ticks, legend_below
 from flora_jax.report.formats import GROUND, INK, titled
-from flora_jax.slim.masks import Masks
+from flora_jax.slim.threshold import Masks
 
 _NAMES = {"attn": "attention dimensions", "mlp": "MLP units", "patch": "tokens"}
 _COLORS = dict(zip(_NAMES, PART_COLORS, strict=True))

@@ -79,13 +79,10 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
 
 
 def _check_needs_no_labels(settings: Settings) -> None:
-    stages = set(settings.stages) & {"transfer", "slim", "filter", "search"}
-    if settings.trains_dense:
-        stages.add("pretrain")
-    recipes = {"supernet": settings.supernet, "finetune": settings.finetune}
-    stages |= {name for name, recipe in recipes.items() if not recipe.distill} & set(
-        settings.stages
-    )
+    """Without labels nothing can be learnt from them, nor triples or subnets be ranked by them."""
+    stages = {"transfer", "slim", "filter", "search"} & set(settings.stages)
+    trainings = settings.trainings(0)
+    stages |= {name.partition(".")[0] for name, recipe, _ in trainings if not recipe.distill}
     if stages:
         raise InputError(
             f"{settings.data.name} has no labels, but {', '.join(sorted(stages))} need them: give "
@@ -96,21 +93,17 @@ def _check_needs_no_labels(settings: Settings) -> None:
 def _check_learns_features(settings: Settings) -> None:
     """A network without classes has nothing to learn from but the dense model's features."""
     stages = {"transfer", "slim"} & set(settings.stages)
-    if settings.trains_dense:
-        stages.add("pretrain")
+    stages |= {"pretrain"} if settings.trains_dense else set()
     if stages:
         raise InputError(
-            f"model.num_classes is 0, but {', '.join(sorted(stages))} need classes to learn: give "
-            f"weights with pretrained=, leave train_pretrained=False, and leave transfer and slim "
-            f"out"
+            f"model.num_classes is 0, but {', '.join(sorted(stages))} need classes to learn"
         )
     for name, recipe, _ in settings.trainings(0):
-        for field, needed in (("distill", True), ("stored_predictions", False)):
-            if getattr(recipe, field) != needed:
-                raise InputError(
-                    f"{name}.{field} must be {needed}: model.num_classes is 0, and such a network "
-                    f"learns the features of its teacher in every step"
-                )
+        if not recipe.distill or recipe.stored_predictions:
+            raise InputError(
+                f"{name}: distill must be True and stored_predictions False: a network without "
+                f"classes learns the features of its teacher in every step"
+            )
 
 
 def _check_weights(settings: Settings, done: Container[str]) -> None:
@@ -155,17 +148,17 @@ def _check_batch(name: str, recipe: Recipe, num_images: int) -> None:
 
 
 def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
-    """Checks that FLORA, where it will run, can reach its MAC windows from a model of spec `base`.
+    """Checks that FLORA, where it will run, can reach its MAC budgets from a model of spec `base`.
 
     Raises:
-      InputError: it cannot; names the window and what can be reached.
+      InputError: it cannot; names the budget and what can be reached.
     """
     if settings.finds_ranks:
-        _check_macs(settings, dense, settings.space.of(base), is_filtered=False)
+        _check_macs(settings, dense, settings.space.of(base))
 
 
 def check_with_results(run: Run, to_redo: Collection[str]) -> None:
-    """Checks the MAC windows with what the run has found already: slimmed model, kept triples.
+    """Checks the MAC budgets with what the run has found: the slimmed model, the candidates.
 
     Args:
       to_redo: steps whose results do not count.
@@ -180,23 +173,15 @@ def check_with_results(run: Run, to_redo: Collection[str]) -> None:
     if not (deciding and is_known and settings.finds_ranks) or settings.spends_latency:
         return
     if "filter" in deciding:
-        _check_macs(settings, run.spec, SavedSpace(found["filter"]).load(run.folder), True)
+        space = SavedSpace(found["filter"]).load(run.folder)
     else:
         space = settings.space.of(load_spec(run.folder / "slim"))
-        _check_macs(settings, run.spec, space, is_filtered=False)
+    _check_macs(settings, run.spec, space)
 
 
-def _check_macs(settings: Settings, dense: Spec, space: RankSpace, is_filtered: bool) -> None:
+def _check_macs(settings: Settings, dense: Spec, space: RankSpace) -> None:
     for budget in budgets_of(Spending("macs", settings.budget.windows("macs")), dense):
-        try:
-            check_budget("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
-        except InputError as error:
-            hint = ""
-            if is_filtered:
-                hint = "; --stage=filter --redo keeps other triples for it"
-            elif budget.window[1] < space.macs_range()[0]:
-                hint = _ratio_to_add(space, budget.window[1])
-            raise InputError(f"{error}{hint}") from error
+        check_budget("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
 
 
 def check_budget(
@@ -209,15 +194,6 @@ def check_budget(
             f"budget.{name} {budget.shares} cannot be reached: the space spans "
             f"{least / dense:.3f}..{most / dense:.3f} of the dense model's {dense_cost}"
         )
-
-
-def _ratio_to_add(space: RankSpace, macs: int) -> str:
-    """Which ratio of full rank brings a budget below the space into reach, for its message."""
-    for denominator in (8, 12, 16, 24, 32, 48, 64):
-        smaller = RankSpace.regular(space.spec, (1 / denominator, 1.0))
-        if smaller.macs_range()[0] <= macs:
-            return f"; with a ratio of 1/{denominator} in space.ratios it would be"
-    return "; no rank of this network is low enough"
 
 
 # What can hardly be meant.

@@ -73,7 +73,7 @@ class SlimSettings:
       attention: kind of the attention gates, as in `flora_jax.slim.add_gates`.
       tokens: whether tokens get gates; None: where the network's tokens can leave.
       gates, retrain: trainings of the gates, and of what is left after the cut.
-      fold: as in `flora_jax.slim.extract`.
+      fold: as in `flora_jax.slim.cut`.
       tile: widths are rounded up to a multiple of it.
     """
 
@@ -425,6 +425,10 @@ class Settings:
     def trains_dense(self) -> bool:
         """Whether `pretrain` trains, and does not only read weights."""
         return "pretrain" in self.stages and (self.train_pretrained or not self.pretrained)
+
+    @property
+    def trains_supernet(self) -> bool:
+        return "supernet" in self.stages
 
     @property
     def finds_ranks(self) -> bool:

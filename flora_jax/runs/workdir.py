@@ -3,7 +3,7 @@
 A method is a script of steps (`flora_jax/methods`):
 
     dense = run.step("pretrain", make_dense, settings.pretrain, saved=SavedModel("dense"))
-    supernet = run.step("supernet", train_supernet, dense, settings.supernet, saved=...)
+    candidates = run.step("filter", filter_candidates, dense, settings.filter, saved=...)
 
 What goes into a step is its images, the seed, and its inputs: values, or the results of earlier
 steps. Their stable hash is the step's key; a step whose key is that of its record is loaded, any
@@ -61,9 +61,8 @@ from flora_jax.models.spec_json import spec_from_json, spec_to_json
 from flora_jax.runs.images import Images
 from flora_jax.runs.model_files import describe_models_once
 from flora_jax.runs.settings import Settings, network_spec
-from flora_jax.training.image_set import ImageSet
 from flora_jax.training.settings import Recipe
-from flora_jax.training.train import PREDICTIONS, train
+from flora_jax.training.train import PREDICTIONS
 from flora_jax.training.watch import WANDB_FILE, watching
 from flora_jax.weights import folder as models
 
@@ -377,30 +376,22 @@ class Step:
         assert self.run.images is not None
         return self.run.images
 
-    @property
-    def how(self) -> dict[str, Any]:
-        """Arguments of `flora_jax.train` that change no result."""
-        return {"fsdp": self.run.settings.fsdp, "profile_step": self.run.settings.profile_step}
-
     def seed_of(self, purpose: str) -> int:
         """A seed of its own for everything random."""
         return self.run.settings.seed_of(purpose)
 
-    def train(self, model, recipe: Recipe, name: str = "", **arguments):
-        """`flora_jax.train` in the run's folder `name`, by default the step's, on its images."""
-        name = name or self.name
-        images: ImageSet = arguments.pop("images", None) or self.images.train_set
-        return train(
-            model,
-            images,
-            recipe,
-            directory=self.run.folder / name,
-            name=name,
-            seed=self.run.settings.seed,
-            watch=self.watch(name),
-            **self.how,
-            **arguments,
-        )
+    def training(self, name: str = "") -> dict[str, Any]:
+        """The arguments of `flora_jax.train` that say where a training of this name is, and how
+        its random numbers are drawn; by default the step's own."""
+        settings, name = self.run.settings, name or self.name
+        return {
+            "directory": self.run.folder / name,
+            "name": name,
+            "seed": settings.seed,
+            "fsdp": settings.fsdp,
+            "profile_step": settings.profile_step,
+            "watch": self.watch(name),
+        }
 
     def watch(self, name: str):
         """What else gets the metrics of the training `name`."""
@@ -471,11 +462,13 @@ def dependents(name: str, plan: Mapping[str, Planned]) -> list[str]:
 
 def changes(run: Run) -> list[tuple[str, object, object]]:
     """Fields with an effect whose value differs from that in the folder: (name, there, here)."""
-    there, here = stable(saved_settings(run.folder)), stable(run.settings)
+    there, here = saved_settings(run.folder), run.settings
+    with_effect = {name for name, *_ in differences(stable(there), stable(here))}
     unsaid, file = {"stages"}, run.folder / IMAGES_FILE
     if file.exists() and read_json(file)["signature"] == run.images_signature:
         unsaid |= {f"data.{name}" for name in _PLACE}
-    return [each for each in differences(there, here) if each[0] not in unsaid]
+    found = differences(there.to_config(), here.to_config())
+    return [each for each in found if each[0] in with_effect - unsaid]
 
 
 def left_by(folder: epath.Path, steps: Iterable[Planned]) -> Iterator[epath.Path]:

@@ -10,13 +10,11 @@ from flax import nnx
 
 from flora_jax.errors import InputError, unknown
 from flora_jax.models import functional
-from flora_jax.models.block import Block
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.functional import Parameters, Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, make_linear
-from flora_jax.models.linear_shape import LinearShape, Rank
-from flora_jax.models.network import Network
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec
+from flora_jax.models.network import Block, Network
+from flora_jax.models.spec import BlockInput, BlockSpec, LinearShape, Rank, Spec
 
 ATTENTION_GATES = ("dim", "head", "uniform")
 _TOKEN_GATE_START = 3.0  # its tanh, 0.995, is the gate

@@ -1,4 +1,4 @@
-"""What belongs to ViT-Slim's released code alone: its names of the gates, its count of the cost."""
+"""ViT-Slim's released code: its names of the gates, its count of the cost."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.spec import Spec
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.slim.cut import Masks
 from flora_jax.slim.gates import GATE_NAMES, Gated, add_gates
-from flora_jax.slim.masks import Masks
 from flora_jax.weights.detect import without_prefix
 from flora_jax.weights.pretrained import from_state_dict as dense_from_state_dict
 

@@ -1,4 +1,4 @@
-"""The training loop: dense model, gates, local supernets, supernet, fine-tuning."""
+"""The loop of a training, which goes on from its newest checkpoint."""
 
 import contextlib
 import logging
@@ -59,20 +59,15 @@ def train(
       model: where training starts when there is no checkpoint yet.
       batches: step -> this process' batches from that step on: image uint8 [B_local, H, W, C],
         label int32 [B_local].
-      directory: receives checkpoints/ and metrics.jsonl, a line a step: loss, gradient norm and
-        learning rate; now and then images a second and what the evaluators find. None: nothing is
-        written, and nothing can go on.
-      name: what the progress display calls the stage.
+      directory, name, teacher, penalty, watch: as in `flora_jax.train`. metrics.jsonl has a line a
+        step: loss, gradient norm and learning rate; now and then images a second and what the
+        evaluators find.
       draw_genes: step -> int32 [L], the subnet that this step trains; None for a plain model.
-      teacher: its soft predictions on the same images are the targets, or its features where the
-        model has no classes; None: the labels are.
-      penalty: of the parameters, added to the loss.
       mesh: the devices to train on; by default all, every one with whole parameters.
       evaluators: each gets the model as it is, and yields (name, value) pairs; all processes call
         them together. The greatest first value of the first one marks the best parameters.
       evaluate_every: steps between two evaluations, and after the last step; 0 for none.
       profile_step: a profile of this step is written to `directory`/profile; 0 for none.
-      watch: what else gets the metrics, as `watching` makes it.
 
     Returns:
       A model with the final parameters (their moving average where the settings ask for one), or
@@ -84,7 +79,6 @@ def train(
       NonFiniteLossError: training diverged. The last good checkpoint is kept.
       Stopped: the process was told to end (SIGTERM, Ctrl-C); the step it was at is saved.
     """
-    # What runs.
     folder = None if directory is None else epath.Path(directory)
     if folder is None and (settings.keep_best or profile_step):
         raise InputError("keep_best and profile_step need a directory to write to")
@@ -98,7 +92,6 @@ def train(
     evaluate_every = evaluate_every if evaluators else 0
 
     with contextlib.ExitStack() as stack:
-        # Where it goes on.
         checkpoints = None
         if folder is not None:
             checkpoints = Checkpoints(folder / "checkpoints", keep_every=settings.keep_every)
@@ -130,7 +123,7 @@ def train(
         stop_request = stack.enter_context(StopRequest())
         timer = Timer(60 * settings.checkpoint_minutes)
 
-        # The loop. Metrics are read back in bulk, so that the device never waits for the host.
+        # Metrics are read back in bulk, so that the device never waits for the host.
         unread: list[jax.Array] = []
         for step in range(start, settings.steps):
             genes = None if draw_genes is None else draw_genes(step)

@@ -1,4 +1,4 @@
-"""What a training leaves beside checkpoints: a line a step, the best parameters, a profile."""
+"""Files of a training beside its checkpoints: a line a step, the best parameters, a profile."""
 
 import os
 import time

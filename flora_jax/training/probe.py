@@ -22,7 +22,7 @@ _HELD_OUT = 5  # one image of so many tells how sure the classifier should be
 
 
 def has_no_classifier(model: Network) -> bool:
-    """Whether the model's classifier is all zeros, as where it took the place of another's."""
+    """True where the model's classifier is all zeros, as where it took the place of another's."""
     parameters = functional.split(model)[1]
     return not any(np.any(parameters[f"{name}.kernel"]) for name in _classifiers(parameters))
 

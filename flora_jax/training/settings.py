@@ -1,4 +1,4 @@
-"""What a training stage does: its recipe in epochs, and its settings in steps."""
+"""A training's recipe in epochs, and its settings in steps."""
 
 import dataclasses
 import warnings
@@ -27,7 +27,7 @@ def seed_of(seed: int, purpose: str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """What a recipe and the settings made of it have in common; defaults are FLORA's supernet's.
+    """Fields that a recipe and the settings made of it share; defaults are FLORA's supernet's.
 
     Attributes:
       batch_size: images of all processes together in one step.

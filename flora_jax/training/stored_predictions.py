@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What was predicted, from what, by whom: a folder serves the runs that agree with all of it.
+    """The description of predictions: a folder serves the runs that agree with all of it.
 
     Attributes:
       dataset: its name, for people: where the images lie changes no prediction.
@@ -420,7 +420,7 @@ def write_predictions(
 
 
 class Difference(NamedTuple):
-    """How far probabilities lie apart, absolute."""
+    """The absolute difference of probabilities."""
 
     largest: float
     mean: float

@@ -73,7 +73,7 @@ def train(
       sample: which subnets of a supernet are trained: a sampling of `RankSpace.sample`, or a
         function step -> genes int32 [L].
       heldout: looked at once every `recipe.evaluate_epochs`; its metrics go to metrics.jsonl.
-      metric: by which the best parameters are chosen; empty: top-1, or the cosine.
+      metric: by which the best parameters are chosen; empty: top-1, or cosine.
       seed: of everything random.
       fsdp: devices that share one copy of the parameters and the optimiser's state.
       profile_step: a profile of this step is written to `directory`; 0 for none.
@@ -81,15 +81,16 @@ def train(
 
     Raises:
       InputError: more images in a batch than there are, no teacher and labels that are no class of
-        the model or all of one class, no teacher of a model without classes, or stored predictions
-        without a directory.
-      NonFiniteLossError, Stopped: as `flora_jax.training.loop.train`.
+        the model or all of one class, no teacher of a model without classes, an unknown sampling,
+        or what needs a directory (stored predictions, the best parameters, a profile) without one.
+      NonFiniteLossError: training diverged; the last good checkpoint is kept.
+      Stopped: the process was told to end; the step it was at is saved.
     """
     network = model if isinstance(model, Network) else model.network
     space, spec = getattr(model, "space", None), network.spec
     folder = None if directory is None else user_path(directory)
     name = name or (folder.name if folder is not None else "train")
-    measured = _measured(heldout, spec, teacher)
+    measured = None if heldout is None else measured_by(heldout, spec, teacher)
     if not recipe.distill:
         teacher = None
     if teacher is None:
@@ -162,24 +163,29 @@ def _draw(space, sample: str | Callable[[int], np.ndarray], seed: int):
     return lambda step: space.sample(np.random.default_rng([seed, step]), 1, sample)[0]
 
 
-def _measured(
-    heldout: ImageSet | EvaluationSet | None, spec: Spec, teacher: Network | None
-) -> EvaluationSet | None:
-    return (
-        measured_by(heldout.on_devices, spec, teacher) if isinstance(heldout, ImageSet) else heldout
-    )
+def measured_by(
+    images: ImageSet | EvaluationSet,
+    spec: Spec,
+    teacher: Network | None,
+    part: int | None = None,
+) -> EvaluationSet:
+    """Images on the devices by which a network is measured: labels, or its teacher's features.
 
-
-def measured_by(images: EvaluationSet, spec: Spec, teacher: Network | None) -> EvaluationSet:
-    """Images by which a network of this spec is measured: labels, or its teacher's features."""
-    if spec.num_classes:
+    Args:
+      images: an `EvaluationSet` is taken as it is.
+      part: of so many images at most, shuffled; None: in order.
+    """
+    if isinstance(images, EvaluationSet):
         return images
+    on_devices = images.on_devices if part is None else images.in_parts(part)
+    if spec.num_classes:
+        return on_devices
     if teacher is None:
         raise InputError(
             "a network without classes is measured by its teacher's features: give the "
             "uncompressed network as teacher="
         )
-    return images.compared_with(teacher)
+    return on_devices.compared_with(teacher)
 
 
 def _check_teaches(images: ImageSet, spec: Spec) -> None:

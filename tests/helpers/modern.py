@@ -8,20 +8,17 @@ import numpy as np
 
 import flora_jax as flora
 from tests.helpers.commands import DATA
-
-_TINY = flora.ViTSpec(
-    image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10
-)
+from tests.helpers.networks import MICRO
 
 
 def _like(spec, **changes):
     return dataclasses.replace(spec, blocks=(), **changes)
 
 
-_DINOV2 = _like(_TINY, image_size=42, patch_size=14, num_classes=0, layer_scale=True)
+_DINOV2 = _like(MICRO, image_size=42, patch_size=14, num_classes=0, layer_scale=True)
 _DINOV2_REGISTERS = _like(_DINOV2, num_registers=4, positions="patches")
 _DINOV3 = _like(
-    _TINY,
+    MICRO,
     image_size=64,
     patch_size=16,
     num_registers=4,
@@ -33,8 +30,8 @@ _DINOV3 = _like(
     fc_norm=False,
     qkv_bias=False,
 )
-_CLIP = _like(_TINY, pre_norm=True, patch_bias=False, activation="quick_gelu", layer_norm_eps=1e-5)
-_SIGLIP = _like(_TINY, class_token=False, pool="attention", num_classes=0)
+_CLIP = _like(MICRO, pre_norm=True, patch_bias=False, activation="quick_gelu", layer_norm_eps=1e-5)
+_SIGLIP = _like(MICRO, class_token=False, pool="attention", num_classes=0)
 
 TINY_VIT = flora.TinyViTSpec(
     image_size=64,
@@ -46,17 +43,17 @@ TINY_VIT = flora.TinyViTSpec(
 )
 
 SPECS = {
-    "timm_deit3": _like(_TINY, positions="patches", layer_scale=True),
+    "timm_deit3": _like(MICRO, positions="patches", layer_scale=True),
     "timm_dinov2": _DINOV2,
     "timm_dinov2_registers": _DINOV2_REGISTERS,
     "timm_dinov3": _DINOV3,
     "timm_dinov3_swiglu": _like(_DINOV3, gated_mlp=True, activation="silu"),
     "timm_clip": _CLIP,
     "timm_siglip": _SIGLIP,
-    "timm_siglip_gap": _like(_TINY, class_token=False, pool="mean", fc_norm=False),
-    "timm_augreg_no_head": _like(_TINY, num_classes=0),
+    "timm_siglip_gap": _like(MICRO, class_token=False, pool="mean", fc_norm=False),
+    "timm_augreg_no_head": _like(MICRO, num_classes=0),
     "hf_clip": _like(_CLIP, num_classes=0),
-    "hf_deit_one_head": _like(_TINY, num_registers=1, layer_norm_eps=1e-12),
+    "hf_deit_one_head": _like(MICRO, num_registers=1, layer_norm_eps=1e-12),
     "hf_dinov2": _DINOV2,
     "hf_dinov2_classifier": _like(_DINOV2, pool="token_and_mean", num_classes=10),
     "hf_dinov2_registers": _DINOV2_REGISTERS,
@@ -64,7 +61,7 @@ SPECS = {
         _DINOV3, pool="token", fc_norm=True, qkv_bias=True, k_bias=False, num_classes=0
     ),
     "hf_siglip": _like(_SIGLIP, activation="gelu_tanh"),
-    "hf_vit_no_head": _like(_TINY, num_classes=0, layer_norm_eps=1e-12),
+    "hf_vit_no_head": _like(MICRO, num_classes=0, layer_norm_eps=1e-12),
 }
 TOKENS_STAY = {name for name, spec in SPECS.items() if spec.pool != "token"}
 

@@ -10,52 +10,14 @@ import numpy as np
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from flora_jax.models.factory import create_abstract
-
-TINY = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
-TINY_SWIN = flora.SwinSpec(
-    image_size=8,
-    patch_size=1,
-    embed_dim=8,
-    depths=(2, 1),
-    num_heads=(2, 4),
-    window_size=4,
-    num_classes=3,
-)
-SHIFTED_SWIN = dataclasses.replace(
-    TINY_SWIN, image_size=16, blocks=(), absolute_pos_embed=True, patch_norm=False, num_classes=0
-)
-# A TinyViT, whose windows need padding in one stage and tile the next.
-TINY_HYBRID = flora.TinyViTSpec(
-    image_size=32,
-    embed_dims=(8, 16, 24),
-    depths=(1, 2, 1),
-    num_heads=(1, 2, 3),
-    window_sizes=(3, 3, 2),
-    num_classes=5,
-)
-# Compiling is most of the time here: the quickest program will do.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-def forward(structure, parameters, images):
-    return functional.merge(structure, parameters)(images)
-
-
-_compiled = jax.jit(forward, static_argnums=0, compiler_options=QUICK)
-
-
-def logits(model, images):
-    """Of a model or a gated one, compiled: networks that differ in values share a program."""
-    return _compiled(*functional.split(getattr(model, "network", model)), images)
-
-
-def random_model(spec, seed=0):
-    """No parameter is at a special value such as zero."""
-    rng, model = np.random.default_rng(seed), create_abstract(spec)
-    shapes = functional.split(model)[1]
-    values = {n: np.float32(rng.normal(0.02, 0.4, s.shape)) for n, s in shapes.items()}
-    return functional.with_parameters(model, values)
+from tests.helpers.networks import QUICK as QUICK
+from tests.helpers.networks import SHIFTED_SWIN as SHIFTED_SWIN
+from tests.helpers.networks import TINY as TINY
+from tests.helpers.networks import TINY_HYBRID as TINY_HYBRID
+from tests.helpers.networks import TINY_SWIN as TINY_SWIN
+from tests.helpers.networks import forward, random_model, size
+from tests.helpers.networks import images_of as images_of
+from tests.helpers.networks import logits as logits
 
 
 @functools.cache
@@ -103,14 +65,9 @@ def random_masks(spec, rng, tokens=True):
     )
 
 
-def images_of(spec, number=2):
-    rng = np.random.default_rng(7)
-    return rng.normal(size=(number, *spec.image_shape)).astype(np.float32)
-
-
 def check_costs(model, count_macs):
     spec, (structure, parameters) = model.spec, functional.split(model)
-    assert sum(p.size for p in parameters.values()) == flora.num_params(spec)
+    assert size(model) == flora.num_params(spec)
     image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     products = count_macs(jax.make_jaxpr(forward, static_argnums=0)(structure, parameters, image))
     norms = sum(2 * into.tokens * into.width for into in spec.block_inputs)

@@ -13,8 +13,9 @@ from flora_jax.models import functional
 from flora_jax.training.loop import train
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import initial_state, make_step
+from tests.helpers.networks import ONE_BLOCK
 
-SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+SPEC = ONE_BLOCK
 SPACE = flora.RankSpace.regular(SPEC, ratios=(1 / 2, 1))
 NORMALIZATION = Normalization()
 # The large epsilon keeps Adam from blowing up rounding differences to whole steps.

@@ -6,7 +6,7 @@ import numpy as np
 
 import flora_jax as flora
 from flora_jax.models import functional
-from flora_jax.models.factory import create_abstract
+from tests.helpers.networks import random_model as random_model
 
 VIT = flora.ViTSpec(
     image_size=12, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3, in_channels=2
@@ -27,15 +27,6 @@ SWINS = {
     "absolute": dataclasses.replace(SWIN, absolute_pos_embed=True),
     "no_patch_norm": dataclasses.replace(SWIN, patch_norm=False, qkv_bias=False),
 }
-
-
-def random_model(spec, seed=0):
-    """Every parameter random, biases too."""
-    model, rng = create_abstract(spec), np.random.default_rng(seed)
-    shapes = functional.split(model)[1]
-    return functional.with_parameters(
-        model, {name: np.float32(rng.normal(size=s.shape)) for name, s in shapes.items()}
-    )
 
 
 def written(model, table) -> dict[str, np.ndarray]:

@@ -3,7 +3,8 @@
 import pytest
 
 import flora_jax as flora
-from tests.helpers.slimming import TINY, gated_model
+from tests.helpers.networks import TINY
+from tests.helpers.slimming import gated_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.spec import BlockSpec
 from flora_jax.models.spec_json import spec_from_json, spec_to_json
-from tests.helpers.slimming import TINY, TINY_SWIN, check_costs, images_of, logits, random_masks
+from tests.helpers.networks import TINY, TINY_SWIN, images_of, logits
+from tests.helpers.slimming import check_costs, random_masks
 
 pytestmark = pytest.mark.slow
 

@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_jax import slim
-from flora_jax.slim.masks import read_decision, write_decision
-from tests.helpers.slimming import (
-    TINY_SWIN,
-    gated_model,
-    images_of,
-    logits,
-    random_model,
-    with_gates,
-)
+from flora_jax.slim.threshold import read_decision, write_decision
+from tests.helpers.networks import TINY_SWIN, images_of, logits, random_model
+from tests.helpers.slimming import gated_model, with_gates
 
 
 def test_kept_shares_and_order(tiny_gated):

@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.helpers.slimming import (
-    TINY,
-    TINY_SWIN,
-    check_costs,
-    gated_model,
-    images_of,
-    logits,
-    random_masks,
-    with_gates,
-)
+from tests.helpers.networks import TINY, TINY_SWIN, images_of, logits
+from tests.helpers.slimming import check_costs, gated_model, random_masks, with_gates
 
 pytestmark = pytest.mark.slow
 

@@ -7,16 +7,8 @@ import pytest
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.helpers.slimming import (
-    QUICK,
-    TINY,
-    TINY_SWIN,
-    forward,
-    gated_model,
-    images_of,
-    logits,
-    random_model,
-)
+from tests.helpers.networks import QUICK, TINY, TINY_SWIN, forward, images_of, logits, random_model
+from tests.helpers.slimming import gated_model
 
 
 @pytest.mark.parametrize(

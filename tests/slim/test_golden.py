@@ -6,7 +6,7 @@ import pytest
 import flora_jax as flora
 from flora_jax import slim
 from flora_jax.models import functional
-from tests.helpers.slimming import logits
+from tests.helpers.networks import logits
 
 pytestmark = pytest.mark.slow
 

@@ -1,28 +1,24 @@
 """ViT-Slim, FLORA on top of it, and the transfer of the result, from end to end."""
 
 import json
-import shutil
 
-import numpy as np
 import pytest
-from flora_jax.stages.run import Run, load_dense
-from flora_jax.stages.slim import DECISION_FILE, train_gates
 from ml_collections import ConfigDict
 
 import flora_jax as flora
-from flora_jax import pipeline
 from flora_jax.configs import (
     digits_slim,
+    digits_swin,
     flora_on_slim_deit_b,
     transfer,
     vit_slim_deit_b,
     vit_slim_deit_s,
 )
 from flora_jax.models import functional
-from flora_jax.runs import validation
-from flora_jax.runs.images import Images
+from flora_jax.runs import checks
 from flora_jax.runs.settings import Settings
-from flora_jax.slim.masks import read_decision
+from flora_jax.runs.workdir import Run
+from flora_jax.slim.threshold import DECISION_FILE, read_decision
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +39,7 @@ def tiny_config(module=flora_on_slim_deit_b, **changes) -> ConfigDict:
 def both(tmp_path_factory):
     """The folder of a run that slims and then searches, and hands out both."""
     workdir = tmp_path_factory.mktemp("both") / "run"
-    pipeline.run(tiny_config(export=("stablehlo", "timm")), workdir)
+    flora.run(tiny_config(export=("stablehlo", "timm")), workdir)
     return workdir
 
 
@@ -77,31 +73,13 @@ def test_what_was_compressed_is_handed_out(both):
         assert ("FLORA" in card) == (name == "subnet")
 
 
-def test_gates_are_trained_under_the_penalty(both):
-    """The same training without it leaves larger gates."""
-    config = tiny_config()
-    config.slim.penalty = {"attn": 0.0, "mlp": 0.0, "patch": 0.0}
-    free, dense = (
-        Run(Settings.from_config(config), both.parent / "free"),
-        load_dense(Run.open(both)),
+def test_the_decision_is_kept(both):
+    gates, masks = read_decision(both / DECISION_FILE)
+    blocks = flora.load(both / "slim").spec.blocks
+    assert [mask.sum() for mask in masks.mlp] == [block.mlp_dim for block in blocks]
+    assert {kind: len(values) for kind, values in gates.items()} == dict.fromkeys(
+        ("attn", "mlp", "patch"), len(blocks)
     )
-    freely_trained = train_gates(free, Images(free.settings), dense).gates()
-    trained, _ = read_decision(both / DECISION_FILE)
-    for kind, gates in trained.items():
-        others = freely_trained[kind]
-        assert np.mean(np.concatenate(gates, None)) < np.mean(np.concatenate(others, None)), kind
-
-
-def test_a_report_trains_nothing(both, tmp_path):
-    """Of a run that an earlier version slimmed, which kept no gates, there is no picture."""
-    shutil.copytree(both, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/slim/gates")
-    pipeline.run(tiny_config(), tmp_path / "run", "report")
-    (tmp_path / "run" / DECISION_FILE).unlink()
-    (tmp_path / "run/slim.png").unlink()
-    pipeline.run(tiny_config(), tmp_path / "run", "report")
-    assert not (tmp_path / "run/slim.png").exists()
-    assert not (tmp_path / "run/slim/gates").exists()
 
 
 def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
@@ -111,7 +89,7 @@ def test_a_slimmed_model_moves_to_other_classes(both, tmp_path):
     )
     config.export = ("timm",)
     with pytest.warns(UserWarning, match="head has 10 classes in the weights and 5 in the spec"):
-        pipeline.run(config, tmp_path)
+        flora.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"transfer", "data"}
     slim, moved = flora.load(both / "slim"), flora.load(tmp_path / "transfer")
@@ -138,18 +116,16 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize("changes, message", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_bad_config_fails_before_any_work(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        pipeline.run(tiny_config(**changes), tmp_path / "run")
+        flora.run(tiny_config(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_token_gates_of_a_swin_are_refused(tmp_path):
-    from flora_jax.configs import digits_swin
-
     config = digits_swin.get_config()
     config.stages = digits_slim.get_config().stages
     config.slim.tokens = True
     with pytest.raises(ValueError, match="no token gates here: the windows of a Swin"):
-        pipeline.run(config, tmp_path)
+        flora.run(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +145,13 @@ def test_bad_transfer(both, changes, message, tmp_path):
     config.pretrained = str(both / "slim")
     config.update_from_flattened_dict(changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        pipeline.run(config, tmp_path / "run")
+        flora.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("module", [vit_slim_deit_b, vit_slim_deit_s, flora_on_slim_deit_b])
 def test_published_configs_make_sense(module, tmp_path):
     assert Settings.from_config(module.get_config()).model.image_size == 224
-    validation.check(Settings.from_config(module.get_config("runlocal")))
+    checks.check(Settings.from_config(module.get_config("runlocal")))
     with pytest.raises(ValueError, match="accepted: runlocal"):
         module.get_config("runlocl")

@@ -10,10 +10,12 @@ import pytest
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.models import functional
-from flora_jax.training.step import feature_error, initial_state, make_step, task_loss
+from flora_jax.training.losses import feature_error, task_loss
+from flora_jax.training.step import initial_state, make_step
+from tests.helpers.networks import TWO_BLOCKS
 from tests.helpers.training import NORMALIZATION, SETTINGS, batch_of
 
-SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+SPEC = TWO_BLOCKS
 
 
 def test_the_error_is_a_share_of_the_targets_square():
@@ -45,8 +47,3 @@ def test_tokens_that_left_are_refused():
     features = jnp.ones((2, 5, 4))
     with pytest.raises(ValueError, match=r"features have shape \(4, 4\), the teacher's \(5, 4\)"):
         feature_error(features[:, :4], features)
-
-
-def test_a_teacher_is_needed_in_every_step():
-    with pytest.raises(ValueError, match="distill_features needs a teacher in every step"):
-        flora.Recipe(distill_features=1.0, stored_predictions=True)

@@ -1,4 +1,4 @@
-"""What a training shows while it goes on, and what it keeps beside its result."""
+"""Evaluations, profiles and checkpoints while a training goes on."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,6 @@ import pytest
 import flora_jax as flora
 from flora_jax.cluster.processes import Timer
 from flora_jax.io.json_lines import read_records
-from flora_jax.training.settings import TrainSettings
 from tests.helpers.checkpoints import assert_same
 from tests.helpers.training import (
     NORMALIZATION,
@@ -128,20 +127,3 @@ def test_checkpoints_come_by_time_as_well(tmp_path, monkeypatch):
     run(tmp_path, settings)
     steps = {path.name for path in (tmp_path / "checkpoints/manifests").iterdir()}
     assert steps == {"4.json", "5.json"}  # the two newest of 2, 4 and 5
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"result": "best"}, "result 'best' needs keep_best=True"),
-        ({"result": "bset"}, "result 'bset'.*did you mean 'best'"),
-        ({"checkpoint_minutes": -1}, "checkpoint_minutes must be at least 0"),
-    ],
-)
-def test_settings_that_make_no_sense(change, message):
-    with pytest.raises(ValueError, match=message):
-        TrainSettings(steps=1, batch_size=1, learning_rate=0.1, **change)
-    if "result" not in change:
-        return
-    with pytest.raises(ValueError, match="evaluate_epochs must be above 0"):
-        flora.Recipe(keep_best=True, evaluate_epochs=0.0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flora_jax as flora
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.training.optimizer import make_optimizer
@@ -55,17 +56,15 @@ def test_decay_without_a_gradient():
     ("fields", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"log_every": -1}, "log_every must be at least 1, got -1"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"checkpoint_minutes": -1}, "checkpoint_minutes must be at least 0"),
         ({"accumulate": 3}, "batch_size 8 is not a multiple of accumulate 3"),
-        (
-            {"compute_dtype": "float16"},
-            "compute_dtype 'float16' is unknown; choose one of float32",
-        ),
+        ({"compute_dtype": "float16"}, "compute_dtype 'float16' is unknown; choose one of float32"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\), got -0.1"),
+        ({"result": "best"}, "result 'best' needs keep_best=True"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"clip_norm": 0.0}, "clip_norm"),
     ],
 )
 def test_bad_settings(fields, message):
@@ -74,8 +73,12 @@ def test_bad_settings(fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"learning_rate": math.nan}, {"warmup_steps": -1}, {"clip_norm": 0.0}]
+    ("fields", "message"),
+    [
+        ({"keep_best": True, "evaluate_epochs": 0.0}, "evaluate_epochs must be above 0"),
+        ({"distill_features": 1.0, "stored_predictions": True}, "needs a teacher in every step"),
+    ],
 )
-def test_bad_rates(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        dataclasses.replace(SETTINGS, **fields)
+def test_bad_recipes(fields, message):
+    with pytest.raises(ValueError, match=message):
+        flora.Recipe(**fields)

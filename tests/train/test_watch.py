@@ -1,23 +1,20 @@
 """A run that is watched: every point once, whatever interrupted it."""
 
-import dataclasses
 import struct
 import sys
 import types
 
 import pytest
 from etils import epath
-from flora_jax.runs.validation import check
-from flora_jax.stages.changes import put_aside
-from flora_jax.stages.run import Run
-from flora_jax.stages.search import search
 
 from flora_jax.configs import deit_t
 from flora_jax.errors import MissingPackageError, RunError
 from flora_jax.flora.evolution import read_history
-from flora_jax.runs.images import Images
+from flora_jax.runs.checks import check
 from flora_jax.runs.settings import Settings
+from flora_jax.runs.workdir import Planned, put_aside
 from flora_jax.training.watch import opened, watching
+from tests.helpers.searching import search
 from tests.helpers.training import SETTINGS, Interruption, interrupted_before, metrics_of, run
 
 READER = "tensorboardX's messages read the events back"
@@ -62,7 +59,7 @@ def test_a_point_a_step_in_tensorboard(tmp_path, stop):
 
 
 class FakeRun:
-    """What Weights & Biases has of a run; it takes no step that is not above all others."""
+    """A run as Weights & Biases has it; it takes no step that is not above all others."""
 
     def __init__(self):
         self.history, self.axes, self.exits = [], {}, []
@@ -103,6 +100,10 @@ def trained(folder, name, stream):
         run(folder / name, SETTINGS, stream, watch=watching(("wandb",), folder, name))
 
 
+def step(name, *paths):
+    return Planned(name, "", print, (), paths, None, False)
+
+
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_point_a_step_in_weights_and_biases(tmp_path, service, stop):
     folder, stream = epath.Path(tmp_path), interrupted_before(stop)[0]
@@ -125,9 +126,9 @@ def test_a_point_a_step_in_weights_and_biases(tmp_path, service, stop):
 
     # What is done anew has other points of the same steps: another run begins.
     (folder / "result.json").write_text("{}")
-    put_aside(folder, ["evaluate"])
+    put_aside(folder, [step("evaluate", "result.json")])
     assert (folder / "wandb.json").exists()
-    put_aside(folder, ["supernet"])
+    put_aside(folder, [step("supernet", "supernet")])
     trained(folder, "supernet", interrupted_before(None)[0])
     assert len(service.runs) == 2
     assert len(service.runs[service.asked[-1]["id"]].history) == SETTINGS.steps
@@ -167,18 +168,15 @@ def test_what_cannot_watch_is_said_first(monkeypatch):
         pytest.fail("work has begun")
 
 
-@pytest.mark.slow
-def test_generations_of_a_search(own_run):
+def test_generations_of_a_search(tmp_path):
     pytest.importorskip("tensorboardX", reason="writes the events")
-    folder = epath.Path(own_run)
-    history = (folder / "search/history.jsonl").read_text().splitlines(keepends=True)
-    (folder / "search/history.jsonl").write_text("".join(history[:2]))  # one generation
-    whole = Run.open(folder)
-    settings = dataclasses.replace(whole.settings, watch=("tensorboard",))
-    search(Run(settings, folder), Images(settings))
+    history, watch = tmp_path / "history.jsonl", watching(("tensorboard",), tmp_path, "search")
+    search(history, watch=watch)
+    whole = shown_points(tmp_path / "search")
+    history.write_text("".join(history.read_text().splitlines(keepends=True)[:2]))
+    search(history, watch=watch)
     best: dict[int, float] = {}
-    for candidate in read_history(folder / "search/history.jsonl"):
-        if candidate.generation and candidate.has_seen_all:
-            best[candidate.generation] = max(candidate.top1, best.get(candidate.generation, 0))
+    for candidate in read_history(history):
+        best[candidate.generation] = max(candidate.top1, best.get(candidate.generation, 0))
     expected = [(generation, pytest.approx(value)) for generation, value in best.items()]
-    assert shown_points(own_run / "search") == {"search/best_top1": expected}
+    assert shown_points(tmp_path / "search") == whole == {"search/best_top1": expected}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Window = tuple[float, float]
+from flora_jax.flora.cost import Range
 
 _SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # after which candidates are compared
 DEVIATIONS = 1.0  # standard errors behind the last place that nobody makes up (docs/decisions.md)
@@ -35,7 +35,7 @@ class ImageScores:
       of: (genes int32 [P, L], start, stop) -> (score, what is shown of them), both [P, n]: of the
         images from number `start` on, to number `stop` or beyond it, as whole batches end. Images
         must be in an order of which every beginning is a fair sample.
-      num_images: how many there are.
+      num_images: of these images.
       rungs: after how many of them candidates are compared; (num_images,): never.
       deviations: standard errors behind the last place that a candidate cannot make up.
     """
@@ -46,12 +46,12 @@ class ImageScores:
     deviations: float = DEVIATIONS
 
     @property
-    def drops(self) -> bool:
-        """Whether a candidate may be out before it has seen all images."""
+    def halves(self) -> bool:
+        """True where a candidate may be out before it has seen all images."""
         return len(self.rungs) > 1
 
     def checked(self, genes: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """What `of` returns, float64 [2, P, n]; raises ValueError unless all are numbers."""
+        """The values of `of`, float64 [2, P, n]; raises ValueError unless all are numbers."""
         values = [np.asarray(each, np.float64) for each in self.of(genes, start, stop)]
         for each in values:
             fits = each.ndim == 2 and len(each) == len(genes)
@@ -64,7 +64,7 @@ class ImageScores:
 
 
 class Contest(NamedTuple):
-    """Who competes for one window.
+    """The competitors inside one range of cost.
 
     Attributes:
       entrants: bool [P], the new candidates among them.
@@ -76,7 +76,7 @@ class Contest(NamedTuple):
 
 
 class Raced(NamedTuple):
-    """How far new candidates came.
+    """The results of new candidates in a race.
 
     Attributes:
       num_seen: int [P], images that each of them was scored on.
@@ -93,9 +93,9 @@ class Raced(NamedTuple):
 def race(scores: ImageScores, genes: np.ndarray, contests: Sequence[Contest], places: int) -> Raced:
     """Scores new candidates, each until it is behind in every contest that it takes part in.
 
-    Behind is who cannot make up, within `deviations` standard errors, what it lacks to the last of
-    the places. The error is that of the mean over all the images, of which a part is known, so
-    that nobody is out by chance after the last.
+    A candidate is behind that cannot make up, within `deviations` standard errors, what it lacks to
+    the last of the places. The error is that of the mean over all the images, of which a part is
+    known, so that none is out by chance after the last.
 
     Args:
       genes: int32 [P, L].
@@ -136,7 +136,7 @@ def _still_running(
 
 
 def _has_hope(own: np.ndarray, rivals: np.ndarray, places: int, errors: float) -> np.ndarray:
-    """Whether each row of own [A, n] may yet have one of the places: bool [A].
+    """For each row of own [A, n], whether it may yet have one of the places: bool [A].
 
     Args:
       errors: how many standard deviations of the differences between images may be made up.
@@ -151,14 +151,14 @@ def _has_hope(own: np.ndarray, rivals: np.ndarray, places: int, errors: float) -
 
 
 class Races:
-    """The races of a search, one a generation, a contest for each window of cost.
+    """The races of a search, one a generation, a contest for each range of cost.
 
     Args:
-      places: parents that a window has.
+      places: parents that a range has.
     """
 
-    def __init__(self, scores: ImageScores, windows: Sequence[Window], places: int):
-        self.scores, self._windows, self._places = scores, windows, places
+    def __init__(self, scores: ImageScores, ranges: Sequence[Range], places: int):
+        self.scores, self._ranges, self._places = scores, ranges, places
         self._of_images: dict[tuple[int, ...], np.ndarray] = {}  # of possible parents, [num_images]
 
     def run(
@@ -167,14 +167,14 @@ class Races:
         """Scores a generation, genes int32 [P, L] of these costs [P].
 
         Args:
-          parents: genes of the best so far in each window, with whom new ones compete; they are
+          parents: genes of the best so far in each range, with whom new ones compete; they are
             scored again where another process has scored them.
         """
-        if self.scores.drops:
+        if self.scores.halves:
             self._recall(list(dict.fromkeys(itertools.chain(*parents))))
         contests = [
             Contest((low <= costs) & (costs <= high), self._scores_of(own))
-            for (low, high), own in zip(self._windows, parents, strict=True)
+            for (low, high), own in zip(self._ranges, parents, strict=True)
         ]
         raced = race(self.scores, genes, contests, self._places)
         has_seen_all = raced.num_seen == self.scores.num_images
@@ -190,5 +190,5 @@ class Races:
         self._of_images = {genes: self._of_images[genes] for genes in parents}
 
     def _scores_of(self, parents: Sequence[tuple[int, ...]]) -> np.ndarray:
-        found = [self._of_images[genes] for genes in parents] if self.scores.drops else []
+        found = [self._of_images[genes] for genes in parents] if self.scores.halves else []
         return np.array(found).reshape(-1, self.scores.num_images)

@@ -20,9 +20,8 @@ import numpy as np
 from flora_jax.flora.cost import Cost
 from flora_jax.flora.space import RankSpace
 from flora_jax.models import functional
-from flora_jax.models.block import Block
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.network import Network
+from flora_jax.models.network import Block, Network
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 from flora_jax.timing import describe_device, median_ratio, time_in_turn
 

@@ -3,20 +3,27 @@
 "sandwich" is that of BigNAS (arXiv 2003.11142), "nested" that of FlexRank (arXiv 2602.02680).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from flora_jax.flora.sampling import Draw, draw_by_step
 from flora_jax.flora.space import RankSpace
 
+Draw = Callable[[int], np.ndarray]  # step -> genes int32 [L], the same on every host
 EXTRA_SAMPLINGS = ("sandwich", "nested")
 _STRAY = 0.1  # chance of a gene to leave its profile, by one choice up or down
 
 
 def sandwich(space: RankSpace, seed: int) -> Draw:
     """The largest subnet, the smallest, and one drawn with favour for low ranks, in turn."""
-    drawn, smallest = draw_by_step(space, "low_rank_aware", seed), space.cheapest_genes
-    turns = (lambda _: space.full_rank_genes, lambda _: smallest, drawn)
-    return lambda step: turns[step % len(turns)](step)
+    extremes = space.full_rank_genes, space.cheapest_genes
+
+    def draw(step: int) -> np.ndarray:
+        if (turn := step % 3) < 2:
+            return extremes[turn]
+        return space.sample(np.random.default_rng([seed, step]), 1, "low_rank_aware")[0]
+
+    return draw
 
 
 def nested(space: RankSpace, profiles: np.ndarray, seed: int) -> Draw:

@@ -33,7 +33,7 @@ def first_population(
 
 
 class Lead(NamedTuple):
-    """How far one subnet is ahead of another on the same images, with `SURE` standard errors.
+    """The lead of one subnet over another on the same images, with `SURE` standard errors.
 
     Attributes:
       ahead: mean, low, high of the differences.
@@ -76,7 +76,7 @@ def neighbours(
 
     Random exchanges of the triples of one or two blocks of `nearest_kept(space, genes)` for kept
     ones near them; those that change its MACs least come first, such as one gene up a step and its
-    like in another block down. Genes outside the kept triples are no error.
+    like in another block down. Genes that are no candidates are no error.
 
     Raises:
       InputError: genes have a wrong length, dtype or value.
@@ -95,7 +95,7 @@ def neighbours(
 
 
 def _by_distance(space: RankSpace, genes: np.ndarray) -> list[np.ndarray]:
-    """The kept triples [K_b, 3] of each block, those nearest to its triple in genes [L] first."""
+    """The candidates [K_b, 3] of each block, those nearest to its triple in genes [L] first."""
     ordered = []
     own = space.validate(genes).reshape(-1, LAYERS_PER_BLOCK)
     for block, (kept, triple) in enumerate(zip(space.kept, own, strict=True)):

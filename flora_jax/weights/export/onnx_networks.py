@@ -14,13 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.errors import InputError
-from flora_jax.models.block import Block, PatchEmbed
-from flora_jax.models.convolution import Convolution, DepthwiseConvolution
-from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, whole_bias
-from flora_jax.models.mlp import Mlp
-from flora_jax.models.network import Network
-from flora_jax.models.pooling import AttentionPool
-from flora_jax.models.positions import Rotary, tables
+from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, Mlp, whole_bias
+from flora_jax.models.network import Block, Network, PatchEmbed
 from flora_jax.models.swin import (
     PatchMerging,
     ShiftedWindowAttention,
@@ -29,13 +24,15 @@ from flora_jax.models.swin import (
     shift_mask,
 )
 from flora_jax.models.tiny_vit import (
+    Convolution,
     ConvolutionalEmbed,
+    DepthwiseConvolution,
     MBConv,
     MirroredWindowAttention,
     PointDepthPoint,
     TinyViT,
 )
-from flora_jax.models.vit import Attention, TokenSelection, ViT
+from flora_jax.models.vit import Attention, AttentionPool, Rotary, TokenSelection, ViT, tables
 from flora_jax.models.windows import WindowAttention, Windows
 
 # Gelu came with 20, and nothing newer is needed: the lowest that has every operation is what most
@@ -292,7 +289,7 @@ def _heads(graph: Graph, x: Value, number: int, shape: list[int]) -> list[Value]
 
 
 def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
-    """As `flora_jax.models.attention.attend`, then the heads side by side: [B, N, H*d].
+    """As `flora_jax.models.layers.attend`, then the heads side by side: [B, N, H*d].
 
     `shape` as in `_heads`. It is the query that is scaled, so that products fit half floats.
     """

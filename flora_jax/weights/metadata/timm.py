@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flora_jax.errors import InputError, UnknownNetworkError, unknown
-from flora_jax.models.convolution import KERNEL_SIZE
 from flora_jax.models.spec import Spec
 from flora_jax.models.swin_spec import SwinSpec, swin
-from flora_jax.models.tiny_vit_spec import TinyViTSpec, tiny_vit
+from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, TinyViTSpec, tiny_vit
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.metadata.fields import Fields
 

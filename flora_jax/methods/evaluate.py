@@ -1,0 +1,120 @@
+"""Evaluation: the finished models of a run on its test images, and each beside its baselines."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import numpy as safetensors
+
+from flora_jax.cluster.processes import by_the_first
+from flora_jax.evaluation.comparison import baseline_pairs, compare
+from flora_jax.evaluation.evaluate import evaluate_images, top1
+from flora_jax.evaluation.quality import Quality
+from flora_jax.flora.extras.latency import LatencyTable, measure_networks
+from flora_jax.io.files import replacing, write_json_once
+from flora_jax.models.spec import Spec
+from flora_jax.report.table import DATA
+from flora_jax.runs.budgets import finished_models
+from flora_jax.runs.checks import warn_of_remembered_images
+from flora_jax.runs.model_files import report_models_once
+from flora_jax.runs.workdir import TEST_IMAGES_FILE, Step
+from flora_jax.timing import median_ratio
+from flora_jax.weights import folder
+
+PerImage = dict[str, np.ndarray]
+
+
+def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrained: bool) -> None:
+    """compares all models on the test images: result.json
+
+    It is the only look at them.
+    """
+    run, images = step.run, step.images
+    finished = list(finished_models(run))
+    dense = None
+    if "pretrain" in run.settings.stages:
+        dense = folder.load_model(run.folder / "dense")
+    test_set = images.measured(images.evaluation_set(images.splits.test), dense)
+    entries, specs, found = {}, {}, {}
+    for _, name, path, budget in finished:
+        model = folder.load_model(run.folder / path)
+        specs[name], found[name] = model.spec, evaluate_images(model, test_set)
+        entries[name] = _entry(specs[name], test_set.quality, found[name])
+        if name == "dense" and is_pretrained and images.are_labelled:
+            heldout = images.heldout_set
+            share = float(top1(model, heldout))
+            numbers = heldout.num_images, entries[name]["top1"], test_set.num_images
+            warn_of_remembered_images(share, *numbers)
+        if budget is not None:
+            entries[name]["budget"] = budget.shares
+    labels = test_set.labels if run.spec.num_classes else None
+    save_images_once(run.folder / TEST_IMAGES_FILE, labels, found)
+    for name, against in compare(found, baseline_pairs(found)).items():
+        entries[name]["against"] = against
+        if "dense" in against and run.spec.num_classes:
+            entries[name]["agreement"] = _agreement(found[name], found["dense"])
+    for name, ms in _milliseconds(run.spec, latency, specs).items():
+        entries[name]["ms"] = ms
+    result: dict[str, Any] = {}
+    for kind, name, _, budget in finished:
+        if budget is None or budget.is_only:
+            result[kind] = entries[name]
+        else:
+            result.setdefault(kind, []).append(entries[name])
+    result[DATA] = {
+        "classes": list(images.class_names),
+        "left_out": {
+            "train": images.splits.train.left_out,
+            "test": images.splits.test.left_out,
+        },
+        "test_images": test_set.num_images,
+        "skipped_test_images": len(images.splits.test) - test_set.num_images,
+    }
+    write_json_once(run.folder / "result.json", result)
+    about = {
+        "dataset": run.settings.data.name,
+        "test_images": test_set.num_images,
+        "labels_of": "the dataset" if images.splits.num_classes else "the dense model",
+    }
+    report_models_once(run.folder, entries, {name: path for _, name, path, _ in finished}, about)
+
+
+@by_the_first
+def save_images_once(
+    path: epath.Path, labels: np.ndarray | None, found: dict[str, PerImage]
+) -> None:
+    """Writes what each model makes of each image. Raises as `replacing`.
+
+    Args:
+      labels: int32 [n]; stored as "label".
+      found: {model: what `evaluate_images` gives}; stored as "model/is_correct" (uint8 [n]),
+        "model/log_likelihood" (float32 [n]) and "model/predicted" (int32 [n]), or as "model/cosine"
+        and "model/relative_error" (float32 [n]).
+    """
+    tensors = {} if labels is None else {"label": labels}
+    for model, values in found.items():
+        for name, value in values.items():
+            is_bool = value.dtype == bool
+            tensors[f"{model}/{name}"] = value.astype(np.uint8) if is_bool else value
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save(tensors))
+
+
+def _entry(spec: Spec, quality: Quality, found: PerImage) -> dict:
+    means = {m.name: float(found[m.of_image].mean(dtype=np.float64)) for m in quality.metrics}
+    return means | {"macs": spec.macs(), "params": spec.num_params()}
+
+
+def _agreement(ours: PerImage, theirs: PerImage) -> float:
+    """Share of the images of which both predict the same class."""
+    return float((ours["predicted"] == theirs["predicted"]).mean())
+
+
+def _milliseconds(
+    dense: Spec, latency: LatencyTable | None, specs: dict[str, Spec]
+) -> dict[str, float]:
+    """Times of the finished models, on the scale of the table that the search used."""
+    if latency is None:
+        return {}
+    times = measure_networks(specs | {"dense": dense}, latency.batch_size, latency.dtype)
+    return {name: latency.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}
