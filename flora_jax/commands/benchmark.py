@@ -117,9 +117,7 @@ def measure(
       The rows, and {"engine", "batch", "model"} of what does not fit into memory. Where that is the
       first model, there is nothing to compare others with, so that all of this batch are left out.
     """
-    rows: list[Row] = []
-    too_large: list[dict] = []
-    reference, *_ = models
+    rows, too_large, reference = list[Row](), list[dict](), next(iter(models))
     macs = {name: model.spec.macs() for name, model in models.items()}
     total = len(engines) * len(batch_sizes)
     with Progress("benchmark", total, unit="measurement") as progress:
@@ -191,12 +189,7 @@ def _turn(run: Forward) -> tuple[int, Forward]:
     started = time.perf_counter()
     run()
     count = max(1, math.ceil(_TURN / (time.perf_counter() - started)))
-
-    def turn() -> None:
-        for _ in range(count):
-            run()
-
-    return count, turn
+    return count, lambda: [run() for _ in range(count)]
 
 
 def _batch_sizes(texts: Sequence[str]) -> list[int]:

@@ -1,6 +1,5 @@
 """flora_jax --predict=FOLDER pictures...: the likeliest classes of pictures."""
 
-import functools
 import json
 import os
 import sys
@@ -14,7 +13,6 @@ from etils import epath
 from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.listing import read_index
-from flora_jax.data.preprocessing import Crop
 from flora_jax.errors import InputError
 from flora_jax.io.paths import absolute, as_text, user_path
 
@@ -66,7 +64,16 @@ def predictions(
     """Predicts each picture, in their order; a bad one gives its error."""
     run, transform = classifier.log_probabilities(), classifier.transform
     size = batch_size(len(paths))
-    read = functools.partial(_read, transform, classifier.preprocessing.background)
+    background = classifier.preprocessing.background
+
+    def read(path: epath.Path) -> np.ndarray | BadImageError:
+        try:
+            return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
+        except BadImageError as error:
+            return error
+        except OSError as error:
+            return BadImageError(f"{path} cannot be read: {error.strerror or error}")
+
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), size):
             part = paths[start : start + size]
@@ -89,17 +96,6 @@ def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
                 yield from (path / inside / name for name in names)
         else:
             yield path
-
-
-def _read(
-    transform: Crop, background: tuple[int, ...], path: epath.Path
-) -> np.ndarray | BadImageError:
-    try:
-        return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
-    except BadImageError as error:
-        return error
-    except OSError as error:
-        return BadImageError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def _text(found: Prediction, as_json: bool) -> str:
