@@ -179,13 +179,6 @@ def test_horizontal_flip_mirrors_half_of_the_images():
     assert 70 < flipped < 130
 
 
-def test_grey_digits_fit_a_model_of_three_channels(digits):
-    out = augment.Augmentation("digits").evaluation((32, 32, 3))(digits.images[0])
-    expected = Image.fromarray(digits.images[0][..., 0]).resize((32, 32), Image.Resampling.BICUBIC)
-    for channel in range(3):
-        np.testing.assert_array_equal(out[..., channel], np.asarray(expected))
-
-
 @pytest.mark.parametrize(
     "call, message",
     [

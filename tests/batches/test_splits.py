@@ -101,12 +101,6 @@ def test_hold_out_does_not_depend_on_the_order(order, fraction, seed):
     assert np.bincount(heldout.labels).tolist() == [round(10 * fraction)] * 3
 
 
-def test_a_larger_fraction_only_adds_to_the_held_out_images():
-    source = numbered_source(60)
-    small, large = (subsets.hold_out(source, fraction, 0)[1] for fraction in (0.2, 0.5))
-    assert keys(small) < keys(large)
-
-
 def test_subset_of_a_subset_keeps_images_labels_and_keys_together():
     source = subsets.subset(subsets.subset(numbered_source(20), range(10, 20)), [3, 1])
     assert len(source) == 2

@@ -56,54 +56,35 @@ def test_folders_that_only_sound_like_splits(place, tmp_path):
     assert all(key.startswith("train/") for key in keys(loaded.test))
 
 
-def pictures(place):
-    fill(place.parent, "place")
-
-
-def pictures_in_train(place):
-    fill(place, "train")
-
-
-def one_class(place):
-    fill(place, "ant")
-
-
-def small_classes(place):
-    fill(place, "ant")
-    fill(place, "bee", "cow", count=2)
-
-
-def an_empty_class(place):
-    fill(place, "ant", "bee")
-    (place / "cow/nothing").mkdir(parents=True)
-
-
-def splits_of_other_names(place):
-    fill(place / "Training", "ant", "bee")
-    fill(place / "Testing", "ant", "bee")
-
-
-def several_without_val(place):
-    fill(place / "train", "ant", "bee")
-    fill(place / "valid", "ant", "bee")
-    fill(place / "test", "ant", "bee")
-
-
-WRONG = {
-    pictures: r"no class folder in PLACE: .*PLACE/CLASS/\*\.jpeg; PLACE holds.*images:PLACE takes",
-    pictures_in_train: r"PLACE holds splits: expected .*PLACE/train",
-    one_class: r"a single class, 'ant', of which nothing.*at least 2 are needed, or images:PATH",
-    small_classes: r"PLACE is split into 3 parts.*at least 3 images.*: bee has 2, cow has 2",
-    an_empty_class: r"no image in the class folder PLACE/cow: expected files \*\.jpg",
-    splits_of_other_names: r"PLACE holds splits: .*train.*val",
-    several_without_val: r"test and valid but no val.*data\.test_split=test",
+AB = ("ant", "bee")
+WRONG = {  # the classes in a folder, and what is said
+    "pictures": (
+        {"..": ["place"]},
+        r"no class folder in PLACE: .*PLACE/CLASS/\*\.jpeg",
+    ),
+    "in train": ({"": ["train"]}, r"PLACE holds splits: expected .*PLACE/train"),
+    "one class": ({"": ["ant"]}, r"a single class, 'ant', of which nothing.*at least 2 are needed"),
+    "small": ({"": AB}, r"PLACE is split into 3 parts.*at least 3 images.*: ant has 2, bee has 2"),
+    "other names": ({"Training": AB, "Testing": AB}, r"PLACE holds splits: .*train.*val"),
+    "no val": (
+        {"train": AB, "valid": AB, "test": AB},
+        r"test and valid .*data\.test_split=test",
+    ),
 }
 
 
-@pytest.mark.parametrize("make", WRONG, ids=lambda make: make.__name__)
-def test_a_wrong_folder_is_refused_with_what_is_expected(make, place):
-    make(place)
-    with pytest.raises(ValueError, match=WRONG[make].replace("PLACE", re.escape(str(place)))):
+@pytest.mark.parametrize("folders, message", WRONG.values(), ids=WRONG)
+def test_a_wrong_folder_is_refused_with_what_is_expected(folders, message, place):
+    for folder, classes in folders.items():
+        fill(place / folder, *classes, count=2)
+    with pytest.raises(ValueError, match=message.replace("PLACE", re.escape(str(place)))):
+        splits.load_splits(f"folder:{place}")
+
+
+def test_an_empty_class_is_refused(place):
+    fill(place, "ant", "bee")
+    (place / "cow/nothing").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no image in the class folder .*cow: expected"):
         splits.load_splits(f"folder:{place}")
 
 
