@@ -1,4 +1,4 @@
-"""What --help says; written without importing JAX, which takes seconds."""
+"""The text of --help; written without importing JAX, which takes seconds."""
 
 import re
 

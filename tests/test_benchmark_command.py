@@ -14,11 +14,11 @@ from flora_jax import timing
 from flora_jax.commands import benchmark as command
 from flora_jax.commands.benchmark import Row, benchmark, measure, table
 from flora_jax.commands.engines import Engine, is_out_of_memory
-from flora_jax.configs import deit_t
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.runs.settings import Settings
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.compressed import low_rank, slimmed
+from tests.helpers.runs import tiny_config
 from tests.helpers.weights import random_model
 
 SPEC = flora.ViTSpec(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
@@ -88,12 +88,13 @@ def test_a_busy_machine_slows_all_alike(models, clock, monkeypatch):
     assert (rows[1].low, rows[1].high) == pytest.approx((rows[1].macs_share,) * 2)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.01, 20), (2.0, 5), (60.0, 3)])
-def test_long_work_gets_few_rounds(clock, seconds, rounds):
-    def work():
-        clock.now += seconds
+def test_long_work_gets_few_rounds(clock):
+    for seconds, rounds in ((0.01, 20), (2.0, 5), (60.0, 3)):
 
-    assert len(timing.time_in_turn({"": work}, 20, warm_up=0, seconds=9)[""]) == rounds
+        def work(seconds=seconds):
+            clock.now += seconds
+
+        assert len(timing.time_in_turn({"": work}, 20, warm_up=0, seconds=9)[""]) == rounds
 
 
 def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
@@ -108,17 +109,8 @@ def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
     rows, too_large = measure(models, engines[:1], [120, 5])
     assert too_large == [{"engine": "ideal", "batch": 120, "model": "dense"}]
     assert {row.batch for row in rows} == {5}
-
-
-def test_how_engines_say_that_memory_is_short():
-    for error in (
-        MemoryError("Unable to allocate 561. GiB for an array"),
-        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        Exception("Failed to allocate memory for requested buffer of size 99"),  # ONNX Runtime
-    ):
-        assert is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError("Unable to allocate 561. GiB for an array"))
+    assert is_out_of_memory(Exception("Failed to allocate memory for requested buffer"))
     assert not is_out_of_memory(RuntimeError("shapes (3, 4) and (5,) do not fit"))
 
 
@@ -126,16 +118,18 @@ def test_how_engines_say_that_memory_is_short():
 def run_folder(tmp_path_factory):
     """Of a run with two budgets that has extracted and not fine-tuned its models."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    config = deit_t.get_config("runlocal")
-    config.budget.macs = ((0.3, 0.4), (0.5, 0.6))
+    config = tiny_config(**{"budget.macs": ((0.3, 0.4), (0.5, 0.6))})
     settings = Settings.from_config(config)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(settings.to_config()))
+    config = json.dumps(settings.to_config())
+    (folder / "config.json").write_text(config)
     done = settings.stages[: settings.stages.index("extract") + 1]
-    (folder / "stages.json").write_text(json.dumps({name: {"seconds": 1} for name in done}))
+    (folder / "stages.json").write_text(
+        json.dumps({name: {"key": "", "seconds": 1} for name in done})
+    )
     begun = folder.parent / "begun"
     begun.mkdir()
-    (begun / "config.json").write_text(json.dumps(settings.to_config()))
+    (begun / "config.json").write_text(config)
     (begun / "images.json").write_text("{}")
     dense = random_model(settings.model)
     flora.save(dense, folder / "dense")
@@ -197,19 +191,14 @@ def test_one_model_against_another_in_every_engine(tmp_path, quickly, capsys):
     assert shares["small"] == pytest.approx(slimmed(SPEC).spec.macs() / larger.macs())
 
 
-@pytest.mark.parametrize(
-    ("place", "sizes", "message"),
-    [
+def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch):
+    monkeypatch.setattr(command, "installed_engines", lambda: pytest.fail("work has begun"))
+    for place, sizes, message in (
         ("mine", "0", r"--batch_sizes must be whole numbers from 1, such as 1,8,64; got 0"),
-        ("mine", "8,many", r"got 8,many"),
         ("mime", "1", r"mime is not there \(did you mean 'mine'\?\)"),
         ("begun", "1", r"begun: no model of this run is finished yet"),
         (".", "1", r"is no folder of a model.* inside it are begun, mine"),
-        ("mine/extract", "1", r"is no folder of a model.* inside it are allocated_0\.4, "),
         ("mine/supernet", "1", r"holds a supernet: .*extract a model first"),
-    ],
-)
-def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch, place, sizes, message):
-    monkeypatch.setattr(command, "installed_engines", lambda: pytest.fail("work has begun"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        benchmark(run_folder.parent / place, batch_sizes=sizes.split(","))
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            benchmark(run_folder.parent / place, batch_sizes=sizes.split(","))

@@ -1,11 +1,13 @@
-"""The benchmarks run and print what their documentation says, on the smallest case."""
+"""Benchmarks run and print what their documentation says; what they make of real material."""
 
 import re
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
+from benchmarks import clip_art
 from benchmarks.seeds import comparison, mean_over_seeds, summary
 from tests.helpers.commands import run_benchmark
 
@@ -56,7 +58,7 @@ def test_trials_on_a_finished_run(finished_run, program, line):
     assert re.search(line, done.stdout, re.MULTILINE)
 
 
-def test_summary_of_seeds():
+def test_summary_of_seeds_and_of_several_budgets():
     runs = [
         {
             "dense": {"top1": dense, "macs": 100, "params": 50},
@@ -67,13 +69,8 @@ def test_summary_of_seeds():
     dense, subnet = summary(runs).splitlines()[2:]
     assert dense == "| dense | 99.00, 97.00 | 98.00 ± 1.41 | +0.00 | 0.0 % | 0.0 % |"
     assert subnet == "| subnet | 98.00, 98.00 | 98.00 ± 0.00 | +0.00 | 60.0 % | 60.0 % |"
-
-
-def test_summary_of_several_budgets():
-    entry = {"top1": 0.9, "macs": 40, "params": 20}
-    dense = {"top1": 0.9, "macs": 100, "params": 50}
-    budgets = [entry | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
-    rows = summary([{"dense": dense, "subnet": budgets}]).splitlines()[3:]
+    budgets = [runs[0]["subnet"] | {"budget": [high - 0.05, high]} for high in (0.4, 0.55)]
+    rows = summary([runs[0] | {"subnet": budgets}]).splitlines()[3:]
     assert [row.split("|")[1] for row in rows] == [" subnet 0.4 ", " subnet 0.55 "]
 
 
@@ -97,3 +94,83 @@ def test_comparison_over_seeds(tmp_path):
         comparison(paths)
     with pytest.raises(SystemExit, match=r"9\.safetensors is missing"):
         comparison([*paths, tmp_path / "9.safetensors"])
+
+
+def drawing(seed: int, category: str = "animals") -> clip_art.Drawing:
+    pixels = np.random.default_rng(seed).integers(0, 200, (4, 4, 3), np.uint8)
+    large = np.asarray(Image.fromarray(pixels).resize((128, 128)))
+    return clip_art.Drawing(category, f"{seed}.png", large)
+
+
+def house(wall: str, at: tuple[int, int] = (0, 0), page: int = 400) -> Image.Image:
+    picture = Image.new("RGBA", (page, page))
+    draw, (x, y) = ImageDraw.Draw(picture), at
+    draw.polygon([(x, y + 60), (x + 50, y), (x + 100, y + 60)], fill="black")
+    draw.rectangle((x + 10, y + 60, x + 90, y + 120), fill=wall)
+    draw.rectangle((x + 40, y + 80, x + 60, y + 120), fill="black")
+    return picture
+
+
+def as_drawing(picture: Image.Image, name: str) -> clip_art.Drawing:
+    return clip_art.Drawing("buildings", name, clip_art.square(picture))
+
+
+def names(groups: list[clip_art.Group]) -> set[frozenset[str]]:
+    return {frozenset(drawing.name for drawing in group) for group in groups}
+
+
+@pytest.fixture
+def groups() -> list[clip_art.Group]:
+    """100 drawings: 40 alone, 10 pairs, 5 of 5, and 15 alike."""
+    drawings = iter(map(drawing, range(100)))
+    sizes = [1] * 40 + [2] * 10 + [5] * 5 + [15]
+    return [[next(drawings) for _ in range(size)] for size in sizes]
+
+
+@pytest.mark.parametrize(("most", "train", "val"), [(700, 70, 30), (50, 35, 15)])
+def test_split_keeps_groups_whole_and_the_fraction(groups, most, train, val):
+    sides = clip_art.split(groups, 0.3, most)
+    assert {side: sum(map(len, chosen)) for side, chosen in sides.items()} == {
+        "train": train,
+        "val": val,
+    }
+    assert names(sides["train"]) | names(sides["val"]) <= names(groups)
+    assert not names(sides["train"]) & names(sides["val"])
+    mixed = [groups[i][::-1] for i in np.random.default_rng(0).permutation(len(groups))]
+    again = clip_art.split(mixed, 0.3, most)
+    assert all(names(sides[side]) == names(again[side]) for side in sides)
+
+
+def test_recoloured_and_moved_drawings_are_near_duplicates():
+    drawings = [
+        as_drawing(house("gray"), "gray"),
+        as_drawing(house("tomato"), "red"),
+        as_drawing(house("gray", at=(250, 90)), "moved"),
+        as_drawing(house("gray").rotate(90), "turned"),
+    ]
+    groups = clip_art.near_duplicates(clip_art.distinct(drawings))
+    # Where the drawing lies on its page is cut away: "moved" is "gray", the first in the alphabet.
+    assert names(groups) == {frozenset({"gray", "red"}), frozenset({"turned"})}
+
+
+def test_equal_drawings_are_kept_once_a_class():
+    drawings = [drawing(0), drawing(0), drawing(0, "food"), drawing(1)]
+    kept = clip_art.distinct(drawings)
+    found = sorted((one.category, one.name) for one in kept)
+    assert found == [("animals", "0.png"), ("animals", "1.png"), ("food", "0.png")]
+    # Those in two classes are one group, which tells that the class is in doubt.
+    assert sorted(map(len, clip_art.near_duplicates(kept))) == [1, 2]
+
+
+def test_a_drawing_is_cut_out_and_put_on_white():
+    pixels = clip_art.square(house("tomato", at=(250, 90)))
+    assert (pixels.shape, pixels.dtype) == ((128, 128, 3), np.uint8)
+    assert (pixels[0, 0] == 255).all()
+    is_drawn = (pixels < clip_art.PAPER).any(axis=2)
+    assert is_drawn.any(axis=1).all()  # its long side fills the square
+    assert not is_drawn[:, :8].any()
+    assert not is_drawn[:, -8:].any()
+    for size in ((0, 0), (20, 20), (300, 1)):  # blank, tiny and thin
+        page = Image.new("RGBA", (400, 400))
+        page.paste("black", (10, 10, 10 + size[0], 10 + size[1]))
+        assert clip_art.square(page) is None

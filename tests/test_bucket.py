@@ -28,6 +28,7 @@ from tests.helpers.files import flip_a_bit
 pytestmark = pytest.mark.slow
 
 
+SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 FILES = "/storage/v1/b/bucket/o/"
 MOVE = r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
 
@@ -57,14 +58,8 @@ def address():
 
 
 def output(*calls: str) -> list[str]:
-    done = subprocess.run(
-        program(__name__, *calls),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command, options = program(__name__, *calls), {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, timeout=120, check=False, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -89,62 +84,44 @@ def save_and_damage() -> None:
     print(restored_step(directory))
 
 
-def test_a_damaged_checkpoint_is_moved_aside(address):
-    assert output("save_and_damage()") == [
-        "6 9 manifests",
-        "6",
-        "6 damaged manifests 9-0 9-0.txt",
-        "9",
-    ]
-
-
 def try_a_folder() -> None:
     check_can_hold_a_run("gs://bucket/tried/run 1")
     print(fsspec.filesystem("gs").exists("bucket/tried"))
 
 
-def test_a_folder_is_tried_and_left_as_it_was(address):
-    assert output("try_a_folder()") == ["False"]
-
-
 def save_and_load() -> None:
-    spec = flora.ViTSpec(
-        image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3
-    )
-    model = flora.create(spec)
+    model = flora.create(SPEC)
     flora.save(model, "gs://bucket/model")
     flora.export_timm(model, "gs://bucket/timm.safetensors")
     for _ in range(2):  # anew, and over it
         flora.export_torch(model, "gs://bucket/torch")
     print(sorted(path.name for path in epath.Path("gs://bucket/torch").iterdir()))
     for path in ("gs://bucket/model", "gs://bucket/timm.safetensors"):
-        ours, theirs = (functional.split(m)[1] for m in (model, flora.from_pretrained(path, spec)))
+        ours, theirs = (functional.split(m)[1] for m in (model, flora.from_pretrained(path, SPEC)))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
         print("same")
 
 
-def test_models(address):
-    exported = "['model.py', 'model.safetensors', 'spec.json']"
-    assert output("save_and_load()") == [exported, "same", "same"]
-
-
 def hand_out() -> None:
-    spec = flora.ViTSpec(
-        image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3
-    )
-    settings = flora.Settings(model=spec, stages=("pretrain",), export=("stablehlo", "timm"))
+    settings = flora.Settings(model=SPEC, stages=("pretrain",), export=("stablehlo", "timm"))
     run = Run(settings, epath.Path("gs://bucket/handing"))
-    flora.save(flora.create(spec), run.folder / "dense")
-    for _ in range(2):  # the second time, the first goes aside
-        export_once(run, None, ("a", "b", "c"))
+    flora.save(flora.create(SPEC), run.folder / "dense")
+    for _ in range(2):  # the second time it is there
+        export_once(run, run.settings.export, None, ("a", "b", "c"))
         print(*names(run.folder / "export"), *names(run.folder / "export/dense"))
-    assert flora.load(run.folder / "export/dense/timm").spec == spec
-    print(*names(run.folder / "earlier/1/export/dense"))
+    assert flora.load(run.folder / "export/dense/timm").spec == SPEC
 
 
-def test_an_export(address):
+def test_checkpoints_models_and_exports(address):
+    exported = "['model.py', 'model.safetensors', 'spec.json']"
     files = "README.md classes.json model.stablehlo.bin preprocessing.json timm"
-    assert output("hand_out()") == [f"dense {files}", f"dense {files}", files]
+    calls = ("save_and_damage()", "try_a_folder()", "save_and_load()", "hand_out()")
+    assert output(*calls) == [
+        *("6 9 manifests", "6", "6 damaged manifests 9-0 9-0.txt", "9"),  # a damaged one goes aside
+        "False",  # the folder is left as it was
+        *(exported, "same", "same"),
+        *(f"dense {files}", f"dense {files}"),
+    ]
 
 
 @pytest.mark.faults

@@ -9,12 +9,10 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from flora_jax.stages.changes import stages_from, stages_to_redo
 
 import flora_jax as flora
 from flora_jax.commands.classifier import Classifier
 from flora_jax.configs import deit_t
-from flora_jax.configs.common import IMPROVED_STAGES
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
 from flora_jax.methods import export as stage
@@ -22,11 +20,11 @@ from flora_jax.methods import start
 from flora_jax.report.card import base_model, dataset_name
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import Run
+from flora_jax.runs.workdir import Run, Step, planned, stale_steps
 from flora_jax.weights.export import EXPORTS
 from tests.helpers.compressed import low_rank, slimmed
-from tests.helpers.slimming import TINY_HYBRID, images_of, random_model
-from tests.helpers.weights import assert_same
+from tests.helpers.runs import tiny_config
+from tests.helpers.slimming import images_of, random_model
 
 SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=10)
 SLIM = ("pretrain", "slim", "report")
@@ -78,7 +76,7 @@ def exported(tmp_path_factory, subnets):
     says = np.asarray(subnets["extract/subnet_0.75"](images)).argmax(axis=1)
     labels = np.where(np.arange(8) == 3, (says + 1) % 10, says)  # one is wrong
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    stage.export_once(run, images[:3], NAMES, lambda: iter(batches))
+    stage.export_once(run, WRITABLE, images[:3], NAMES, lambda: iter(batches))
     return folder / "export"
 
 
@@ -140,7 +138,7 @@ def test_a_card_without_labels_claims_no_accuracy(tmp_path):
     spec = dataclasses.replace(SPEC, num_classes=0)
     run = run_in(tmp_path, {"dense": random_model(spec)}, spec=spec, stages=("pretrain",))
     run = Run(dataclasses.replace(run.settings, export=("timm",), metric=""), run.folder)
-    stage.export_once(run, None, ())
+    stage.export_once(run, run.settings.export, None, ())
     text = (tmp_path / "export/dense/README.md").read_text()
     assert "model-index" not in text
     assert "It was not measured" in text
@@ -152,29 +150,15 @@ def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
     spec = dataclasses.replace(SPEC, depth=2, blocks=(), patch_size=2)
     models = {"dense": random_model(spec), "slim": slimmed(spec)}
     run = run_in(tmp_path, models, spec=spec, stages=SLIM, export=("stablehlo",))
-    stage.export(run, Images(run.settings))  # compared on digits
+    run.images = Images(run.settings)
+    stage.export(Step(run, "export"), None, run.settings.export)  # compared on digits
     assert in_folder(tmp_path / "export") == ["slim"]
     assert "ViT-Slim learned" in (tmp_path / "export/slim/README.md").read_text()
 
 
-@pytest.mark.slow
-def test_a_hybrid_is_handed_out_in_every_form(tmp_path):
-    models = {"dense": random_model(TINY_HYBRID), "slim": low_rank(slimmed(TINY_HYBRID))}
-    run = run_in(tmp_path, models, spec=TINY_HYBRID, stages=SLIM, export=WRITABLE)
-    stage.export_once(run, None, ())
-    folder = tmp_path / "export/slim"
-    assert {EXPORTS[kind].path for kind in WRITABLE} < set(in_folder(folder))
-    for kind in ("torch", "timm"):
-        assert_same(flora.load(folder / kind), models["slim"])
-    text = (folder / "README.md").read_text()
-    assert "\nA TinyViT that tells 5 classes apart, of images of 32 x 32 pixels: " in text
-
-
-def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
-    tmp_path, subnets, monkeypatch
-):
+def test_a_refused_file_leaves_nothing_and_what_was_finished_stays(tmp_path, subnets, monkeypatch):
     models = {"extract/subnet": subnets["extract/subnet_0.5"]}
-    run = run_in(tmp_path, models, export=("timm", "stablehlo"), **{"budget.macs": (0.4, 0.5)})
+    run = run_in(tmp_path, models, **{"budget.macs": (0.4, 0.5)})
 
     def refuses(model, path, images):
         raise InputError("outputs differ from the model's by 3.0e-01 of the largest")
@@ -183,101 +167,74 @@ def test_a_refused_file_leaves_nothing_and_what_was_interrupted_goes_aside(
     with monkeypatch.context() as patch:
         patch.setitem(EXPORTS, "stablehlo", wrong)
         with pytest.raises(InputError, match=r"of subnet as 'stablehlo': outputs differ .* 3\.0e"):
-            stage.export_once(run, None, NAMES)
-    assert in_folder(tmp_path / "export") == []
-    (tmp_path / "export/.subnet.partial-1").mkdir()  # of a process that was killed
-    stage.export_once(run, None, NAMES)
+            stage.export_once(run, ("timm", "stablehlo"), None, NAMES)
+        assert in_folder(tmp_path / "export") == []
+        stage.export_once(run, ("timm",), None, NAMES)
+        stage.export_once(run, ("stablehlo",), None, NAMES)  # which is there: it is not written
     assert in_folder(tmp_path / "export") == ["subnet"]
-    assert (tmp_path / "earlier/1/export/.subnet.partial-1").exists()
 
 
 # --- settings and changes -------------------------------------------------------------------------
 
 
-def test_the_stage_is_there_exactly_where_something_is_exported():
-    with_it = settings(export=("onnx",))
-    assert with_it.stages == (*STAGES[:-1], "export", "report")
-    assert Settings.from_config(json.loads(json.dumps(with_it.to_config()))) == with_it
-    assert settings(stages=with_it.stages).stages == STAGES  # a saved config, export=() since
-    assert settings(export=("timm",), stages=("pretrain",)).stages == ("pretrain", "export")
-    assert "export" not in IMPROVED_STAGES
+def test_the_step_is_there_exactly_where_something_is_exported(tmp_path):
+    for kinds, there in ((("onnx",), ["export"]), ((), [])):
+        run = Run(settings(export=kinds), epath.Path(tmp_path))
+        names = list(planned(run, start.script_of(run.settings)))
+        assert names == [*STAGES[:-1], *there, "report"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_exports_that_cannot_be():
+    for changes, message in (
         ({"export": ("onx",)}, r"unknown export 'onx'; choose one of .* mean 'onnx'"),
         ({"export": "onnx"}, r"export must be a row of names, .* got 'onnx'"),
-        (
-            {"export": ("onnx",), "stages": ("evaluate",)},
-            "export needs a stage that leaves a model, extract, pretrain, .* got evaluate",
-        ),
-    ],
-)
-def test_exports_that_cannot_be(changes, message):
-    with pytest.raises(InputError, match=message):
-        Settings.from_config(changes)
+        ({"export": ("onnx",), "stages": ("evaluate",)}, "export needs a stage that leaves a mode"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Settings.from_config(changes)
 
 
 def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    config = deit_t.get_config("runlocal")
-    config.export = ("timm", "onnx_float16")
     with pytest.raises(MissingPackageError, match=r"onnxruntime.*install 'flora_jax\[onnx\]'"):
-        start.run(config, tmp_path / "run")
-    config.export = ()
+        start.run(tiny_config(export=("timm", "onnx_float16")), tmp_path / "run")
     with pytest.raises(InputError, match=r"stage export needs to know as what: --config\.export"):
-        start.run(config, tmp_path / "run", stage="export")
-    with pytest.raises(InputError, match=r"no stage slim, only pretrain, .*config\.stages adds it"):
-        start.run(config, tmp_path / "run", "slim")
+        start.run(tiny_config(), tmp_path / "run", stage="export")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_an_export_touches():
-    before, other = settings().to_config(), {"export": ("torch",)}
-    assert stages_to_redo(before, settings(**other).to_config()) == ["export"]
-    changed = settings(export=("onnx",)).to_config()
-    assert stages_to_redo(changed, settings(**other).to_config()) == ["export"]
-    assert stages_to_redo(changed, before) == []
-    assert stages_from("export", settings(**other).stages) == ["export"]
-    budget = {"budget.macs": (0.5, 0.6)}
-    redone = stages_to_redo(changed, settings(export=("onnx",), **budget).to_config())
-    assert redone == ["allocate", "extract", "evaluate", "export", "report"]
+def test_what_an_export_touches(tmp_path):
+    def to_redo(before, now) -> list[str]:
+        runs = [Run(settings(**changes), epath.Path(tmp_path)) for changes in (before, now)]
+        done, plan = (planned(run, start.script_of(run.settings)) for run in runs)
+        records = {name: {"key": step.key, "seconds": 1.0} for name, step in done.items()}
+        write_json(tmp_path / "stages.json", records)
+        return stale_steps(runs[1], plan)
+
+    onnx, other = {"export": ("onnx",)}, {"export": ("torch",)}
+    assert to_redo({}, other) == []  # it is to be done, and nothing anew
+    assert to_redo(onnx, other) == ["export"]
+    assert to_redo(onnx, {}) == []
+    redone = to_redo(onnx, onnx | {"budget.macs": (0.5, 0.6)})
+    assert redone == ["allocate", "extract", "evaluate", "export"]
 
 
 @pytest.mark.slow
 def test_a_finished_run_exports_later_and_does_nothing_else(own_run, caplog):
-    config = deit_t.get_config("runlocal")
-    config.export = ("timm",)
     caplog.set_level("INFO", "flora_jax")
-    start.run(config, own_run, stage="export")
+    start.run(tiny_config(export=("timm",)), own_run, stage="export")
     assert [line for line in caplog.messages if line.endswith(": starts")] == ["export: starts"]
     assert not (own_run / "earlier").exists()
     assert in_folder(own_run / "export") == ["subnet"]
-    config.export = ("stablehlo",)
-    start.run(config, own_run, stage="export")
+    start.run(tiny_config(export=("stablehlo",)), own_run, stage="export")
     assert (own_run / "earlier/1/export/subnet/timm").exists()
     assert (own_run / "export/subnet/model.stablehlo.bin").exists()
     assert (own_run / "report.png").exists()
 
 
-# --- names ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("", ""),
-        ("hf:me/vit@v2", "me/vit"),
-        ("/data/my vit/", "my-vit"),
-        ("weights/deit_t.safetensors", "deit_t"),
-    ],
-)
-def test_names_of_weights(given, name):
-    assert base_model(given) == name
-
-
-def test_names_of_data_tell_no_place():
+def test_names_in_cards_tell_no_place():
+    assert base_model("hf:me/vit@v2") == "me/vit"
+    assert base_model("/data/my vit/") == "my-vit"
+    assert base_model("weights/deit_t.safetensors") == "deit_t"
     assert dataset_name("folder:/home/me/birds/") == "birds"
     assert dataset_name("tfds:imagenet_v2/topimages") == "imagenet_v2/topimages"
-    assert dataset_name("digits") == "digits"

@@ -1,7 +1,9 @@
-"""The page of a run: one file, well-formed, texts escaped, a part only where there is one."""
+"""Page and figures of a run: drawn is what was given, texts are escaped, parts may be missing."""
 
 import dataclasses
+import html
 import html.parser
+import io
 import re
 import shutil
 import subprocess
@@ -9,11 +11,18 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
 
+from flora_jax.report import figures
 from flora_jax.report.classes import Confusion, class_rows, confusions
 from flora_jax.report.data import ReportData, Slimming
 from flora_jax.report.figures import panels_of, sheet
-from flora_jax.report.formats import svg
+from flora_jax.report.formats import png, svg
 from flora_jax.report.page import render
 from flora_jax.slim import Masks
 
@@ -137,29 +146,21 @@ def test_a_panel_is_left_out_where_there_is_nothing_to_draw(field):
     assert [panel.title for panel in panels_of(data)] == expected
 
 
-def test_marks_say_what_they_are():
-    drawn = [svg(sheet([panel]), panel.title) for panel in panels_of(DATA)]
-    said = [[title.text for title in ET.fromstring(each).iter("title")] for each in drawn]
+def test_marks_say_what_they_are_and_the_page_gives_colours():
+    texts = [svg(sheet([panel]), panel.title) for panel in panels_of(DATA)]
+    drawn = [ET.fromstring(text) for text in texts]
+    said = [[title.text for title in each.iter("title")] for each in drawn]
     models, candidates, quality, loss, ranks = said
-    assert models == [
-        "budget 4 to 5",
-        "models",
-        "dense: 98.00 %, 8.1 MACs (M)",
-        "subnet: 96.00 %, 4.5 MACs (M)",
-    ]
+    assert models[:2] == ["budget 4 to 5", "models"]
+    assert models[2:] == ["dense: 98.00 %, 8.1 MACs (M)", "subnet: 96.00 %, 4.5 MACs (M)"]
     assert candidates[-1] == "generation 1: 93.00 %, 4.4 MACs (M)"
     assert f"{NASTY} smallest, step 3: 20" in quality
     assert f"{NASTY} (3 steps), step 2: 1" in loss
     assert {"block 0 qkv: rank 8 of 32", "block 0 fc1: kept dense", "uniform (50 %)"} <= {*ranks}
-
-
-def test_colours_and_texts_of_a_figure_are_left_to_the_page():
-    (panel,) = panels_of(ReportData(points=DATA.points))
-    figure = ET.fromstring(text := svg(sheet([panel]), "models"))
-    assert (figure.tag, "width" in figure.attrib) == ("svg", False)
-    assert "dense 98.0 %" in {element.text for element in figure.iter("text")}
-    assert "fill: currentColor" in text
-    assert "fill: var(--c2f6fb0, #2f6fb0)" in text
+    assert "dense 98.0 %" in {element.text for element in drawn[0].iter("text")}
+    assert (drawn[0].tag, "width" in drawn[0].attrib) == ("svg", False)
+    assert "fill: currentColor" in texts[0]
+    assert "fill: var(--c2f6fb0, #2f6fb0)" in texts[0]
 
 
 def test_classes_and_what_is_taken_for_what():
@@ -192,16 +193,13 @@ def test_of_many_classes_those_are_shown_that_lost_most():
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser")
 def test_a_browser_shows_a_page_without_complaint_and_nothing_wider_than_a_phone(tmp_path):
     wide = [["model", *(f"column {i}" for i in range(30))], ["subnet", *("98.00 %",) * 30]]
-    page = render(dataclasses.replace(DATA, models=wide))
-    outer = ET.Element("body")
-    ET.SubElement(outer, "iframe", srcdoc=page, width="400", height="3000", style="border: 0")
-    measure = (
+    page = html.escape(render(dataclasses.replace(DATA, models=wide)))
+    (tmp_path / "outer.html").write_text(
+        "<!DOCTYPE html><meta charset=utf-8><title></title><script>addEventListener('load', () => {"
         "const page = document.querySelector('iframe').contentDocument.documentElement;"
         "document.title = `${page.clientWidth} ${page.scrollWidth} ${page.innerText.length}`;"
+        f'}})</script><iframe width=400 height=3000 style="border: 0" srcdoc="{page}"></iframe>'
     )
-    script = f"<title></title><script>addEventListener('load', () => {{{measure}}})</script>"
-    frame = ET.tostring(outer, "unicode", method="html")
-    (tmp_path / "outer.html").write_text(f"<!DOCTYPE html><meta charset=utf-8>{script}{frame}")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
     command += ["--window-size=1280,2000", f"file://{tmp_path / 'outer.html'}"]
@@ -210,3 +208,180 @@ def test_a_browser_shows_a_page_without_complaint_and_nothing_wider_than_a_phone
     assert needed == width <= 400
     assert letters > 1000
     assert "CONSOLE" not in shown.stderr
+
+
+CANDIDATES = {"macs": [4.0e6, 4.5e6, 4.2e6, 5.0e6, 4.5e6], "top1": [0.90, 0.95, 0.89, 0.95, 0.93]}
+CANDIDATES["generation"] = [0, 0, 1, 1, 2]
+POINTS = {"dense": (8.1e6, 0.98), "uniform": (4.6e6, 0.94), "subnet": (4.5e6, 0.96)}
+
+
+def example(**changes) -> ReportData:
+    arguments = {
+        "candidates": CANDIDATES,
+        "points": POINTS,
+        "windows": [(4.0e6, 5.0e6)],
+        "ranks": {"subnet": [8, None, 16, 32, 24, None]},
+        "full_ranks": [32] * 6,
+        "curves": {"supernet": (np.arange(1, 50), np.geomspace(2, 0.5, 49))},
+        "accuracies": {"supernet": {"": ([5, 49], [0.2, 0.9])}},
+        "uniform_ratios": [0.5],
+    }
+    return ReportData(**arguments | changes)
+
+
+def legend_texts(ax):
+    legend = ax.get_legend()
+    return [text.get_text() for text in legend.get_texts()] if legend else []
+
+
+def test_models_are_drawn_by_what_the_test_images_show_and_budgets_joined_by_kind():
+    points = {"dense": (8e6, 0.98), "subnet 0.3": (3e6, 0.9), "subnet 0.6": (5e6, 0.95)}
+    data = example(points=points, windows=[(2.8e6, 3e6), (4.8e6, 5e6)])
+    figures.plot_models(ax := Figure().subplots(), data)
+    (stars,), (joined,) = ax.collections, ax.lines
+    np.testing.assert_allclose(stars.get_offsets(), [[8, 98], [3, 90], [5, 95]])
+    found = [to_hex(color) for color in stars.get_facecolor()]
+    assert found == [figures.MODEL_COLORS[name] for name in ("dense", "subnet", "subnet")]
+    np.testing.assert_allclose(joined.get_xydata(), [[3, 90], [5, 95]])
+    bands = [(band.get_x(), band.get_width()) for band in ax.patches]
+    np.testing.assert_allclose(bands, [(2.8, 0.2), (4.8, 0.2)])
+    texts = {text.get_text() for text in ax.texts}
+    assert texts == {"dense 98.0 %", "subnet 0.3 90.0 %", "subnet 0.6 95.0 %"}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "test top-1 %")
+    assert legend_texts(ax) == ["MAC windows"]
+
+
+def test_candidates_have_axes_of_their_own_by_what_the_held_out_images_show():
+    ax = Figure().subplots()
+    figures.plot_candidates(ax, example())
+    (cloud,) = ax.collections
+    macs, top1 = np.array(CANDIDATES["macs"]), np.array(CANDIDATES["top1"])
+    np.testing.assert_allclose(cloud.get_offsets(), np.stack([macs / 1e6, 100 * top1], -1))
+    assert cloud.get_array().tolist() == CANDIDATES["generation"]
+    (front,) = ax.lines
+    np.testing.assert_allclose(front.get_xydata(), [[4.0, 90], [4.5, 95]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "held-out top-1 %")
+    assert legend_texts(ax) == ["MAC window", "Pareto front"]
+    assert ax.figure.axes[1].get_ylabel() == "generation"
+
+
+@pytest.mark.parametrize(
+    ("cost", "scale", "label"), [("macs", 1e9, "MACs (G)"), ("ms", 1, "latency (ms)")]
+)
+def test_costs_have_their_unit(cost, scale, label):
+    candidates = {cost: [8 * scale], "top1": [0.8], "generation": [0]}
+    points, windows = {"dense": (17.57 * scale, 0.818)}, [(7 * scale, 9 * scale)]
+    data = example(cost=cost, candidates=candidates, points=points, windows=windows)
+    for plot in (figures.plot_models, figures.plot_candidates):
+        plot(ax := Figure().subplots(), data)
+        assert ax.get_xlabel() == label
+        assert len(ax.figure.axes) == 1, "one generation needs no colour bar"
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=9))
+def test_labels_of_points_never_overlap(values):
+    points = {f"subnet {i}": value for i, value in enumerate(values)}
+    data = ReportData(points=points, windows=[(7e9, 9e9)])
+    figure = sheet(panels_of(data))
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    # The extent of an annotation includes its leader line, that of a text does not.
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1 for box in boxes)
+
+
+def test_ranks_draw_three_bars_a_block():
+    ax = Figure().subplots()
+    ranks, full_ranks = [8, None, 16, 32, 24, 4], [32, 32, 32, 64, 64, 64]
+    figures.plot_ranks(ax, ranks, full_ranks, uniform_ratio=0.3)
+    bars = [[(b.get_height(), bool(b.get_hatch())) for b in part] for part in ax.containers]
+    assert bars[0] == [(25, False), (50, False)]
+    assert bars[1] == [(100, True), (37.5, False)]
+    assert bars[2] == [(50, False), (6.25, False)]
+    assert ax.lines[0].get_ydata() == pytest.approx([30, 30])
+    assert legend_texts(ax) == ["qkv", "fc1", "fc2", "kept dense", "uniform (30 %)"]
+    figures.plot_ranks(ax := Figure().subplots(), [8] * 3 * 60, [32] * 3 * 60)
+    assert legend_texts(ax) == ["qkv", "fc1", "fc2"]
+    assert len(ax.get_xticks()) <= 13
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.01, "log"), (0.4, "linear"), (0.0, "linear")])
+def test_losses_share_an_axis_of_stage_shares(last, scale):
+    curves = {"pretrain": ([0, 500, 1000], [2.0, 0.5, last]), "filter": ([], [])}
+    curves["finetune/uniform"] = ([20, 40], [0.6, 0.5])
+    figures.plot_losses(ax := Figure().subplots(), curves)
+    pretrain, finetune = ax.lines
+    np.testing.assert_allclose(pretrain.get_xydata(), [[0, 2], [50, 0.5], [100, last]])
+    np.testing.assert_allclose(finetune.get_xydata(), [[50, 0.6], [100, 0.5]])
+    assert ax.get_yscale() == scale
+    assert legend_texts(ax) == ["pretrain (1,000 steps)", "finetune/uniform (40 steps)"]
+    found = [line.get_color() for line in ax.lines]
+    assert found == [figures.MODEL_COLORS[name] for name in ("dense", "uniform")]
+
+
+@pytest.mark.parametrize("top1", [[0.2, 0.99], [0.97, 0.99], [0.2, 1.0], [1.0, 1.0], [0.0, 0.0]])
+def test_accuracies_are_drawn_whole_with_a_style_a_subnet(top1):
+    figure = Figure()
+    ax = figure.subplots()
+    supernet = {"": ([5, 10], [0.2, 0.9]), "smallest": ([5, 10], top1)}
+    figures.plot_accuracies(ax, {"pretrain": {}, "supernet": supernet})
+    full, smallest = ax.lines
+    np.testing.assert_allclose(full.get_xydata(), [[50, 80], [100, 10]])  # what is missing
+    assert full.get_color() == smallest.get_color() == figures.MODEL_COLORS["supernet"]
+    assert (full.get_linestyle(), smallest.get_linestyle()) == ("-", "--")
+    assert legend_texts(ax) == ["supernet", "supernet smallest"]
+    figure.draw_without_rendering()
+    low, high = sorted(ax.get_ylim())
+    assert all(low <= value <= high for line in ax.lines for value in line.get_ydata())
+    assert ax.yaxis.get_major_formatter()(80) == "20"
+    assert ax.yaxis.get_inverted()
+
+
+@pytest.mark.slow
+def test_a_sheet_combines_the_panels_and_legends_cover_none():
+    figure, again = (sheet(panels_of(example()), "example") for _ in range(2))
+    titles = [title for ax in figure.axes if (title := ax.get_title(loc="left"))]
+    assert titles == [panel.title for panel in panels_of(example())]
+    content = png(figure)
+    assert content == png(again)
+    legends = [ax.get_legend().get_window_extent() for ax in figure.axes if ax.get_legend()]
+    assert len(titles) == len(legends) == 5
+    for ax in figure.axes:
+        assert not any(ax.get_window_extent().overlaps(legend) for legend in legends)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size[0] == round(2 * 4.4 * 200)
+        drawn = {bytes(color).hex() for _, color in image.convert("RGB").getcolors(2**24)}
+    expected = [*figures.PART_COLORS, *map(figures.color_of, POINTS)]
+    assert drawn >= {color[1:] for color in expected}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"candidates": {"macs": [4.5e6], "top1": [0.9], "generation": [0]}},
+        {name: {} for name in ("candidates", "points", "ranks", "curves", "accuracies")},
+        {"points": {"dense": POINTS["dense"], "slim": (4e6, 0.98)}, "uniform_ratios": None},
+        {"curves": {"supernet": ([], [])}, "accuracies": {"supernet": {"": ([1], [0.5])}}},
+    ],
+    ids=["one candidate", "nothing", "as good as each other", "empty curve"],
+)
+def test_sparse_runs_still_give_a_picture(changes):
+    with Image.open(io.BytesIO(png(sheet(panels_of(example(**changes)))))) as image:
+        image.verify()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_front(points):
+    macs, top1 = np.array(points).reshape(-1, 2).T
+    found = figures.front(macs, top1)
+
+    def beaten(i):
+        as_good = (macs <= macs[i]) & (top1 >= top1[i])
+        return (as_good & ((macs < macs[i]) | (top1 > top1[i]))).any()
+
+    unbeaten = {points[i] for i in range(len(points)) if not beaten(i)}
+    assert [points[i] for i in found] == sorted(unbeaten)

@@ -14,7 +14,6 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from flora_jax.pipeline import _stages_to_redo
 
 import flora_jax as flora
 from flora_jax.configs import digits, file_of
@@ -23,9 +22,10 @@ from flora_jax.io.checkpoint import Checkpoints, read_saved_parameters, save_par
 from flora_jax.io.files import locked, user_cache_dir, write_json
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.io.places import check_can_hold_a_run
+from flora_jax.methods import start
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run
+from flora_jax.runs.workdir import CONFIG_FILE, IMAGES_FILE, Run, planned, stale_steps
 from tests.helpers.checkpoints import names, restored_step, state_at
 from tests.helpers.commands import ROOT, flora_command
 from tests.helpers.pictures import save
@@ -67,22 +67,17 @@ def test_tilde_is_the_home_folder_wherever_a_path_is_taken(
     assert names(here) == []
 
 
-def test_tilde_without_a_home(nobody):
-    with pytest.raises(InputError, match="no home folder; give the whole path, or set HOME"):
-        user_path("~/runs/x")
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
+def test_names_that_cannot_be_used_are_refused_and_shown(nobody):
+    for path, message in (
         ("/hf/runs/1", "/hf/runs/1 would be taken for hf://runs/1"),
         ("hdfs://runs/1", "unknown 'hdfs://'; give a folder on disk or gs://"),
-    ],
-)
-def test_a_name_that_cannot_be_used_is_refused_and_shown(path, message):
-    for use in (user_path, flora.load, lambda path: Run.open(path), flora.from_pretrained):
-        with pytest.raises(InputError, match=message):
-            use(path)
+        ("~/runs/x", "no home folder; give the whole path, or set HOME"),
+    ):
+        for use in (user_path, flora.load, Run.open, flora.from_pretrained):
+            with pytest.raises(InputError, match=message):
+                use(path)
+    assert as_text(os.fsdecode(b"na\xefve")) == "na\N{REPLACEMENT CHARACTER}ve"
+    assert as_text("größe") == "größe"
 
 
 # --- folders that hold a run ---------------------------------------------------------------------
@@ -102,35 +97,20 @@ def test_checkpoints_in_a_folder_of_any_name(name, tmp_path, tmp_path_factory, m
     assert restored_step(folder) == 6
 
 
-def test_a_name_that_is_no_text_can_be_shown():
-    assert as_text(os.fsdecode(b"na\xefve")) == "na\N{REPLACEMENT CHARACTER}ve"
-    assert as_text("größe") == "größe"
-
-
-def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path):
+def test_a_folder_that_cannot_hold_a_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"for the \[ in its name; try gs://bucket/v-2]$"):
         check_can_hold_a_run("gs://bucket/v[2]")
     (tmp_path / "file").touch()
+    config = digits.get_config()
+    config.pretrained = "no/such/weights.safetensors"  # comes after it
     with pytest.raises(StorageError, match=r"file/run cannot hold a run: .*Not a directory"):
-        check_can_hold_a_run(tmp_path / "file" / "run")
+        flora.run(config, tmp_path / "file/run")
     check_can_hold_a_run(tmp_path)  # what is there is left as it is
-    assert names(tmp_path) == ["file"]
-
-
-def test_what_is_read_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
-    path = "flora_jax.io.places.read_saved_parameters"
-    monkeypatch.setattr(path, lambda folder: {"value": np.zeros(3, np.float32)})
+    other = {"value": np.zeros(3, np.float32)}
+    monkeypatch.setattr("flora_jax.io.places.read_saved_parameters", lambda folder: other)
     with pytest.raises(StorageError, match="has other values"):
         check_can_hold_a_run(tmp_path / "run")
-    assert names(tmp_path) == []
-
-
-def test_a_run_is_refused_before_anything_is_read(tmp_path):
-    config = digits.get_config()
-    config.pretrained = "no/such/weights.safetensors"
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot hold a run"):
-        flora.run(config, tmp_path / "file" / "run")
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_checkpoint_of_another_training_is_named(tmp_path):
@@ -157,7 +137,6 @@ def test_no_cache_where_none_can_be_kept(nobody, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert user_cache_dir("index") is None
     assert [r.message.partition(":")[0] for r in caplog.records] == ["no cache of index"] * 2
-    assert names(tmp_path) == ["file"]
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
@@ -190,27 +169,30 @@ def settings_of(name, **changes) -> Settings:
 
 def test_a_run_goes_on_where_the_same_images_lie_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    here = folder_of_pictures(tmp_path / "here")
-    before, workdir = settings_of(f"folder:{here}"), epath.Path(tmp_path / "run")
-    write_json(workdir / CONFIG_FILE, before.to_config())
-    write_json(workdir / IMAGES_FILE, {"signature": Images(before).signature})
-    (workdir / "dense").mkdir()
+    here, workdir = folder_of_pictures(tmp_path / "here"), epath.Path(tmp_path / "run")
 
-    def to_redo(name, **changes):
+    def run_on(name, **changes) -> Run:
         settings = settings_of(name, **changes)
-        return _stages_to_redo(Run(settings, workdir), Images(settings))
+        return Run(settings, workdir, Images(settings))
 
+    def plan_of(run):
+        return planned(run, start.script_of(run.settings))
+
+    before = run_on(f"folder:{here}")
+    records = {name: {"key": of.key, "seconds": 1.0} for name, of in plan_of(before).items()}
+    write_json(workdir / "stages.json", records)
+    write_json(workdir / CONFIG_FILE, before.settings.to_config())
+    write_json(workdir / IMAGES_FILE, {"signature": before.images_signature})
     there = shutil.copytree(here, tmp_path / "there")
-    assert to_redo(f"folder:{there}", data_dir="/data", num_threads=3, num_workers=2) == []
+    moved = run_on(f"folder:{there}", data_dir="/data", num_threads=3, num_workers=2)
+    assert stale_steps(moved, plan_of(moved)) == []
     smaller = folder_of_pictures(tmp_path / "smaller", side=8)
     fewer = folder_of_pictures(tmp_path / "fewer")
     (fewer / "train/ant/0.png").unlink()
     for other in (smaller, fewer):
+        run = run_on(f"folder:{other}")
         with pytest.raises(InputError, match=r"another config; .*\n  data\.name: .*here.* there, "):
-            to_redo(f"folder:{other}")
-    (workdir / IMAGES_FILE).unlink()  # as an earlier version left it
-    with pytest.raises(InputError, match="another config"):
-        to_redo(f"folder:{there}")
+            stale_steps(run, plan_of(run))
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------

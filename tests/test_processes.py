@@ -70,7 +70,7 @@ def train_and_search(directory: pathlib.Path) -> None:
     mask = {"mask": np.ones(SETTINGS.batch_size, np.float32)}
     heldout = flora.EvaluationSet([batch_of(step) | mask for step in (100, 101)], NORMALIZATION)
     scores = image_scores(supernet, heldout, "log_likelihood")
-    scores = dataclasses.replace(scores, looks=(5, 8, 2 * SETTINGS.batch_size), deviations=0.5)
+    scores = dataclasses.replace(scores, rungs=(5, 8, 2 * SETTINGS.batch_size), deviations=0.5)
     [best] = evolve(SPACE, scores, SPACE.macs_cost, [window], settings, 0, history)
     found["winner"] = [int(gene) for gene in best.genes]
     flora.save(flora.extract(supernet, best.genes), directory / "subnet")
@@ -129,30 +129,23 @@ def member(
 
 def start(name: str, directory: pathlib.Path, num_processes: int, devices: int, *arguments):
     coordinator = f"127.0.0.1:{free_port()}"
-    own = [(name, str(directory), coordinator, num_processes, i) for i in range(num_processes)]
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"from tests.test_processes import member; member{(*first, *arguments)}",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for first in own
-    ]
+    members = []
+    for i in range(num_processes):
+        call = (name, str(directory), coordinator, num_processes, i, *arguments)
+        program = f"from tests.test_processes import member; member{call}"
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command, options = [sys.executable, "-c", program], {"cwd": ROOT, **pipes}
+        members.append(subprocess.Popen(command, env=os.environ | environment, **options))
+    return members
 
 
 def finish(members) -> list[subprocess.CompletedProcess]:
-    done = []
-    for process in members:
-        output, errors = process.communicate(timeout=200)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
-    return done
+    return [
+        subprocess.CompletedProcess(process.args, process.wait(), output, errors)
+        for process in members
+        for output, errors in [process.communicate(timeout=200)]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -167,16 +160,20 @@ def results(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def found(results):
+    return [json.loads((folder / "found.json").read_text()) for folder in results]
+
+
 @pytest.mark.parametrize("layout", ["whole", "split"])
-def test_two_processes_train_as_one(results, layout):
-    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+def test_two_processes_train_as_one(found, layout):
+    alone, together = found
     assert len(alone["whole"]) == 20
     np.testing.assert_allclose(together[layout], alone["whole"], rtol=1e-6)
 
 
-def test_two_processes_find_the_same_subnet(results):
-    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
-    assert together["winner"] == alone["winner"]
+def test_two_processes_find_the_same_subnet(results, found):
+    assert found[1]["winner"] == found[0]["winner"]
     assert flora.load(results[1] / "subnet").spec == flora.load(results[0] / "subnet").spec
     histories = [(folder / "history.jsonl").read_text().splitlines() for folder in results]
     for ours, theirs in zip(*histories, strict=True):
@@ -185,27 +182,21 @@ def test_two_processes_find_the_same_subnet(results):
     assert '"share"' in histories[0][-1]
 
 
-def test_two_processes_sum_the_same_moments(results):
-    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
+def test_two_processes_sum_the_same_and_leave_out_what_either_cannot_decode(found):
+    alone, together = found
     for name, moment in alone["moments"].items():
         np.testing.assert_allclose(together["moments"][name], moment, rtol=1e-5, atol=1e-6)
-
-
-def test_two_processes_leave_out_what_either_cannot_decode(results):
-    alone, together = (json.loads((folder / "found.json").read_text()) for folder in results)
     assert together["partly"][0] == alone["partly"][0] == SETTINGS.batch_size - 2
     np.testing.assert_allclose(together["partly"], alone["partly"], rtol=1e-6)
 
 
 def test_both_processes_know_what_one_finds_in_each_image(results):
-    alone, *both = (
-        json.loads((results[i] / f"images_{process}.json").read_text())
-        for i, process in ((0, 0), (1, 0), (1, 1))
-    )
+    files = [results[i] / f"images_{process}.json" for i, process in ((0, 0), (1, 0), (1, 1))]
+    alone, *both = (json.loads(file.read_text()) for file in files)
     assert len(alone["predicted"]) == SETTINGS.batch_size
     for together in both:
-        assert together["predicted"] == alone["predicted"]
-        assert together["is_correct"] == alone["is_correct"]
+        for name in ("predicted", "is_correct"):
+            assert together[name] == alone[name]
         np.testing.assert_allclose(together["log_likelihood"], alone["log_likelihood"], rtol=1e-6)
 
 
@@ -220,15 +211,14 @@ def test_one_device_goes_on_where_four_have_stopped(results):
             np.testing.assert_allclose(theirs[name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_a_run_goes_on_on_other_devices_with_the_same_losses(results, tmp_path):
+def test_a_run_goes_on_on_other_devices_with_the_same_losses(found, tmp_path):
     """Two processes with two devices, one with four, one with one."""
     for num_processes, devices, end in ((2, 2, 10), (1, 4, 15), (1, 1, 20)):
         for done in finish(start("train_before", tmp_path, num_processes, devices, end)):
             assert done.returncode == 0, done.stderr
         assert len(metrics_of(tmp_path)) >= end // 5 * 5
-    alone = json.loads((results[0] / "found.json").read_text())["whole"]
     losses = [line["loss"] for line in metrics_of(tmp_path)]
-    np.testing.assert_allclose(losses, alone, rtol=1e-6)
+    np.testing.assert_allclose(losses, found[0]["whole"], rtol=1e-6)
 
 
 def wait_until(condition, members) -> None:
@@ -272,11 +262,6 @@ def test_one_that_is_gone_does_not_leave_the_other_waiting(name, tmp_path):
     members[0].wait(timeout=100)
     assert time.monotonic() - started < 60
     assert all(done.returncode != 0 for done in finish(members))
-
-
-def test_connecting_needs_all_or_nothing():
-    with pytest.raises(RuntimeError, match="the processes did not find one another"):
-        processes.connect("localhost:1234", 2)
 
 
 def test_a_lock_is_held_by_one_and_left_behind_by_none(tmp_path):

@@ -1,27 +1,30 @@
-"""Reports of a run: picture and page, at any time."""
+"""Reports of a run, picture and page, at any time; the notebook on it."""
 
 import json
 import re
 import shutil
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from safetensors.numpy import load_file
 
 from flora_jax.errors import MissingFileError
 from flora_jax.io.files import locked
 from flora_jax.methods import start
+from tests.helpers.commands import ROOT
 from tests.helpers.runs import tiny_config
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_picture_is_drawn(finished_run):
     with Image.open(finished_run / "report.png") as image:
         assert image.size[0] == 1760
         assert len(image.convert("RGB").getcolors(2**24)) > 100
 
 
+@pytest.mark.slow
 def test_page_tells_the_whole_run(finished_run):
     page = (finished_run / "report.html").read_text()
     for title in (
@@ -40,6 +43,7 @@ def test_page_tells_the_whole_run(finished_run):
     assert page.count('<img src="data:image/png;base64,') == min(8, len(pairs))
 
 
+@pytest.mark.slow
 def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, caplog):
     """Beside a process that holds the run, of what there is, and where its images are gone."""
     for name in ("config.json", "images.json"):
@@ -53,7 +57,8 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
         (own_run / name).unlink()
     shutil.rmtree(own_run / "subnet")  # which is to come out of extract/subnet
     done = json.loads((own_run / "stages.json").read_text())
-    done = {name: done[name] for name in done if name not in ("finetune", "evaluate", "report")}
+    for name in ("finetune", "evaluate", "report"):
+        del done[name]["seconds"]  # as while they go on
     (own_run / "stages.json").write_text(json.dumps(done))
 
     def gone(settings):
@@ -75,8 +80,42 @@ def test_a_report_is_there_at_any_time(own_run, tmp_path, capsys, monkeypatch, c
     assert json.loads((own_run / "stages.json").read_text()) == done
 
 
+@pytest.mark.slow
 def test_a_report_of_another_config_is_refused(finished_run, tmp_path):
     with pytest.raises(RuntimeError, match="holds no run that could be reported on"):
         start.run(tiny_config(), tmp_path / "none", "report")
     with pytest.raises(RuntimeError, match=r"'finetune' of another config.*\n  finetune.epochs"):
         start.run(tiny_config(**{"finetune.epochs": 9.0}), finished_run, "report")
+
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def read_notebook():
+    return nbformat.read(NOTEBOOKS / "explore.ipynb", as_version=4)
+
+
+def test_the_notebook_is_stored_without_results():
+    notebook = read_notebook()
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.id for cell in cells if cell.outputs or cell.execution_count] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):
+    notebook = read_notebook()
+    monkeypatch.setenv("FLORA_RUN", str(finished_run))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute()
+
+    results = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    pictures = [
+        name
+        for name, outputs in results.items()
+        if any("image/png" in output.get("data", {}) for output in outputs)
+    ]
+    assert pictures == ["predict", "trade-off", "ranks"]
+    assert "equal: True" in "".join(output.text for output in results["save"])

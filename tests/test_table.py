@@ -51,11 +51,15 @@ def test_table_shows_intervals_where_they_are_known():
     assert max(map(len, lines)) <= 140
 
 
-def test_table_shows_latency_where_it_is_known():
-    dense, subnet = ({"top1": 0.9, "macs": 8, "params": 8, "ms": ms} for ms in (20.0, 15.0))
-    header, first, second = comparison_table({"dense": dense, "subnet": subnet}).splitlines()
+def test_table_shows_latency_and_compares_with_the_first_model_there_is():
+    slim, moved = (
+        {"top1": top1, "macs": macs, "params": 8, "ms": ms}
+        for top1, macs, ms in ((0.9, 8, 20.0), (0.8, 2, 15.0))
+    )
+    header, first, second = comparison_table({"moved": moved, "slim": slim}).splitlines()
     assert header.endswith("ms   fewer ms")
-    assert first.endswith("20.00")
+    assert (first.split()[0], first.split()[-1]) == ("slim", "20.00")
+    assert second.split()[:5] == ["moved", "80.00", "-10.00", "2", "75.0"]
     assert second.endswith("15.00     25.0 %")
 
 
@@ -78,36 +82,14 @@ def test_conclusions_are_of_the_smallest_models():
     assert conclusions({"transfer": dense}) == ["transfer: top-1 accuracy 90.00 %, 8.00 M MACs."]
 
 
-def test_table_of_the_dense_model_alone():
-    table = comparison_table({"dense": {"top1": 0.5, "macs": 17_570_000_000, "params": 10}})
-    assert table.splitlines()[1].split() == ["dense", "50.00", "17.57", "G", "10"]
-
-
-def test_table_compares_with_the_first_model():
-    slim, moved = ({"top1": top1, "macs": macs, "params": 8} for top1, macs in ((0.9, 8), (0.8, 2)))
-    rows = comparison_table({"moved": moved, "slim": slim}).splitlines()[1:]
-    assert [row.split()[0] for row in rows] == ["slim", "moved"]
-    assert rows[1].split()[1:5] == ["80.00", "-10.00", "2", "75.0"]
-
-
-@pytest.mark.parametrize("result", [{}, {"dense": {"top1": 0.9}}])
-def test_table_needs_a_complete_entry(result):
-    with pytest.raises(ValueError, match=r"no entry has macs, params, top1; entries: (dense)?"):
-        comparison_table(result)
+def test_table_needs_a_complete_entry():
+    with pytest.raises(ValueError, match="no entry has macs, params, top1; entries: dense"):
+        comparison_table({"dense": {"top1": 0.9}})
 
 
 @pytest.mark.parametrize(
     "count, text",
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00 k"),
-        (999_994, "999.99 k"),
-        (999_995, "1.00 M"),
-        (8_123_456, "8.12 M"),
-        (17_570_000_000, "17.57 G"),
-        (2.5e15, "2500.00 T"),
-    ],
+    [(0, "0"), (999, "999"), (999_994, "999.99 k"), (999_995, "1.00 M"), (2.5e15, "2500.00 T")],
 )
 def test_human_count(count, text):
     assert human_count(count) == text

@@ -129,45 +129,6 @@ class EvaluationSet:
             yield normalised, target, mask
 
 
-@jax.jit(static_argnums=(0, 1, 2))
-def _outputs(structure, quality: Quality, mesh, parameters, images):
-    """The outputs of a model for normalised images, split over the devices as they are."""
-
-    def on_one_device(parameters, images):
-        return quality.of(functional.merge(structure, parameters), images)
-
-    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), SPLIT)(parameters, images)
-
-
-@jax.jit(static_argnums=(0, 1, 2))
-def sum_model_metrics(structure, quality: Quality, mesh, parameters, batch, genes):
-    """Sums the metrics of a model over a batch, a row for each device [devices, M]."""
-
-    def on_one_device(parameters, batch, genes):
-        images, target, mask = batch
-        outputs = quality.of(functional.merge(structure, parameters, genes), images)
-        return quality.sums(outputs, target, mask)
-
-    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), SPLIT)
-    return run(parameters, batch, genes)
-
-
-def sum_over_devices(sums: list[list[jax.Array]]) -> np.ndarray:
-    """Adds up the sums [devices, M] of each model's batches: float64 [P, M].
-
-    The devices are read back once, and the processes add up what each of them has read.
-    """
-    shards = [[[s.data for s in batch.addressable_shards] for batch in batches] for batches in sums]
-    local = np.asarray(jax.device_get(shards), np.float64).sum(axis=(1, 2, 3))
-    return multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64)
-
-
-def means(sums: list[list[jax.Array]], images: EvaluationSet) -> dict[str, np.ndarray]:
-    """Turns the sums [devices, M] of each model's batches into the metrics, each float64 [P]."""
-    names = [metric.name for metric in images.quality.metrics]
-    return dict(zip(names, sum_over_devices(sums).T / images.num_images, strict=True))
-
-
 def evaluate(
     model: Network | Supernet, evaluation_set: EvaluationSet, genes=None
 ) -> dict[str, np.ndarray]:
@@ -197,35 +158,6 @@ def evaluate(
     return means([list(own) for own in zip(*found, strict=True)], evaluation_set)
 
 
-def _on_batches(
-    program: Callable,
-    model: Network | Supernet,
-    images: EvaluationSet,
-    genes,
-    batches: slice = slice(None),
-) -> list[list[Any]]:
-    """The results of a program of a model: of each batch, with each of the genes in turn."""
-    if not isinstance(model, Network):
-        network, population = model.network, list(np.atleast_2d(model.space.validate(genes)))
-    elif genes is None:
-        network, population = model, [None]
-    else:
-        raise ValueError("a plain model has no genes; pass the Supernet itself")
-    check_measures(network.spec, images)
-    structure, parameters = functional.split(network)
-    parameters = replicate(parameters, images.mesh)
-    run = functools.partial(program, structure, images.quality, images.mesh, parameters)
-    return [[run(batch, one) for one in population] for batch in images.some(batches)]
-
-
-def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
-    """Raises InputError unless the images can say how good a network of this spec is."""
-    if evaluation_set.quality is AGREEMENT:
-        return
-    spec.check_classifies("top1", "measure it with EvaluationSet.compared_with(the dense model)")
-    check_labels(evaluation_set.labels, spec.num_classes, "the evaluation set")
-
-
 def top1(
     model: Network | Supernet, evaluation_set: EvaluationSet, genes=None
 ) -> float | np.ndarray:
@@ -238,20 +170,6 @@ def top1(
         raise InputError("top1 is of labels, and these images compare features: call evaluate")
     values = evaluate(model, evaluation_set, genes)["top1"]
     return values if np.ndim(genes) == 2 else float(values[0])
-
-
-@jax.jit(static_argnums=(0, 1, 2))
-def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
-    """The values of each image of a batch, {name: [B]}, whole on every device."""
-
-    def on_one_device(parameters, batch, genes):
-        images, target, _ = batch
-        outputs = quality.of(functional.merge(structure, parameters, genes), images)
-        found = quality.of_images(outputs, target)
-        return jax.lax.all_gather(found, AXES, tiled=True)
-
-    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), WHOLE)
-    return run(parameters, batch, genes)
 
 
 def evaluate_images(
@@ -282,11 +200,6 @@ def evaluate_images(
     }
     row = ... if np.ndim(genes) == 2 else 0
     return {name: rows[:, is_image][row] for name, rows in columns.items()}
-
-
-class _WithSpace(NamedTuple):
-    network: Network
-    space: Genes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,3 +235,90 @@ class HeldOut:
         for metric in sorted(quality.metrics, key=lambda metric: metric != deciding):
             for subnet, value in zip(subnets, found[metric.name].tolist(), strict=True):
                 yield f"heldout_{metric.name}{subnet}", value
+
+
+class _WithSpace(NamedTuple):
+    network: Network
+    space: Genes
+
+
+def _on_batches(
+    program: Callable,
+    model: Network | Supernet,
+    images: EvaluationSet,
+    genes,
+    batches: slice = slice(None),
+) -> list[list[Any]]:
+    """The results of a program of a model: of each batch, with each of the genes in turn."""
+    if not isinstance(model, Network):
+        network, population = model.network, list(np.atleast_2d(model.space.validate(genes)))
+    elif genes is None:
+        network, population = model, [None]
+    else:
+        raise ValueError("a plain model has no genes; pass the Supernet itself")
+    check_measures(network.spec, images)
+    structure, parameters = functional.split(network)
+    parameters = replicate(parameters, images.mesh)
+    run = functools.partial(program, structure, images.quality, images.mesh, parameters)
+    return [[run(batch, one) for one in population] for batch in images.some(batches)]
+
+
+def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
+    """Raises InputError unless the images can say how good a network of this spec is."""
+    if evaluation_set.quality is AGREEMENT:
+        return
+    spec.check_classifies("top1", "measure it with EvaluationSet.compared_with(the dense model)")
+    check_labels(evaluation_set.labels, spec.num_classes, "the evaluation set")
+
+
+def means(sums: list[list[jax.Array]], images: EvaluationSet) -> dict[str, np.ndarray]:
+    """Turns the sums [devices, M] of each model's batches into the metrics, each float64 [P]."""
+    names = [metric.name for metric in images.quality.metrics]
+    return dict(zip(names, sum_over_devices(sums).T / images.num_images, strict=True))
+
+
+def sum_over_devices(sums: list[list[jax.Array]]) -> np.ndarray:
+    """Adds up the sums [devices, M] of each model's batches: float64 [P, M].
+
+    The devices are read back once, and the processes add up what each of them has read.
+    """
+    shards = [[[s.data for s in batch.addressable_shards] for batch in batches] for batches in sums]
+    local = np.asarray(jax.device_get(shards), np.float64).sum(axis=(1, 2, 3))
+    return multihost_utils.process_allgather(local).sum(axis=0, dtype=np.float64)
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def sum_model_metrics(structure, quality: Quality, mesh, parameters, batch, genes):
+    """Sums the metrics of a model over a batch, a row for each device [devices, M]."""
+
+    def on_one_device(parameters, batch, genes):
+        images, target, mask = batch
+        outputs = quality.of(functional.merge(structure, parameters, genes), images)
+        return quality.sums(outputs, target, mask)
+
+    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), SPLIT)
+    return run(parameters, batch, genes)
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def of_images(structure, quality: Quality, mesh, parameters, batch, genes):
+    """The values of each image of a batch, {name: [B]}, whole on every device."""
+
+    def on_one_device(parameters, batch, genes):
+        images, target, _ = batch
+        outputs = quality.of(functional.merge(structure, parameters, genes), images)
+        found = quality.of_images(outputs, target)
+        return jax.lax.all_gather(found, AXES, tiled=True)
+
+    run = on_each_device(on_one_device, mesh, (WHOLE, SPLIT, WHOLE), WHOLE)
+    return run(parameters, batch, genes)
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def _outputs(structure, quality: Quality, mesh, parameters, images):
+    """The outputs of a model for normalised images, split over the devices as they are."""
+
+    def on_one_device(parameters, images):
+        return quality.of(functional.merge(structure, parameters), images)
+
+    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), SPLIT)(parameters, images)

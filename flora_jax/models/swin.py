@@ -10,7 +10,6 @@ from flax import nnx
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images
 from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
-from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.swin_spec import Stage, SwinSpec
 from flora_jax.models.windows import WindowAttention, Windows
 
@@ -24,17 +23,8 @@ class ShiftedWindowAttention(WindowAttention):
     not see each other (Swin section 3.2).
     """
 
-    def __init__(
-        self,
-        windows: Windows,
-        qkv: LinearShape,
-        block: BlockSpec,
-        linear: MakeLinear,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(windows, qkv, block, linear, rngs=rngs)
-        table = ((2 * windows.window_size - 1) ** 2, block.num_heads)
+    def make_table(self, rngs: nnx.Rngs) -> None:
+        table = ((2 * self.windows.window_size - 1) ** 2, self.num_heads)
         init = nnx.initializers.truncated_normal(0.02)
         self.relative_position_bias_table = Undecayed(init(rngs.params(), table))
 

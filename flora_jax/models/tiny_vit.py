@@ -10,9 +10,8 @@ from flax import nnx
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images, gelu
 from flora_jax.models.network import Block, Network, make_classifier
-from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, Stage, TinyViTSpec, strided
-from flora_jax.models.windows import WindowAttention, Windows
+from flora_jax.models.windows import WindowAttention
 
 
 class Convolution(nnx.Module):
@@ -121,17 +120,8 @@ class MBConv(PointDepthPoint):
 class MirroredWindowAttention(WindowAttention):
     """Attention inside windows, with a learned bias per distance of rows and of columns."""
 
-    def __init__(
-        self,
-        windows: Windows,
-        qkv: LinearShape,
-        block: BlockSpec,
-        linear: MakeLinear,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(windows, qkv, block, linear, rngs=rngs)
-        self.attention_biases = Undecayed(jnp.zeros((windows.window_size**2, block.num_heads)))
+    def make_table(self, rngs: nnx.Rngs) -> None:
+        self.attention_biases = Undecayed(jnp.zeros((self.windows.window_size**2, self.num_heads)))
 
     def bias(self) -> jax.Array:
         side = self.windows.window_size

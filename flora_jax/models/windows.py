@@ -82,6 +82,11 @@ class WindowAttention(nnx.Module):
         self.windows, self.num_heads, self.head_dim = windows, block.num_heads, block.head_dim
         self.qkv: Any = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
+        self.make_table(rngs)
+
+    @abc.abstractmethod
+    def make_table(self, rngs: nnx.Rngs) -> None:
+        """Makes the parameter that `bias` reads."""
 
     @abc.abstractmethod
     def bias(self) -> jax.Array:

@@ -107,7 +107,7 @@ def closed(config: Mapping) -> dict[str, Any]:
 
 
 def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
-    """What network the weights belong to, and what it wants of a picture."""
+    """The network of the weights, and the preprocessing of its pictures."""
     spec = spec_of_config({"architecture": name}) if name else read_spec(path)
     if spec != dataclasses.replace(spec, blocks=()):
         raise InputError(f"{path} holds a compressed model; a dense one is needed to start from")
@@ -122,7 +122,7 @@ def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
 
 
 def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
-    """How many images there are to train and to search with, and the names of their classes."""
+    """The number of images to train and to search with, and the names of their classes."""
     splits = load_splits(
         data["name"],
         data_dir=data["data_dir"] or None,

@@ -31,7 +31,7 @@ class Budget:
     is_only: bool
 
     def name(self, kind: str) -> str:
-        """What a model of this budget is called: "subnet", or "subnet 0.55" beside others."""
+        """The name of a model of this budget: "subnet", or "subnet 0.55" beside others."""
         return kind if self.is_only else budget_name(kind, self.shares)
 
     def folder(self, kind: str) -> str:
@@ -98,7 +98,7 @@ def load_found(run: Run, file: str) -> list[Found]:
 
 
 def winners_file(settings: Settings) -> str:
-    """Where the subnets are: those of the search, or without one those of the allocation."""
+    """The file of the subnets: of the search, or without one of the allocation."""
     return WINNERS_FILE if "search" in settings.stages else ALLOCATION_FILE
 
 

@@ -145,7 +145,7 @@ class AllocationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetSettings:
-    """What a subnet may cost, at least and at most, as shares of the dense model's.
+    """The cost of a subnet, at least and at most, as shares of the dense model's.
 
     Either is one window (low, high), or several, from each of which comes a subnet.
 
@@ -268,7 +268,7 @@ _DEIT_AUGMENTATION = {
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which images a run uses, and how they are prepared.
+    """The images of a run, and their preparation.
 
     Attributes:
       name, data_dir, test_split, heldout_split, heldout_by, on_bad_image, heldout_fraction: as in
@@ -311,7 +311,7 @@ class DataSettings:
         self.preprocessing(1)  # checks what it takes
 
     def preprocessing(self, image_size: int) -> Preprocessing:
-        """What becomes of a picture before a network that takes images of this size."""
+        """The preprocessing for a network that takes images of this size."""
         shared = {name: getattr(self, name) for name in _PREPROCESSING}
         if self.augmentation.crop_mode:
             shared["crop_mode"] = self.augmentation.crop_mode
@@ -437,7 +437,7 @@ class Settings:
 
     @property
     def spending(self) -> "Spending":
-        """What the budgets are of, and their ranges."""
+        """The unit of the budgets, and their ranges."""
         unit = "latency" if self.spends_latency else "macs"
         return Spending(unit, self.budget.windows(unit))
 

@@ -126,7 +126,7 @@ def key_of(value) -> str:
 
 
 class Saved(Protocol):
-    """How the value of a step lies in the folder of its run.
+    """The place and form of a step's value in the folder of its run.
 
     Attributes:
       path: of the value, inside the run's folder.
@@ -394,7 +394,7 @@ class Step:
         }
 
     def watch(self, name: str):
-        """What else gets the metrics of the training `name`."""
+        """The writers that get the metrics of the training `name`, too."""
         return watching(self.run.settings.watch, self.run.folder, name)
 
 
@@ -472,7 +472,7 @@ def changes(run: Run) -> list[tuple[str, object, object]]:
 
 
 def left_by(folder: epath.Path, steps: Iterable[Planned]) -> Iterator[epath.Path]:
-    """What these steps have left in the folder of a run."""
+    """The paths that these steps have left in the folder of a run."""
     patterns = dict.fromkeys(pattern for step in steps for pattern in step.paths)
     found = {path for pattern in patterns for path in matching(folder, pattern)}
     yield from sorted(p for p in found if not any(parent in found for parent in p.parents))

@@ -128,6 +128,234 @@ class Description:
         return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
 
 
+class Teacher:
+    """Images uint8 [B, H, W, C] -> probabilities float32 [B, classes], as in a training step.
+
+    Every process runs it for itself, on its own devices.
+    """
+
+    def __init__(
+        self, model: Network, normalization: Normalization, compute_dtype: str = "float32"
+    ):
+        self.num_classes = model.spec.num_classes
+        self._spec, self._normalization, self._dtype = model.spec, normalization, compute_dtype
+        self._mesh = make_mesh(devices=jax.local_devices())
+        self._structure, parameters = functional.split(model)
+        self._parameters = replicate(jax.tree.map(np.asarray, parameters), self._mesh)
+
+    def __call__(self, images: np.ndarray) -> jax.Array:
+        spread_images = spread(images, self._mesh)
+        settings = (self._structure, self._normalization, self._dtype)
+        return _predict(*settings, self._parameters, spread_images)
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """The sha256 of everything that the predictions depend on."""
+        n = self._normalization
+        settings = [spec_to_json(self._spec), n.mean, n.std, self._dtype]
+        described = json.dumps(settings, sort_keys=True).encode()
+        return functional.checksum(self._parameters, described)
+
+
+def describe(
+    dataset: str,
+    source: Source,
+    teacher: Teacher,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    augmentation: dict,
+    k: int = TOP,
+) -> Description:
+    """The description of a teacher's predictions on the batches that a training will see.
+
+    Args:
+      dataset: its name.
+      source: the training images.
+      batch_size, seed: of `train_batches`.
+      steps: of the training.
+      augmentation: arguments of the `Augmentation`.
+      k: classes to keep of each image, or all of them if there are fewer.
+    """
+    keys = hashlib.sha256()
+    for index in range(len(source)):
+        keys.update(source.key(index).encode(errors="surrogateescape") + b"\0")
+    return Description(
+        dataset=dataset,
+        images=keys.hexdigest(),
+        num_images=len(source),
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+        k=min(k, teacher.num_classes),
+        num_classes=teacher.num_classes,
+        teacher=teacher.checksum,
+        augmentation=augmentation,
+    )
+
+
+class Difference(NamedTuple):
+    """The absolute difference of probabilities."""
+
+    largest: float
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTeacher:
+    """A teacher whose predictions for one training's batches lie in `folder`.
+
+    Attributes:
+      batches: step -> the training's batches from that step on.
+    """
+
+    folder: epath.Path
+    teacher: Teacher
+    description: Description
+    batches: Callable[[int], Batches]
+
+    def write(self) -> None:
+        """Goes on with what an interruption has left to write."""
+        process = jax.process_index(), jax.process_count()
+        write_predictions(self.folder, self.description, self.teacher, self.batches, *process)
+        wait_for_all(f"{self.folder}")
+
+    def taught_batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches from `start_step` on, each with its predictions."""
+        process = jax.process_index(), jax.process_count()
+        stored = StoredPredictions(self.folder, self.description, *process)
+        return stored.attach(self.batches(start_step), start_step)
+
+    def check(self) -> Difference:
+        """Compares some predictions, spread over the training, with a fresh pass of the teacher."""
+        stride = max(1, self.description.steps // CHECKED_STEPS)
+
+        def some_batches():
+            for step in range(0, self.description.steps, stride):
+                yield from itertools.islice(self.taught_batches(step), 1)
+
+        return compare_predictions(self.teacher, some_batches())
+
+
+def write_predictions(
+    folder: epath.PathLike,
+    description: Description,
+    teacher: Teacher,
+    batches: Callable[[int], Batches],
+    process_index: int = 0,
+    process_count: int = 1,
+) -> None:
+    """Writes this process' share, going on after what an interrupted run has written.
+
+    Processes do not wait for one another.
+
+    Args:
+      batches: step -> this process' training batches from that step on.
+
+    Raises:
+      InputError: as `parts_to_write`, or a prediction is not finite.
+    """
+    parts = parts_to_write(folder, description, process_index, process_count)
+    to_do = sum(len(part.missing_steps()) for part in parts)
+    if not parts:
+        return
+    with Progress("teacher", description.steps, start=description.steps - to_do) as progress:
+        for part in parts:
+            steps = part.missing_steps()
+            with contextlib.closing(batches(steps.start)) as stream, part.appending() as append:
+                for step, batch in zip(steps, stream, strict=False):
+                    top = jax.lax.top_k(teacher(batch["image"]), description.k)
+                    probs, index = map(np.asarray, top)
+                    if not np.isfinite(probs).all():
+                        raise InputError(f"the teacher's predictions at step {step} are not finite")
+                    append(probs, index)
+                    progress.update()
+
+
+class StoredPredictions:
+    """Predictions to read, for one of any number of processes.
+
+    The files of an epoch are held in memory while its steps are read: 0.5 GB for ImageNet with
+    k = 100, shared out evenly if as many processes read as wrote.
+
+    Raises:
+      MissingFileError: the folder holds no predictions.
+      InputError: they are not finished, or others than described, or batch_size is no multiple
+        of process_count. Reading raises it for a damaged file.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        description: Description,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        folder = epath.Path(folder)
+        if not (folder / META_FILE).exists():
+            raise MissingFileError(f"{folder} has no {META_FILE}: no predictions are stored there")
+        _check_meta(folder, description.to_json())
+        share = description.batch_size // read_json(folder / META_FILE)["parts"]
+        local = _share(description.batch_size, process_index, process_count)
+        first = process_index * local
+        # Positions in the global batch that this process reads lie in these parts.
+        indices = range(first // share, -(-(first + local) // share))
+        self._rows = slice(first - indices.start * share, first - indices.start * share + local)
+        self._parts = [
+            [_part(folder, description, epoch, index, share) for index in indices]
+            for epoch in range(description.num_epochs)
+        ]
+        for part in itertools.chain.from_iterable(self._parts):
+            if not part.is_complete():
+                raise InputError(f"{part.path} is missing or not complete; go on with writing")
+        self._description = description
+        self._epoch = -1
+        self._records: list[np.ndarray] = []
+
+    def read(self, step: int) -> Batch:
+        """Returns {"target_probs": float16 [B_local, k], "target_index": int16 or uint16 alike}."""
+        if not 0 <= step < self._description.steps:
+            raise ValueError(f"step {step} lies outside 0..{self._description.steps - 1}")
+        epoch = self._description.epoch_of(step)
+        if epoch != self._epoch:
+            self._records = [part.load() for part in self._parts[epoch]]
+            self._epoch = epoch
+        at = step - self._description.steps_of(epoch).start
+        records = np.concatenate([part[at] for part in self._records])[self._rows]
+        return {"target_probs": records["probs"], "target_index": records["index"]}
+
+    def attach(self, batches: Batches, start_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches from `start_step` on, each with its predictions; closes them at the end."""
+        with contextlib.closing(batches):
+            for step, batch in zip(itertools.count(start_step), batches, strict=False):
+                yield {**batch, **self.read(step)}
+
+
+def compare_predictions(teacher: Teacher, batches: Iterable[Batch]) -> Difference:
+    """Compares stored predictions with those of a fresh pass, over the stored classes.
+
+    float16 rounds a probability by at most 2.5e-4; more is another teacher, or other images.
+
+    Args:
+      batches: some that `StoredPredictions.attach` made.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    differences = []
+    for batch in batches:
+        index = batch["target_index"].astype(np.int32)
+        fresh = np.take_along_axis(np.asarray(teacher(batch["image"])), index, axis=-1)
+        differences.append(np.abs(fresh - batch["target_probs"]))
+    if not differences:
+        raise ValueError("there is no batch to compare")
+    return Difference(
+        largest=float(max(d.max() for d in differences)),
+        mean=float(np.mean([d.mean() for d in differences])),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The file of one epoch and one writing process."""
@@ -216,65 +444,6 @@ def parts_to_write(
     return [part for part in parts if not part.is_complete()]
 
 
-class StoredPredictions:
-    """Predictions to read, for one of any number of processes.
-
-    The files of an epoch are held in memory while its steps are read: 0.5 GB for ImageNet with
-    k = 100, shared out evenly if as many processes read as wrote.
-
-    Raises:
-      MissingFileError: the folder holds no predictions.
-      InputError: they are not finished, or others than described, or batch_size is no multiple
-        of process_count. Reading raises it for a damaged file.
-    """
-
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        description: Description,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        folder = epath.Path(folder)
-        if not (folder / META_FILE).exists():
-            raise MissingFileError(f"{folder} has no {META_FILE}: no predictions are stored there")
-        _check_meta(folder, description.to_json())
-        share = description.batch_size // read_json(folder / META_FILE)["parts"]
-        local = _share(description.batch_size, process_index, process_count)
-        first = process_index * local
-        # Positions in the global batch that this process reads lie in these parts.
-        indices = range(first // share, -(-(first + local) // share))
-        self._rows = slice(first - indices.start * share, first - indices.start * share + local)
-        self._parts = [
-            [_part(folder, description, epoch, index, share) for index in indices]
-            for epoch in range(description.num_epochs)
-        ]
-        for part in itertools.chain.from_iterable(self._parts):
-            if not part.is_complete():
-                raise InputError(f"{part.path} is missing or not complete; go on with writing")
-        self._description = description
-        self._epoch = -1
-        self._records: list[np.ndarray] = []
-
-    def read(self, step: int) -> Batch:
-        """Returns {"target_probs": float16 [B_local, k], "target_index": int16 or uint16 alike}."""
-        if not 0 <= step < self._description.steps:
-            raise ValueError(f"step {step} lies outside 0..{self._description.steps - 1}")
-        epoch = self._description.epoch_of(step)
-        if epoch != self._epoch:
-            self._records = [part.load() for part in self._parts[epoch]]
-            self._epoch = epoch
-        at = step - self._description.steps_of(epoch).start
-        records = np.concatenate([part[at] for part in self._records])[self._rows]
-        return {"target_probs": records["probs"], "target_index": records["index"]}
-
-    def attach(self, batches: Batches, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches from `start_step` on, each with its predictions; closes them at the end."""
-        with contextlib.closing(batches):
-            for step, batch in zip(itertools.count(start_step), batches, strict=False):
-                yield {**batch, **self.read(step)}
-
-
 def _part(folder: epath.Path, description: Description, epoch: int, index: int, share: int) -> Part:
     count = description.batch_size // share
     path = folder / f"epoch_{epoch:04d}.part_{index:03d}_of_{count:03d}.bin"
@@ -312,177 +481,6 @@ def _check_disk(folder: epath.Path, description: Description) -> None:
     log.info("%s, of which %.3g GB are still to write to %s", sizes, needed / 1e9, folder)
 
 
-class Teacher:
-    """Images uint8 [B, H, W, C] -> probabilities float32 [B, classes], as in a training step.
-
-    Every process runs it for itself, on its own devices.
-    """
-
-    def __init__(
-        self, model: Network, normalization: Normalization, compute_dtype: str = "float32"
-    ):
-        self.num_classes = model.spec.num_classes
-        self._spec, self._normalization, self._dtype = model.spec, normalization, compute_dtype
-        self._mesh = make_mesh(devices=jax.local_devices())
-        self._structure, parameters = functional.split(model)
-        self._parameters = replicate(jax.tree.map(np.asarray, parameters), self._mesh)
-
-    def __call__(self, images: np.ndarray) -> jax.Array:
-        spread_images = spread(images, self._mesh)
-        settings = (self._structure, self._normalization, self._dtype)
-        return _predict(*settings, self._parameters, spread_images)
-
-    @functools.cached_property
-    def checksum(self) -> str:
-        """The sha256 of everything that the predictions depend on."""
-        n = self._normalization
-        settings = [spec_to_json(self._spec), n.mean, n.std, self._dtype]
-        described = json.dumps(settings, sort_keys=True).encode()
-        return functional.checksum(self._parameters, described)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _predict(structure, normalization, dtype, parameters, images):
     return teacher_targets(structure, parameters, normalization(images, jnp.dtype(dtype)))
-
-
-def describe(
-    dataset: str,
-    source: Source,
-    teacher: Teacher,
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    augmentation: dict,
-    k: int = TOP,
-) -> Description:
-    """The description of a teacher's predictions on the batches that a training will see.
-
-    Args:
-      dataset: its name.
-      source: the training images.
-      batch_size, seed: of `train_batches`.
-      steps: of the training.
-      augmentation: arguments of the `Augmentation`.
-      k: classes to keep of each image, or all of them if there are fewer.
-    """
-    keys = hashlib.sha256()
-    for index in range(len(source)):
-        keys.update(source.key(index).encode(errors="surrogateescape") + b"\0")
-    return Description(
-        dataset=dataset,
-        images=keys.hexdigest(),
-        num_images=len(source),
-        batch_size=batch_size,
-        steps=steps,
-        seed=seed,
-        k=min(k, teacher.num_classes),
-        num_classes=teacher.num_classes,
-        teacher=teacher.checksum,
-        augmentation=augmentation,
-    )
-
-
-def write_predictions(
-    folder: epath.PathLike,
-    description: Description,
-    teacher: Teacher,
-    batches: Callable[[int], Batches],
-    process_index: int = 0,
-    process_count: int = 1,
-) -> None:
-    """Writes this process' share, going on after what an interrupted run has written.
-
-    Processes do not wait for one another.
-
-    Args:
-      batches: step -> this process' training batches from that step on.
-
-    Raises:
-      InputError: as `parts_to_write`, or a prediction is not finite.
-    """
-    parts = parts_to_write(folder, description, process_index, process_count)
-    to_do = sum(len(part.missing_steps()) for part in parts)
-    if not parts:
-        return
-    with Progress("teacher", description.steps, start=description.steps - to_do) as progress:
-        for part in parts:
-            steps = part.missing_steps()
-            with contextlib.closing(batches(steps.start)) as stream, part.appending() as append:
-                for step, batch in zip(steps, stream, strict=False):
-                    top = jax.lax.top_k(teacher(batch["image"]), description.k)
-                    probs, index = map(np.asarray, top)
-                    if not np.isfinite(probs).all():
-                        raise InputError(f"the teacher's predictions at step {step} are not finite")
-                    append(probs, index)
-                    progress.update()
-
-
-class Difference(NamedTuple):
-    """The absolute difference of probabilities."""
-
-    largest: float
-    mean: float
-
-
-def compare_predictions(teacher: Teacher, batches: Iterable[Batch]) -> Difference:
-    """Compares stored predictions with those of a fresh pass, over the stored classes.
-
-    float16 rounds a probability by at most 2.5e-4; more is another teacher, or other images.
-
-    Args:
-      batches: some that `StoredPredictions.attach` made.
-
-    Raises:
-      ValueError: there is no batch.
-    """
-    differences = []
-    for batch in batches:
-        index = batch["target_index"].astype(np.int32)
-        fresh = np.take_along_axis(np.asarray(teacher(batch["image"])), index, axis=-1)
-        differences.append(np.abs(fresh - batch["target_probs"]))
-    if not differences:
-        raise ValueError("there is no batch to compare")
-    return Difference(
-        largest=float(max(d.max() for d in differences)),
-        mean=float(np.mean([d.mean() for d in differences])),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTeacher:
-    """A teacher whose predictions for one training's batches lie in `folder`.
-
-    Attributes:
-      batches: step -> the training's batches from that step on.
-    """
-
-    folder: epath.Path
-    teacher: Teacher
-    description: Description
-    batches: Callable[[int], Batches]
-
-    @property
-    def _process(self) -> tuple[int, int]:
-        return jax.process_index(), jax.process_count()
-
-    def write(self) -> None:
-        """Goes on with what an interruption has left to write."""
-        write_predictions(self.folder, self.description, self.teacher, self.batches, *self._process)
-        wait_for_all(f"{self.folder}")
-
-    def taught_batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches from `start_step` on, each with its predictions."""
-        stored = StoredPredictions(self.folder, self.description, *self._process)
-        return stored.attach(self.batches(start_step), start_step)
-
-    def check(self) -> Difference:
-        """Compares some predictions, spread over the training, with a fresh pass of the teacher."""
-        stride = max(1, self.description.steps // CHECKED_STEPS)
-
-        def some_batches():
-            for step in range(0, self.description.steps, stride):
-                yield from itertools.islice(self.taught_batches(step), 1)
-
-        return compare_predictions(self.teacher, some_batches())

@@ -1,6 +1,5 @@
 """A search that starts from allocated ranks, and has to beat them (ours)."""
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,8 +8,6 @@ import numpy as np
 from flora_jax.flora.extras.halving import ImageScores
 from flora_jax.flora.space import RankSpace
 from flora_jax.models.spec import LAYERS_PER_BLOCK
-
-log = logging.getLogger(__name__)
 
 # A neighbour takes triples out of so many that are nearest to the block's own, itself among them.
 _NEAREST = 9
