@@ -95,8 +95,8 @@ def write_images(folder: pathlib.Path, count: int) -> float:
 
 def pipelines(source: Source, paths: list[pathlib.Path], batch: int) -> tuple[Pipelines, Pipelines]:
     """To train and to evaluate: by name, what starts an endless iterator of batches."""
-    train_transform = augment.train_transform("deit", SHAPE, color_jitter=0.0)
-    eval_transform = augment.eval_transform("deit", SHAPE)
+    train_transform = augment.Augmentation("deit", {"color_jitter": 0.0}).train(SHAPE)
+    eval_transform = augment.Augmentation("deit").evaluation(SHAPE)
     # As many as ImageNet has, which also makes the shuffle of Grain, slow on few, as fast as there.
     source = subsets.subset(source, np.arange(1_281_167) % len(source))
     augmented = functools.partial(train_transform, rng=np.random.default_rng(0))

@@ -197,7 +197,7 @@ def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch):
         ("mine", "0", r"--batch_sizes must be whole numbers from 1, such as 1,8,64; got 0"),
         ("mime", "1", r"mime is not there \(did you mean 'mine'\?\)"),
         ("begun", "1", r"begun: no model of this run is finished yet"),
-        (".", "1", r"is no model or run; runs inside it are begun, mine"),
+        (".", "1", r"is no folder of a model.* inside it are begun, mine"),
         ("mine/supernet", "1", r"holds a supernet: .*extract a model first"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

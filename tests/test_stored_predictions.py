@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh, shard_batch
-from flora_jax.data.augment import train_transform
+from flora_jax.data.augment import Augmentation
 from flora_jax.data.batches import train_batches
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.sources import digits
@@ -55,7 +55,7 @@ def a_description(teacher, **changes):
 
 
 def batches(start, *process):
-    transform = train_transform(**AUGMENTATION)
+    transform = Augmentation("digits", {"scale": (0.9, 1.1)}).train(SPEC.image_shape)
     return train_batches(SOURCE, transform, BATCH_SIZE, SEED, start, *process)
 
 

@@ -6,16 +6,16 @@ import importlib.util
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
 
+from flora_jax.cluster.mesh import equal_share
 from flora_jax.configs import deit_b, deit_t, digits_slim, vit_slim_deit_b
 from flora_jax.models import functional
 from flora_jax.preflight import hlo, topology
 from flora_jax.preflight.programs import DoesNotFitError, Program, heaviest_training
-from flora_jax.preflight.topology import check_topology, devices_of, images_a_device, largest_batch
+from flora_jax.preflight.topology import check_topology, devices_of, largest_batch
 from flora_jax.runs.settings import Settings
 from tests.helpers.commands import DATA, ROOT, TINY_CONFIG
 
@@ -67,22 +67,21 @@ def test_unknown_topologies_and_a_missing_compiler(monkeypatch):
 
 
 def test_batches_are_shared_by_devices():
-    training = heaviest_training(settings_of(deit_t, "improved,runlocal"), "masked")  # 32 images
-    assert images_a_device(training, types.SimpleNamespace(size=16)) == 2
+    assert equal_share("batch_size", 32, 16) == 2
     with pytest.raises(ValueError, match=r"batch_size 32 .* 12 devices; the nearest that can: 36"):
-        images_a_device(training, types.SimpleNamespace(size=12))
+        equal_share("batch_size", 32, 12)
 
 
 def test_heaviest_training_of_each_kind_of_run():
     flora = heaviest_training(settings_of(deit_b), "tiled")
-    assert (flora.name, flora.num_genes, flora.has_teacher) == ("supernet", 36, True)
+    assert (flora.name, flora.genes.shape, flora.has_teacher) == ("supernet", (36,), True)
     assert flora.network.blocks[0].mlp.fc1.implementation == "tiled"
     dense = flora.spec.macs()
     assert 3.9 / 8 < flora.forward_macs / dense < 4.1 / 8  # mean rank of the law is below half
     assert flora.macs == 3 * flora.forward_macs + dense
 
     gates = heaviest_training(settings_of(vit_slim_deit_b), "tiled")
-    assert (gates.name, gates.num_genes, gates.has_teacher) == ("slim.gates", None, False)
+    assert (gates.name, gates.genes, gates.has_teacher) == ("slim.gates", None, False)
     assert gates.penalty is not None
     assert "blocks.0.token_gate" in functional.split(gates.network)[1]
     recipe = dataclasses.replace(gates.recipe, rematerialize=True)

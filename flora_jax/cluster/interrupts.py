@@ -51,12 +51,7 @@ def _answer() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted; the same command goes on\n")
     with contextlib.suppress(OSError):  # some thread or process has just ended by itself
-        for child in _children():
-            os.kill(child, signal.SIGTERM)  # one that is being started would print a traceback
+        for children in pathlib.Path("/proc/self/task").glob("*/children"):
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGTERM)  # one being started would print a traceback
     os._exit(128 + number)
-
-
-def _children() -> list[int]:
-    """The processes that this one has started, where the system lists them."""
-    lists = pathlib.Path("/proc/self/task").glob("*/children")
-    return [int(number) for each in lists for number in each.read_text().split()]

@@ -1,5 +1,7 @@
 """Places of arrays: one mesh for any number of devices and processes, and one sharding rule."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -46,10 +48,8 @@ def parameter_partition(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def shard_parameters(tree, mesh: Mesh):
     """Every array that is the size of a large parameter split over "fsdp", the others whole."""
-    return jax.device_put(
-        tree,
-        jax.tree.map(lambda x: NamedSharding(mesh, parameter_partition(x.shape, mesh)), tree),
-    )
+    places = jax.tree.map(lambda x: NamedSharding(mesh, parameter_partition(x.shape, mesh)), tree)
+    return jax.device_put(tree, places)
 
 
 def replicate(tree, mesh: Mesh):
@@ -79,25 +79,17 @@ def on_each_device(function, mesh: Mesh, in_specs, out_specs):
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process' share [B_local, ...] of a batch -> global arrays [B, ...] over all devices."""
-    sharding = NamedSharding(mesh, SPLIT)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, SPLIT))
+    return {name: place(value) for name, value in batch.items()}
 
 
 def equal_share(
     name: str, batch_size: int, num_devices: int, accumulate: int = 1, of: str = "devices"
 ) -> int:
-    """Images of a batch that each of the devices, or of other takers, has in all its parts.
+    """Images of a batch that each device, or other taker, has in all the parts of its share.
 
-    Args:
-      name: what the error calls the batch size.
-      accumulate: parts that every share is cut into.
-      of: what the takers are.
-
-    Raises:
-      InputError: they cannot have equally many; names the nearest batch size that can be shared.
+    Raises InputError, which calls the batch size `name` and the takers `of`, where they cannot have
+    equally many; names the nearest batch size that can be shared.
     """
     multiple = num_devices * accumulate
     if batch_size % multiple:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flora_jax.errors import InputError, RunError
+from flora_jax.errors import RunError
 
 P = ParamSpec("P")
 _HEARTBEAT_SECONDS = 30  # after which a process that is gone ends the others
@@ -38,13 +38,8 @@ def connect(
 ) -> None:
     """Makes this process one of several; without arguments, JAX asks the TPU, SLURM or Kubernetes.
 
-    Raises:
-      InputError: some of the arguments are given and others not.
-      RunError: the processes do not find one another.
+    Raises RunError where the processes do not find one another, or some arguments are missing.
     """
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
-        raise InputError("coordinator, num_processes and process_id come together")
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS

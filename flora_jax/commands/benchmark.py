@@ -19,9 +19,9 @@ from etils import epath
 
 from flora_jax.commands.classifier import check_is_model, holds_model, spec_as_used
 from flora_jax.commands.engines import Engine, Forward, Prepare, installed_engines, is_out_of_memory
-from flora_jax.errors import InputError, MissingFileError, StorageError, few
-from flora_jax.io.files import matching, write_json
-from flora_jax.io.paths import absolute, as_text, is_url, user_path
+from flora_jax.errors import InputError, MissingFileError
+from flora_jax.io.files import write_json
+from flora_jax.io.paths import absolute, as_text, user_path
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
 from flora_jax.report.table import aligned, human_count
@@ -72,7 +72,7 @@ def benchmark(
     batch_sizes: Sequence[str] = BATCH_SIZES,
     as_json: bool = False,
 ) -> None:
-    """Times models in every engine that is installed, prints a table, writes benchmark.json.
+    """Times models in every engine that is installed, prints a table, writes benchmark.json there.
 
     Args:
       folder: of a run, whose finished models are compared with its dense one; or of one model.
@@ -87,9 +87,6 @@ def benchmark(
     """
     sizes = _batch_sizes(batch_sizes)
     models = _models(folder, against)
-    target = None if is_repository(folder) else user_path(folder) / BENCHMARK_FILE
-    if target is not None and not is_url(target) and not os.access(target.parent, os.W_OK):
-        raise StorageError(f"{target} cannot be written: no permission")
     engines, hints = installed_engines()
     rows, too_large = measure(models, engines, sizes)
     found = {
@@ -98,19 +95,15 @@ def benchmark(
         "rows": [dataclasses.asdict(row) for row in rows],
         "out_of_memory": too_large,
     }
-    if target is not None:
-        write_json(target, found)
-    if as_json:
-        print(json.dumps(found))
-        return
-    print(found["machine"])
-    print(table(rows, {name: model.spec.macs() for name, model in models.items()}))
-    for each in too_large:
-        print("{engine}: batches of {batch} do not fit into memory with {model}".format(**each))
-    for hint in hints:
-        print(hint)
-    if target is not None:
-        print(f"written to {target}")
+    lines = [json.dumps(found)]
+    if not as_json:
+        macs = {name: model.spec.macs() for name, model in models.items()}
+        lines = [str(found["machine"]), table(rows, macs)]
+        fits = "{engine}: batches of {batch} do not fit into memory with {model}"
+        lines += [fits.format(**each) for each in too_large] + hints
+    print("\n".join(lines), flush=True)  # before the file, which may not be writable
+    if not is_repository(folder):
+        write_json(user_path(folder) / BENCHMARK_FILE, found)
 
 
 def measure(
@@ -124,9 +117,7 @@ def measure(
       The rows, and {"engine", "batch", "model"} of what does not fit into memory. Where that is the
       first model, there is nothing to compare others with, so that all of this batch are left out.
     """
-    rows: list[Row] = []
-    too_large: list[dict] = []
-    reference, *_ = models
+    rows, too_large, reference = list[Row](), list[dict](), next(iter(models))
     macs = {name: model.spec.macs() for name, model in models.items()}
     total = len(engines) * len(batch_sizes)
     with Progress("benchmark", total, unit="measurement") as progress:
@@ -163,6 +154,7 @@ def table(rows: Sequence[Row], macs: Mapping[str, int]) -> str:
         lines += [[""] * (1 + len(header))] if lines else []
         lines.append([f"{engine}, batch {batch}", *header])
         for row in group:
+            saved = 1 - row.macs_share
             line = [
                 f"  {as_text(row.model)}",
                 f"{row.ms:.2f}",
@@ -171,16 +163,10 @@ def table(rows: Sequence[Row], macs: Mapping[str, int]) -> str:
                 f"{row.low:.3f}..{row.high:.3f}",
                 human_count(macs[row.model]),
                 f"{row.macs_share:.3f}",
-                _realised(row),
+                f"{round(100 * (1 - row.ratio) / saved)} %" if saved > 0 else "",
             ]
             lines.append(line)
     return aligned(lines)
-
-
-def _realised(row: Row) -> str:
-    if row.macs_share >= 1:
-        return ""
-    return f"{round(100 * (1 - row.ratio) / (1 - row.macs_share))} %"
 
 
 def _times(opened: Mapping[str, Prepare], batch: int) -> dict[str, np.ndarray]:
@@ -203,12 +189,7 @@ def _turn(run: Forward) -> tuple[int, Forward]:
     started = time.perf_counter()
     run()
     count = max(1, math.ceil(_TURN / (time.perf_counter() - started)))
-
-    def turn() -> None:
-        for _ in range(count):
-            run()
-
-    return count, turn
+    return count, lambda: [run() for _ in range(count)]
 
 
 def _batch_sizes(texts: Sequence[str]) -> list[int]:
@@ -224,15 +205,12 @@ def _batch_sizes(texts: Sequence[str]) -> list[int]:
 def _models(folder: epath.PathLike, against: epath.PathLike | None) -> dict[str, Network]:
     """The models to time by their names, first the one that the others are compared with."""
     models = {} if against is None else {_name(against): _open(against)}
-    found = dict(_of_run(user_path(folder))) if _is_run(folder) else {_name(folder): _open(folder)}
+    # Folders of models have a config.json, too.
+    is_run = not is_repository(folder) and has_run(folder) and not holds_model(user_path(folder))
+    found = dict(_of_run(user_path(folder))) if is_run else {_name(folder): _open(folder)}
     if models.keys() & found.keys():
         models = {os.fspath(against or ""): model for model in models.values()}
     return models | found
-
-
-def _is_run(folder: epath.PathLike) -> bool:
-    """True where a run was started; folders of models have a `config.json`, too."""
-    return not is_repository(folder) and has_run(folder) and not holds_model(user_path(folder))
 
 
 def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
@@ -249,8 +227,6 @@ def _of_run(folder: epath.Path) -> Iterator[tuple[str, Network]]:
 
 def _open(path: epath.PathLike) -> Network:
     folder = local_folder(path)
-    if runs := [inside.name for inside in matching(folder, "*") if _is_run(inside)]:
-        raise MissingFileError(f"{folder} is no model or run; runs inside it are {few(runs)}")
     check_is_model(folder)
     return from_pretrained(folder, spec_as_used(folder, read_preprocessing(folder)))
 

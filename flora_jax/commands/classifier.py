@@ -14,7 +14,7 @@ from PIL import Image
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Crop, Preprocessing
-from flora_jax.errors import InputError, MissingFileError, did_you_mean
+from flora_jax.errors import InputError, MissingFileError, did_you_mean, few
 from flora_jax.io.files import matching
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -24,7 +24,7 @@ from flora_jax.weights.folder import SPEC_FILE
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata.class_names import CLASSES_FILE, read_class_names
 from flora_jax.weights.metadata.preprocessing import PREPROCESSING_FILE, read_preprocessing
-from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
+from flora_jax.weights.metadata.spec import read_spec
 from flora_jax.weights.pretrained import HUGGING_FACE_FILES, from_pretrained
 
 _MOST_IMAGES = 64  # of a batch
@@ -74,11 +74,12 @@ class Classifier:
                 f"{folder / CLASSES_FILE} can list others"
             )
         if preprocessing is None:
-            preprocessing = _assumed(folder, spec)
-        if len(preprocessing.mean) not in (1, spec.in_channels):
-            raise InputError(
-                f"{folder} wants {len(preprocessing.mean)} means of pixels, but its network takes "
-                f"{spec.in_channels} channels"
+            preprocessing = Preprocessing(spec.image_size)
+            if spec.in_channels != 3:
+                preprocessing = Preprocessing(spec.image_size, mean=(0.5,), std=(0.5,))
+            log.warning(
+                "%s does not say what it wants of pictures; assumed, and to be changed in %s: %s",
+                *(folder, PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preprocessing))),
             )
         network = from_pretrained(folder, spec)
         if has_no_classifier(network):
@@ -143,20 +144,17 @@ def holds_model(folder: epath.Path) -> bool:
 
 
 def check_is_model(folder: epath.Path) -> None:
-    """Raises MissingFileError unless the folder holds a model, and says which."""
+    """Raises MissingFileError unless the folder holds a model; says what lies there instead."""
     if holds_model(folder):
-        if not (folder / SPEC_FILE).exists() and not (folder / CONFIG_FILE).exists():
-            raise MissingFileError(f"{folder} has weights, but no {CONFIG_FILE} that says of what")
         return
+    place = folder if folder.exists() else folder.parent
+    inside = [path.name for path in matching(place, "*") if path.is_dir()]
     if not folder.exists():
-        siblings = [path.name for path in matching(folder.parent, "*") if path.is_dir()]
-        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, siblings)}")
-    if not folder.is_dir():
-        raise MissingFileError(f"{folder} is a file: give the folder that it is in")
-    inside = [str(file.parent.relative_to(folder)) for file in matching(folder, f"*/{SPEC_FILE}")]
-    looked_for = f"looked for {', '.join(_MODEL_FILES)}"
-    hint = f"inside it are {', '.join(inside)}" if inside else looked_for
-    raise MissingFileError(f"{folder} is no folder of a model; {hint}")
+        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, inside)}")
+    raise MissingFileError(
+        f"{folder} is no folder of a model, with one of {', '.join(_MODEL_FILES)}; folders inside "
+        f"it are {few(inside)}"
+    )
 
 
 def spec_as_used(folder: epath.Path, preprocessing: Preprocessing | None) -> Spec:
@@ -169,14 +167,3 @@ def spec_as_used(folder: epath.Path, preprocessing: Preprocessing | None) -> Spe
         *(folder, spec.image_size, preprocessing.image_size),
     )
     return dataclasses.replace(spec, image_size=preprocessing.image_size)
-
-
-def _assumed(folder: epath.Path, spec: Spec) -> Preprocessing:
-    preprocessing = Preprocessing(spec.image_size)
-    if spec.in_channels != 3:
-        preprocessing = Preprocessing(spec.image_size, mean=(0.5,), std=(0.5,))
-    log.warning(
-        "%s does not say what it wants of pictures; assumed, and to be changed in %s: %s",
-        *(folder, PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preprocessing))),
-    )
-    return preprocessing

@@ -76,7 +76,8 @@ def _onnx_runtime(name: str) -> list[Engine]:
     import onnx  # noqa: F401
     import onnxruntime
 
-    is_on_gpu = _uses_gpu() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    is_on_gpu = has_cuda and jax.default_backend() == "gpu"
     device = "cuda" if is_on_gpu else "cpu"
     version = f"{onnxruntime.__version__} ({device})"
     dtypes = {name: "float32"} if is_on_gpu else {name: "float32", f"{name} int8": "int8"}
@@ -106,7 +107,8 @@ def _in_onnx_runtime(device: str, dtype: str, network: Network) -> Prepare:
 def _pytorch(name: str) -> list[Engine]:
     import torch
 
-    device = "cuda" if _uses_gpu() and torch.cuda.is_available() else "cpu"
+    is_on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    device = "cuda" if is_on_gpu else "cpu"
     version = f"{torch.__version__} ({device})"
     return [Engine(name, version, functools.partial(_in_pytorch, device))]
 
@@ -130,10 +132,6 @@ def _in_pytorch(device: str, network: Network) -> Prepare:
         return run
 
     return prepare
-
-
-def _uses_gpu() -> bool:
-    return jax.default_backend() == "gpu"
 
 
 def _images(spec: Spec, batch_size: int, channels_first: bool = True) -> np.ndarray:

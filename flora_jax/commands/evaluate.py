@@ -138,18 +138,17 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
 
 def _by_class(classifier: Classifier, confusion: np.ndarray) -> dict[str, list[dict]]:
     """Classes and commonest mistakes, of counts int [right class, class that comes first]."""
-    totals, right = confusion.sum(axis=1).tolist(), confusion.diagonal().tolist()
+    name, totals, right = classifier.name, confusion.sum(axis=1).tolist(), confusion.diagonal()
     classes = [
-        {"name": classifier.name(i), "top1": right[i] / n if n else None, "images": n}
+        {"name": name(i), "top1": float(right[i] / n) if n else None, "images": n}
         for i, n in enumerate(totals)
     ]
-    mistakes = confusion - np.diag(np.diag(confusion))
+    mistakes = confusion - np.diag(right)
     worst = np.argsort(-mistakes, axis=None, kind="stable")[:_MOST_PAIRS]
-    pairs = [divmod(int(place), len(mistakes)) for place in worst]
     confused = [
-        {"class": classifier.name(a), "taken_for": classifier.name(b), "images": int(images)}
-        for a, b in pairs
-        if (images := mistakes[a, b])
+        {"class": name(a), "taken_for": name(b), "images": int(mistakes[a, b])}
+        for a, b in zip(*np.unravel_index(worst, mistakes.shape), strict=True)
+        if mistakes[a, b]
     ]
     return {"classes": classes, "confused": confused}
 
@@ -172,14 +171,9 @@ def _text(found: Evaluation) -> str:
         f"{as_text(entry['name']):<{width}}  {entry['top1']:7.2%} of {entry['images']}"
         for entry in classes
     ]
-    for pair in found.confused:
-        names = as_text(pair["class"]), as_text(pair["taken_for"])
-        times = pair["images"]
-        lines.append("most often confused: {} taken for {}, {} times".format(*names, times))
+    text = "most often confused: {class} taken for {taken_for}, {images} times"
+    lines += [as_text(text.format(**pair)) for pair in found.confused]
     return "\n".join(lines)
-
-
-# --- which class of the model is which of the data ------------------------------------------------
 
 
 def matched(ours: Sequence[str], num_classes: int, theirs: Sequence[str], data: str) -> np.ndarray:
@@ -194,36 +188,22 @@ def matched(ours: Sequence[str], num_classes: int, theirs: Sequence[str], data: 
     Raises:
       InputError: another number of classes, or other names; shows the difference.
     """
-    if len(theirs) != num_classes:
+    # In composed Unicode, as the names of class folders are.
+    ours, theirs = ([unicodedata.normalize("NFC", name) for name in of] for of in (ours, theirs))
+    if len(theirs) != num_classes or (ours and sorted(ours) != sorted(theirs)):
+        only = [set(ours) - set(theirs), set(theirs) - set(ours)]
         raise InputError(
-            f"the model has {num_classes} classes, but {data} has {len(theirs)}"
-            f"{_difference(ours, theirs)}"
+            f"the model has {num_classes} classes and {data} {len(theirs)}; only in the model: "
+            f"{few(only[0])}; only in the data: {few(only[1])}. A {CLASSES_FILE} in the folder of "
+            f"the model, in its order, gives its classes the names that the data has"
         )
     if not ours:
         log.warning("the model's classes have no names: taken to be in the order of %s", data)
+    if not ours or ours == theirs:  # where two classes may have one name
         return np.arange(num_classes, dtype=np.int32)
-    ours, theirs = _normal(ours), _normal(theirs)
-    if ours == theirs:  # where two classes may have one name
-        return np.arange(num_classes, dtype=np.int32)
-    if sorted(ours) != sorted(theirs):
-        raise InputError(
-            f"the classes of the model and of {data} have other names"
-            f"{_difference(ours, theirs)}. Where they mean the same, write a {CLASSES_FILE} with "
-            f"the names of the data, in the model's order, to the folder of the model"
-        )
     if twice := [name for name, count in collections.Counter(ours).items() if count > 1]:
         raise InputError(
             f"the classes of the model and of {data} are in another order, and several are called "
             f"{few(twice)}: they cannot be matched by name"
         )
     return np.array([ours.index(name) for name in theirs], np.int32)
-
-
-def _normal(names: Sequence[str]) -> list[str]:
-    """In composed Unicode, as the names of class folders are."""
-    return [unicodedata.normalize("NFC", name) for name in names]
-
-
-def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    only = [set(_normal(a)) - set(_normal(b)) for a, b in ((ours, theirs), (theirs, ours))]
-    return f"; only in the model: {few(only[0])}; only in the data: {few(only[1])}" if ours else ""

@@ -1,6 +1,5 @@
 """flora_jax --predict=FOLDER pictures...: the likeliest classes of pictures."""
 
-import functools
 import json
 import os
 import sys
@@ -14,7 +13,6 @@ from etils import epath
 from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.listing import read_index
-from flora_jax.data.preprocessing import Crop
 from flora_jax.errors import InputError
 from flora_jax.io.paths import absolute, as_text, user_path
 
@@ -56,7 +54,7 @@ def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = Fal
             num_bad += 1
             print(f"error: {found}", file=sys.stderr, flush=True)
         else:
-            print(_json(found) if as_json else _line(found), flush=True)
+            print(_text(found, as_json), flush=True)
     return num_bad
 
 
@@ -66,7 +64,16 @@ def predictions(
     """Predicts each picture, in their order; a bad one gives its error."""
     run, transform = classifier.log_probabilities(), classifier.transform
     size = batch_size(len(paths))
-    read = functools.partial(_read, transform, classifier.preprocessing.background)
+    background = classifier.preprocessing.background
+
+    def read(path: epath.Path) -> np.ndarray | BadImageError:
+        try:
+            return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
+        except BadImageError as error:
+            return error
+        except OSError as error:
+            return BadImageError(f"{path} cannot be read: {error.strerror or error}")
+
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), size):
             part = paths[start : start + size]
@@ -77,7 +84,9 @@ def predictions(
                     place[:] = image
             rows = np.exp(run(batch))
             for path, image, row in zip(part, images, rows, strict=False):
-                yield image if isinstance(image, BadImageError) else _top(classifier, path, row)
+                best = np.argsort(-row, kind="stable")[:MOST_CLASSES]
+                found = Prediction(path, [(classifier.name(i), float(row[i])) for i in best])
+                yield image if isinstance(image, BadImageError) else found
 
 
 def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
@@ -89,27 +98,9 @@ def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
             yield path
 
 
-def _read(
-    transform: Crop, background: tuple[int, ...], path: epath.Path
-) -> np.ndarray | BadImageError:
-    try:
-        return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
-    except BadImageError as error:
-        return error
-    except OSError as error:
-        return BadImageError(f"{path} cannot be read: {error.strerror or error}")
-
-
-def _top(classifier: Classifier, path: epath.Path, probabilities: np.ndarray) -> Prediction:
-    best = np.argsort(-probabilities, kind="stable")[:MOST_CLASSES]
-    return Prediction(path, [(classifier.name(i), float(probabilities[i])) for i in best])
-
-
-def _line(found: Prediction) -> str:
-    classes = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
-    return f"{as_text(os.fspath(found.picture))}: {classes}"
-
-
-def _json(found: Prediction) -> str:
+def _text(found: Prediction, as_json: bool) -> str:
+    picture = as_text(os.fspath(found.picture))
+    if not as_json:
+        return f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in found.classes)}"
     classes = [{"name": name, "probability": round(share, 6)} for name, share in found.classes]
-    return json.dumps({"picture": as_text(os.fspath(found.picture)), "classes": classes})
+    return json.dumps({"picture": picture, "classes": classes})

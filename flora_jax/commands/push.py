@@ -23,31 +23,18 @@ def push(repository: str, folder: epath.PathLike | None) -> None:
       InputError: no folder, several exports, or as `uploaded`; StorageError, MissingPackageError
         too.
     """
-    if folder is None:
-        raise InputError("--push_to_hub needs --workdir, the folder of a run or of an export")
-    exported = export_in(user_path(folder))
-    print(f"{exported} is at {uploaded(exported, repository)}")
-
-
-def export_in(folder: epath.Path) -> epath.Path:
-    """The export that a folder is or holds. Raises as `push`."""
-    if is_url(folder):
-        raise InputError(f"{folder} is on no disk: copy the folder of the export to one first")
-    if _is_export(folder):
-        return folder
-    places = [path.parent for path in matching(folder, f"{EXPORT}/*/{CARD_FILE}")]
-    match [place for place in places if _is_export(place)]:
-        case [only]:
-            return only
-        case []:
-            raise MissingFileError(
-                f"{folder} has no export; --config.export=onnx --workdir=RUN makes one of a run"
-            )
-        case several:
-            names = ", ".join(str(place) for place in several)
-            raise InputError(f"{folder} has several exports: give one as --workdir, of {names}")
-
-
-def _is_export(folder: epath.Path) -> bool:
-    """True where a card is; a README without what a model wants of pictures is none."""
-    return all((folder / name).exists() for name in (CARD_FILE, PREPROCESSING_FILE))
+    if folder is None or is_url(folder):
+        raise InputError("--push_to_hub needs --workdir, a run or an export in a folder on disk")
+    place = user_path(folder)
+    # A README without what a model wants of pictures is no card.
+    places = [place, *(path.parent for path in matching(place, f"{EXPORT}/*/{CARD_FILE}"))]
+    files = CARD_FILE, PREPROCESSING_FILE
+    exports = [path for path in places if all((path / name).exists() for name in files)]
+    if not exports:
+        raise MissingFileError(
+            f"{place} has no export; --config.export=onnx --workdir=RUN makes one of a run"
+        )
+    if len(exports) > 1:
+        names = ", ".join(map(str, exports))
+        raise InputError(f"{place} has several exports: give one as --workdir, of {names}")
+    print(f"{exports[0]} is at {uploaded(exports[0], repository)}")

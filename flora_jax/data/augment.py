@@ -37,15 +37,6 @@ class TrainTransform(Protocol):
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
 
-class EvalTransform(Protocol):
-    """Image uint8 [H, W, C] -> uint8 `image_shape`."""
-
-    @property
-    def image_shape(self) -> Shape: ...
-
-    def __call__(self, image: np.ndarray) -> np.ndarray: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class _Shift:
     image_shape: Shape
@@ -69,8 +60,7 @@ class _Digits:
     least_side: ClassVar = None
 
     def __post_init__(self):
-        for name in ("degrees", "translate_pixels"):
-            _check_number(name, getattr(self, name))
+        _check_numbers(self, math.inf, "degrees", "translate_pixels")
         _check_range("scale", self.scale)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -117,15 +107,9 @@ class _Deit(_Inception):
                 f"augmentation 'deit' makes colour images, (size, size, 3), got image_shape "
                 f"{self.image_shape}; 'inception' is the nearest for other numbers of channels"
             )
-        _check_number("magnitude", self.magnitude, MAX_MAGNITUDE)
-        _check_number("magnitude_std", self.magnitude_std)
-        _check_number("color_jitter", self.color_jitter, 1)
-        _check_number("erase_probability", self.erase_probability, 1)
-        if not isinstance(self.num_operations, int) or self.num_operations < 1:
-            raise InputError(
-                f"num_operations must be an integer of at least 1, got {self.num_operations!r}; "
-                "rand_augment=False does without"
-            )
+        _check_numbers(self, MAX_MAGNITUDE, "magnitude")
+        _check_numbers(self, math.inf, "magnitude_std", "num_operations")
+        _check_numbers(self, 1, "color_jitter", "erase_probability")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = super().__call__(image, rng)
@@ -141,67 +125,47 @@ class _Deit(_Inception):
 _RECIPES = {"digits": _Digits, "shift": _Shift, "inception": _Inception, "deit": _Deit}
 
 
-def train_transform(name: str, image_shape: Shape, **settings) -> TrainTransform:
-    """The random transform of a recipe.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A recipe by its name, with what replaces its defaults.
 
-    Args:
+    Attributes:
       name: "digits" (affine: degrees, translate_pixels, scale), "shift" (pixels), "inception"
         (random resized crop and flip: scale, ratio) or "deit" (those of "inception", then
         RandAugment: rand_augment=True, magnitude, magnitude_std, num_operations; colour jitter:
         color_jitter, 0 for none; random erasing: erase_probability). timm, with which DeiT was
         trained, leaves the colour jitter out where RandAugment is on: color_jitter=0.
-      image_shape: (size, size, channels) that the model takes.
-      **settings: replace the recipe's defaults.
+      changes: of the recipe's defaults, by name.
 
-    Raises:
-      InputError: unknown name or setting, or a value out of range.
+    Its methods take (size, size, channels) of the model, and raise InputError for an unknown name
+    or setting, or a value out of range.
     """
-    recipe = _recipe(name)
-    accepted = [field.name for field in dataclasses.fields(recipe)][1:]
-    for setting in settings:
-        if setting not in accepted:
-            raise InputError(unknown("augmentation setting", setting, accepted))
-    return recipe(_square(image_shape), **settings)
-
-
-def eval_transform(name: str, image_shape: Shape) -> EvalTransform:
-    """The fixed transform that goes with a recipe; arguments and errors as in `train_transform`.
-
-    The whole image resized to fit for "digits" and "shift", a `Crop` for "inception" and "deit".
-    """
-    return Crop(_square(image_shape), crop_mode=_recipe(name).crop_mode or Crop.crop_mode)
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """A recipe by its name, with what replaces its defaults."""
 
     name: str
-    changes: Mapping[str, Any]
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def train(self, image_shape: Shape) -> TrainTransform:
-        return train_transform(self.name, image_shape, **self.changes)
+        """The random transform."""
+        accepted = [field.name for field in dataclasses.fields(self._recipe)][1:]
+        for setting in self.changes:
+            if setting not in accepted:
+                raise InputError(unknown("augmentation setting", setting, accepted))
+        return self._recipe(image_shape, **self.changes)
 
-    def evaluation(self, image_shape: Shape) -> EvalTransform:
-        return eval_transform(self.name, image_shape)
+    def evaluation(self, image_shape: Shape) -> Crop:
+        """The fixed one that goes with it: "digits" and "shift" take the whole image."""
+        return Crop(image_shape, crop_mode=self.crop_mode or Crop.crop_mode)
 
     @property
     def crop_mode(self) -> str | None:
         """The crop mode of a `Crop` that goes with it; None: any."""
-        return _recipe(self.name).crop_mode
+        return self._recipe.crop_mode
 
-
-def _recipe(name: str):
-    if name not in _RECIPES:
-        raise InputError(unknown("augmentation", name, _RECIPES))
-    return _RECIPES[name]
-
-
-def _square(image_shape: Shape) -> Shape:
-    height, width, channels = image_shape
-    if height != width:
-        raise InputError(f"image_shape must be square, (size, size, channels), got {image_shape}")
-    return height, width, channels
+    @property
+    def _recipe(self):
+        if self.name not in _RECIPES:
+            raise InputError(unknown("augmentation", self.name, _RECIPES))
+        return _RECIPES[self.name]
 
 
 def _check_range(name: str, bounds: tuple[float, float], highest: float = math.inf) -> None:
@@ -209,6 +173,7 @@ def _check_range(name: str, bounds: tuple[float, float], highest: float = math.i
         raise InputError(f"{name} must be (low, high), 0 < low <= high <= {highest}, got {bounds}")
 
 
-def _check_number(name: str, value: float, highest: float = math.inf) -> None:
-    if not 0 <= value <= highest:
-        raise InputError(f"{name} must lie in 0..{highest}, got {value}")
+def _check_numbers(recipe: object, highest: float, *names: str) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(recipe, name)) <= highest:
+            raise InputError(f"{name} must lie in 0..{highest}, got {value}")

@@ -15,7 +15,8 @@ from absl import flags
 
 from flora_jax.cluster import interrupts
 from flora_jax.cluster.mesh import equal_share
-from flora_jax.data import augment
+from flora_jax.data.augment import TrainTransform
+from flora_jax.data.preprocessing import Crop
 from flora_jax.data.sources import Source
 from flora_jax.errors import InputError
 
@@ -30,7 +31,7 @@ class Batches(Iterator[Batch], Protocol):
 
 def train_batches(
     source: Source,
-    transform: augment.TrainTransform,
+    transform: TrainTransform,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -50,7 +51,6 @@ def train_batches(
 
     Args:
       batch_size: images a step over all processes, B_local * process_count.
-      seed: at least 0.
       start_step: the step of the first batch.
       num_threads: each prepares whole batches. Decoding a photograph runs in parallel; digits,
         which cost Python time alone, are fastest with one.
@@ -65,37 +65,24 @@ def train_batches(
       stops the threads and workers.
 
     Raises:
-      ValueError: batch_size is below 1, above len(source) or no multiple of process_count,
-        process_index, seed, start_step, num_threads or num_workers is out of range, or an image
-        does not fit the transform.
+      InputError: batch_size is above len(source) or no multiple of process_count.
     """
-    _check_at_least(1, batch_size=batch_size, repeats=repeats)
-    _check_at_least(
-        0, seed=seed, start_step=start_step, num_threads=num_threads, num_workers=num_workers
-    )
     if batch_size > len(source):
         raise InputError(f"batch_size {batch_size} is larger than the {len(source)} images")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} lies outside 0..{process_count - 1}")
     local_size = equal_share("batch_size", batch_size, process_count, of="processes")
 
     def prepare(example, rng):
         image = transform(example["image"], rng)
         return {"image": image, "label": np.int32(example["label"])}
 
-    _check_shape(transform(source[0]["image"], np.random.default_rng(seed)), transform)
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    batches = (
-        (order if repeats == 1 else grain.MapDataset.source(_Repeated(order, repeats)).seed(seed))
-        .random_map(prepare)
-        # Sharding comes last: the order and the random numbers belong to the global position.
-        .batch(
-            local_size,
-            drop_remainder=True,
-            batch_fn=_Stack(local_size, shared=num_workers > 0),
-        )[process_index::process_count]
-    )
-    return _prefetched(batches[start_step:], num_threads, num_workers)
+    if repeats > 1:
+        order = grain.MapDataset.source(_Repeated(order, repeats)).seed(seed)
+    stack = _Stack(local_size, num_workers > 0)
+    batches = order.random_map(prepare).batch(local_size, drop_remainder=True, batch_fn=stack)
+    # Sharding comes last: the order and the random numbers belong to the global position.
+    mine = batches[process_index::process_count]
+    return _prefetched(mine[start_step:], num_threads, num_workers)
 
 
 class _Repeated:
@@ -113,7 +100,7 @@ class _Repeated:
 
 def eval_batches(
     source: Source,
-    transform: augment.EvalTransform,
+    transform: Crop,
     batch_size: int,
     num_threads: int = 1,
     num_workers: int = 0,
@@ -129,11 +116,8 @@ def eval_batches(
       mask 1 for an image and 0 for filling and in the place of a bad image.
 
     Raises:
-      InputError: batch_size, num_threads or num_workers is out of range, the source is empty, or
-        an image does not fit the transform.
+      InputError: the source is empty.
     """
-    _check_at_least(1, batch_size=batch_size)
-    _check_at_least(0, num_threads=num_threads, num_workers=num_workers)
     if not len(source):
         raise InputError("the source has no images")
 
@@ -141,12 +125,8 @@ def eval_batches(
         image, is_itself = transform(example["image"]), example["key"] == source.key(index)
         return {"image": image, "label": np.int32(example["label"]), "mask": np.float32(is_itself)}
 
-    _check_shape(transform(source[0]["image"]), transform)
-    batches = (
-        grain.MapDataset.source(source)
-        .map_with_index(prepare)
-        .batch(batch_size, batch_fn=_Stack(batch_size, shared=num_workers > 0))
-    )
+    stack, examples = _Stack(batch_size, num_workers > 0), grain.MapDataset.source(source)
+    batches = examples.map_with_index(prepare).batch(batch_size, batch_fn=stack)
     return _prefetched(batches, num_threads, num_workers)
 
 
@@ -191,17 +171,3 @@ def _exit_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
-
-
-def _check_at_least(lowest: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < lowest:
-            raise InputError(f"{name} must be at least {lowest}, got {value}")
-
-
-def _check_shape(image: np.ndarray, transform) -> None:
-    if image.shape != transform.image_shape:
-        raise ValueError(
-            f"the transform returned an image of shape {image.shape}, "
-            f"expected {transform.image_shape}"
-        )

@@ -1,8 +1,6 @@
 """Decoding of pictures of every kind that Pillow reads."""
 
 import io
-import logging
-import threading
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,10 +12,6 @@ WHITE = (255, 255, 255)
 MAX_MEGAPIXELS = 179.0  # where Pillow stops, too
 # Pillow's own limit belongs to the process, and its error cannot say what lifts it.
 Image.MAX_IMAGE_PIXELS = None
-
-_unsaid = threading.Lock()  # free until the log has said where transparent pictures are put
-
-log = logging.getLogger(__name__)
 
 
 class BadImageError(InputError):
@@ -41,8 +35,8 @@ def decode_rgb(
       least_side: pixels that the short side needs. A JPEG that is twice, four or eight times as
         large is decoded at 1/2, 1/4 or 1/8 of its size, which is quicker; None: at full size.
       max_megapixels: millions of pixels that are decoded at most.
-      background: red, green and blue in 0..255 behind a transparent image; the log says so at the
-        first one. Empty: transparency is ignored, as torchvision does.
+      background: red, green and blue in 0..255 behind a transparent image. Empty: transparency is
+        ignored, as torchvision does.
 
     Raises:
       BadImageError: not an image, a damaged one, or one that is too large; the message starts with
@@ -62,7 +56,9 @@ def decode_rgb(
                 )
             seen = _opaque(picture)
             if len(background) and picture.has_transparency_data:
-                seen = _on_background(seen, _alpha(picture), background, name)
+                page = Image.new("RGB", seen.size, tuple(background))
+                page.paste(seen, mask=_alpha(picture))
+                return np.asarray(page)
             return np.asarray(seen)
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
@@ -84,20 +80,3 @@ def _alpha(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # one grey is transparent, which Pillow does not convert
         return Image.fromarray(np.where(np.asarray(picture) == transparent, 0, 255).astype("u1"))
     return picture.convert("RGBA").getchannel("A")
-
-
-def _on_background(
-    opaque: Image.Image, alpha: Image.Image, background: tuple[int, ...], name: str
-) -> Image.Image:
-    if alpha.getextrema() == (255, 255):
-        return opaque
-    if _unsaid.acquire(blocking=False):
-        log.info(
-            "%s is transparent: it and others are put on the background %s, which data.background "
-            "changes; () ignores transparency",
-            name,
-            "white" if tuple(background) == WHITE else tuple(background),
-        )
-    page = Image.new("RGB", opaque.size, tuple(background))
-    page.paste(opaque, mask=alpha)
-    return page

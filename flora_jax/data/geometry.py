@@ -20,10 +20,7 @@ def shift(image: np.ndarray, rng: np.random.Generator, pixels: int) -> np.ndarra
     """
     height, width, _ = image.shape
     if not 0 <= pixels < min(height, width):
-        raise InputError(
-            f"pixels must lie in 0..{min(height, width) - 1} for an image of shape "
-            f"{image.shape}, got {pixels}"
-        )
+        raise InputError(f"a shift of {pixels} pixels is none of an image of shape {image.shape}")
     dy, dx = rng.integers(-pixels, pixels, size=2, endpoint=True)
     shifted = np.zeros_like(image)
     shifted[max(dy, 0) : height + dy, max(dx, 0) : width + dx] = image[
@@ -136,8 +133,7 @@ def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return image
     if image.shape[2] != 1:
         raise InputError(
-            f"image of shape {image.shape} does not fit a model of {channels} input channels; "
-            f"accepted: 1 or {channels} channels"
+            f"image of shape {image.shape} does not fit a model of {channels} input channels"
         )
     return np.repeat(image, channels, axis=2)
 

@@ -13,15 +13,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flora_jax.data import listing
 from flora_jax.data.decoding import BadImageError, decode_rgb
-from flora_jax.data.listing import (
-    SUFFIXES,
-    check_folder,
-    class_of,
-    is_hidden,
-    names_in,
-    read_index,
-)
+from flora_jax.data.listing import SUFFIXES, check_folder, class_of, read_index
 from flora_jax.data.sources import Example
 from flora_jax.errors import InputError, few
 from flora_jax.io.paths import absolute, user_path
@@ -72,9 +66,8 @@ class ImageFolderSource:
 
     def with_least_side(self, least_side: int | None) -> "ImageFolderSource":
         """The same images, of which large JPEGs are decoded at another size."""
-        return dataclasses.replace(
-            self, decode=functools.partial(self.decode, least_side=least_side)
-        )
+        decode = functools.partial(self.decode, least_side=least_side)
+        return dataclasses.replace(self, decode=decode)
 
     def path(self, index: int) -> epath.Path:
         return self.root / self.keys[index]
@@ -139,19 +132,17 @@ def image_folder(
     # The same name may be spelled in two ways, by Linux and by a Mac.
     names = [unicodedata.normalize("NFC", class_of(inside)) for inside in folders]
     classes = tuple(dict.fromkeys(names)) if by_class else ()
-    counts = [len(index.images[inside]) for inside in folders]
-    numbers = [classes.index(name) if by_class else 0 for name in names]
-    keys = [
-        posixpath.normpath(f"{split}/{inside}/{name}")
-        for inside in folders
-        for name in index.images[inside]
-    ]
+    keys, labels = [], []
+    for inside, name in zip(folders, names, strict=True):
+        images = index.images[inside]
+        keys += [posixpath.normpath(f"{split}/{inside}/{image}") for image in images]
+        labels += [classes.index(name) if by_class else 0] * len(images)
     kinds = ", ".join(f"{count} {kind}" for kind, count in index.left_out.items()) or "nothing"
     of_classes = f" of {len(classes)} classes" if by_class else ""
     log.info("%s: %d images%s; left out: %s", place, len(keys), of_classes, kinds)
-    labels = np.repeat(np.array(numbers, np.int32), counts)
     decode = functools.partial(decode_rgb, **decoding)
-    return ImageFolderSource(root, split, classes, labels, keys, index.left_out, decode)
+    numbers = np.array(labels, np.int32)
+    return ImageFolderSource(root, split, classes, numbers, keys, index.left_out, decode)
 
 
 def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, ImageFolderSource]:
@@ -166,8 +157,7 @@ def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, Imag
         if names != set(other.class_names):
             raise InputError(
                 f"{first.split} and {other.split} in {first.root} must have the same class "
-                f"folders; only in {first.split}: {few(names - set(other.class_names))}; "
-                f"only in {other.split}: {few(set(other.class_names) - names)}"
+                f"folders; only in one of them: {few(names ^ set(other.class_names))}"
             )
     return {part: source.numbered_as(first.class_names) for part, source in opened.items()}
 
@@ -181,18 +171,15 @@ def find_splits(place: str, test_split: str | None = None) -> tuple[epath.Path, 
         validation that there is.
 
     Returns:
-      PATH, and the folders in it to train on, "." for PATH itself, and to report on, if there is
-      one.
+      PATH, and the folders in it to train on, "." for PATH itself, and to report on, if any.
 
     Raises:
       InputError: PATH is no folder, several folders could be val, or the splits have other names.
     """
     root = absolute(user_path(place))
     check_folder(root)
-    if test_split:
-        return root, "train", test_split
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root, "train", "val"
+    if test_split or ((root / "train").is_dir() and (root / "val").is_dir()):
+        return root, "train", test_split or "val"
     if any(_folders(root / "train")):  # otherwise it may be the class of trains
         found = [name for name in _TEST_NAMES if any(_folders(root / name))]
         if len(found) > 1:
@@ -200,20 +187,18 @@ def find_splits(place: str, test_split: str | None = None) -> tuple[epath.Path, 
                 f"{root} holds {' and '.join(found)} but no val: name the one to report on with "
                 f"data.test_split={found[0]}"
             )
-        for name in found:
-            log.info("%s has no val: %s is reported on; data.test_split names another", root, name)
         return root, "train", found[0] if found else None
     if any(_folders(root)) and all(name.lower() in _SPLIT_NAMES for name in _folders(root)):
         raise InputError(
-            f"{root} holds {few(list(_folders(root)))}, which name splits: expected class folders "
-            f"in {root}/train, and in {root}/val to report on"
+            f"{root} holds splits: expected class folders in {root}/train, and in {root}/val to "
+            f"report on"
         )
     return root, ".", None
 
 
 def _folders(folder: epath.Path) -> Iterator[str]:
     """Names of the folders in one, each looked at when it is asked for: a request at a URL."""
-    for name in names_in(folder) if folder.is_dir() else ():
-        is_picture = name.lower().endswith(SUFFIXES)
-        if not is_hidden(name) and not is_picture and (folder / name).is_dir():
+    for name in listing.names_in(folder) if folder.is_dir() else ():
+        is_left_out = listing.is_hidden(name) or name.lower().endswith(SUFFIXES)
+        if not is_left_out and (folder / name).is_dir():
             yield name

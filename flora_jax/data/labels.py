@@ -15,7 +15,7 @@ from etils import epath
 
 from flora_jax.cluster.processes import is_first
 from flora_jax.data.kept import digest, keep, read_kept
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, few
 from flora_jax.io.files import user_cache_dir
 
 _RECORDS_AT_ONCE = 512  # of ImageNet 56 MB, in each thread
@@ -30,11 +30,9 @@ def check_labels(labels: np.ndarray, num_classes: int, of: str) -> None:
         raise InputError(f"the labels of {of} must be integers, got {labels.dtype}")
     is_wrong = (labels < 0) | (labels >= num_classes)
     if is_wrong.any():
-        values = np.unique(labels[is_wrong])
-        shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
         raise InputError(
             f"{is_wrong.sum()} of the {len(labels)} labels of {of} are no class "
-            f"0..{num_classes - 1}: {shown}"
+            f"0..{num_classes - 1}: {few([str(value) for value in np.unique(labels[is_wrong])])}"
         )
 
 
@@ -55,9 +53,12 @@ def stored_labels(name: str, records: Any) -> np.ndarray:
         if len(labels) == len(records) and _is_of(records, labels):
             return labels
     log.info("%s: reading %d labels, which takes a pass over the images", name, len(records))
-    labels = _read_records(records)
-    if is_first() and any(keep(place, labels.astype("<i4").tobytes()) for place in places):
-        log.info("the labels of %s are kept", name)
+    parts = np.array_split(np.arange(len(records)), -(-len(records) // _RECORDS_AT_ONCE))
+    with ThreadPoolExecutor(4) as pool:
+        labels = np.concatenate(list(pool.map(functools.partial(_labels_of, records), parts)))
+    for place in places if is_first() else ():
+        if keep(place, labels.astype("<i4").tobytes()):
+            break
     return labels
 
 
@@ -77,12 +78,6 @@ def _is_of(records: Any, labels: np.ndarray) -> bool:
     """Whether some records have these labels: files may be replaced by others as long and old."""
     sample = np.linspace(0, len(labels) - 1, min(_SAMPLE, len(labels))).astype(int)
     return np.array_equal(_labels_of(records, sample), labels[sample])
-
-
-def _read_records(records: Any) -> np.ndarray:
-    parts = np.array_split(np.arange(len(records)), -(-len(records) // _RECORDS_AT_ONCE))
-    with ThreadPoolExecutor(4) as pool:
-        return np.concatenate(list(pool.map(functools.partial(_labels_of, records), parts)))
 
 
 def _labels_of(records: Any, indices: np.ndarray) -> np.ndarray:

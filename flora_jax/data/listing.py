@@ -7,15 +7,16 @@ circle ends where it began, and an image to which several links lead is listed o
 import array
 import collections
 import dataclasses
-import hashlib
+import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from flora_jax.data.kept import digest, keep, read_kept
 from flora_jax.errors import InputError, few
-from flora_jax.io.files import read_json, user_cache_dir, write_json
+from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import is_url
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -25,7 +26,7 @@ _OF_SYSTEMS = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found"}
     | {"system volume information", "@eadir", "#recycle"}
 )
-_FORMAT = 2  # of the file that keeps an index
+_FORMAT = 3  # of the file that keeps an index
 _MOST_KINDS = 12  # of what is left out that are counted one by one
 
 Identity = tuple[int, int]  # device and inode
@@ -60,39 +61,20 @@ def read_index(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | N
         cannot be written is no error.
 
     Raises:
-      InputError: there is no class folder, a folder has no image or cannot be read, or two class
-        folders are one; names it.
+      InputError: there is no class folder, or a folder has no image or cannot be read; names it.
     """
     cache_dir = None if is_url(folder) else cache_dir or user_cache_dir("index")
     if cache_dir is None:
         return _scan(folder, by_class)[0]
-    name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
-    file = epath.Path(cache_dir) / f"{name}{'' if by_class else '-unlabelled'}.json"
-    if kept := _read(file, folder):
-        return kept
+    name = digest(f"{_FORMAT} {by_class} ".encode() + os.fsencode(folder)).hex()
+    place = epath.Path(cache_dir) / name
+    if kept := read_kept(place):
+        images, left_out, stamps = json.loads(kept)
+        if all(stamp_of(folder / inside) == stamp for inside, stamp in stamps.items()):
+            return Index(images, left_out)
     index, stamps = _scan(folder, by_class)
-    folders = {inside: [stamp, index.images.get(inside, [])] for inside, stamp in stamps.items()}
-    try:
-        write_json(file, {"format": _FORMAT, "left_out": index.left_out, "folders": folders})
-    except OSError as error:
-        log.info("the index of %s is not kept: %s", folder, error)
+    keep(place, json.dumps([index.images, index.left_out, stamps]).encode())
     return index
-
-
-def _read(file: epath.Path, folder: epath.Path) -> Index | None:
-    try:
-        content = read_json(file)
-        folders = content["folders"].items()
-        if content["format"] == _FORMAT and all(
-            stamp_of(folder / inside) == stamp for inside, (stamp, _) in folders
-        ):
-            images = {inside: names for inside, (_, names) in folders if names}
-            return Index(images, dict(content["left_out"]))
-    except FileNotFoundError:  # the first time
-        pass
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        log.warning("the index %s cannot be used and is made again: %s", file, error)
-    return None
 
 
 @dataclasses.dataclass
@@ -141,49 +123,46 @@ class _Folder:
 def _scan(root: epath.Path, by_class: bool) -> tuple[Index, dict[str, Stamp]]:
     """Lists a folder, with the stamps of whatever makes the list stale when it changes."""
     log.info("listing the images in %s", root)
-    found, left_out, repeated = _walk(root)
+    found, left_out = _walk(root)
     _drop_linked_twice(list(found.values()), left_out)
     top = found["."]
     starts = ["."]
     if by_class:
         left_out["outside the classes"] += len(top.images)
         top.images = []
-        links = [link for link in top.linked_folders if link in found or link in repeated]
-        starts = top.folders + links
+        starts = [name for name in (*top.folders, *top.linked_folders) if name in found]
         if not starts:
             raise InputError(
                 f"no class folder in {root}: expected {root}/CLASS/*.jpeg; {contents(root)}; "
                 f"images:{root} takes pictures without classes"
             )
     filled = {class_of(inside) if by_class else "." for inside in found if found[inside].images}
-    for start in starts:
-        if start not in filled:
-            reason = f"expected files *{', *'.join(SUFFIXES)}"
-            if start in repeated:
-                reason = "it is a link to a folder that is listed elsewhere"
-            raise InputError(
-                f"no image in the {'class ' * by_class}folder {root / start}: {reason}"
-            )
+    if empty := next((start for start in starts if start not in filled), None):
+        raise InputError(
+            f"no image in the {'class ' * by_class}folder {root / empty}: expected files "
+            f"*{', *'.join(SUFFIXES)}"
+        )
     stamps = {inside: folder.stamp for inside, folder in found.items()}
     for inside, folder in found.items():
         stamps |= {f"{inside}/{link}": None for link in folder.dangling}
     images = {inside: folder.images for inside, folder in found.items() if folder.images}
-    return Index(images, _by_kind(left_out)), stamps
+    kinds = dict((+left_out).most_common(_MOST_KINDS))
+    if rare := left_out.total() - sum(kinds.values()):
+        kinds["other"] = rare
+    return Index(images, kinds), stamps
 
 
-def _walk(root: epath.Path) -> tuple[dict[str, _Folder], collections.Counter[str], set[str]]:
+def _walk(root: epath.Path) -> tuple[dict[str, _Folder], collections.Counter[str]]:
     """Lists root and the folders in it; links wait until all others are listed.
 
     Returns:
-      The folders by their paths inside root, "." for root itself; how many things in them are no
-      image; and the links that lead to a folder of another path.
+      The folders by their paths inside root, "." for root itself; and how many things in them are
+      no image.
     """
     top = _list(root, set())
-    found, left_out, repeated = {".": top}, collections.Counter(top.left_out), set()
-    above = {top.identity}  # a link upwards comes down again on other ways, into other splits
-    if not is_url(root):
-        above |= {_identity(os.stat(path)) for path in epath.Path(os.path.realpath(root)).parents}
-    entered = set(above)
+    found, left_out, entered = {".": top}, collections.Counter(top.left_out), {top.identity}
+    if not is_url(root):  # a link upwards comes down again on other ways, into other splits
+        entered |= {_identity(os.stat(path)) for path in epath.Path(os.path.realpath(root)).parents}
     waiting, links = top.folders, collections.deque(top.linked_folders)
     with ThreadPoolExecutor(16) as pool:  # a listing waits for the disk or the network
         while waiting or links:
@@ -193,15 +172,13 @@ def _walk(root: epath.Path) -> tuple[dict[str, _Folder], collections.Counter[str
             for inside, folder in zip(places, folders, strict=True):
                 if folder.identity and folder.identity in entered:
                     left_out["listed before"] += 1
-                    if folder.identity not in above:
-                        repeated.add(inside)
                     continue
                 entered.add(folder.identity)
                 found[inside] = folder
                 left_out += folder.left_out
                 waiting += [f"{inside}/{name}" for name in folder.folders]
                 links += [f"{inside}/{name}" for name in folder.linked_folders]
-    return found, left_out, repeated
+    return found, left_out
 
 
 def _list(folder: epath.Path, entered: set[Identity | None]) -> _Folder:
@@ -250,14 +227,6 @@ def _drop_linked_twice(folders: list[_Folder], left_out: collections.Counter[str
             listed.add(identity)
 
 
-def _by_kind(left_out: collections.Counter[str]) -> dict[str, int]:
-    """The commonest kinds first; "other" stands for those that are rare."""
-    kinds = sorted(kind for kind, count in left_out.items() if count)
-    common = sorted(kinds, key=lambda kind: -left_out[kind])[:_MOST_KINDS]
-    other = left_out.total() - sum(left_out[kind] for kind in common)
-    return {kind: left_out[kind] for kind in common} | ({"other": other} if other else {})
-
-
 def class_of(inside: str) -> str:
     """The class folder that a path inside a split begins with."""
     return inside.split("/", 1)[0]
@@ -278,20 +247,14 @@ def names_in(folder: epath.Path) -> list[str]:
 
 def contents(folder: epath.Path) -> str:
     """Names of what is in a folder, for an error message."""
-    if not folder.is_dir():
-        return f"nor is there {folder}"
-    return f"{folder} holds: {few(names_in(folder), 10)}"
+    there = few(names_in(folder), 10) if folder.is_dir() else "nothing"
+    return f"{folder} holds: {there}"
 
 
 def check_folder(path: epath.Path) -> None:
     """Raises InputError unless this is a folder; says what lies beside it."""
-    if not path.exists():
-        raise InputError(f"no folder {path}; {contents(path.parent)}")
     if not path.is_dir():
-        raise InputError(
-            f"{path} is a file: expected a folder of pictures, PATH/{{train,val}}/CLASS/*.jpeg or "
-            f"PATH/CLASS/*.jpeg, or images:PATH without classes"
-        )
+        raise InputError(f"no folder {path}; {contents(path.parent)}")
 
 
 def stamp_of(path: epath.PathLike) -> Stamp:

@@ -12,10 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from flora_jax.errors import InputError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from flora_jax.data.normalize import Normalization
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 BICUBIC = Image.Resampling.BICUBIC
@@ -64,10 +61,6 @@ def _solarize_add(picture: Image.Image, addend: int) -> Image.Image:
     return picture.point(table * 3)
 
 
-def _rotate(picture: Image.Image, degrees: float) -> Image.Image:
-    return picture.rotate(degrees, BICUBIC, fillcolor=FILL)
-
-
 def _affine(inverse: Callable[..., tuple[float, ...]], limit: float) -> Operation:
     """A motion by the inverse (picture, argument) -> the six numbers that Pillow takes."""
 
@@ -83,7 +76,11 @@ OPERATIONS = {
     "AutoContrast": Operation(ImageOps.autocontrast),
     "Equalize": Operation(ImageOps.equalize),
     "Invert": Operation(ImageOps.invert),
-    "Rotate": Operation(_rotate, _up_to(30), signed=True),
+    "Rotate": Operation(
+        lambda picture, degrees: picture.rotate(degrees, BICUBIC, fillcolor=FILL),
+        _up_to(30),
+        signed=True,
+    ),
     "PosterizeIncreasing": Operation(ImageOps.posterize, lambda m: max(1, 4 - int(m / 10 * 4))),
     "SolarizeIncreasing": Operation(ImageOps.solarize, lambda m: 256 - int(m / 10 * 256)),
     "SolarizeAdd": Operation(_solarize_add, lambda m: int(m / 10 * 110)),
@@ -99,47 +96,32 @@ OPERATIONS = {
 
 
 def draw_operations(
-    rng: np.random.Generator,
-    magnitude: float = 9.0,
-    magnitude_std: float = 0.5,
-    num_operations: int = 2,
+    rng: np.random.Generator, magnitude: float, std: float, num_operations: int
 ) -> list[tuple[str, float]]:
     """What to do to one image: (name, magnitude, negative for the other way) in order.
 
     `num_operations` are drawn, the same one perhaps again, and each is kept with probability 0.5.
-    Their magnitudes are normal(magnitude, magnitude_std) clipped to 0..10.
+    Their magnitudes are normal(magnitude, std) clipped to 0..10.
     """
     names = list(OPERATIONS)
     drawn = []
     for index in rng.integers(len(names), size=num_operations):
         if rng.random() < PROBABILITY:
-            strength = min(max(rng.normal(magnitude, magnitude_std), 0.0), MAX_MAGNITUDE)
+            strength = min(max(rng.normal(magnitude, std), 0.0), MAX_MAGNITUDE)
             negated = OPERATIONS[names[index]].signed and rng.random() < 0.5
             drawn.append((names[index], -strength if negated else strength))
     return drawn
 
 
 def rand_augment(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    magnitude: float = 9.0,
-    magnitude_std: float = 0.5,
-    num_operations: int = 2,
+    image: np.ndarray, rng: np.random.Generator, magnitude: float, std: float, num_operations: int
 ) -> np.ndarray:
     """Does randomly drawn operations to the image, uint8 [H, W, 3]; see `draw_operations`.
 
     Resampling is bicubic, as DeiT's recipe asks of timm.
-
-    Raises:
-      InputError: the image is not uint8 of 3 channels.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(
-            f"RandAugment takes colour images, uint8 [H, W, 3], got {image.dtype} "
-            f"{list(image.shape)}; repeat the channel of a grey image three times"
-        )
     picture = Image.fromarray(image)
-    for name, strength in draw_operations(rng, magnitude, magnitude_std, num_operations):
+    for name, strength in draw_operations(rng, magnitude, std, num_operations):
         picture = OPERATIONS[name](picture, strength)
     return np.array(picture)
 
@@ -188,16 +170,11 @@ def random_erasing(
         if box_height < height and box_width < width:
             top = rng.integers(height - box_height, endpoint=True)
             left = rng.integers(width - box_width, endpoint=True)
+            noise = rng.standard_normal((box_height, box_width, 3), np.float32)
+            noise *= np.float32(255) * np.array(Normalization.std, np.float32)
+            noise += np.float32(255) * np.array(Normalization.mean, np.float32)
             erased = image.copy()
-            erased[top : top + box_height, left : left + box_width] = _noise(
-                rng, (box_height, box_width, 3)
-            )
+            box = erased[top : top + box_height, left : left + box_width]
+            box[:] = np.clip(np.rint(noise), 0, 255)
             return erased
     return image
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    noise *= np.float32(255) * np.array(IMAGENET_STD, np.float32)
-    noise += np.float32(255) * np.array(IMAGENET_MEAN, np.float32)
-    return np.clip(np.rint(noise), 0, 255).astype(np.uint8)

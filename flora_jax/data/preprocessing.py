@@ -34,6 +34,8 @@ class Crop:
     interpolation: str = "bicubic"
 
     def __post_init__(self):
+        if self.image_shape[0] != self.image_shape[1]:
+            raise InputError(f"image_shape must be square, got {self.image_shape}")
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
         check_known(self, "crop_mode", CROP_MODES)
@@ -75,7 +77,11 @@ class Preprocessing:
     def __post_init__(self):
         self.crop(3)  # checks what it takes
         Normalization(self.mean, self.std)
-        check_background(self.background)
+        if len(self.background) not in (0, 3) or not all(0 <= v <= 255 for v in self.background):
+            raise InputError(
+                f"background must be red, green and blue in 0..255, or () to ignore transparency; "
+                f"got {self.background}"
+            )
 
     @property
     def normalization(self) -> Normalization:
@@ -85,13 +91,3 @@ class Preprocessing:
         """The resizing and cutting, for a network of so many input channels."""
         shape = (self.image_size, self.image_size, in_channels)
         return Crop(shape, self.crop_pct, self.crop_mode, self.interpolation)
-
-
-def check_background(background: tuple[int, ...]) -> None:
-    """Raises InputError where it is neither empty nor three numbers in 0..255."""
-    is_colour = len(background) == 3 and all(0 <= value <= 255 for value in background)
-    if len(background) and not is_colour:
-        raise InputError(
-            f"background must be red, green and blue in 0..255, such as (255, 255, 255) for "
-            f"white, or () to ignore transparency; got {background}"
-        )

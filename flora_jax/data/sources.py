@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Protocol, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import numpy as np
 
@@ -63,13 +63,11 @@ class ArraySource:
     labels: np.ndarray
     num_classes: int
 
+    left_out: ClassVar[dict[str, int]] = {}
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(map(str, range(self.num_classes)))
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        return {}
 
     def key(self, index: int) -> str:
         return f"{self.name}/{index:05d}"
@@ -78,11 +76,8 @@ class ArraySource:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        return {
-            "image": self.images[index],
-            "label": int(self.labels[index]),
-            "key": self.key(index),
-        }
+        label, key = int(self.labels[index]), self.key(index)
+        return {"image": self.images[index], "label": label, "key": key}
 
 
 def digits() -> ArraySource:
@@ -94,40 +89,7 @@ def digits() -> ArraySource:
     return ArraySource("digits", images, bunch.target.astype(np.int32), num_classes=10)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class DerivedSource:
-    """A source that is another one but for what a subclass changes."""
-
-    source: Source
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        return self.source.left_out
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    def key(self, index: int) -> str:
-        return self.source.key(index)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[index]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SkippingSource(DerivedSource):
+class SkippingSource:
     """`source`, with the next good example, in index order, in place of one that is bad.
 
     An example that stands in for another has its own key: `key(i)` is not that of the example i.
@@ -136,7 +98,17 @@ class SkippingSource(DerivedSource):
       skipped: keys of the bad images that this process has met, each logged once.
     """
 
-    skipped: set[str] = dataclasses.field(default_factory=set)
+    def __init__(self, source: Source):
+        self.source, self.skipped = source, set[str]()
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.left_out, self.key = source.left_out, source.key
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
         for offset in range(len(self)):
@@ -154,35 +126,28 @@ class SkippingSource(DerivedSource):
 class TfdsSource:
     """A split of a TFDS dataset on disk. Images are decoded one by one, as they are asked for."""
 
-    def __init__(self, name: str, split: str, records: Any, **decoding: Any):
-        self.name, self.split = name, split
-        self.left_out: dict[str, int] = {}
-        self._records = records
+    def __init__(self, name: str, records: Any, **decoding: Any):
+        self.name, self._records = name, records
         self._decode: Callable[..., np.ndarray] = functools.partial(decode_rgb, **decoding)
-
-    @property
-    def num_classes(self) -> int:
-        return self._records.dataset_info.features["label"].num_classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self._records.dataset_info.features["label"].names)
+        label = records.dataset_info.features["label"]
+        self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+        self.left_out: dict[str, int] = {}
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """The labels int32 [n], which are read in one pass over the records once, and kept."""
-        return stored_labels(f"{self.name}/{self.split}", self._records)
+        return stored_labels(self.name, self._records)
 
     def key(self, index: int) -> str:
-        return f"{self.name}/{self.split}/{index}"
+        return f"{self.name}/{index}"
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        image = self._decode(record["image"], self.key(index))
-        return {"image": image, "label": int(record["label"]), "key": self.key(index)}
+        record, key = self._records[index], self.key(index)
+        image = self._decode(record["image"], key)
+        return {"image": image, "label": int(record["label"]), "key": key}
 
 
 def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) -> TfdsSource:
@@ -227,4 +192,4 @@ def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) ->
             f"{name!r} is no image classification dataset: it needs the features image and label, "
             f"a ClassLabel; got {features}"
         )
-    return TfdsSource(name, split, records, **decoding)
+    return TfdsSource(f"{name}/{split}", records, **decoding)

@@ -8,15 +8,13 @@ by what the images hold, so that copies stay together (`copies`). The architectu
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from flora_jax.data import sources
 from flora_jax.data.copies import copies_in
-from flora_jax.data.decoding import MAX_MEGAPIXELS, WHITE
 from flora_jax.data.image_folder import (
     ImageFolderSource,
     find_splits,
@@ -24,18 +22,8 @@ from flora_jax.data.image_folder import (
     with_same_classes,
 )
 from flora_jax.data.labels import check_labels
-from flora_jax.data.preprocessing import check_background
-from flora_jax.data.subsets import (
-    Subset,
-    check_fraction,
-    hold_out,
-    of_classes,
-    split_by_content,
-    subset,
-)
+from flora_jax.data.subsets import Subset, hold_out, of_classes, split_by_content, subset
 from flora_jax.errors import InputError, few, unknown
-
-S = TypeVar("S", bound=sources.Source)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +43,7 @@ class Splits:
 
     @property
     def num_classes(self) -> int:
-        """How many there are; 0 where the images have no labels."""
+        """0 where the images have no labels."""
         return self.train.num_classes
 
     @property
@@ -73,10 +61,9 @@ def load_splits(
     classes: tuple[int, ...] = (),
     on_bad_image: str = "raise",
     least_side: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
     heldout_split: str | None = None,
-    background: tuple[int, ...] = WHITE,
     heldout_by: str = "name",
+    **decoding: Any,
 ) -> Splits:
     """The splits of a dataset.
 
@@ -96,33 +83,31 @@ def load_splits(
         `eval_batches` counts it nowhere.
       least_side: pixels that the short side of a training or held-out image needs; a larger JPEG
         of a folder or of TFDS is decoded smaller, as in `decode_rgb`. Test images never are.
-      max_megapixels, background: as in `decode_rgb`.
       heldout_split: the split that is searched with, in place of a share of the training images: of
         TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
+      heldout_by: "name" or, of a folder with classes, "content", so that copies stay together.
+      **decoding: max_megapixels and background, as in `decode_rgb`.
 
     Raises:
       InputError: unknown name, class, on_bad_image or heldout_by, "content" of what is no folder
         with classes, fraction not between 0 and 1, dataset not on disk, a folder whose two splits
         have different classes or that cannot be split since a class has too few images, labels
-        that are no class, a single class, or two images with one key.
+        that are no class, or a single class.
     """
-    check_fraction(heldout_fraction)
-    check_background(background)
     if on_bad_image not in ("raise", "skip"):
-        raise InputError(f"unknown on_bad_image {on_bad_image!r}; choose 'raise' or 'skip'")
+        raise InputError(unknown("on_bad_image", on_bad_image, ("raise", "skip")))
     if heldout_by not in HELD_OUT_BY:
         raise InputError(unknown("heldout_by", heldout_by, HELD_OUT_BY))
     by_content = heldout_by == "content" and not heldout_split
     if by_content and not name.startswith("folder:"):
         raise InputError(f"heldout_by 'content' needs a dataset folder:PATH, not {name}")
-    decoding = {"max_megapixels": max_megapixels, "background": background}
-    opened = _open(name, data_dir, test_split, heldout_split, least_side, decoding)
-    if num_classes := opened["training"].num_classes:
-        for part, source in opened.items():
+    parts = dict(_open(name, data_dir, test_split, heldout_split, least_side, decoding))
+    whole, num_classes = parts["training"], parts["training"].num_classes
+    for part, source in parts.items():
+        if num_classes:
             check_labels(source.labels, num_classes, f"the {part} split of {name}")
-    parts = {
-        part: of_classes(source, classes) if classes else source for part, source in opened.items()
-    }
+        if classes:
+            parts[part] = of_classes(source, classes)
     if num_classes and len(names := parts["training"].class_names) < 2:
         raise InputError(
             f"{name} has a single class, {names[0]!r}, of which nothing can be learnt: at least 2 "
@@ -131,14 +116,11 @@ def load_splits(
     if "test" not in parts or by_content:
         shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
         missing = {part: share for part, share in shares.items() if part not in parts}
-        parts |= _split_by_content(opened["training"], parts["training"], missing)
+        parts |= _split_by_content(whole, parts["training"], missing)
     if "held-out" not in parts:
-        training = parts["training"]
-        parts["training"], parts["held-out"] = hold_out(training, heldout_fraction, seed)
-    ordered = [parts[part] for part in ("training", "held-out", "test")]
-    if on_bad_image == "skip":
-        return Splits(*map(sources.SkippingSource, ordered))
-    return Splits(*ordered)
+        parts["training"], parts["held-out"] = hold_out(parts["training"], heldout_fraction, seed)
+    wrap = sources.SkippingSource if on_bad_image == "skip" else lambda source: source
+    return Splits(*(wrap(parts[part]) for part in ("training", "held-out", "test")))
 
 
 def _open(
@@ -154,11 +136,10 @@ def _open(
     if heldout_split and not (place and kind in ("folder", "tfds")):
         raise InputError(f"heldout_split needs a dataset with splits, tfds: or folder:, not {name}")
 
-    def read(source: Callable[..., S], train: str, test: str | None) -> dict[str, S]:
+    def read(source: Callable[..., Any], train: str, test: str | None) -> dict[str, Any]:
         wanted = {"training": train, "test": test, "held-out": heldout_split}
-        sides = {"training": least_side, "test": None, "held-out": least_side}
         return {
-            part: source(split=split, least_side=sides[part], **decoding)
+            part: source(split=split, least_side=None if part == "test" else least_side, **decoding)
             for part, split in wanted.items()
             if split
         }
@@ -174,10 +155,9 @@ def _open(
     elif kind == "images" and place:
         whole = image_folder(place, by_class=False, least_side=least_side, **decoding)
     else:
-        hint = f" (did you mean 'folder:{name}'?)" if os.path.isdir(name) else ""
         raise InputError(
             f"unknown dataset {name!r}; choose 'digits', 'tfds:NAME', 'folder:PATH' or, without "
-            f"classes, 'images:PATH'{hint}"
+            f"classes, 'images:PATH'"
         )
     return dict(zip(("training", "test"), hold_out(whole, TEST_FRACTION, TEST_SEED), strict=True))
 
@@ -203,12 +183,10 @@ def _split_by_content(
     found = split_by_content(labels, copies, list(shares.values()))
     parts = dict(zip(("training", *shares), found, strict=True))
     _, sizes = np.unique(copies[1], return_counts=True)
+    counted = (f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items())
     log.info(
         "%s is split here: %s; %d groups of near-duplicates, %d images, are kept together",
-        folder.folder,
-        ", ".join(f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items()),
-        (sizes > 1).sum(),
-        sizes[sizes > 1].sum(),
+        *(folder.folder, ", ".join(counted), (sizes > 1).sum(), sizes[sizes > 1].sum()),
     )
     subsets = {}
     for part, indices in parts.items():

@@ -5,17 +5,17 @@ So an image is held out for ever, on every machine and whatever the order of the
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from flora_jax.data import sources
+from flora_jax.data.kept import digest
 from flora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subset(sources.DerivedSource):
+class Subset:
     """The examples of `source` at `indices`, int [n].
 
     Attributes:
@@ -23,8 +23,13 @@ class Subset(sources.DerivedSource):
         classes of the source, as they are.
     """
 
+    source: sources.Source
     indices: np.ndarray
     classes: tuple[int, ...] = ()
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return self.source.left_out
 
     @property
     def num_classes(self) -> int:
@@ -78,18 +83,13 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
       (train, heldout), each in the order of `source`.
 
     Raises:
-      InputError: fraction is not between 0 and 1, one of the two would be empty, or two examples
-        have the same key; names the key.
+      InputError: fraction is not between 0 and 1, or one of the two would be empty.
     """
-    check_fraction(fraction)
-    keys = [source.key(i) for i in range(len(source))]
-    if len(set(keys)) < len(keys):
-        repeated, count = collections.Counter(keys).most_common(1)[0]
-        raise InputError(
-            f"{count} examples have the key {repeated!r}; every key must name one example"
-        )
+    if not 0 < fraction < 1:
+        raise InputError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
     labels, is_held_out = source.labels, np.zeros(len(source), bool)
-    by_class_and_hash = np.lexsort((np.array([_hash(seed, key) for key in keys]), labels))
+    hashes = np.array([_hash(seed, source.key(i)) for i in range(len(source))])
+    by_class_and_hash = np.lexsort((hashes, labels))
     for members in np.split(by_class_and_hash, np.cumsum(np.bincount(labels))[:-1]):
         is_held_out[members[: round(fraction * len(members))]] = True
     if not 0 < is_held_out.sum() < len(source):
@@ -102,9 +102,7 @@ def hold_out(source: sources.Source, fraction: float, seed: int) -> tuple[Subset
 
 def _hash(seed: int, key: object) -> bytes:
     # A file name need not be valid UTF-8: its bytes are hashed as they are.
-    return hashlib.blake2b(
-        f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=16
-    ).digest()
+    return digest(f"{seed}/{key}".encode(errors="surrogateescape"))
 
 
 def of_classes(source: sources.Source, classes: tuple[int, ...]) -> Subset:
@@ -161,9 +159,3 @@ def split_by_content(
             taken[chosen] = number
             left = [group for group in left if not taken[group[0]]]
     return [np.flatnonzero(taken == number) for number in range(len(parts) + 1)]
-
-
-def check_fraction(fraction: float) -> None:
-    """Raises InputError unless it lies between 0 and 1."""
-    if not 0 < fraction < 1:
-        raise InputError(f"the held-out fraction must lie between 0 and 1, got {fraction}")

@@ -40,18 +40,11 @@ class Checkpoints:
     All processes of a run call the methods together, and see the same directory.
 
     Args:
-      keep: this many of the newest steps stay.
+      keep: this many of the newest steps stay, at least 1.
       keep_every: multiples of this step stay too; 0 for none.
-
-    Raises:
-      ValueError: no step would be kept, or `keep_every` is negative.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        if keep_every < 0:
-            raise ValueError(f"keep_every must be 0 or a number of steps, got {keep_every}")
         self._keep, self._keep_every = keep, keep_every
         absolute(directory).mkdir(parents=True, exist_ok=True)
         self._directory = plainly_named(directory)
@@ -81,7 +74,9 @@ class Checkpoints:
         folder = self._directory / str(step)
         if folder.exists():
             raise ValueError(f"{folder} already exists: restore first, then save later steps")
-        response = ocp.save_async(folder, _off_the_device(state))
+        # On CPU Orbax writes from the arrays' buffers; elsewhere it copies itself.
+        copy = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+        response = ocp.save_async(folder, copy)
         self._pending = self._thread.submit(self._complete, folder, response)
 
     def restore(self, state):
@@ -94,7 +89,14 @@ class Checkpoints:
             not write whole ones.
         """
         self._wait()
-        step = self._newest_whole_step()
+        newest = np.int32(_NONE)
+        if jax.process_index() == 0:  # the others wait for its answer
+            folder = _newest_whole(self._directory, self._move_aside)
+            if folder is not None:
+                newest = np.int32(folder.name)
+            elif (damaged := self._directory / DAMAGED).exists():
+                log.error("no step left to go on from; the damaged ones are in %s", damaged)
+        step = int(multihost_utils.broadcast_one_to_all(newest))
         if step == _NONE:
             return state
         target = jax.tree.map(
@@ -103,9 +105,9 @@ class Checkpoints:
         try:
             return ocp.load(self._directory / str(step), target)
         except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            folder = self._directory / str(step)
-            raise InputError(f"{folder} is no state of this training: {reason}") from error
+            raise InputError(
+                f"{self._directory / str(step)} is no state of this training: {error}"
+            ) from error
 
     def latest_path(self) -> epath.Path | None:
         """The newest complete step, once the last save has ended. Raises as `save`."""
@@ -131,17 +133,6 @@ class Checkpoints:
             if not (self._keep_every and int(folder.name) % self._keep_every == 0):
                 folder.rmtree()
                 _manifest(folder).unlink()
-
-    def _newest_whole_step(self) -> int:
-        """The step that the first process finds; the others wait for its answer."""
-        step = _NONE
-        if jax.process_index() == 0:
-            folder = _newest_whole(self._directory, self._move_aside)
-            if folder is not None:
-                step = int(folder.name)
-            elif (damaged := self._directory / DAMAGED).exists():
-                log.error("no step left to go on from; the damaged ones are in %s", damaged)
-        return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
     def _move_aside(self, folder: epath.Path, reason: str) -> None:
         names = (f"{folder.name}-{n}" for n in itertools.count())
@@ -207,22 +198,12 @@ def read_parameters(directory: epath.PathLike) -> Parameters:
         log.warning("read step %s, since newer ones are damaged: %s", path.name, "; ".join(reasons))
     saved = ocp.metadata(path).metadata
     wanted = "parameters" if saved["average"] is None else "average"
-    target = {
-        name: _on_the_host(tree)
-        if name == wanted
-        else jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
-        for name, tree in saved.items()
-    }
-    return ocp.load(path, target)[wanted]
+    target = jax.tree.map(lambda _: ocp.PLACEHOLDER, dict(saved))
+    return ocp.load(path, target | {wanted: _on_the_host(saved[wanted])})[wanted]
 
 
 def _on_the_host(tree):
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
-
-
-def _off_the_device(state):
-    """A copy on CPU, where Orbax writes from the arrays' buffers; elsewhere it copies itself."""
-    return jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
 
 
 def _newest_whole(
@@ -274,10 +255,8 @@ def verify(folder: epath.Path, manifest: epath.Path) -> None:
     recorded, files = read_json(manifest), _files(folder)
     if not recorded or not isinstance(recorded, dict):
         raise InputError(f"{manifest} is not a manifest")
-    if missing := sorted(recorded.keys() - files.keys()):
-        raise InputError(f"{', '.join(missing)} missing from {folder}")
-    if unknown := sorted(files.keys() - recorded.keys()):
-        raise InputError(f"{', '.join(unknown)} in {folder}, but not in {manifest}")
+    if differing := sorted(recorded.keys() ^ files.keys()):
+        raise InputError(f"only in one of {folder} and {manifest}: {', '.join(differing)}")
     for name, path in files.items():
         if (found := _fingerprint(path)) != recorded[name]:
             raise InputError(f"{path} is altered: {found} instead of {recorded[name]}")

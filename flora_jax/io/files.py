@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -22,8 +23,11 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path beside `path` to write to; on success it takes the place of `path`.
+def replacing(path: epath.PathLike, is_folder: bool = False) -> Iterator[epath.Path]:
+    """Yields a hidden path beside `path` to write to; on success it becomes `path`, in one piece.
+
+    Args:
+      is_folder: what is yielded is an empty folder to fill; nothing may be at `path`.
 
     Raises:
       StorageError: the disk is full, or the folder cannot be written; `path` is as it was.
@@ -31,36 +35,19 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     path = epath.Path(path)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (partial if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"writing {path} failed: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def making_folder(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a new hidden folder beside `path` to fill; on success it becomes `path`, in one piece.
-
-    Raises:
-      StorageError: the disk is full, or the folder cannot be written; nothing is at `path`.
-    """
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
     except UserError:
         raise
     except OSError as error:
         raise StorageError(f"writing {path} failed: {error}") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.rmtree(missing_ok=True)
+            (partial.rmtree if is_folder else partial.unlink)(missing_ok=True)
+
+
+making_folder = functools.partial(replacing, is_folder=True)
 
 
 def write_json(path: epath.PathLike, value) -> None:
@@ -95,11 +82,8 @@ def locked(path: epath.PathLike) -> Iterator[None]:
             holder = file.read().strip()
             raise RunError(f"{path.parent} is in use by another run: {holder}") from None
         except OSError as error:  # Lustre, NFS and FUSE may lack locks, each in words of its own
-            log.warning(
-                "%s cannot be locked (%s): see that no second run starts there",
-                path.parent,
-                error.strerror,
-            )
+            reason = error.strerror
+            log.warning("%s cannot be locked (%s): start no second run there", path.parent, reason)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

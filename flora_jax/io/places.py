@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -29,27 +28,18 @@ def check_can_hold_a_run(folder: epath.PathLike) -> None:
     if is_url(folder) and "[" in name:  # which Orbax takes for a pattern
         better = name.replace("[", "-")
         raise InputError(f"{name} cannot hold a run, for the [ in its name; try {better}")
-    try:
-        with _trial_folder(folder) as trial:
-            saved = np.arange(3, dtype=np.float32)
-            save_parameters({"value": saved}, trial)
-            if not np.array_equal(read_saved_parameters(trial)["value"], saved):
-                raise StorageError("a checkpoint read back has other values")
-            wait_for_all("the folder was tried")
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StorageError(f"{name} cannot hold a run: {reason}") from error
-
-
-@contextlib.contextmanager
-def _trial_folder(folder: epath.Path) -> Iterator[epath.Path]:
-    """A path to save to in this folder, which is made for as long where it is not there."""
     number = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
-    trial = folder / f".trial-{number}"
+    trial, saved = folder / f".trial-{number}", np.arange(3, dtype=np.float32)
     missing = [p for p in (folder, *folder.parents) if not (is_url(folder) or p.exists())]
     try:
         trial.mkdir(parents=True, exist_ok=True)  # where it cannot, Orbax' threads go on waiting
-        yield trial / "checkpoint"
+        save_parameters({"value": saved}, trial / "checkpoint")
+        if not np.array_equal(read_saved_parameters(trial / "checkpoint")["value"], saved):
+            raise StorageError("a checkpoint read back has other values")
+        wait_for_all("the folder was tried")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StorageError(f"{name} cannot hold a run: {reason}") from error
     finally:
         if is_first():
             with contextlib.suppress(OSError):  # never made, or another run has begun in it

@@ -30,10 +30,9 @@ def plainly_named(path: epath.PathLike) -> epath.Path:
 
 def _is_odd(path: epath.Path) -> bool:
     try:
-        is_plain = path.name.encode() == os.fsencode(path.name)
+        return path.name.encode() != os.fsencode(path.name) or bool(_ODD.search(path.name))
     except UnicodeEncodeError:  # bytes that are not UTF-8, or letters that the locale lacks
         return True
-    return not is_plain or bool(_ODD.search(path.name))
 
 
 @functools.cache

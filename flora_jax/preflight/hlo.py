@@ -50,7 +50,9 @@ def collectives(text: str) -> list[Collective]:
                 if (kind, chain[1]) in chains:
                     continue
                 chains.add((kind, chain[1]))
-            num_bytes = _whole_bytes(kind, bool(start), _shape_bytes(result), _group_size(line))
+            group = _FIRST_GROUP.search(line)
+            size = int(group[2] or len(group[1].split(","))) if group else 1
+            num_bytes = _whole_bytes(kind, bool(start), _shape_bytes(result), size)
             found.append(Collective(kind, num_bytes, computation in in_branches))
     return found
 
@@ -58,6 +60,14 @@ def collectives(text: str) -> list[Collective]:
 def num_kernels(text: str) -> int:
     """Counts the calls of Pallas kernels."""
     return text.count('custom_call_target="tpu_custom_call"')
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as they are read: 8.10 GiB."""
+    for divisor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -94,13 +104,6 @@ def _shape_bytes(result: str) -> int:
         math.prod(int(size) for size in sizes.split(",") if size) * int(bits or 8) // 8
         for _, bits, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", result))
     )
-
-
-def _group_size(line: str) -> int:
-    match = _FIRST_GROUP.search(line)
-    if not match:
-        return 1
-    return int(match[2]) if match[2] else len(match[1].split(","))
 
 
 def _whole_bytes(kind: str, is_start: bool, result: int, group_size: int) -> int:

@@ -4,19 +4,17 @@ Times are counted in passes of the dense network over one image, one of which is
 takes its share of the multiply-adds.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from flora_jax.flora.extras.latency import measure_networks
-from flora_jax.flora.space import RankSpace
 from flora_jax.io.paths import is_url
 from flora_jax.models.spec import Spec
-from flora_jax.preflight.table import aligned, size_text
-from flora_jax.report.table import human_count
+from flora_jax.preflight.hlo import size_text
+from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.budgets import extracted_kinds
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
@@ -33,21 +31,15 @@ _ROUNDS = 6  # of exchanges, from both starts together
 _MOST_IMAGES = 16  # measured at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One thing that a stage does.
-
-    Attributes:
-      images: that it looks at, how often each, and in how many optimiser steps; 0 for none.
-      passes: of the dense network over one image, in all.
-    """
+class Work(NamedTuple):
+    """One thing that a stage does."""
 
     stage: str
     what: str
-    images: int
-    epochs: float
-    steps: int
-    passes: float
+    images: int  # that it looks at, 0 for none
+    epochs: float  # how often each
+    steps: int  # of an optimiser, 0 for none
+    passes: float  # of the dense network over one image, in all
 
 
 def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterator[Work]:
@@ -87,8 +79,9 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             yield training(stage, "training", settings.supernet, middle, num_train)
         elif stage == "allocate":
             number = min(settings.allocation.images, num_train + heldout)
-            passes = _allocation(space, number, len(budgets))
-            yield Work(stage, "drops and exchanges", number, 1, 0, passes)
+            # Half of the images: half a network for each choice, and some rounds of neighbours.
+            networks = sum(map(len, space.choices)) / 2 + len(budgets) * _ROUNDS * space.num_layers
+            yield Work(stage, "drops and exchanges", number, 1, 0, number / 2 * networks)
         elif stage == "search":
             found = settings.search.generations * settings.search.population
             passes = found * heldout * sum(budgets)
@@ -102,16 +95,8 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             models = 1 + len(kinds) * len(budgets)
             test = len(images.splits.test)
             yield Work(stage, f"{models} models", test, 1, 0, models * test)
-        elif stage == "export":
-            yield Work(stage, ", ".join(settings.export), 0, 0, 0, 0)
         else:
-            yield Work(stage, "", 0, 0, 0, 0)
-
-
-def _allocation(space: RankSpace, images: int, budgets: int) -> float:
-    """Half of the images: half a network for each choice, and some rounds of their neighbours."""
-    choices = sum(map(len, space.choices))
-    return images / 2 * (choices / 2 + budgets * _ROUNDS * space.num_layers)
+            yield Work(stage, ", ".join(settings.export if stage == "export" else ()), 0, 0, 0, 0)
 
 
 def bytes_of(settings: Settings, spec: Spec) -> int:
@@ -119,12 +104,12 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     layers = settings.space.of(spec).spec.layers
     wider = sum(layer.num_weights(layer.full_rank) - layer.num_weights(None) for layer in layers)
     supernet, dense = spec.num_params() + wider, spec.num_params()
-    shares = [sum(window) / 2 for window in settings.budget.windows("macs")]
-    models = dense + 2 * len(extracted_kinds(settings)) * sum(shares) * dense
-    models += len(settings.export) * (sum(shares) if "extract" in settings.stages else 1) * dense
-    if "supernet" not in settings.stages:
-        return round(_BYTES * (models + supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * dense))
-    return round(_BYTES * (models + 2 * supernet + _KEPT_CHECKPOINTS * _CHECKPOINT * supernet))
+    share = sum(sum(window) / 2 for window in settings.budget.windows("macs"))
+    models = dense + 2 * len(extracted_kinds(settings)) * share * dense
+    models += len(settings.export) * (share if "extract" in settings.stages else 1) * dense
+    trains_supernet = "supernet" in settings.stages
+    checkpoints = _KEPT_CHECKPOINTS * _CHECKPOINT * (supernet if trains_supernet else dense)
+    return round(_BYTES * (models + (1 + trains_supernet) * supernet + checkpoints))
 
 
 def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
@@ -139,32 +124,24 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
     for each in work:
         minutes = 0.0 if each.stage in done else each.passes * ms / 60_000
         total += minutes
-        rows.append(
-            [
-                f"{each.stage:<{longest}}  {each.what}",
-                f"{each.images:,}" if each.images else "",
-                f"{each.epochs:g}" if each.steps else "",
-                f"{each.steps:,}" if each.steps else "",
-                "done" if each.stage in done else f"{minutes:.1f}",
-            ]
-        )
-    splits, needed = images.splits, bytes_of(settings, spec)
+        numbers = [f"{each.images:,}" if each.images else ""]
+        numbers += [f"{each.epochs:g}", f"{each.steps:,}"] if each.steps else ["", ""]
+        time = "done" if each.stage in done else f"{minutes:.1f}"
+        rows.append([f"{each.stage:<{longest}}  {each.what}", *numbers, time])
+    splits, needed, free = images.splits, bytes_of(settings, spec), ""
+    if not is_url(run.folder):
+        parents = run.folder.absolute().parents
+        there = next(place for place in (run.folder, *parents) if place.exists())
+        free = f", where {size_text(shutil.disk_usage(there).free)} are free"
     return "\n".join(
         [
-            *aligned(rows),
+            aligned(rows),
             "",
             f"{len(splits.train):,} images to train with, {len(splits.heldout):,} to choose by, "
             f"{len(splits.test):,} to report on; {splits.num_classes or 'no'} classes",
             f"dense: {human_count(spec.macs())} multiply-adds, {human_count(spec.num_params())} "
             f"parameters, {ms:.3g} ms an image on this device",
             f"about {total:.0f} minutes, apart from compiling, and "
-            f"{size_text(needed)} on disk at most{_free(run.folder)}",
+            f"{size_text(needed)} on disk at most{free}",
         ]
     )
-
-
-def _free(folder: epath.Path) -> str:
-    if is_url(folder):
-        return ""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return f", where {size_text(shutil.disk_usage(there).free)} are free"

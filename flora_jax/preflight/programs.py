@@ -72,7 +72,7 @@ class Training:
     Attributes:
       name: of its recipe in the config.
       network: its parameters are shapes.
-      num_genes: that a step takes; None for a plain model.
+      genes: that a step takes, int32 [layers]; None for a plain model.
       forward_macs: multiply-adds for one image; of a supernet, the mean over the subnets that
         training draws.
     """
@@ -80,7 +80,7 @@ class Training:
     name: str
     network: Network
     spec: Spec
-    num_genes: int | None
+    genes: jax.ShapeDtypeStruct | None
     recipe: Recipe
     penalty: SparsityPenalty | None
     forward_macs: int
@@ -88,10 +88,6 @@ class Training:
     @property
     def has_teacher(self) -> bool:
         return self.recipe.distill and not self.recipe.stored_predictions
-
-    @property
-    def genes(self) -> jax.ShapeDtypeStruct | None:
-        return None if self.num_genes is None else _Shape((self.num_genes,), jnp.int32)
 
     @property
     def macs(self) -> int:
@@ -103,16 +99,15 @@ class Training:
 def heaviest_training(settings: Settings, implementation: str) -> Training:
     """The training of the supernet where the config has one, otherwise of gates or a plain model.
 
-    The dense model stands for what becomes of it by slimming: that shape is not known yet.
-
-    Raises:
-      InputError: the config trains nothing.
+    The dense model stands for what becomes of it by slimming: that shape is not known yet. Raises
+    InputError where the config trains nothing.
     """
     spec, stages = network_spec(settings), settings.stages
-    num_genes = penalty = None
+    genes = penalty = None
     if "supernet" in stages:
         space = settings.space.of(spec)
-        name, recipe, num_genes = "supernet", settings.supernet, space.num_layers
+        name, recipe = "supernet", settings.supernet
+        genes = _Shape((space.num_layers,), jnp.int32)
         network = abstract_supernet(space, implementation).network
         draws = space.sample(np.random.default_rng(0), 1000, "low_rank_aware")
         macs = round(space.macs(draws).mean())
@@ -125,15 +120,13 @@ def heaviest_training(settings: Settings, implementation: str) -> Training:
         recipe, network, macs = getattr(settings, name), create_abstract(spec), spec.macs()
     else:
         raise InputError(f"none of the stages {list(stages)} trains a model")
-    return Training(name, network, spec, num_genes, recipe, penalty, macs)
+    return Training(name, network, spec, genes, recipe, penalty, macs)
 
 
 def compile_training(settings: Settings, training: Training, mesh: Mesh, images: int) -> Program:
     """The training step at `images` a device, exactly as `flora_jax.training.loop.train` runs it.
 
-    Raises:
-      InputError: the recipe makes no sense.
-      DoesNotFitError: it needs more memory than a device has.
+    Raises DoesNotFitError where it needs more memory than a device has.
     """
     spec, batch_size = training.spec, images * mesh.size
     recipe = dataclasses.replace(training.recipe, batch_size=batch_size)
@@ -159,10 +152,7 @@ def compile_training(settings: Settings, training: Training, mesh: Mesh, images:
 def compile_evaluation(
     settings: Settings, training: Training, mesh: Mesh, num_heldout: int
 ) -> Program:
-    """The evaluation step of the same network, each device with whole parameters.
-
-    A device keeps its share of the held-out images too.
-    """
+    """The evaluation step, each device with whole parameters and its share of held-out images."""
     structure, parameters = functional.split(training.network)
     images = -(-settings.data.eval_batch_size // mesh.size)
     size = images * mesh.size
@@ -225,9 +215,11 @@ def _compile(lowered, images: int) -> Program:
         raise DoesNotFitError(needed, str(error)) from error
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total, kernels = arguments + temporaries + code + output, hlo.num_kernels(text)
-    found = hlo.collectives(text)
-    return Program(images, arguments, temporaries, code, total, seconds, kernels, found)
+    parts = (
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
+    total = sum(parts) + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    counted = hlo.num_kernels(text), hlo.collectives(text)
+    return Program(images, *parts, total, seconds, *counted)

@@ -4,6 +4,7 @@ libtpu, on any machine, compiles a config's heaviest training step, its evaluati
 of its calibration for a topology by name.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -19,6 +20,8 @@ from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.errors import InputError, MissingPackageError
+from flora_jax.models import functional
+from flora_jax.preflight.hlo import size_text
 from flora_jax.preflight.programs import (
     DoesNotFitError,
     Program,
@@ -28,13 +31,13 @@ from flora_jax.preflight.programs import (
     compile_training,
     heaviest_training,
 )
-from flora_jax.preflight.table import GIB, column, count_parameters, lines_of, size_text
-from flora_jax.report.table import human_count
+from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
 _IMAGENET = 1_281_167  # training images, which need not be here to be counted
 _MOST_IMAGES = 4096  # a device; a network that takes more is not short of memory
 
@@ -84,19 +87,17 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
       MissingPackageError: libtpu, the compiler, is not installed.
       InputError: there is no such topology.
     """
-    unknown, (generation, _, shape) = f"unknown topology {topology!r}", topology.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    chip = CHIPS.get(topology.partition(":")[0])
+    if chip is None or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
         examples = ", ".join(chip.example for chip in CHIPS.values())
-        raise InputError(f"{unknown}; give a generation and a shape, as in {examples}")
+        raise InputError(f"unknown topology {topology!r}; give one such as {examples}")
     if importlib.util.find_spec("libtpu") is None:
         raise MissingPackageError("the TPU compiler is not installed: pip install 'jax[tpu]'")
-    chip = CHIPS[generation]
     try:
-        found = topologies.get_topology_desc(topology, "tpu", **chip.options)
+        return chip, topologies.get_topology_desc(topology, "tpu", **chip.options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = f"its sides must be multiples of 2, as in {chip.example}"
-        raise InputError(f"{unknown}; {reason} ({error})") from error
-    return chip, found.devices
+        raise InputError(f"unknown topology {topology!r}; {reason} ({error})") from error
 
 
 def check_topology(settings: Settings, topology: str) -> str:
@@ -111,7 +112,8 @@ def check_topology(settings: Settings, topology: str) -> str:
     chip, devices = devices_of(topology)
     mesh = make_mesh(settings.fsdp, devices)
     training = heaviest_training(settings, chip.implementation)
-    images = images_a_device(training, mesh)
+    name, recipe = f"{training.name}.batch_size", training.recipe
+    images = equal_share(name, recipe.batch_size, mesh.size, recipe.accumulate)
     programs: dict[int, Program] = {}
 
     def needed(images: int) -> float:
@@ -123,11 +125,12 @@ def check_topology(settings: Settings, topology: str) -> str:
         return programs[images].total
 
     needed_first = needed(images)
-    largest = largest_batch(needed, images, needed_first, chip.hbm, training.recipe.accumulate)
+    largest = largest_batch(needed, images, needed_first, chip.hbm, recipe.accumulate)
     if images not in programs:
         raise InputError(_too_much(training, images, needed_first, largest, mesh, chip))
     log.info("evaluation and calibration: compiling")
-    spec, num_params = training.spec, count_parameters(training.network)
+    parameters = functional.split(training.network)[1].values()
+    spec, num_params = training.spec, sum(math.prod(array.shape) for array in parameters)
     whole, num_heldout = make_mesh(1, devices), count_heldout(settings)
     evaluation = compile_evaluation(settings, training, whole, num_heldout or 0)
     rows = [
@@ -144,20 +147,47 @@ def check_topology(settings: Settings, topology: str) -> str:
                 f"{size_text(program.resident)} of them for held-out images: choose a smaller "
                 f"eval_batch_size or heldout_fraction, or more devices"
             )
-    title = (
-        f"{training.name} on {topology}: {mesh.size} devices of {size_text(chip.hbm)}; "
-        f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
-    )
-    columns = [column(*row, mesh, chip.hbm) for row in rows]
+    title = f"{training.name} on {topology}: {mesh.size} devices of {size_text(chip.hbm)}; "
+    title += f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    columns = [_column(*row, mesh, chip.hbm) for row in rows]
+    titles = sorted({t: None for c in columns for t in c}, key=lambda t: t == "compiled in")
+    cells = [[title, *(column.get(title, "") for column in columns)] for title in titles]
     fits = f"{largest} images a device ({human_count(largest * mesh.size)} a step)"
     if largest == _MOST_IMAGES:
         fits = f"at least {fits}"
     elif largest in programs:
         fits += f", which need {size_text(programs[largest].total)}"
-    lines = [title, *lines_of(columns), f"largest batch of those tried that fits: {fits}"]
+    lines = [title, aligned(cells), f"largest batch of those tried that fits: {fits}"]
     if num_heldout is None:
         lines.append(f"not counted: the held-out images of {settings.data.name}, which is not here")
     return "\n".join(lines)
+
+
+def _column(
+    name: str, parameters: int, macs: int, program: Program, mesh: Mesh, memory: float
+) -> dict[str, str]:
+    """The cells of a column by their titles, from top to bottom; `memory` is a device's, bytes."""
+    cells = {
+        "": name,
+        "parameters": human_count(parameters),
+        "images a step": str(program.images * mesh.size),
+        "images a device": str(program.images),
+        "multiply-adds an image": human_count(macs),
+        "multiply-adds a device": human_count(macs * program.images),
+        "arguments": size_text(program.arguments),
+        "temporaries": size_text(program.temporaries),
+        "program": size_text(program.code),
+        **({"held-out images": size_text(program.resident)} if program.resident else {}),
+        "all together": size_text(program.total),
+        "of the memory": f"{100 * program.total / memory:.0f} %",
+        "Pallas kernels": str(program.kernels),
+    }
+    by_kind = collections.defaultdict(list)
+    for collective in program.collectives:
+        kind = collective.kind + (" in a branch" if collective.in_branch else "")
+        by_kind[kind].append(collective.num_bytes)
+    cells |= {kind: f"{len(sizes)} of {size_text(sum(sizes))}" for kind, sizes in by_kind.items()}
+    return cells | {"compiled in": f"{program.seconds:.0f} s"}
 
 
 def count_heldout(settings: Settings) -> int | None:
@@ -168,17 +198,6 @@ def count_heldout(settings: Settings) -> int | None:
         return len(Images(settings).splits.heldout)
     except InputError:
         return None
-
-
-def images_a_device(training: Training, mesh: Mesh) -> int:
-    """Images that a device takes in every step.
-
-    Raises:
-      InputError: the devices cannot share the batch equally.
-    """
-    recipe = training.recipe
-    name = f"{training.name}.batch_size"
-    return equal_share(name, recipe.batch_size, mesh.size, recipe.accumulate)
 
 
 def largest_batch(
@@ -198,7 +217,10 @@ def largest_batch(
     """
     tried = {images: first}
     for _ in range(2):
-        guess = _whole(_where_line_ends(tried, available), multiple)
+        # On the line through the last two points, or one and zero.
+        (x0, y0), (x1, y1) = [(0, 0.0), *tried.items()][-2:]
+        ends = _MOST_IMAGES if y1 == y0 else x0 + (available - y0) * (x1 - x0) / (y1 - y0)
+        guess = _whole(ends, multiple)
         if guess >= _MOST_IMAGES and max(tried.values()) <= available:
             return _MOST_IMAGES
         if tried.keys() == {guess}:
@@ -207,14 +229,6 @@ def largest_batch(
             break
         tried[guess] = needed(guess)
     return max((images for images, size in tried.items() if size <= available), default=0)
-
-
-def _where_line_ends(tried: dict[int, float], available: float) -> float:
-    """The images at which the line through the last two points, or one and zero, is at this."""
-    (x0, y0), (x1, y1) = [(0, 0.0), *tried.items()][-2:]
-    if y1 == y0 or x1 == x0:
-        return _MOST_IMAGES
-    return x0 + (available - y0) * (x1 - x0) / (y1 - y0)
 
 
 def _whole(images: float, multiple: int) -> int:
@@ -238,6 +252,5 @@ def _too_much(
     return (
         f"{name} at {images} images a device needs at least {size_text(needed)}, "
         f"{size_text(needed - chip.hbm)} more than the {size_text(chip.hbm)} of its memory; "
-        f"{fits}. "
-        f"Choose a smaller batch_size, more devices, {', '.join(ways)}"
+        f"{fits}. Choose a smaller batch_size, more devices, {', '.join(ways)}"
     )

@@ -1,12 +1,17 @@
-"""The model card of a model that a run hands out, in the form of the Hugging Face hub."""
+"""The model card of a model that a run hands out, in the form of the Hugging Face hub.
+
+`card.md` says what stands where, and holds the texts.
+"""
 
 import dataclasses
 import json
 import os
+import pathlib
 import re
-import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jinja2
 
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.evaluation.quality import quality_of
@@ -17,11 +22,14 @@ from flora_jax.report.table import difference_text, human_count, in_points, name
 from flora_jax.runs.budgets import ALLOCATED, WINNERS_FILE, Finished, load_budgets, load_found
 from flora_jax.runs.model_files import EVALUATION_FILE
 from flora_jax.runs.workdir import Run
-from flora_jax.training.settings import Recipe
 from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.hub import is_repository, repository_name
 
 CARD_FILE = "README.md"
+_NETWORKS = {"ViT": "vision transformer", "Swin": "Swin transformer"}
+_MOST_NAMES = 20  # of classes
+
+Rows = list[list[str]]
 
 
 def card_of(
@@ -38,46 +46,53 @@ def card_of(
     """
     path, evaluation = run.folder / "result.json", run.folder / found.folder / EVALUATION_FILE
     entries = named_entries(read_json(path)) if path.exists() else {}
-    entry, exports = entries.get(found.name, {}), run.settings.export
+    settings, entry, metric = run.settings, entries.get(found.name, {}), quality_of(spec).shown
     tested = read_json(evaluation) if evaluation.exists() else entry
     models = {"this model": (spec, tested)}
-    if found.kind in ("slim", "subnet"):
+    if is_smaller := found.kind in ("slim", "subnet"):
         models["dense model"] = (run.spec, entries.get("dense", {}))
-    difference = entry.get("against", {}).get("dense", {}).get(quality_of(spec).shown.name)
+    difference = entry.get("against", {}).get("dense", {}).get(metric.name)
+    if difference is not None:
+        unit = "points of top-1" if metric.in_percent else metric.title
+        difference = difference_text(in_points(difference, metric), metric.digits) + f" {unit}"
+    has_won = False
+    if found.budget is not None and "search" in settings.stages:
+        winner = load_found(run, WINNERS_FILE)[load_budgets(run).index(found.budget)]
+        has_won = winner.chosen == ALLOCATED
+    names, more = as_text(", ".join(class_names[:_MOST_NAMES])), len(class_names) - _MOST_NAMES
     title = f"{as_text(absolute(run.folder).name)}: {found.name}"
-    steps = "\n".join(f"- {step}" for step in _steps(run, found))
-    limits = "\n".join(f"- {limit}" for limit in _limits(spec, class_names, bool(tested), exports))
-    loading = "\n\n".join(_how_to_load(spec, exports))
-    return f"""---
-{_front_matter(run, found, title, spec, tested)}
----
-
-# {title}
-
-{_summary(models)}
-
-{_figures(models, coarse or {})}
-
-{_how_measured(run, spec, tested, difference)}
-
-## How it was made
-
-{steps}
-
-## How to load it
-
-{loading}
-
-Instead of zeros, `images` are pictures that are prepared as follows, any number of them.
-
-## What it wants of pictures
-
-{_pictures(run.settings.data.preprocessing(spec.image_size), spec.in_channels)}
-
-## Limits
-
-{limits}
-"""
+    wanted = settings.data.preprocessing(spec.image_size)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=False,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md").render(
+        found=found,
+        settings=settings,
+        stages=settings.stages,
+        spec=spec,
+        size=spec.image_size,
+        tested=tested,
+        fields=_front_matter(run, found, title, spec, tested),
+        title=title,
+        network=_NETWORKS.get(spec.title, spec.title),
+        saved=100 * (1 - spec.macs() / run.spec.macs()) if is_smaller else None,
+        figures=_figures(models, coarse or {}),
+        difference=difference,
+        data=dataset_name(settings.data.name),
+        weights=base_model(settings.pretrained),
+        ratios=", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios),
+        allocation_won=has_won,
+        names=f"{names} and {more} more" if more > 0 else names,
+        wanted=wanted,
+        resizing=_resizing(wanted),
+        exports=EXPORTS,
+        human_count=human_count,
+    )
 
 
 def base_model(pretrained: str) -> str:
@@ -97,8 +112,10 @@ def dataset_name(name: str) -> str:
     return place if kind == "tfds" else as_text(os.path.basename(os.path.abspath(place)))
 
 
-def _front_matter(run: Run, found: Finished, title: str, spec: Spec, tested: Mapping) -> str:
-    """Lines of YAML, whose values are JSON, which is YAML."""
+def _front_matter(
+    run: Run, found: Finished, title: str, spec: Spec, tested: Mapping
+) -> dict[str, str]:
+    """The fields of the YAML as JSON, which is YAML."""
     task = "image-classification" if spec.num_classes else "image-feature-extraction"
     is_compressed = spec != dataclasses.replace(spec, blocks=())
     tags = ["vision-transformer", *["compressed"] * is_compressed]
@@ -116,25 +133,11 @@ def _front_matter(run: Run, found: Finished, title: str, spec: Spec, tested: Map
         result = {"task": {"type": task}, "dataset": images, "metrics": [metric]}
         fields["metrics"] = ["accuracy"]
         fields["model-index"] = [{"name": title, "results": [result]}]
-    lines = ["# license: apache-2.0  # yours to say: what the first weights and pictures allow"]
-    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
-    return "\n".join(lines)
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
 
 
-def _summary(models: Mapping[str, tuple[Spec, Mapping]]) -> str:
-    (spec, _), *dense = models.values()
-    names = {"ViT": "vision transformer", "Swin": "Swin transformer"}
-    output = f"that tells {spec.num_classes} classes apart" if spec.num_classes else "for features"
-    size, macs, params = spec.image_size, human_count(spec.macs()), human_count(spec.num_params())
-    text = f"A {names.get(spec.title, spec.title)} {output}, of images of {size} x {size} pixels: "
-    text += f"{macs} multiply-adds (MACs), {params} parameters."
-    for other, _ in dense:
-        saved = 100 * (1 - spec.macs() / other.macs())
-        text += f" It was made of a dense one, with {saved:.1f} % fewer MACs."
-    return text
-
-
-def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, float]) -> str:
+def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, float]) -> Rows:
+    """The cells of a table, row by row."""
     specs, tested = zip(*models.values(), strict=True)
     rows = [["", *models], ["---"] * (len(models) + 1)]
     for metric in quality_of(specs[0]).metrics:
@@ -147,154 +150,16 @@ def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, fl
         rows.append([f"top-1 % of `{EXPORTS[kind].path}`", f"{100 * top1:.2f}", *empty])
     rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])
     rows.append(["parameters", *(human_count(spec.num_params()) for spec in specs)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return rows
 
 
-def _how_measured(run: Run, spec: Spec, tested: Mapping, difference: Any) -> str:
-    text, dataset, metric = "", dataset_name(run.settings.data.name), quality_of(spec).shown
-    if "labels_of" in tested:
-        number, labels = tested["test_images"], tested["labels_of"]
-        text = f"Measured on {number:,} test images of {dataset}, by the labels of {labels}.\n"
-    if difference is not None:
-        unit = "points of top-1" if metric.in_percent else metric.title
-        points = difference_text(in_points(difference, metric), metric.digits)
-        text += "Against the dense model on the same images: "
-        text += f"{points} {unit}, with a 95 % interval."
-    return text.strip()
-
-
-def _steps(run: Run, found: Finished) -> Iterator[str]:
-    """The stages that this model went through, with what decided it."""
-    settings, stages = run.settings, run.settings.stages
-    weights, data = base_model(settings.pretrained), dataset_name(settings.data.name)
-    if found.kind == "transfer":
-        yield f"The model {weights} took on the classes of {data}: {_recipe(settings.finetune)}."
-        return
-    start = f"The dense model has the weights {weights}" if weights else "The dense model"
-    if settings.trains_dense:
-        start += f"{',' if weights else ' was'} trained on {data}: {_recipe(settings.pretrain)}"
-    yield f"{start}."
-    if "slim" in stages and found.kind != "dense":
-        gates, retrain = _recipe(settings.slim.gates), _recipe(settings.slim.retrain)
-        yield (
-            f"ViT-Slim learned what attention, MLPs and tokens can spare (gates: {gates}), cut it "
-            f"out, and retrained: {retrain}."
-        )
-    if found.budget is None:
-        return
-    (low, high), search = found.budget.shares, settings.search
-    images = settings.calibration.images if "calibrate" in stages else 0
-    start = f"weighed by up to {images:,} images" if images else "of the plain SVD"
-    yield (
-        f"FLORA split every large layer into low-rank factors, {start}; the budget is {low:g} to "
-        f"{high:g} of the dense model's {'latency' if settings.spends_latency else 'MACs'}."
-    )
-    if "supernet" in stages:
-        ratios = ", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios)
-        yield (
-            f"One supernet of all ranks (ratios {ratios}; sampling {settings.supernet_sampling}) "
-            f"was trained: {_recipe(settings.supernet)}."
-        )
-    allocated = f"allocated by measured sensitivity on {settings.allocation.images} images"
-    if "search" in stages:
-        yield (
-            f"Ranks were searched by evolution, {search.generations} generations of "
-            f"{search.population}, scored by {settings.metric} on held-out images."
-        )
-        winner = load_found(run, WINNERS_FILE)[load_budgets(run).index(found.budget)]
-        if winner.chosen == ALLOCATED:
-            yield f"None of them was surely better than ranks {allocated}, which the subnet has."
-    else:
-        yield f"Ranks were {allocated}."
-    if "finetune" in stages:
-        yield f"The subnet was fine-tuned: {_recipe(settings.finetune)}."
-
-
-def _recipe(recipe: Recipe) -> str:
-    taught = ", taught by the model before" if recipe.distill else ""
-    return (
-        f"{recipe.epochs:g} epochs in batches of {recipe.batch_size}, learning rate "
-        f"{recipe.learning_rate:g} for 512 images{taught}"
-    )
-
-
-def _pictures(wanted: Preprocessing, channels: int) -> str:
+def _resizing(wanted: Preprocessing) -> str:
     size, larger = wanted.image_size, int(wanted.image_size / wanted.crop_pct)
-    way = f"({wanted.interpolation})"
-    crop = {
-        "center": f"The short side is resized to {larger} pixels {way}, and the central {size} x "
-        f"{size} cut out.",
-        "squash": f"The whole picture is resized to {size} x {size} {way}, whatever its ratio.",
-        "squash_center": f"The whole picture is resized to {larger} x {larger} {way}, whatever its "
-        f"ratio, and the central {size} x {size} cut out.",
-    }[wanted.crop_mode]
-    colours = "grey, one channel" if channels == 1 else f"{channels} channels (RGB)"
-    numbers = f"mean {list(wanted.mean)} and std {list(wanted.std)}"
-    text = f"{crop} Pixels, {colours}, become (pixel / 255 - mean) / std, with {numbers}."
-    return f"{text} `preprocessing.json` says the same."
-
-
-def _limits(
-    spec: Spec, class_names: Sequence[str], is_tested: bool, exports: Sequence[str]
-) -> Iterator[str]:
-    if spec.num_classes:
-        names = as_text(", ".join(class_names[:20]))
-        names += f" and {len(class_names) - 20} more" if len(class_names) > 20 else ""
-        known = f" ({names}; `classes.json`)" if names else ""
-        given = "and gives one of them to any picture, of whatever it is."
-        yield f"It knows {spec.num_classes} classes{known}, {given}"
-    yield (
-        "Its figures are of those test images alone; the interval says what other such images "
-        "might have shown, not what another training might, or other kinds of pictures."
-        if is_tested
-        else "It was not measured on any test images."
-    )
-    yield (
-        "What the first weights and the training pictures get wrong, it gets wrong, too; what is "
-        "compressed may lose more on rare classes than the mean shows."
-    )
-    files = (f"{EXPORTS[kind].tolerance:g} in `{EXPORTS[kind].path}`" for kind in exports)
-    yield (
-        f"The files were compared with the network on a few images before they were written: "
-        f"outputs differ by less than this share of the largest, {', '.join(files)}."
-    )
-
-
-# Of each kind of file: what runs it, imports, images, and the code, in the folder of the card.
-_FIRST, _LAST = "(1, $channels, $size, $size)", "(1, $size, $size, $channels)"
-_LOADING = {
-    "onnx": (
-        "with ONNX Runtime",
-        "import numpy as np\nimport onnxruntime",
-        f"np.zeros({_FIRST}, np.float32)",
-        'session = onnxruntime.InferenceSession("$file")\n'
-        '(outputs,) = session.run(None, {"images": images})',
-    ),
-    "torch": (
-        "with PyTorch and safetensors",
-        "import sys\n\nimport torch",
-        f"torch.zeros({_FIRST})",
-        'sys.path.insert(0, "$file")\nfrom model import load\n\noutputs = load("$file")(images)',
-    ),
-    "stablehlo": (
-        "with JAX alone, on CPU, CUDA and TPU",
-        "import pathlib\n\nimport numpy as np\nfrom jax import export",
-        f"np.zeros({_LAST}, np.float32)",
-        'program = export.deserialize(pathlib.Path("$file").read_bytes())\n'
-        "outputs = program.call(images)",
-    ),
-    "timm": (
-        "weights under the names of timm, with flora_jax",
-        "import numpy as np\n\nimport flora_jax",
-        f"np.zeros({_LAST}, np.float32)",
-        'outputs = flora_jax.load("$file")(images)',
-    ),
-}
-
-
-def _how_to_load(spec: Spec, kinds: Sequence[str]) -> Iterator[str]:
-    for kind in kinds:
-        tool, imports, images, code = _LOADING[kind.partition("_")[0]]
-        values = {"file": EXPORTS[kind].path, "size": spec.image_size, "channels": spec.in_channels}
-        text = f"`$file`, {tool}:\n\n```python\n{imports}\n\nimages = {images}\n{code}\n```"
-        yield string.Template(text).substitute(values)
+    square = size if wanted.crop_mode == "squash" else larger
+    text = f"The whole picture is resized to {square} x {square} ({wanted.interpolation})"
+    text += ", whatever its ratio"
+    if wanted.crop_mode == "center":
+        text = f"The short side is resized to {larger} pixels ({wanted.interpolation})"
+    if wanted.crop_mode != "squash":
+        text += f", and the central {size} x {size} cut out"
+    return text

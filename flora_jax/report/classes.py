@@ -60,23 +60,14 @@ def confusions(
       names: of the labels 0, 1, ...
     """
     wrong = np.flatnonzero(predicted != labels)
-    pairs, firsts, counts = np.unique(
-        np.stack([labels[wrong], predicted[wrong]], axis=1),
-        axis=0,
-        return_index=True,
-        return_counts=True,
-    )
+    both = np.stack([labels[wrong], predicted[wrong]], axis=1)
+    pairs, firsts, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_MAX_PAIRS]
-    return [
-        Confusion(
-            names[label],
-            names[other],
-            images=int((labels == label).sum()),
-            count=int(counts[i]),
-            baseline=(
-                None if baseline is None else int(((labels == label) & (baseline == other)).sum())
-            ),
-            example=int(wrong[firsts[i]]),
-        )
-        for i, (label, other) in zip(order, pairs[order], strict=True)
-    ]
+    found = []
+    for i, (label, other) in zip(order, pairs[order], strict=True):
+        of_class, before = labels == label, None
+        if baseline is not None:
+            before = int((of_class & (baseline == other)).sum())
+        numbers = int(of_class.sum()), int(counts[i]), before, int(wrong[firsts[i]])
+        found.append(Confusion(names[label], names[other], *numbers))
+    return found

@@ -73,9 +73,8 @@ class ReportData:
     full_ranks: Sequence[int] = ()  # [L] the ranks at which nothing is lost
     # Of each subnet, the share of full rank that every layer would get at the same budget.
     uniform_ratios: Sequence[float] | None = None
-    curves: Mapping[str, Curve] = dataclasses.field(
-        default_factory=dict
-    )  # {stage: steps, training loss}
+    # {stage: steps, training loss}
+    curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
     # {stage: {subnet: steps and held-out quality}}, under "" of a plain model.
     accuracies: Mapping[str, Mapping[str, Curve]] = dataclasses.field(default_factory=dict)
     slimming: Slimming | None = None
@@ -89,9 +88,8 @@ class ReportData:
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)  # {stage: seconds}
     images: Mapping[str, object] = dataclasses.field(default_factory=dict)  # {what: value}
     skipped_images: int = 0  # of the test images, those that could not be decoded
-    versions: Mapping[str, object] = dataclasses.field(
-        default_factory=dict
-    )  # of what made the report
+    # Of what made the report.
+    versions: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def read_report_data(run: Run, images: Images | None) -> ReportData:
@@ -112,10 +110,13 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
         models=table.comparison_rows(result) if result else _costs(run),
         **_trade_off(run, result),
         **_curves(run),
-        slimming=_slimming(run, images) if "slim" in done else None,
+        slimming=_slimming(run, images),
         benchmark=read_json(benchmark) if benchmark.exists() else {},
         **_classes(run, images, tested.get("classes", ())),
-        recipe=[[_said(cell) for cell in row] for row in differences(defaults, here)],
+        recipe=[  # "-" for what is not there
+            ["-" if cell is None else str(cell) or '""' for cell in row]
+            for row in differences(defaults, here)
+        ],
         stages={name: of["seconds"] for name, of in done.items()},
         images=_images(run, images, tested),
         skipped_images=tested.get("skipped_test_images", 0),
@@ -141,14 +142,10 @@ def _about(run: Run) -> str:
 
 def _unfinished(stages: Sequence[str], done: Mapping) -> str:
     stages = [name for name in stages if name != "report"]
-    missing = [name for name in stages if name not in done]
-    if not missing:
-        return ""
-    there = ", ".join(name for name in stages if name in done)
-    return (
-        f"This run is not finished. Done: {there or 'nothing'}. To come: {', '.join(missing)}. "
-        f"Curves of a stage that goes on end where it is."
-    )
+    there = ", ".join(name for name in stages if name in done) or "nothing"
+    missing = ", ".join(name for name in stages if name not in done)
+    text = f"This run is not finished. Done: {there}. To come: {missing}. "
+    return text + "Curves of a stage that goes on end where it is." if missing else ""
 
 
 def _is_budget_known(run: Run) -> bool:
@@ -239,11 +236,6 @@ def _looks(records: Sequence[Mapping], prefix: str) -> dict[str, Curve]:
 def _slimming(run: Run, images: Images | None) -> Slimming | None:
     path = run.folder / DECISION_FILE
     if not path.exists():
-        log.warning(
-            "no picture of the slimming: %s is missing, because an earlier version of flora_jax "
-            "slimmed this model",
-            path,
-        )
         return None
     some = None if images is None else next(images.unseen(8, "report/image"), None)
     image = None if some is None else some[0]
@@ -259,9 +251,8 @@ def _classes(run: Run, images: Images | None, names: Sequence[str]) -> dict[str,
     path = run.folder / TEST_IMAGES_FILE
     arrays = safetensors.load(path.read_bytes()) if names and path.exists() else {}
     models = sorted(key.removesuffix("/predicted") for key in arrays if key.endswith("/predicted"))
-    of_kinds = (
-        [m for m in models if kind_of(m) == kind] for kind in ("subnet", "slim", "transfer")
-    )
+    kinds = ("subnet", "slim", "transfer")
+    of_kinds = ([m for m in models if kind_of(m) == kind] for kind in kinds)
     smaller = next(filter(None, of_kinds), [])
     shown = {m: arrays[f"{m}/predicted"] for m in ("dense", *smaller) if m in models}
     if not shown:
@@ -287,7 +278,6 @@ def _with_examples(
         return pairs
     both = list(zip(pairs, examples, strict=True))
     if any(example["label"] != labels[pair.example] for pair, example in both):
-        log.warning("no pictures of what is confused: the images are others now")
         return pairs
     return [dataclasses.replace(pair, image=example["image"]) for pair, example in both]
 
@@ -295,10 +285,10 @@ def _with_examples(
 def _images(run: Run, images: Images | None, tested: Mapping) -> dict[str, object]:
     data: dict[str, object] = {"source": run.settings.data.name}
     if images is not None:
+        named = ("to train with", "held out, to choose by", "to report on")
         splits = images.splits
-        data["to train with"] = f"{len(splits.train):,}"
-        data["held out, to choose by"] = f"{len(splits.heldout):,}"
-        data["to report on"] = f"{len(splits.test):,}"
+        for name, part in zip(named, (splits.train, splits.heldout, splits.test), strict=True):
+            data[name] = f"{len(part):,}"
     elif tested:
         data["to report on"] = f"{tested['test_images']:,}"
     if names := tested.get("classes"):
@@ -309,8 +299,3 @@ def _images(run: Run, images: Images | None, tested: Mapping) -> dict[str, objec
     if skipped := tested.get("skipped_test_images"):
         data["could not be decoded"] = f"{skipped:,} test images"
     return data
-
-
-def _said(value: object) -> str:
-    """A setting as it is read: "-" for one that is not there."""
-    return "-" if value is None else str(value) if value != "" else '""'

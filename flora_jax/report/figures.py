@@ -141,8 +141,7 @@ def plot_models(ax: Axes, data: ReportData) -> None:
 
 def plot_candidates(ax: Axes, data: ReportData) -> None:
     """Quality on the held-out images against cost, of everything that the search scored."""
-    unit, label = _cost_axis(data)
-    metric = data.metric
+    (unit, label), metric = _cost_axis(data), data.metric
     cost = np.asarray(data.candidates[data.cost]) / unit
     values = metric.scale * np.asarray(data.candidates[metric.name])
     generation = np.asarray(data.candidates["generation"])
@@ -173,10 +172,10 @@ def plot_losses(ax: Axes, curves: Mapping[str, Curve]) -> None:
     Args:
       curves: {stage: (steps [T], loss [T])}, in the order in which they ran, some T > 0.
     """
-    curves = {stage: curve for stage, curve in curves.items() if len(curve[0])}
     lines = [
         (f"{stage} ({steps[-1]:,} steps)", color_of(stage), steps, losses, losses)
         for stage, (steps, losses) in curves.items()
+        if len(steps)
     ]
     _plot_lines(ax, lines)
     ax.set_ylabel("training loss")
@@ -226,14 +225,7 @@ def plot_ranks(
       full_ranks: [L] the ranks at which nothing is lost.
       names: the searchable layers of one block, at most three.
       uniform_ratio: the share that every layer would get at the same budget.
-
-    Raises:
-      ValueError: there is not one full rank a layer, or L is not a multiple of len(names).
     """
-    if len(ranks) != len(full_ranks):
-        raise ValueError(f"{len(ranks)} ranks were given, but {len(full_ranks)} full ranks")
-    if len(ranks) % len(names):
-        raise ValueError(f"{len(ranks)} ranks are not a multiple of the {len(names)} in a block")
     shares = [1.0 if r is None else r / f for r, f in zip(ranks, full_ranks, strict=True)]
     bars = block_bars(ax, 100 * np.reshape(shares, (-1, len(names))).T)
     for i, bar in enumerate(bar for block in zip(*bars, strict=True) for bar in block):
@@ -292,7 +284,6 @@ def front(macs: np.ndarray, top1: np.ndarray) -> np.ndarray:
 
     macs [P], top1 [P] -> int64 [F]; of equal points the first one.
     """
-    macs, top1 = np.asarray(macs), np.asarray(top1)
     order = np.lexsort((-top1, macs))
     best_before = np.concatenate([[-np.inf], np.maximum.accumulate(top1[order])[:-1]])
     return order[top1[order] > best_before[: len(order)]]

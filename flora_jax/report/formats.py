@@ -5,13 +5,11 @@ and no display is needed. Every output is the same each time, byte by byte.
 """
 
 import base64
-import contextlib
 import io
 import json
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -35,10 +33,7 @@ def titled(artist: Artist, title: str, *marks: str) -> None:
 
 def png(figure: Figure) -> bytes:
     """PNG of a figure, 200 dpi."""
-    content = io.BytesIO()
-    with _names_in_any_script():
-        figure.savefig(content, format="png", dpi=200)
-    return content.getvalue()
+    return _saved(figure, format="png", dpi=200)
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -50,11 +45,10 @@ def svg(figure: Figure, name: str) -> str:
     Args:
       name: another for each figure of a page, so that their definitions stay apart.
     """
-    content = io.BytesIO()
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
-    with matplotlib.rc_context(options), _names_in_any_script():
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    root = ET.fromstring(content.getvalue())
+    with matplotlib.rc_context(options):
+        content = _saved(figure, format="svg", transparent=True, metadata={"Date": None})
+    root = ET.fromstring(content)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
@@ -87,11 +81,12 @@ def _write_titles(group: ET.Element, gid: str) -> None:
     group.insert(0, element)
 
 
-@contextlib.contextmanager
-def _names_in_any_script() -> Iterator[None]:
-    with warnings.catch_warnings():
+def _saved(figure: Figure, **options: Any) -> bytes:
+    content = io.BytesIO()
+    with warnings.catch_warnings():  # names may be in any script
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        yield
+        figure.savefig(content, **options)
+    return content.getvalue()
 
 
 def thumbnail(image: np.ndarray) -> str:

@@ -51,19 +51,15 @@ def render(data: ReportData) -> str:
 
 def _sections(data: ReportData) -> list[Section]:
     slimmed = slim_panels(data.slimming) if data.slimming else []
+    pairs = data.confusions
+    examples = [("" if pair.image is None else thumbnail(pair.image), pair) for pair in pairs]
     return [
         Section("Models", rows=data.models),
         Section("Plots", panels=_figures(panels_of(data))),
         Section("What slimming leaves", panels=_figures(slimmed)),
         Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
         Section("Accuracy by class, on the test images", rows=data.classes),
-        Section(
-            f"What the {data.confused} confuses most",
-            examples=[
-                ("" if pair.image is None else thumbnail(pair.image), pair)
-                for pair in data.confusions
-            ],
-        ),
+        Section(f"What the {data.confused} confuses most", examples=examples),
         Section(
             f"Settings that differ from the defaults ({len(data.recipe)})",
             rows=[("setting", "default", "here"), *data.recipe],

@@ -37,10 +37,10 @@ def plot_gates(ax: Axes, gates: Sequence[np.ndarray], threshold: float, color: s
 def plot_kept(ax: Axes, masks: Masks) -> None:
     """Shares of every block that stay, in %: heads, attention dimensions, units, tokens."""
     kinds = _kinds(masks)
-    kept = np.array([[100 * mask.mean() for mask in getattr(masks, kind)] for kind in kinds])
+    kept = np.array([[100 * mask.mean() for mask in of_kind] for of_kind in kinds.values()])
     bars = block_bars(ax, kept, [_NAMES[kind] for kind in kinds])
     for kind, of_kind in zip(kinds, bars, strict=True):
-        for b, (bar, mask) in enumerate(zip(of_kind, getattr(masks, kind), strict=True)):
+        for b, (bar, mask) in enumerate(zip(of_kind, kinds[kind], strict=True)):
             titled(bar, f"block {b}: {mask.sum()} of {mask.size} {_NAMES[kind]}")
     centres = [bar.get_x() + bar.get_width() / 2 for bar in bars[0]]
     heads = [100 * mask.any(1).mean() for mask in masks.attn]
@@ -114,8 +114,8 @@ def slim_panels(slimming: Slimming) -> list[Panel]:
     Patches are left out where there is no image, or tokens have no gates.
     """
     masks, of, panels = slimming.masks, functools.partial, []
-    for kind in _kinds(masks):
-        kept = np.mean(np.concatenate([np.ravel(mask) for mask in getattr(masks, kind)]))
+    for kind, of_kind in _kinds(masks).items():
+        kept = np.mean(np.concatenate([np.ravel(mask) for mask in of_kind]))
         title = f"{_NAMES[kind][0].upper()}{_NAMES[kind][1:]}: {100 * kept:.1f} % kept"
         gates, threshold = slimming.gates[kind], masks.thresholds[kind]
         plot = of(plot_gates, gates=gates, threshold=threshold, color=_COLORS[kind])
@@ -129,5 +129,6 @@ def slim_panels(slimming: Slimming) -> list[Panel]:
     return panels
 
 
-def _kinds(masks: Masks) -> list[str]:
-    return [kind for kind in _NAMES if getattr(masks, kind)]
+def _kinds(masks: Masks) -> dict[str, Sequence[np.ndarray]]:
+    """The masks of each kind that has some."""
+    return {kind: getattr(masks, kind) for kind in _NAMES if getattr(masks, kind)}

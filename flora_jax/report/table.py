@@ -33,12 +33,10 @@ def named_entries(result: Mapping) -> dict[str, Any]:
     """
     named: dict[str, Any] = {}
     for name, value in result.items():
-        if name == DATA:
-            continue
         if isinstance(value, list):
             entries = [item for item in value if isinstance(item, Mapping) and "budget" in item]
             named |= {budget_name(name, entry["budget"]): entry for entry in entries}
-        else:
+        elif name != DATA:
             named[name] = value
     return named
 
@@ -80,13 +78,10 @@ def comparison_rows(result: Mapping) -> list[list[str]]:
     metric, models = _complete(result)
     first = next(iter(models))
     rows = [_row(metric, name, model, first, models[first]) for name, model in models.items()]
-    unknown = () if all("ms" in model for model in models.values()) else ("ms", "fewer ms")
-    header = [
-        title
-        for title in rows[0]
-        if title not in unknown
-        and (title not in _OPTIONAL_COLUMNS or any(row[title] for row in rows))
-    ]
+    empty = {title for title in _OPTIONAL_COLUMNS if not any(row[title] for row in rows)}
+    if not all("ms" in model for model in models.values()):
+        empty |= {"ms", "fewer ms"}
+    header = [title for title in rows[0] if title not in empty]
     return [header] + [[row[title] for title in header] for row in rows]
 
 
@@ -108,10 +103,8 @@ def _conclusion(metric: Metric, name: str, model: Mapping, first_name: str, firs
     if model is first:
         return f"{name}: {shown}, {human_count(model['macs'])} MACs."
     change = metric.scale * (model[metric.name] - first[metric.name])
-    text = (
-        f"{name}: {_saving(model['macs'], first['macs'])} fewer MACs than {first_name}; {shown}, "
-        f"change {_signed(change, metric.digits)}{' points' if metric.in_percent else ''}"
-    )
+    text = f"{name}: {_saving(model['macs'], first['macs'])} fewer MACs than {first_name}; {shown}"
+    text += f", change {_signed(change, metric.digits)}{' points' * metric.in_percent}"
     if difference := model.get("against", {}).get(first_name):
         interval = in_points(difference[metric.name], metric)
         text += f" (95 % interval {_interval_text(interval, metric.digits)})"
@@ -152,15 +145,13 @@ def _row(
         for other, differences in model.get("against", {}).items()
     }
     change = metric.scale * (model[metric.name] - first[metric.name])
-    error = model.get(RELATIVE_ERROR.name)
+    error, interval = model.get(RELATIVE_ERROR.name), against.get(first_name)
     uniform = next((other for other in against if kind_of(other) == "uniform"), None)
     return {
         "model": name,
         metric.column: f"{metric.scale * model[metric.name]:.{digits}f}",
         "change": _signed(change, digits) if compared else "",
-        "95 % interval": (
-            _interval_text(against[first_name], digits) if first_name in against else ""
-        ),
+        "95 % interval": _interval_text(interval, digits) if interval else "",
         "against uniform (95 %)": difference_text(against[uniform], digits) if uniform else "",
         "relative error": "" if error is None else f"{error:.{RELATIVE_ERROR.digits}f}",
         "agreement": f"{100 * model['agreement']:.2f} %" if "agreement" in model else "",

@@ -30,7 +30,7 @@ class ImageSet:
       labels: int [n], classes from 0; None where there are none: a teacher says what to learn, and
         a network without classes is measured by its teacher's features.
       normalization: what the model wants of pixels; ImageNet's by default.
-      augmentation: of training, as in `train_transform`; by default none.
+      augmentation: of training; by default none.
       name: of the dataset.
       num_threads, num_workers: that prepare training batches, as in `train_batches`.
 

@@ -70,7 +70,7 @@ class Description:
       k: classes kept of each image.
       num_classes: at most 65536.
       teacher: checksum of everything that its predictions depend on.
-      augmentation: arguments of `train_transform`, JSON values or tuples of them.
+      augmentation: arguments of the `Augmentation`, JSON values or tuples of them.
 
     Raises:
       InputError: a number is out of range.
@@ -175,7 +175,7 @@ def describe(
       source: the training images.
       batch_size, seed: of `train_batches`.
       steps: of the training.
-      augmentation: arguments of `train_transform`.
+      augmentation: arguments of the `Augmentation`.
       k: classes to keep of each image, or all of them if there are fewer.
     """
     keys = hashlib.sha256()

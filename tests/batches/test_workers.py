@@ -37,7 +37,7 @@ def pictures(tmp_path_factory):
 
 
 def take_train(source, steps, batch_size=4, **arguments):
-    transform = augment.train_transform("deit", SHAPE)
+    transform = augment.Augmentation("deit").train(SHAPE)
     with contextlib.closing(
         batches.train_batches(source, transform, batch_size, seed=3, **arguments)
     ) as iterator:
@@ -65,7 +65,7 @@ def test_workers_and_processes_give_the_batches_of_one_thread(
 
 def test_eval_batches_of_workers(pictures):
     source = image_folder.image_folder(pictures, "train", pictures / "index")
-    transform = augment.eval_transform("deit", SHAPE)
+    transform = augment.Augmentation("deit").evaluation(SHAPE)
     one, other = (list(batches.eval_batches(source, transform, 8, num_workers=n)) for n in (0, 2))
     assert [batch["mask"].sum() for batch in one] == [8, 8, 6]
     assert_same_batches(one, other)
@@ -115,7 +115,7 @@ import multiprocessing, os, signal
 from flora_jax.data import augment, batches, sources
 
 if __name__ == "__main__":
-    transform = augment.train_transform("digits", (8, 8, 1))
+    transform = augment.Augmentation("digits").train((8, 8, 1))
     iterator = batches.train_batches(sources.digits(), transform, 4, seed=0, num_workers=1)
     next(iterator)
     (worker,) = multiprocessing.active_children()

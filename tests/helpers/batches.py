@@ -68,7 +68,7 @@ def as_rgb(picture):
 
 
 def take_eval(source, batch_size, transform=None):
-    transform = transform or augment.eval_transform("digits", SHAPE)
+    transform = transform or augment.Augmentation("digits").evaluation(SHAPE)
     return list(batches.eval_batches(source, transform, batch_size))
 
 

@@ -121,18 +121,6 @@ def test_no_copy_of_a_training_image_is_held_out_by_content(moths, tmp_path):
     assert not torn_apart(by_content)
 
 
-@pytest.mark.parametrize(
-    ("name", "by", "message"),
-    [
-        ("digits", "content", "'content' needs a dataset folder:PATH, not digits"),
-        ("digits", "contents", r"unknown heldout_by 'contents'.*did you mean 'content'"),
-    ],
-)
-def test_what_cannot_be_held_out_so(name, by, message):
-    with pytest.raises(ValueError, match=message):
-        splits.load_splits(name, heldout_by=by)
-
-
 def test_plain_pictures_are_copies_of_nothing():
     """Blank pages and flat colours, some with a speck; two equal files are one all the same."""
     flat = [np.full((50, 50, 3), value, np.uint8) for value in range(0, 250, 10)]
