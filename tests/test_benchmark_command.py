@@ -88,15 +88,6 @@ def test_a_busy_machine_slows_all_alike(models, clock, monkeypatch):
     assert (rows[1].low, rows[1].high) == pytest.approx((rows[1].macs_share,) * 2)
 
 
-def test_long_work_gets_few_rounds(clock):
-    for seconds, rounds in ((0.01, 20), (2.0, 5), (60.0, 3)):
-
-        def work(seconds=seconds):
-            clock.now += seconds
-
-        assert len(timing.time_in_turn({"": work}, 20, warm_up=0, seconds=9)[""]) == rounds
-
-
 def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
     """Of 99 dense images or as much: 120 fit of the subnet alone, which nothing is left beside."""
     engines = [ideal_engine(clock), ideal_engine(clock, "larger", most=1000)]

@@ -160,17 +160,3 @@ def test_equal_drawings_are_kept_once_a_class():
     assert found == [("animals", "0.png"), ("animals", "1.png"), ("food", "0.png")]
     # Those in two classes are one group, which tells that the class is in doubt.
     assert sorted(map(len, clip_art.near_duplicates(kept))) == [1, 2]
-
-
-def test_a_drawing_is_cut_out_and_put_on_white():
-    pixels = clip_art.square(house("tomato", at=(250, 90)))
-    assert (pixels.shape, pixels.dtype) == ((128, 128, 3), np.uint8)
-    assert (pixels[0, 0] == 255).all()
-    is_drawn = (pixels < clip_art.PAPER).any(axis=2)
-    assert is_drawn.any(axis=1).all()  # its long side fills the square
-    assert not is_drawn[:, :8].any()
-    assert not is_drawn[:, -8:].any()
-    for size in ((0, 0), (20, 20), (300, 1)):  # blank, tiny and thin
-        page = Image.new("RGBA", (400, 400))
-        page.paste("black", (10, 10, 10 + size[0], 10 + size[1]))
-        assert clip_art.square(page) is None

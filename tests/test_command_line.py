@@ -135,20 +135,6 @@ def test_lines_of_a_resumed_run(capsys):
     ]
 
 
-def test_summary_of_interrupted_work(capsys):
-    clock = Clock()
-
-    def interrupted():
-        with Progress("search", total=2, clock=clock) as progress:
-            clock.now += 7323
-            progress.update(2)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert "search  2/2 steps  stopped after 2:02:03" in capsys.readouterr().err
-
-
 def test_a_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

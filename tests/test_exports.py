@@ -1,6 +1,5 @@
 """Exported programs and folders: what they compute, how large they are, what is refused."""
 
-import ast
 import collections
 import dataclasses
 import json
@@ -22,8 +21,8 @@ from flora_jax.models import functional
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights.export import checks, pytorch
 from tests.helpers import modern
-from tests.helpers.compressed import NETWORKS, TINY_VIT, low_rank, network
-from tests.helpers.slimming import TINY_SWIN, images_of, logits, random_model
+from tests.helpers.compressed import NETWORKS, low_rank, network
+from tests.helpers.slimming import images_of, logits, random_model
 
 FUNCTIONS = {".bin": flora.export_stablehlo, ".onnx": flora.export_onnx}
 # One of each kind that differs in what is computed.
@@ -237,19 +236,6 @@ def test_what_is_written_without_torch(tmp_path, without_torch, caplog):
         assert (found.shape, inner) == ((layer.out_features, layer.in_features), rank)
 
 
-def test_the_code_is_one_file_that_needs_torch_and_safetensors(tmp_path, without_torch):
-    flora.export_torch(random_model(TINY_VIT), tmp_path)
-    code = (tmp_path / "model.py").read_text()
-    imported = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            imported.add(node.module.partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"torch", "safetensors"}
-
-
 def test_the_code_knows_what_a_spec_leaves_unsaid():
     torch = pytest.importorskip("torch", reason="imports the exported model")
     from flora_jax.weights.export import torch_networks
@@ -333,14 +319,6 @@ def test_a_folder_runs_where_there_is_neither_jax_nor_numpy(tmp_path):
 
 
 # --- where it is written --------------------------------------------------------------------------
-
-
-def test_an_earlier_export_is_replaced_and_what_is_beside_it_stays(tmp_path, without_torch):
-    flora.export_torch(random_model(TINY_SWIN), tmp_path)
-    (tmp_path / "preprocessing.json").write_text("{}")
-    flora.export_torch(random_model(TINY_VIT), tmp_path)
-    assert json.loads((tmp_path / "spec.json").read_text())["family"] == "vit"
-    assert (tmp_path / "preprocessing.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("number", range(3))

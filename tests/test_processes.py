@@ -21,7 +21,7 @@ import flora_jax as flora
 from flora_jax.cluster import processes
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.evaluation.evaluate import evaluate_images
-from flora_jax.flora.evolution import EvolutionSettings, evolve, image_scores
+from flora_jax.flora.evolution import EvolutionSettings, image_scores, search
 from flora_jax.io.files import locked, write_json
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.commands import ROOT, STOPPED, free_port
@@ -71,7 +71,7 @@ def train_and_search(directory: pathlib.Path) -> None:
     heldout = flora.EvaluationSet([batch_of(step) | mask for step in (100, 101)], NORMALIZATION)
     scores = image_scores(supernet, heldout, "log_likelihood")
     scores = dataclasses.replace(scores, rungs=(5, 8, 2 * SETTINGS.batch_size), deviations=0.5)
-    [best] = evolve(SPACE, scores, SPACE.macs_cost, [window], settings, 0, history)
+    [best] = search(SPACE, scores, SPACE.macs_cost, [window], settings, 0, history)
     found["winner"] = [int(gene) for gene in best.genes]
     flora.save(flora.extract(supernet, best.genes), directory / "subnet")
     each = evaluate_images(flora.create(SPEC), images)
