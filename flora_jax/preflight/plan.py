@@ -50,6 +50,7 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
     middle = (low + high) / 2 / spec.macs()  # the share of a subnet that training draws
     budgets = [sum(window) / 2 for window in settings.budget.windows("macs")]
     kinds = extracted_kinds(settings)
+    trainings = {name: recipe for name, recipe, _ in settings.trainings(num_train)}
 
     def training(stage: str, what: str, recipe: Recipe, share: float, count: int, number: int = 1):
         evaluations = recipe.epochs / recipe.evaluate_epochs if recipe.evaluate_epochs else 0
@@ -75,13 +76,11 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             yield training(stage, f"{blocks} local supernets", recipe, 1, part, blocks)
             triples = sum(len(kept) for kept in space.kept)
             yield Work(stage, f"{triples} triples scored", heldout, 1, 0, triples * heldout / 2)
-        elif stage == "supernet":
-            yield training(stage, "training", settings.supernet, middle, num_train)
         elif stage == "allocate":
             number = min(settings.allocation.images, num_train + heldout)
             # Half of the images: half a network for each choice, and some rounds of neighbours.
             networks = sum(map(len, space.choices)) / 2 + len(budgets) * _ROUNDS * space.num_layers
-            yield Work(stage, "drops and exchanges", number, 1, 0, number / 2 * networks)
+            yield Work(stage, "sensitivities and exchanges", number, 1, 0, number / 2 * networks)
         elif stage == "search":
             found = settings.search.generations * settings.search.population
             passes = found * heldout * sum(budgets)
@@ -91,6 +90,8 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             for share in budgets:
                 number, what = len(kinds), f"{', '.join(kinds)} at {share:.2f}"
                 yield training(stage, what, settings.finetune, share, num_train, number)
+        elif stage in trainings:  # of a subnet a step
+            yield training(stage, "training", trainings[stage], middle, num_train)
         elif stage == "evaluate":
             models = 1 + len(kinds) * len(budgets)
             test = len(images.splits.test)
@@ -107,9 +108,9 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     share = sum(sum(window) / 2 for window in settings.budget.windows("macs"))
     models = dense + 2 * len(extracted_kinds(settings)) * share * dense
     models += len(settings.export) * (share if "extract" in settings.stages else 1) * dense
-    trains_supernet = "supernet" in settings.stages
-    checkpoints = _KEPT_CHECKPOINTS * _CHECKPOINT * (supernet if trains_supernet else dense)
-    return round(_BYTES * (models + (1 + trains_supernet) * supernet + checkpoints))
+    trained = supernet if settings.trains_supernet else dense
+    checkpoints = _KEPT_CHECKPOINTS * _CHECKPOINT * trained
+    return round(_BYTES * (models + (1 + settings.trains_supernet) * supernet + checkpoints))
 
 
 def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:

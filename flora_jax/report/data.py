@@ -29,7 +29,7 @@ from flora_jax.runs.budgets import (
 )
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages
+from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages, read_stages
 from flora_jax.slim.threshold import DECISION_FILE, Masks, read_decision
 from flora_jax.timing import describe_device
 from flora_jax.training.metrics import METRICS_FILE
@@ -204,8 +204,9 @@ def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:
 
 def _curves(run: Run) -> dict[str, Any]:
     """Loss and held-out quality of the long trainings, in the order of the stages."""
-    patterns = ("pretrain", "slim/retrain", "supernet", "finetune/*")
-    files = [f for p in patterns for f in matching(run.folder, f"{p}/{METRICS_FILE}")]
+    stages = [stage for stage in read_stages(run.folder) if stage != "filter"]
+    patterns = [f"{stage}/{inside}" for stage in stages for inside in ("", "*/")]
+    files = [f for p in patterns for f in matching(run.folder, f"{p}{METRICS_FILE}")]
     found = {str(file.parent.relative_to(run.folder)): read_records(file) for file in files}
     found = {stage: records for stage, records in found.items() if records}
     prefix = f"heldout_{quality_of(run.spec).shown.name}"
