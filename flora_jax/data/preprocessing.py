@@ -89,5 +89,10 @@ class Preprocessing:
 
     def crop(self, in_channels: int) -> Crop:
         """The resizing and cutting, for a network of so many input channels."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, in_channels):
+                raise InputError(
+                    f"{name} {values} must have one value, or one for each of {in_channels} channels"
+                )
         shape = (self.image_size, self.image_size, in_channels)
         return Crop(shape, self.crop_pct, self.crop_mode, self.interpolation)
