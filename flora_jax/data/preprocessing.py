@@ -92,7 +92,8 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, in_channels):
                 raise InputError(
-                    f"{name} {values} must have one value, or one for each of {in_channels} channels"
+                    f"{name} {values} must have one value, or one for each of the network's "
+                    f"{in_channels} channels"
                 )
         shape = (self.image_size, self.image_size, in_channels)
         return Crop(shape, self.crop_pct, self.crop_mode, self.interpolation)
