@@ -14,21 +14,8 @@ from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError, MissingFileError, few
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet, abstract_supernet
-from flora_jax.io.checkpoint import (
-    has_saved_parameters,
-    read_parameters,
-    read_saved_parameters,
-    save_parameters,
-)
-from flora_jax.io.files import (
-    matching,
-    on_disk,
-    read_json,
-    replacing,
-    sha256,
-    write_json,
-    write_json_once,
-)
+from flora_jax.io import checkpoint, files
+from flora_jax.io.files import sha256
 from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
@@ -53,7 +40,7 @@ def describe(model: Network | Supernet) -> dict:
 
 def save_description_once(model: Network | Supernet, path: epath.PathLike) -> None:
     """Marks the folder of a training run as a model that `load` can open."""
-    write_json_once(epath.Path(path) / SPEC_FILE, describe(model))
+    files.write_json_once(epath.Path(path) / SPEC_FILE, describe(model))
 
 
 def save(model: Network | Supernet, path: epath.PathLike) -> None:
@@ -63,10 +50,10 @@ def save(model: Network | Supernet, path: epath.PathLike) -> None:
     """
     path = user_path(path)
     parameters = functional.split(model.network if isinstance(model, Supernet) else model)[1]
-    with replacing(path / WEIGHTS_FILE) as partial:
+    with files.replacing(path / WEIGHTS_FILE) as partial:
         partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
         checksum = sha256(partial)
-    write_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
+    files.write_json(path / SPEC_FILE, {**describe(model), "sha256": {WEIGHTS_FILE: checksum}})
 
 
 save_once = by_the_first(save)
@@ -76,8 +63,8 @@ def save_trained_once(model: Network | Supernet, path: epath.PathLike) -> None:
     """Leaves the parameters of a training that is done in its folder, as one Orbax checkpoint."""
     network = model.network if isinstance(model, Supernet) else model
     parameters = {n: np.asarray(p) for n, p in functional.split(network)[1].items()}
-    if not has_saved_parameters(epath.Path(path) / PARAMETERS):
-        save_parameters(parameters, epath.Path(path) / PARAMETERS)
+    if not checkpoint.has_saved_parameters(epath.Path(path) / PARAMETERS):
+        checkpoint.save_parameters(parameters, epath.Path(path) / PARAMETERS)
 
 
 def load(path: epath.PathLike) -> Network | Supernet:
@@ -95,10 +82,10 @@ def load(path: epath.PathLike) -> Network | Supernet:
     spec = spec_from_json(description["spec"])
     if (path / WEIGHTS_FILE).exists():
         parameters = _read_weights(path / WEIGHTS_FILE, spec, description.get("sha256"))
-    elif has_saved_parameters(path / PARAMETERS):
-        parameters = read_saved_parameters(path / PARAMETERS)
+    elif checkpoint.has_saved_parameters(path / PARAMETERS):
+        parameters = checkpoint.read_saved_parameters(path / PARAMETERS)
     else:
-        parameters = read_parameters(path / CHECKPOINTS)
+        parameters = checkpoint.read_parameters(path / CHECKPOINTS)
     if not_finite := [name for name, p in parameters.items() if not np.isfinite(p).all()]:
         raise InputError(f"{path} holds parameters that are NaN or infinite: {few(not_finite)}")
     if description["space"] is None:
@@ -130,10 +117,10 @@ def load_spec(path: epath.PathLike) -> Spec:
 
 def _read_description(path: epath.Path) -> dict:
     if not (path / SPEC_FILE).exists():
-        found = [p.parent.name for p in matching(path, f"*/{SPEC_FILE}")]
+        found = [p.parent.name for p in files.matching(path, f"*/{SPEC_FILE}")]
         hint = f"; inside it are {', '.join(found)}" if found else ""
         raise MissingFileError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
-    description = read_json(path / SPEC_FILE)
+    description = files.read_json(path / SPEC_FILE)
     if "family" in description:  # an export's; of no other do the weights need no checksum
         return {"format": FORMAT, "spec": description, "space": None}
     needed = {"format", "spec", "space"} | ({"sha256"} if (path / WEIGHTS_FILE).exists() else set())
@@ -146,7 +133,7 @@ def _read_description(path: epath.Path) -> dict:
 
 def _read_weights(path: epath.Path, spec: Spec, checksums: dict | None) -> dict[str, np.ndarray]:
     """The parameters that `save` wrote, or, without checksums, `export_torch` or `export_timm`."""
-    with on_disk(path) as file:
+    with files.on_disk(path) as file:
         if checksums is not None and sha256(file) != checksums[WEIGHTS_FILE]:
             raise InputError(f"{path} is damaged: its checksum is not the one in {SPEC_FILE}")
         try:

@@ -18,11 +18,10 @@ from flora_jax.weights.metadata.fields import naming
 from flora_jax.weights.metadata.spec import CONFIG_FILE, read_spec
 from flora_jax.weights.state_dict import read_state_dict
 
-HUGGING_FACE_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+HUGGING_FACE_FILES = tuple(
+    name + suffix
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for suffix in ("", ".index.json")
 )
 
 
@@ -48,21 +47,22 @@ def from_pretrained(
         or weights that do not fit it; names the file.
     """
     path = local_folder(path)
-    is_own = (path / SPEC_FILE).exists()
-    if not is_own and path.is_dir():
+    own = load_model(path) if (path / SPEC_FILE).exists() else None
+    if own is None and path.is_dir():
         folder, path = path, _file_in(path)
         if spec is None and (folder / CONFIG_FILE).exists():
             spec = read_spec(folder)
-    if spec is not None:
-        check_description(path, spec, strict)
-    if is_own:
-        return _from_own_folder(path, spec, strict)
+    if own is not None and spec in (None, own.spec):
+        return own
     if spec is None:
         raise InputError(
-            f"{path} does not say what model it belongs to: pass a spec, such as "
-            f"flora_jax.deit('base')"
+            f"{path} does not say what model it is of: pass a spec, such as deit('base')"
         )
-    arrays = read_state_dict(path)
+    check_description(path, spec, strict)
+    if own is None:
+        arrays = read_state_dict(path)
+    else:
+        arrays = {name: np.asarray(p) for name, p in functional.split(own)[1].items()}
     with naming(path):
         return load_parameters(without_prefix(arrays, spec), spec, strict)
 
@@ -75,9 +75,8 @@ def from_state_dict(
     What wrappers put before every name is left out. Position embeddings and relative position
     tables of another size are interpolated. A classifier that is missing, or has another number of
     classes, gives way to one of zeros, with a warning; a spec without classes leaves it out. Factor
-    pairs of a compressed model are taken
-    at the ranks they have. What is NaN or infinite is named by a NotFiniteWarning: it can be looked
-    at, but neither factorised nor trained.
+    pairs of a compressed model are taken at the ranks they have. A NotFiniteWarning names what is
+    NaN or infinite: it can be looked at, but neither factorised nor trained.
 
     Args:
       arrays: numpy arrays by name; float16, bfloat16, float32 or float64.
@@ -99,12 +98,3 @@ def _file_in(folder: epath.Path) -> epath.Path:
     expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
     files = few([path.name for path in folder.iterdir()]) if folder.exists() else "none"
     raise MissingFileError(f"{folder} has no weights; looked for {expected}, found {files}")
-
-
-def _from_own_folder(path: epath.Path, spec: Spec | None, strict: bool) -> Network:
-    model = load_model(path)
-    if spec is None or spec == model.spec:
-        return model
-    arrays = {name: np.asarray(p) for name, p in functional.split(model)[1].items()}
-    with naming(path):
-        return load_parameters(arrays, spec, strict)

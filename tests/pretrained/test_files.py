@@ -39,7 +39,7 @@ def test_files_that_are_not_weights(vit, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*vit\.safetensors"):
         from_pretrained(path, VIT)
     export_timm(vit, path)
-    with pytest.raises(ValueError, match="does not say what model it belongs to: pass a spec"):
+    with pytest.raises(ValueError, match="does not say what model it is of: pass a spec"):
         from_pretrained(path)
     whole = path.read_bytes()
     for part in (b"", whole[:5], whole[:100], whole[:-1]):
