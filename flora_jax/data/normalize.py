@@ -21,10 +21,13 @@ class Normalization:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise InputError(f"mean must lie in [0, 1], as of pixels in 0..1; got {self.mean}")
-        if not all(0 < value <= 1 for value in self.std):
-            raise InputError(f"std must lie in (0, 1], as of pixels in 0..1; got {self.std}")
+        for name, values, least in (("mean", self.mean, "[0"), ("std", self.std, "(0")):
+            if not all(0 <= v <= 1 and (v or name == "mean") for v in values):
+                nearest = tuple(round(v / 255, 4) for v in values)
+                hint = f" (did you mean {nearest}?)" if max(values) > 1 else ""
+                raise InputError(
+                    f"{name} must lie in {least}, 1], as of pixels in 0..1; got {values}{hint}"
+                )
 
     def __call__(self, images: jax.Array, dtype=jnp.float32) -> jax.Array:
         """images uint8 [..., C] -> float [..., C]"""

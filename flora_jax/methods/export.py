@@ -9,7 +9,7 @@ from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.errors import InputError
-from flora_jax.io.files import making_folder
+from flora_jax.io.files import making_folder, matching
 from flora_jax.models.network import Network
 from flora_jax.report.card import CARD_FILE, card_of
 from flora_jax.runs.budgets import models_to_hand_out
@@ -60,6 +60,8 @@ def export_once(
     Raises:
       InputError: a file would compute something else than its model; names both.
     """
+    for left in matching(run.folder, f"{EXPORT}/.*"):  # by an export that was killed
+        left.rmtree()
     for found in models_to_hand_out(run):
         target = run.folder / EXPORT / found.folder.rpartition("/")[2]
         if target.exists():  # by an export that was interrupted after it

@@ -92,12 +92,12 @@ def run(
 
 
 def script_of(settings: Settings) -> Script:
-    """The first method that has all of the stages."""
-    stages = set(settings.stages)
-    for method in (transfer, slim, closed_form):
-        if stages <= set(listing.steps_of(method.__name__)):
-            return method
-    return flora
+    """The first of the methods that have most of the stages."""
+
+    def count(method: Script) -> int:
+        return len(set(settings.stages) & set(listing.steps_of(method.__name__)))
+
+    return max((transfer, slim, closed_form, flora), key=count)
 
 
 _NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract"}}

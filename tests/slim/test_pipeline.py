@@ -134,7 +134,7 @@ def test_token_gates_of_a_swin_are_refused(tmp_path):
         ({"pretrained": "nowhere"}, "no file or folder nowhere"),
         ({"pretrained": ""}, "transfer needs weights: set pretrained"),
         ({"finetune.distill": True}, "nobody teaches the new classes"),
-        ({"stages": ("transfer", "filter")}, r"unknown stage 'filter'.* of transfer"),
+        ({"stages": ("transfer", "filter")}, "transfer has no stage filter, only transfer"),
         ({"data.classes": (1, 1, 2)}, r"classes \(1, 1, 2\) must be different ones of 0\.\.9"),
         ({"data.classes": (9, 10)}, r"must be different ones of 0\.\.9"),
         ({"data.classes": (1, 2)}, "num_classes is 5, but digits has 2 classes"),
