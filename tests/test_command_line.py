@@ -34,7 +34,7 @@ from flora_jax.errors import (
 from flora_jax.methods import start
 from flora_jax.methods.listing import stages
 from flora_jax.progress import Progress
-from flora_jax.training.loop import NonFiniteLossError
+from flora_jax.training.train import NonFiniteLossError
 from tests.helpers.commands import ROOT
 
 PROGRAM = """

@@ -124,7 +124,7 @@ def heaviest_training(settings: Settings, implementation: str) -> Training:
 
 
 def compile_training(settings: Settings, training: Training, mesh: Mesh, images: int) -> Program:
-    """The training step at `images` a device, exactly as `flora_jax.training.loop.train` runs it.
+    """The training step at `images` a device, exactly as `flora_jax.train` runs it.
 
     Raises DoesNotFitError where it needs more memory than a device has.
     """

@@ -10,9 +10,9 @@ import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh, replicate, shard_batch
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
-from flora_jax.training.loop import train
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import initial_state, make_step
+from flora_jax.training.train import run_steps as train
 from tests.helpers.networks import ONE_BLOCK
 
 SPEC = ONE_BLOCK

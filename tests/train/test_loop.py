@@ -9,8 +9,8 @@ import pytest
 import flora_jax as flora
 from flora_jax.io.checkpoint import read_parameters
 from flora_jax.models import functional
-from flora_jax.training.loop import NonFiniteLossError
 from flora_jax.training.optimizer import learning_rate_schedule
+from flora_jax.training.train import NonFiniteLossError
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.checkpoints import assert_same
 from tests.helpers.training import (
