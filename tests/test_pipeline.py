@@ -208,11 +208,13 @@ def test_other_samplings_train_a_supernet(own_run, sampling):
     assert not (own_run / "search").exists()
 
 
-def test_flora_as_published_from_end_to_end(tmp_path):
+def test_flora_as_published_from_end_to_end(finished_run, tmp_path):
     """The plain SVD, a uniform first population, every candidate on every image, its own winner."""
-    start.run(deit_b.get_config("runlocal"), tmp_path)
+    config = deit_b.get_config("runlocal")
+    config.pretrained, config.uniform_baseline = str(finished_run / "dense"), "none"
+    start.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result) == {"dense", "uniform", "subnet", "data"}
+    assert set(result) == {"dense", "subnet", "data"}
     assert not (tmp_path / "inherited").exists()
     candidates = read_history(tmp_path / "search/history.jsonl")
     assert all(candidate.has_seen_all for candidate in candidates)
