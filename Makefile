@@ -1,5 +1,5 @@
 # make demo: compresses a vision transformer trained on real images.  make test: the test suite.
-# make check: what to run before every commit, under two minutes.
+# make check: what to run before every commit, some minutes.
 # All set themselves up in .venv; they need python3 (3.11 or newer), git and make.
 
 PYTHON ?= python3

@@ -245,7 +245,7 @@ def test_models_are_drawn_by_what_the_test_images_show_and_budgets_joined_by_kin
     texts = {text.get_text() for text in ax.texts}
     assert texts == {"dense 98.0 %", "subnet 0.3 90.0 %", "subnet 0.6 95.0 %"}
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "test top-1 %")
-    assert legend_texts(ax) == ["MAC windows"]
+    assert legend_texts(ax) == ["MAC budgets"]
 
 
 def test_candidates_have_axes_of_their_own_by_what_the_held_out_images_show():
@@ -258,7 +258,7 @@ def test_candidates_have_axes_of_their_own_by_what_the_held_out_images_show():
     (front,) = ax.lines
     np.testing.assert_allclose(front.get_xydata(), [[4.0, 90], [4.5, 95]])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("MACs (M)", "held-out top-1 %")
-    assert legend_texts(ax) == ["MAC window", "Pareto front"]
+    assert legend_texts(ax) == ["MAC budget", "Pareto front"]
     assert ax.figure.axes[1].get_ylabel() == "generation"
 
 

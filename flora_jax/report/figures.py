@@ -299,7 +299,7 @@ def _cost_axis(data: ReportData) -> tuple[float, str]:
 
 
 def _shade_windows(ax: Axes, data: ReportData, unit: float) -> None:
-    label = f"{'latency' if data.cost == 'ms' else 'MAC'} window{'s' * (len(data.windows) > 1)}"
+    label = f"{'latency' if data.cost == 'ms' else 'MAC'} budget{'s' * (len(data.windows) > 1)}"
     for i, (low, high) in enumerate(data.windows):
         band = ax.axvspan(low / unit, high / unit, color=QUIET, alpha=0.15, lw=0, zorder=0)
         band.set_label("" if i else label)
