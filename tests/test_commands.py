@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 import flora_jax as flora
 from flora_jax.commands.classifier import Classifier
 from flora_jax.commands.evaluate import evaluate, evaluated, load_source, matched
-from flora_jax.commands.predict import predict
+from flora_jax.commands.predict import predict, predictions
 from flora_jax.data.batches import eval_batches
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.data.sources import ArraySource
@@ -90,6 +91,17 @@ def test_a_folder_of_pictures_in_full_batches_and_a_bad_one(folder, data, capsys
     assert re.fullmatch(r".*/val/ant/0.png: (\w{3} \d+\.\d%(, |$)){5}", lines[0])
     assert predict(folder, [str(data / "val/yak/9.png")]) == 0
     assert capsys.readouterr().out.splitlines()[0] in lines
+
+
+def test_transparent_pictures_on_the_background_of_the_model(folder, tmp_path):
+    Image.new("RGBA", (9, 9), (255, 255, 255, 0)).save(tmp_path / "transparent.png")
+    Image.new("RGB", (9, 9), (0, 40, 80)).save(tmp_path / "opaque.png")
+    paths = [epath.Path(tmp_path / name) for name in ("transparent.png", "opaque.png")]
+    dark = dataclasses.replace(PREPROCESSING, background=(0, 40, 80))
+    one, other = predictions(
+        dataclasses.replace(Classifier.open(folder), preprocessing=dark), paths
+    )
+    assert one.classes == other.classes
 
 
 def test_evaluates_as_a_run_does(folder, data):
