@@ -1,4 +1,4 @@
-"""Calibration: second moments of what enters each searchable layer, which weigh its factors.
+"""Calibration: second moments of what enters the layers of each block, which weigh its factors.
 
 The plain SVD of a kernel W minimises the error of W itself. With G the mean of x x^T over the
 tokens x that enter the layer, the error of its outputs on real images is that of W in the norm of
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 from safetensors import numpy as safetensors
 from safetensors import safe_open
@@ -25,10 +24,9 @@ from flora_jax.errors import InputError
 from flora_jax.io.files import on_disk, replacing
 from flora_jax.io.paths import user_path
 from flora_jax.models import functional
-from flora_jax.models.factory import create_abstract
-from flora_jax.models.layers import Linear, check_images
+from flora_jax.models.layers import check_images
 from flora_jax.models.network import Network
-from flora_jax.models.spec import LinearShape, Rank, Spec
+from flora_jax.models.spec import LinearShape, Spec
 from flora_jax.progress import Progress
 
 SHRINKAGE = 0.05  # docs/decisions.md
@@ -41,14 +39,15 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """Second moments of what enters each searchable layer of one model.
+    """Second moments and means of what enters qkv, proj, fc1 and fc2 of each block of one model.
 
     Attributes:
       spec: of the model.
       checksum: of the model's weights (`flora_jax.models.functional`).
       num_images: that the moments are means over.
       moments: float32 [in, in] by the name of the layer: the mean of x x^T over the tokens x of all
-        images. Any mapping will do, such as one that reads a file whenever it is asked.
+        images; and float32 [in] by the name with ".mean": that of x. Any mapping will do, such as
+        one that reads a file whenever it is asked.
       shrinkage: share of the moment that is replaced by the same mean square in every direction, in
         (0, 1]; 1 gives the plain SVD.
 
@@ -69,6 +68,15 @@ class Calibration:
     def moment_of(self, layer: LinearShape) -> np.ndarray:
         """The layer's moment, float64 [in, in]."""
         return self.moments[layer.name].astype(np.float64)
+
+    def mean_of(self, name: str) -> np.ndarray:
+        """The mean of what enters a layer, float64 [in]."""
+        return self.moments[_mean(name)].astype(np.float64)
+
+    def covariance_of(self, name: str) -> np.ndarray:
+        """The covariance of what enters a layer, float64 [in, in]."""
+        mean = self.mean_of(name)
+        return self.moments[name].astype(np.float64) - np.outer(mean, mean)
 
     def shrunk(self, moment: np.ndarray) -> np.ndarray:
         """The moment that weighs a layer's factors, float64 [in, in], positive definite."""
@@ -151,7 +159,13 @@ def calibrate(
                 else:
                     moments |= found
     checksum = functional.checksum(functional.split(model)[1])
-    files_of = {la.name: f for layers, f in zip(groups, files, strict=True) for la in layers if f}
+    files_of = {
+        own: file
+        for layers, file in zip(groups, files, strict=True)
+        for layer in layers
+        for own in (layer.name, _mean(layer.name))
+        if file
+    }
     return Calibration(model.spec, checksum, total, _Moments(files_of) if folder else moments)
 
 
@@ -169,10 +183,17 @@ def _moments(
     Every process passes the same batches, and all get the same sums.
     """
     mesh = make_mesh()
-    structure, _ = functional.split(create_abstract(model.spec, linear=TappedLinear))
-    parameters = replicate(functional.split(model)[1], mesh)
-    sums = {layer.name: np.zeros((layer.in_features, layer.in_features)) for layer in layers}
-    names, partial, start = tuple(sums), file and file.with_suffix(".partial"), 0
+    structure, parameters = functional.split(model)
+    parameters = replicate(parameters, mesh)
+    names, partial, start = (
+        tuple(la.name for la in layers),
+        file and file.with_suffix(".partial"),
+        0,
+    )
+    sums: Arrays = {}
+    for layer in layers:
+        sums[layer.name] = np.zeros((layer.in_features, layer.in_features))
+        sums[_mean(layer.name)] = np.zeros(layer.in_features)
     if partial is not None and partial.exists():
         sums = {name: sum.copy() for name, sum in safetensors.load(partial.read_bytes()).items()}
         start = int(sums.pop(_COUNT))
@@ -188,7 +209,8 @@ def _moments(
                     f"what enters {name} is not finite on the calibration images: the weights "
                     f"before it or the images hold NaN or infinity"
                 )
-            sums[name] += of_batch
+            for own in (name, _mean(name)):
+                sums[own] += np.asarray(found[own])
         progress.update(len(batch))
         is_told, is_due = stop_request.is_set(), timer.is_due()
         if partial is not None and (is_told or is_due):
@@ -197,8 +219,11 @@ def _moments(
             raise stop_request.stopped(
                 f"calibrate is saved at image {progress.done} of {progress.total}"
             )
-    tokens = {layer.name: layer.tokens * num_images(batches) for layer in layers}
-    return {name: (sum / tokens[name]).astype(np.float32) for name, sum in sums.items()}
+    moments: Arrays = {}
+    for layer in layers:
+        for own in (layer.name, _mean(layer.name)):
+            moments[own] = (sums[own] / (layer.tokens * num_images(batches))).astype(np.float32)
+    return moments
 
 
 class _Moments(Mapping[str, np.ndarray]):
@@ -248,13 +273,18 @@ def num_images(batches: Sequence[np.ndarray]) -> int:
 
 
 def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[LinearShape]]:
-    """The searchable layers in order, in groups whose float32 moments fit `device_bytes`.
+    """The layers with moments in order, in groups whose float32 moments fit `device_bytes`.
 
     A layer that does not fit alone is a group of its own.
     """
     groups: list[list[LinearShape]] = []
     free = 0
-    for layer in spec.layers:
+    layers = (
+        layer
+        for (qkv, fc1, fc2), proj in zip(spec.block_layers, spec.projections, strict=True)
+        for layer in (qkv, proj, fc1, fc2)
+    )
+    for layer in layers:
         needed = 4 * layer.in_features**2
         if needed > free:
             groups.append([])
@@ -264,20 +294,17 @@ def layer_groups(spec: Spec, device_bytes: int = DEVICE_BYTES) -> list[list[Line
     return groups
 
 
-class LayerInput(nnx.Variable):
-    """The input of a layer when it was called last, [M, in]."""
-
-
-class TappedLinear(Linear):
-    """A dense searchable layer that keeps what enters it."""
-
-    def __init__(self, layer: LinearShape, rank: Rank, *, rngs: nnx.Rngs):
-        sizes = (layer.in_features, layer.out_features)
-        super().__init__(*sizes, bias_features=layer.bias_features, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.input = LayerInput(x)
-        return super().__call__(x)
+def layer_inputs(network: Network, images: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+    """What enters each block's qkv, proj, fc1 and fc2, by name, [B*N, in]."""
+    x = network.embed(images)
+    for number, block in enumerate(network.blocks):
+        x = block.entered(x)
+        yield f"blocks.{number}.attn.qkv", (enters := block.attention_input(x))
+        yield f"blocks.{number}.attn.proj", (context := block.attn.context(enters))
+        x = block.convolved(block.after_attention(x, block.attn.proj(context)))
+        yield f"blocks.{number}.mlp.fc1", (enters := block.mlp_input(x))
+        yield f"blocks.{number}.mlp.fc2", (hidden := block.mlp.hidden(enters))
+        x = x + block.mlp.fc2(hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -285,12 +312,11 @@ def batch_sums(structure, mesh: Mesh, names, normalize, parameters, images, mask
     def on_one_device(parameters, images, mask):
         parameters = jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
         network = functional.merge(structure, parameters)
-        network(normalize(images).astype(jnp.float32))
-        inputs = dict(functional.named_variables(network, LayerInput))
-        return {
-            name: jax.lax.psum(_second_moment(inputs[f"{name}.input"], mask), AXES)
-            for name in names
-        }
+        sums = {}
+        for name, x in layer_inputs(network, normalize(images).astype(jnp.float32)):
+            if name in names:
+                sums |= {name: _second_moment(x, mask), _mean(name): _sum(x, mask)}
+        return jax.lax.psum(sums, AXES)
 
     in_specs = (WHOLE, SPLIT, SPLIT)
     return on_each_device(on_one_device, mesh, in_specs, WHOLE)(parameters, images, mask)
@@ -300,6 +326,16 @@ def _second_moment(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Sums x^T x over tokens x [B*N, D], image by image, where mask [B] is 1: float32 [D, D]."""
     x = (x.reshape(len(mask), -1, x.shape[-1]) * mask[:, None, None]).reshape(x.shape)
     return jnp.matmul(x.T, x, precision="highest")
+
+
+def _sum(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sums x [B*N, D] over tokens of the images where mask [B] is 1: float32 [D]."""
+    return mask @ x.reshape(len(mask), -1, x.shape[-1]).sum(1)
+
+
+def _mean(name: str) -> str:
+    """The name of a layer's mean beside its moment."""
+    return f"{name}.mean"
 
 
 def shared_by(num_devices: int, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

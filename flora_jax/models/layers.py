@@ -1,5 +1,6 @@
 """The layers a vision transformer is made of. Activations are two-dimensional, [B*N, D]."""
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -175,11 +176,29 @@ class Mlp(nnx.Module):
         self.activation, self.is_gated = activation, is_gated
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """The hidden units, [B*N, hidden]."""
         hidden, activate = self.fc1(x), ACTIVATIONS[self.activation]
         if self.is_gated:
             gate, value = jnp.split(hidden, 2, axis=-1)
-            return self.fc2(activate(gate) * value)
-        return self.fc2(activate(hidden))
+            return activate(gate) * value
+        return activate(hidden)
+
+
+class Attention(nnx.Module):
+    """x [B*N, D] -> proj(context(x)) [B*N, D]."""
+
+    qkv: Any
+    proj: Any
+
+    @abc.abstractmethod
+    def context(self, x: jax.Array) -> jax.Array:
+        """The values that each token attends to, its heads side by side, [B*N, H*d]."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(self.context(x))
 
 
 def split_heads(qkv: jax.Array, num_tokens: int, num_heads: int) -> jax.Array:

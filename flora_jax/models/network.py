@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.models.layers import LAYER_OUTPUT, LayerNorm, Linear
+from flora_jax.models.layers import LAYER_OUTPUT, Attention, LayerNorm, Linear, Mlp
 from flora_jax.models.spec import BlockInput, Spec
 from flora_jax.models.windows import Windows
 
@@ -30,8 +30,8 @@ class Block(nnx.Module):
     def __init__(
         self,
         into: BlockInput,
-        attention: nnx.Module,
-        mlp: nnx.Module,
+        attention: Attention,
+        mlp: Mlp,
         epsilon: float,
         downsample: nnx.Module | None = None,
         windows: Windows | None = None,
@@ -47,16 +47,33 @@ class Block(nnx.Module):
         """The input of the attention and of the MLP; a subclass may change it."""
         return norm(x)
 
-    def attention_half(self, x: jax.Array) -> jax.Array:
-        if self.downsample is not None:
-            x = self.downsample(x)
-        tokens = x if self.windows is None else self.windows.cut(x)
-        mixed = self.attn(self.normalised(self.norm1, tokens))
-        x = x + (mixed if self.windows is None else self.windows.join(mixed))
+    def entered(self, x: jax.Array) -> jax.Array:
+        """The tokens that it works on, after its downsampling."""
+        return x if self.downsample is None else self.downsample(x)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """The tokens in the order of its attention, window by window."""
+        return x if self.windows is None else self.windows.cut(x)
+
+    def attention_input(self, x: jax.Array) -> jax.Array:
+        return self.normalised(self.norm1, self.cut(x))
+
+    def after_attention(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Adds what the attention made, as it comes out, to the residual stream."""
+        return x + (mixed if self.windows is None else self.windows.join(mixed))
+
+    def convolved(self, x: jax.Array) -> jax.Array:
         return x if self.local_conv is None else self.local_conv(x)
 
+    def mlp_input(self, x: jax.Array) -> jax.Array:
+        return self.normalised(self.norm2, x)
+
+    def attention_half(self, x: jax.Array) -> jax.Array:
+        x = self.entered(x)
+        return self.convolved(self.after_attention(x, self.attn(self.attention_input(x))))
+
     def mlp_half(self, x: jax.Array) -> jax.Array:
-        return x + self.mlp(self.normalised(self.norm2, x))
+        return x + self.mlp(self.mlp_input(x))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.mlp_half(self.attention_half(x))

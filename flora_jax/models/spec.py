@@ -168,6 +168,11 @@ class Spec(abc.ABC):
         return False
 
     @property
+    def num_read_tokens(self) -> int:
+        """Tokens in front that outputs are made of, where the patches are not."""
+        return 0
+
+    @property
     @abc.abstractmethod
     def why_tokens_stay(self) -> str | None:
         """Why no token may leave between blocks; None where they may."""
@@ -204,6 +209,17 @@ class Spec(abc.ABC):
                 )
             )
         return tuple(found)
+
+    @property
+    def projections(self) -> tuple[LinearShape, ...]:
+        """The output projection of every block's attention, which is no searchable layer."""
+        blocks = enumerate(zip(self.blocks, self.block_inputs, strict=True))
+        return tuple(
+            LinearShape(
+                f"blocks.{i}.attn.proj", block.attention_dim, into.width, into.attending_tokens
+            )
+            for i, (block, into) in blocks
+        )
 
     @property
     def layers(self) -> tuple[LinearShape, ...]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import nnx
 
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import (
+    Attention,
     LayerNorm,
     Linear,
     MakeLinear,
@@ -75,7 +75,7 @@ def tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)
 
 
-class Attention(nnx.Module):
+class SelfAttention(Attention):
     """Multi-head self-attention over the N tokens of each image.
 
     Tokens that left before (`num_left`) would all be the same here: their input is zero, so their
@@ -97,10 +97,10 @@ class Attention(nnx.Module):
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
         self.num_tokens, self.num_left, self.rotary = qkv.tokens, num_left, rotary
-        self.qkv: Any = linear(qkv, block.ranks[0], rngs=rngs)
+        self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def context(self, x: jax.Array) -> jax.Array:
         query, key, value = split_heads(self.qkv(x), self.num_tokens, self.num_heads)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         if self.num_left:
             key, value = self._with_constant(key, 1), self._with_constant(value, 2)
             bias[..., -1] = np.log(self.num_left)
-        return self.proj(merge_heads(attend(query, key, value, bias)))
+        return merge_heads(attend(query, key, value, bias))
 
     def _with_constant(self, tokens: jax.Array, part: int) -> jax.Array:
         """Appends qkv's bias of a part (1 key, 2 value) to tokens [B, H, N, d]: [B, H, N+1, d]."""
@@ -246,7 +246,7 @@ def _blocks(
     ):
         num_left = spec.num_tokens - len(tokens)
         rotary = _rotary(spec, block, tokens)
-        attention = Attention(layers.qkv, num_left, block, rotary, linear, rngs=rngs)
+        attention = SelfAttention(layers.qkv, num_left, block, rotary, linear, rngs=rngs)
         mlp = Mlp(
             linear(layers.fc1, block.ranks[1], rngs=rngs),
             linear(layers.fc2, block.ranks[2], rngs=rngs),

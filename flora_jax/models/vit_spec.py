@@ -180,6 +180,10 @@ class ViTSpec(Spec):
         return self.pool == "token"
 
     @property
+    def num_read_tokens(self) -> int:
+        return 1 + self.distilled if self.pools_prefix else 0
+
+    @property
     def pooled_dim(self) -> int:
         """Width of what is classified."""
         return self.embed_dim * (2 if self.pool == "token_and_mean" else 1)

@@ -2,13 +2,12 @@
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.layers import Linear, MakeLinear, attend, merge_heads, split_heads
+from flora_jax.models.layers import Attention, Linear, MakeLinear, attend, merge_heads, split_heads
 from flora_jax.models.spec import BlockSpec, LinearShape
 
 
@@ -64,7 +63,7 @@ class Windows:
         return grid.reshape(-1, x.shape[-1])
 
 
-class WindowAttention(nnx.Module):
+class WindowAttention(Attention):
     """Self-attention inside windows of T tokens. x [B*N, D], window by window, as it comes out.
 
     A family says what is added to the logits of each pair of tokens.
@@ -80,7 +79,7 @@ class WindowAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.windows, self.num_heads, self.head_dim = windows, block.num_heads, block.head_dim
-        self.qkv: Any = linear(qkv, block.ranks[0], rngs=rngs)
+        self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
         self.make_table(rngs)
 
@@ -92,9 +91,9 @@ class WindowAttention(nnx.Module):
     def bias(self) -> jax.Array:
         """The logits' bias [W, H, T, T] of an image's windows; W is 1 where all have the same."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def context(self, x: jax.Array) -> jax.Array:
         qkv = split_heads(self.qkv(x), self.windows.window_size**2, self.num_heads)
         bias = self.bias()
         query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
         mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
-        return self.proj(merge_heads(mixed))
+        return merge_heads(mixed)

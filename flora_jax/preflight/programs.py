@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from flora_jax.closed_form.calibrate import BATCH_SIZE, TappedLinear, batch_sums, layer_groups
+from flora_jax.closed_form.calibrate import BATCH_SIZE, batch_sums, layer_groups
 from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
 from flora_jax.errors import InputError
 from flora_jax.evaluation.evaluate import sum_model_metrics
@@ -173,7 +173,7 @@ def compile_evaluation(
 
 def compile_calibration(settings: Settings, spec: Spec, mesh: Mesh) -> Program:
     """The step that sums what enters the layers of the dense network, for the largest group."""
-    structure, _ = functional.split(create_abstract(spec, linear=TappedLinear))
+    structure, _ = functional.split(create_abstract(spec))
     parameters = functional.split(create_abstract(spec))[1]
     group = max(layer_groups(spec), key=lambda layers: sum(la.in_features**2 for la in layers))
     images = -(-BATCH_SIZE // mesh.size)

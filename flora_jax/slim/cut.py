@@ -2,7 +2,7 @@
 
 ViT-Slim as published only masks. The cut model computes the same: attention dimensions and MLP
 units leave the tensors; tokens leave the sequence, and one constant stands for them in the
-attention (`flora_jax.models.vit.Attention`).
+attention (`flora_jax.models.vit.SelfAttention`).
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ from flora_jax.models.tiny_vit import (
     PointDepthPoint,
     TinyViT,
 )
-from flora_jax.models.vit import Attention, AttentionPool, Rotary, TokenSelection, ViT, tables
+from flora_jax.models.vit import AttentionPool, Rotary, SelfAttention, TokenSelection, ViT, tables
 from flora_jax.models.windows import WindowAttention, Windows
 
 # Gelu came with 20, and nothing newer is needed: the lowest that has every operation is what most
@@ -286,7 +286,7 @@ def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[A
     return graph.node("Reshape", mixed, [0, math.prod(windows) * tokens, num_heads * head_dim])
 
 
-def _attention(graph: Graph, attention: Attention, x: Value) -> Value:
+def _attention(graph: Graph, attention: SelfAttention, x: Value) -> Value:
     shape = [attention.num_tokens, attention.num_heads, attention.head_dim]
     query, key, value = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape)
     if attention.rotary is not None:
@@ -303,7 +303,7 @@ def _attention(graph: Graph, attention: Attention, x: Value) -> Value:
     return _inside(graph, attention, "proj", mixed)
 
 
-def _constants(attention: Attention) -> np.ndarray:
+def _constants(attention: SelfAttention) -> np.ndarray:
     """Query, key and value [3, 1, H, 1, d] of every token that has left: qkv's bias."""
     shape = (3, 1, attention.num_heads, 1, attention.head_dim)
     if attention.qkv.bias is None:
@@ -501,7 +501,7 @@ _MODULES: dict[type, Callable[[Graph, Any, Value], Value]] = {
     LayerNorm: _norm,
     Mlp: _mlp,
     Block: _block,
-    Attention: _attention,
+    SelfAttention: _attention,
     AttentionPool: _attention_pool,
     TokenSelection: lambda graph, selection, x: _tokens(graph, x, list(selection.positions)),
     ShiftedWindowAttention: _shifted_attention,

@@ -1,0 +1,235 @@
+"""Compression in closed form (ours): head dimensions and MLP widths allocated together, then refit.
+
+The loss of a choice is the squared error that it alone makes in the output of its half of a block,
+relative to the variance of the residual stream behind that block: one currency for all choices.
+That of a head dimension is measured by running the block's attention with it, that of an MLP width
+is what a new fc2 cannot mend (`reduce`). They are taken to add up, and a knapsack with one group a
+half block picks the choices of least loss within each budget.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.closed_form.allocate import least_loss
+from flora_jax.closed_form.calibrate import calibrate, image_batches, shared_by
+from flora_jax.closed_form.reduce import (
+    Heads,
+    Shape,
+    Units,
+    importance,
+    of_one_block,
+    reduced,
+    reduced_spec,
+    turned_qkv,
+    unit_step,
+)
+from flora_jax.closed_form.refit import refit_to
+from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
+from flora_jax.errors import InputError
+from flora_jax.models import functional
+from flora_jax.models.network import Block, Network
+from flora_jax.models.spec import BlockSpec, Spec
+
+MOMENT_IMAGES, LOSS_IMAGES = 192, 64  # of those that are refitted to; docs/decisions.md
+_STEPS = 8  # of a head dimension
+
+
+@overload
+def compress(
+    model: Network, images: np.ndarray | Iterable[np.ndarray], *, macs: int
+) -> Network: ...
+
+
+@overload
+def compress(
+    model: Network, images: np.ndarray | Iterable[np.ndarray], *, macs: Sequence[int]
+) -> list[Network]: ...
+
+
+def compress(model, images, *, macs):
+    """A smaller network for a budget, or one for each of several, without labels or training.
+
+    Args:
+      model: the dense network.
+      images: float32 [n, H, W, C], normalised, or batches of such; some hundreds.
+      macs: the most multiply-adds that it may cost.
+
+    Raises:
+      InputError: a budget is below what can be reached, the model is compressed already, images do
+        not fit, or what enters a layer is not finite.
+    """
+    batches = image_batches(images, model.spec)
+    budgets = [int(budget) for budget in np.atleast_1d(macs)]
+    check_reachable(model.spec, budgets)
+    calibration = calibrate(model, first_images(batches, MOMENT_IMAGES))
+    orders = importance(model, calibration)
+    losses = choice_losses(model, orders, first_images(batches, LOSS_IMAGES))
+    plans = allocate_shapes(model.spec, losses, budgets)
+    found = []
+    for shapes in plans:
+        start = reduced(model, orders, shapes)
+        found.append(refit_to(start.spec, start, model, batches))
+    return found if np.ndim(macs) else found[0]
+
+
+def first_images(batches: Sequence[np.ndarray], number: int) -> np.ndarray:
+    """Evenly spaced ones, at most so many: images often come class by class."""
+    images = np.concatenate(list(batches))
+    return images[:: max(1, len(images) // number)][:number]
+
+
+def head_dims(spec: Spec, block: BlockSpec) -> list[int]:
+    """The choices of a head's dimensions, ascending: eighths of what it has, from two on."""
+    step = block.head_dim / _STEPS
+    multiple = 1 if spec.rope_theta is None else 2
+    widths = (max(multiple, round(i * step / multiple) * multiple) for i in range(2, _STEPS + 1))
+    return sorted(set(widths))
+
+
+def mlp_dims(block: BlockSpec) -> list[int]:
+    """The choices of an MLP's units, ascending, from an eighth on."""
+    step = unit_step(block.mlp_dim)
+    return [*range(block.mlp_dim, max(step, block.mlp_dim // 8) - 1, -step)][::-1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Losses:
+    """Losses of the choices of a block: of `head_dims`, and of `mlp_dims`."""
+
+    heads: np.ndarray
+    units: np.ndarray
+
+
+def choice_losses(
+    model: Network, orders: Sequence[tuple[Heads, Units]], images: np.ndarray
+) -> list[Losses]:
+    """The loss of every choice of every block, on images float32 [n, H, W, C]."""
+    spec, mesh = model.spec, make_mesh()
+    parameters = functional.split(model)[1]
+    padded, mask = (spread(x, mesh) for x in shared_by(mesh.size, images))
+    structure, own = functional.split(model)
+    x = _embed(structure, mesh, replicate(own, mesh), padded)
+    found = []
+    for number, (block, module, (heads, units)) in enumerate(
+        zip(spec.blocks, model.blocks, orders, strict=True)
+    ):
+        of_block = of_one_block(parameters, number)
+        tries = [_with_head_dim(of_block, block, heads, dim) for dim in head_dims(spec, block)[:-1]]
+        stacked = {name: np.stack([each[name] for each in tries]) for name in (tries or [{}])[0]}
+        block_structure, of_module = functional.split(module)
+        x, sums = _try(block_structure, mesh, *replicate((of_module, stacked), mesh), x, mask)
+        total, square, errors, squared_errors = (np.asarray(s, float) for s in sums)
+        count = float(mask.sum()) * spec.block_inputs[number].tokens
+        variance = (square.sum() - (total**2).sum() / count) / count
+        of_heads = (squared_errors.sum(1) - (errors**2).sum(1) / count) / count
+        of_units = dict(zip(units.left.tolist(), units.loss.tolist(), strict=True))
+        left = np.array([of_units[width] for width in mlp_dims(block)])
+        scale = max(variance, np.finfo(np.float32).tiny)
+        found.append(Losses(np.append(of_heads, 0.0) / scale, left / scale))
+    return found
+
+
+def _with_head_dim(own, block: BlockSpec, heads: Heads, width: int) -> dict[str, np.ndarray]:
+    """qkv with all but the leading dimensions set to zero, in the shape of the uncut."""
+    kept = heads.leading(width)
+    query = heads.query[..., kept] @ heads.key[..., kept].swapaxes(1, 2)
+    key = np.broadcast_to(np.eye(block.head_dim), query.shape)
+    value = heads.value[..., :width] @ heads.back[:, :width]
+    return turned_qkv(own, block, (query, key, value))
+
+
+@jax.jit(static_argnums=(0, 1))
+def _embed(structure, mesh, parameters, images):
+    def on_one_device(parameters, images):
+        return functional.merge(structure, parameters).embed(images)
+
+    return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), SPLIT)(parameters, images)
+
+
+@jax.jit(static_argnums=(0, 1))
+def _try(structure, mesh, parameters, tries, x, mask):
+    """Takes tokens through a block; sums over its output, and over the errors of its attention.
+
+    Returns:
+      the output [B*N, D], and sums [D] of it and of its square, [K, D] of the error and its square
+      at each of K kernels of qkv in `tries`.
+    """
+
+    def on_one_device(parameters, tries, x, mask):
+        block: Block = functional.merge(structure, parameters)
+        entered = block.entered(x)
+
+        def attended(own):
+            own = functional.merge(structure, parameters | own)
+            return own.after_attention(entered, own.attn(own.attention_input(entered)))
+
+        def sums(tokens):
+            rows = tokens.reshape(len(mask), -1, tokens.shape[-1]) * mask[:, None, None]
+            return rows.sum((0, 1)), (rows * rows).sum((0, 1))
+
+        whole = attended({})
+        out = block.mlp_half(block.convolved(whole))
+        errors = jax.lax.map(lambda own: sums(attended(own) - whole), tries) if tries else ()
+        errors = errors or (jnp.zeros((0, x.shape[-1])),) * 2
+        return out, jax.lax.psum((*sums(out), *errors), AXES)
+
+    shared = on_each_device(on_one_device, mesh, (WHOLE, WHOLE, SPLIT, SPLIT), (SPLIT, WHOLE))
+    return shared(parameters, tries, x, mask)
+
+
+def allocate_shapes(
+    spec: Spec, losses: Sequence[Losses], budgets: Sequence[int]
+) -> list[list[Shape]]:
+    """The shapes of all blocks of least total loss within each budget of MACs."""
+    costs = _choice_costs(spec)
+    least = _floor(spec).macs()
+    groups = [group for own in losses for group in (own.heads, own.units)]
+    picks = least_loss(groups, costs, np.array(budgets) - least)
+    return [
+        [
+            Shape(head_dims(spec, block)[heads], mlp_dims(block)[units])
+            for block, (heads, units) in zip(spec.blocks, pick.reshape(-1, 2), strict=True)
+        ]
+        for pick in picks
+    ]
+
+
+def check_reachable(spec: Spec, budgets: Sequence[int]) -> None:
+    """Raises InputError where a budget is below the least MACs, or the network has ranks."""
+    if any(rank is not None for rank in spec.ranks):
+        raise InputError("compression needs a dense network, but this one has low-rank layers")
+    least, dense = _floor(spec).macs(), spec.macs()
+    for budget in budgets:
+        if budget < least:
+            raise InputError(
+                f"no network of this shape costs at most {budget} multiply-adds; the least is "
+                f"{least}, {least / dense:.3f} of the dense network's: what is outside of heads "
+                f"and MLPs stays"
+            )
+
+
+def _floor(spec: Spec) -> Spec:
+    return reduced_spec(
+        spec, [Shape(head_dims(spec, block)[0], mlp_dims(block)[0]) for block in spec.blocks]
+    )
+
+
+def _choice_costs(spec: Spec) -> list[np.ndarray]:
+    """What each choice adds to the least MACs: of head dimensions and MLP width, a pair a block."""
+    floor = [Shape(head_dims(spec, block)[0], mlp_dims(block)[0]) for block in spec.blocks]
+    least, costs = _floor(spec).macs(), []
+
+    def macs(number: int, shape: Shape) -> int:
+        shapes = [*floor[:number], shape, *floor[number + 1 :]]
+        return reduced_spec(spec, shapes).macs() - least
+
+    for number, (block, own) in enumerate(zip(spec.blocks, floor, strict=True)):
+        dims, widths = head_dims(spec, block), mlp_dims(block)
+        costs.append(np.array([macs(number, own._replace(head_dim=dim)) for dim in dims]))
+        costs.append(np.array([macs(number, own._replace(mlp_dim=width)) for width in widths]))
+    return costs

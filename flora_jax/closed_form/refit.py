@@ -1,0 +1,522 @@
+"""Refit: a smaller network's layers fitted to the dense network's activations, block after block.
+
+The images pass both networks together. With x' what enters a layer of the smaller network and t
+its target, both over the tokens of all images, the layer becomes the ridge regression of t on x',
+
+    W = (cov(x') + a I)^-1 (cov(x', t) + a W0),    bias = mean(t) - W^T mean(x'),
+
+a = ridge * mean variance of x', W0 the weight that it had; at a rank r the matrix of that rank
+nearest to W in the norm of cov(x') + a I (reduced-rank regression). The target of qkv and fc1 is
+what they give in the dense network. That of proj and fc2 is what is missing in the residual stream,
+the dense stream behind them minus the smaller one before them, so that errors of earlier layers are
+mended and not carried on (anchored; AA-SVD, arXiv 2604.02119). Layers that are not reduced are
+fitted as well. Where a class token is what is read in the end, it weighs as much as a fifth of all
+other tokens together (docs/decisions.md).
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from safetensors import numpy as safetensors
+
+from flora_jax.closed_form.calibrate import image_batches, num_images, shared_by
+from flora_jax.cluster.mesh import (
+    AXES,
+    SPLIT,
+    WHOLE,
+    make_mesh,
+    on_each_device,
+    replicate,
+    shard_batch,
+    spread,
+)
+from flora_jax.cluster.processes import StopRequest, by_the_first, wait_for_all
+from flora_jax.errors import InputError, few
+from flora_jax.flora.svd import svd_factors
+from flora_jax.io.files import replacing
+from flora_jax.io.paths import user_path
+from flora_jax.models import functional
+from flora_jax.models.factory import create_abstract
+from flora_jax.models.layers import LowRankLinear
+from flora_jax.models.network import Block, Network
+from flora_jax.models.spec import Rank, Spec
+from flora_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+
+RIDGE = 0.1  # docs/decisions.md
+PREFIX_SHARE = 0.2
+HOST_BYTES = 2**31  # of hidden states; more of them lie in a file
+Arrays = dict[str, np.ndarray]
+
+
+def refit(
+    small: Network,
+    model: Network,
+    images: np.ndarray | Iterable[np.ndarray],
+    *,
+    ridge: float = RIDGE,
+    directory: epath.PathLike | None = None,
+    normalize: Callable[[jax.Array], jax.Array] | None = None,
+) -> Network:
+    """A smaller network with the same shapes, fitted to the activations of the dense one.
+
+    No label and no training is needed. Each layer takes one pass of half a block over the images;
+    the device holds one batch and the second moments of one layer, the host the hidden states of
+    all images in both networks, or a temporary file where they exceed 2 GiB.
+
+    Args:
+      small: an extracted subnet, a slimmed network or a reduced one, of the depth and widths of the
+        dense one; trained or not.
+      model: the dense network.
+      images: float32 [n, H, W, C], normalised, or batches of such; in several processes, all
+        images in each of them. Some hundreds; with fewer tokens than a layer is wide its weights
+        stay nearer to what they were.
+      ridge: weight of what the layers were, relative to the variance of their inputs; above 0.
+      directory: receives the layers of each block; an interrupted pass goes on there.
+      normalize: makes normalised images of batches uint8, on the device; hashable.
+
+    Raises:
+      InputError: the networks do not belong together, the ridge is not above 0, images do not fit,
+        or what enters a layer is not finite; names the layer.
+      Stopped: the process was told to end; what is fitted so far is in the directory.
+    """
+    start = _with_dense_kernels(small, model)
+    return refit_to(
+        small.spec, start, model, images, ridge=ridge, directory=directory, normalize=normalize
+    )
+
+
+def refit_to(
+    spec: Spec,
+    start: Network,
+    model: Network,
+    images: np.ndarray | Iterable[np.ndarray],
+    *,
+    ridge: float = RIDGE,
+    directory: epath.PathLike | None = None,
+    normalize: Callable[[jax.Array], jax.Array] | None = None,
+) -> Network:
+    """As `refit`, from a network without ranks to one of `spec`, which may have some.
+
+    The layers of `start` are what is pulled to; its qkv and fc1 on dense inputs are the targets.
+    """
+    _check_pair(spec, model.spec)
+    if not ridge > 0:
+        raise InputError(f"ridge must be above 0, got {ridge}")
+    batches = image_batches(images, spec) if normalize is None else list(images)
+    folder = None if directory is None else user_path(directory)
+    network = create_abstract(spec)
+    fitted = {n: p for n, p in functional.split(start)[1].items() if not n.startswith("blocks.")}
+    wait_for_all("refitted blocks are looked for")
+    number_of_images = num_images(batches)
+    with (
+        StopRequest() as stop_request,
+        Progress("refit", number_of_images * len(spec.blocks), unit="image") as progress,
+        _HiddenStates(model, start, batches, normalize or jnp.asarray) as states,
+    ):
+        for number, (blank, begun, dense) in enumerate(
+            zip(network.blocks, start.blocks, model.blocks, strict=True)
+        ):
+            tokens = spec.blocks[number].tokens
+            file = folder and folder / f"block_{number:03d}.safetensors"
+            if file is not None and file.exists():
+                found = safetensors.load(file.read_bytes())
+                block = functional.with_parameters(blank, found)
+                states.advance(_enter, dense, block, tokens, "frame")
+                states.advance(_attend, dense, block, tokens, "attention")
+                states.advance(_mix, dense, block, tokens, "attention")
+                states.advance(_hide, dense, block, tokens, "mlp")
+            else:
+                if stop_request.is_set():
+                    raise stop_request.stopped(f"refit is saved up to block {number}")
+                block = _fit_block(
+                    f"blocks.{number}", spec, blank, begun, dense, tokens, states, ridge
+                )
+                if file is not None:
+                    _write_once(file, functional.split(block)[1])
+            error = states.advance(_leave, dense, block, tokens, "mlp")
+            progress.update(number_of_images, error=float(error["error"] / error["size"]))
+            own = functional.split(block)[1]
+            fitted |= {f"blocks.{number}.{name}": array for name, array in own.items()}
+    _say_few_tokens(spec, number_of_images)
+    return functional.with_parameters(network, fitted)
+
+
+def _say_few_tokens(spec: Spec, number_of_images: int) -> None:
+    names = [la.name for la in spec.layers if number_of_images * la.tokens < la.in_features]
+    if names:
+        log.info(
+            "%d images have fewer tokens than %s are wide: their weights stay nearer to what they "
+            "were",
+            *(number_of_images, few(names)),
+        )
+
+
+def _check_pair(small: Spec, dense: Spec) -> None:
+    """Raises InputError where the two networks have no hidden states in common."""
+    for what in ("family", "image_shape", "num_prefix_tokens"):
+        if getattr(small, what) != getattr(dense, what):
+            raise InputError(
+                f"the smaller network is not one of this dense network: {what} "
+                f"{getattr(small, what)}, the dense one's is {getattr(dense, what)}"
+            )
+    depths = len(small.blocks), len(dense.blocks)
+    widths = [[into.width for into in spec.block_inputs] for spec in (small, dense)]
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"a refit needs two networks of the same depth and width; the smaller has {depths[0]} "
+            f"blocks of widths {sorted(set(widths[0]))}, the dense one {depths[1]} of "
+            f"{sorted(set(widths[1]))}"
+        )
+    if any(rank is not None for rank in dense.ranks) or any(b.tokens for b in dense.blocks):
+        raise InputError("the network to fit to must be dense: it has ranks, or tokens that left")
+
+
+def _with_dense_kernels(small: Network, model: Network) -> Network:
+    """The smaller network with one kernel in place of each pair of factors.
+
+    It is the dense network's, where that has the layer's shape, and else their product.
+    """
+    spec, parameters = small.spec, dict(functional.split(small)[1])
+    dense = functional.split(model)[1]
+    for layer, twin in zip(spec.layers, model.spec.layers, strict=False):
+        if f"{layer.name}.down" not in parameters:
+            continue
+        down, up = (parameters.pop(f"{layer.name}.{factor}") for factor in ("down", "up"))
+        kernel = jnp.matmul(down.T, up, precision="highest")
+        if kernel.shape == (twin.in_features, twin.out_features):
+            kernel = dense[f"{layer.name}.kernel"]
+        parameters[f"{layer.name}.kernel"] = kernel
+    network = create_abstract(spec.with_ranks((None,) * len(spec.layers)))
+    return functional.with_parameters(network, parameters)
+
+
+class Streams(NamedTuple):
+    """Hidden states of a batch in the dense network and the smaller one, [B*N, D] and [B*n, D]."""
+
+    dense: jax.Array
+    small: jax.Array
+
+
+class Rows(NamedTuple):
+    """What enters a layer of the smaller network, and its target, [M, in] and [M, out].
+
+    Of qkv and fc1, in place of the target, what enters them in the dense network.
+    """
+
+    inputs: jax.Array
+    target: jax.Array
+
+
+# The passes of a block. Each takes the streams one step on and gives the rows of one layer; where a
+# token has left the smaller network (ViT-Slim), `stay` takes those that stay out of dense rows.
+
+
+def _enter(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    x = Streams(dense.entered(streams.dense), small.entered(streams.small))
+    return x, Rows(small.attention_input(x.small), stay(dense.attention_input(x.dense)))
+
+
+def _attend(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    x, small_x = streams
+    after = dense.after_attention(x, dense.attn(dense.attention_input(x)))
+    context = small.attn.context(small.attention_input(small_x))
+    rows = Rows(context, small.cut(stay(after) - small_x))
+    return Streams(dense.convolved(after), small_x), rows
+
+
+def _mix(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    x = streams.small
+    x = small.convolved(small.after_attention(x, small.attn(small.attention_input(x))))
+    rows = Rows(small.mlp_input(x), stay(dense.mlp_input(streams.dense)))
+    return Streams(streams.dense, x), rows
+
+
+def _hide(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    after, x = dense.mlp_half(streams.dense), streams.small
+    return Streams(after, x), Rows(small.mlp.hidden(small.mlp_input(x)), stay(after) - x)
+
+
+def _leave(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    x = small.mlp_half(streams.small)
+    return Streams(streams.dense, x), Rows(x, stay(streams.dense))
+
+
+_PASSES = {  # by the layer whose rows they give; the parts of a block that they read
+    "attn.qkv": (_enter, "frame"),
+    "attn.proj": (_attend, "attention"),
+    "mlp.fc1": (_mix, "attention"),
+    "mlp.fc2": (_hide, "mlp"),
+}
+_Sums = dict[str, np.ndarray]
+
+
+def _fit_block(
+    name: str,
+    spec: Spec,
+    blank: Block,
+    begun: Block,
+    dense: Block,
+    tokens: tuple[int, ...] | None,
+    states: "_HiddenStates",
+    ridge: float,
+) -> Block:
+    """The smaller network's block with its four layers fitted one after another."""
+    block, layers = nnx.clone(begun), {layer.name: layer for layer in spec.layers}
+    for leaf, (one_pass, part) in _PASSES.items():
+        sums = states.advance(one_pass, dense, block, tokens, part)
+        if not np.isfinite(np.trace(sums["xx"])):
+            raise InputError(
+                f"what enters {name}.{leaf} is not finite on the calibration images: the weights "
+                f"before it or the images hold NaN or infinity"
+            )
+        half, own = leaf.split(".")
+        was, becomes = (getattr(getattr(each, half), own) for each in (block, blank))
+        rank = becomes.down.shape[0] if isinstance(becomes, LowRankLinear) else None
+        layer = layers.get(f"{name}.{leaf}")
+        into = "down" if layer is None else layer.singular_values_into
+        is_target = leaf in ("attn.proj", "mlp.fc2")
+        fitted = fit_layer(sums, functional.split(was)[1], is_target, ridge, rank, into)
+        setattr(getattr(block, half), own, functional.with_parameters(becomes, fitted))
+    return block
+
+
+def fit_layer(
+    sums: Mapping[str, np.ndarray],
+    start: Mapping[str, Any],
+    is_target: bool,
+    ridge: float,
+    rank: Rank = None,
+    singular_values_into: str = "down",
+) -> Arrays:
+    """The parameters of one layer, from sums over its rows.
+
+    A bias that is not stored, or lacks the key's part, cannot take up a mean: then moments about
+    zero stand for covariances, and a bias in parts stays as it was.
+
+    Args:
+      sums: float64: count []; x [in], t [out] and the products xx [in, in], xt [in, out].
+      start: kernel [in, out], and the bias if there is one.
+      is_target: False: t is what enters the dense layer, and the target what `start` makes of it.
+    """
+    kernel, bias = np.asarray(start["kernel"], float), start.get("bias")
+    count = sums["count"]
+    mean_x, mean_t = sums["x"] / count, sums["t"] / count
+    moment, across = sums["xx"] / count, sums["xt"] / count
+    size = len(moment)
+    floor = np.finfo(np.float32).eps * np.trace(moment) / size
+    takes_mean = bias is not None and len(bias) == kernel.shape[1]
+    if takes_mean:
+        moment, across = (
+            moment - np.outer(mean_x, mean_x),
+            across - np.outer(mean_x, mean_t),
+        )
+    if not is_target:
+        across, mean_t = across @ kernel, mean_t @ kernel
+        mean_t = mean_t + np.asarray(bias, float) if takes_mean else mean_t
+    pull = ridge * max(np.trace(moment) / size, floor, np.finfo(np.float32).tiny)
+    moment = moment + pull * np.eye(size)
+    fitted = np.linalg.solve(moment, across + pull * kernel)
+    if rank is None:
+        found = {"kernel": fitted}
+    else:
+        down, up = svd_factors(fitted, singular_values_into, moment)
+        found = {"down": down[:rank], "up": up[:rank]}
+        fitted = down[:rank].T @ up[:rank]
+    if bias is not None:
+        found["bias"] = mean_t - mean_x @ fitted if takes_mean else np.asarray(bias)
+    return {name: array.astype(np.float32) for name, array in found.items()}
+
+
+class _HiddenStates:
+    """The streams of all images, batch by batch: in memory, or in a folder where they are many."""
+
+    def __init__(
+        self,
+        model: Network,
+        start: Network,
+        batches: Sequence[np.ndarray],
+        normalize: Callable[[jax.Array], jax.Array],
+    ):
+        self._mesh, self._spec = make_mesh(), model.spec
+        self._masks: list[jax.Array] = []
+        self._in_memory: list[list[np.ndarray]] = []
+        widest = max(into.width * into.tokens for into in model.spec.block_inputs)
+        is_large = 2 * 4 * widest * num_images(batches) > HOST_BYTES * jax.process_count()
+        self._folder = tempfile.TemporaryDirectory() if is_large else None
+        (dense, of_dense), (small, of_small) = (functional.split(n) for n in (model, start))
+        parameters = [replicate(each, self._mesh) for each in (of_dense, of_small)]
+        for batch in batches:
+            images, mask = (spread(x, self._mesh) for x in shared_by(self._mesh.size, batch))
+            self._masks.append(mask)
+            self._keep(
+                len(self._masks) - 1,
+                _embed(dense, small, self._mesh, normalize, *parameters, images),
+            )
+
+    def __enter__(self) -> "_HiddenStates":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._folder:
+            self._folder.cleanup()
+
+    def _keep(self, number: int, streams: Streams) -> None:
+        arrays = [_of_this_process(stream) for stream in streams]
+        if self._folder:
+            np.savez(f"{self._folder.name}/{number}.npz", *arrays)
+        elif number < len(self._in_memory):
+            self._in_memory[number] = arrays
+        else:
+            self._in_memory.append(arrays)
+
+    def _get(self, number: int) -> Streams:
+        if self._folder:
+            with np.load(f"{self._folder.name}/{number}.npz") as file:
+                arrays = [file[name] for name in file.files]
+        else:
+            arrays = self._in_memory[number]
+        return Streams(**shard_batch(dict(zip(Streams._fields, arrays, strict=True)), self._mesh))
+
+    def advance(
+        self,
+        one_pass: Callable,
+        dense: Block,
+        small: Block,
+        tokens: tuple[int, ...] | None,
+        part: str,
+    ) -> _Sums:
+        """Takes all streams through one pass, and sums over its rows, float64."""
+        (of_dense, dense_parameters), (of_small, small_parameters) = (
+            functional.split(_part(block, part)) for block in (dense, small)
+        )
+        static = (one_pass, of_dense, of_small, self._mesh, _Tokens.of(self._spec, tokens))
+        parameters = [replicate(p, self._mesh) for p in (dense_parameters, small_parameters)]
+        total: _Sums = {}
+        for number, mask in enumerate(self._masks):
+            streams, sums = _advance(*static, *parameters, self._get(number), mask)
+            self._keep(number, streams)
+            for name, found in sums.items():
+                total[name] = total.get(name, 0.0) + np.asarray(found, np.float64)
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """Which tokens of an image stay in the smaller network, and how many in front are read."""
+
+    number: int
+    stay: tuple[int, ...] | None
+    read: int
+
+    @classmethod
+    def of(cls, spec: Spec, stay: tuple[int, ...] | None) -> "_Tokens":
+        number = spec.block_inputs[0].tokens if spec.num_prefix_tokens else 0
+        read = spec.num_read_tokens
+        return cls(number, stay, read)
+
+    def of_small(self, rows: jax.Array) -> jax.Array:
+        if self.stay is None:
+            return rows
+        by_image = rows.reshape(-1, self.number, rows.shape[-1])
+        return by_image[:, np.array(self.stay)].reshape(-1, rows.shape[-1])
+
+    def weights(self, mask: jax.Array, num_rows: int) -> jax.Array:
+        """The weight of each row [M] of images with the mask [B]."""
+        tokens = num_rows // len(mask)
+        weights = np.ones(tokens, np.float32)
+        if self.read:
+            weights[: self.read] = PREFIX_SHARE * (tokens - self.read) / self.read
+        return (mask[:, None] * weights[None]).reshape(-1)
+
+
+def _part(block: Block, part: str) -> Block:
+    """The modules that a pass reads: equal halves of blocks then share a program."""
+    block = nnx.clone(block)
+    unread = {"frame": ("attn", "mlp"), "attention": ("mlp",)}.get(
+        part, ("attn", "downsample", "windows", "local_conv")
+    )
+    for name in unread:
+        setattr(block, name, None)
+    return block
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _embed(dense, small, mesh, normalize, dense_parameters, small_parameters, images):
+    def on_one_device(dense_parameters, small_parameters, images):
+        images = normalize(images).astype(jnp.float32)
+        networks = (
+            functional.merge(dense, _wide(dense_parameters)),
+            functional.merge(small, _wide(small_parameters)),
+        )
+        return Streams(*(network.embed(images) for network in networks))
+
+    shared = on_each_device(on_one_device, mesh, (WHOLE, WHOLE, SPLIT), SPLIT)
+    return shared(dense_parameters, small_parameters, images)
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3, 4))
+def _advance(
+    one_pass, dense, small, mesh, tokens, dense_parameters, small_parameters, streams, mask
+):
+    def on_one_device(dense_parameters, small_parameters, streams, mask):
+        blocks = (
+            functional.merge(dense, _wide(dense_parameters)),
+            functional.merge(small, _wide(small_parameters)),
+        )
+        streams, rows = one_pass(*blocks, streams, tokens.of_small)
+        weights = tokens.weights(mask, len(streams.small))
+        if one_pass is _leave:
+            sums = _errors(rows, weights)
+        else:
+            if one_pass in (_enter, _attend):
+                weights = blocks[1].cut(weights[:, None])[:, 0]  # nothing for what pads windows
+            sums = _sums(rows, weights)
+        return streams, jax.lax.psum(sums, AXES)
+
+    in_specs = (WHOLE, WHOLE, SPLIT, SPLIT)
+    shared = on_each_device(on_one_device, mesh, in_specs, (SPLIT, WHOLE))
+    return shared(dense_parameters, small_parameters, streams, mask)
+
+
+def _wide(parameters: functional.Parameters) -> functional.Parameters:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
+
+
+def _sums(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:
+    weighted = rows.inputs * weights[:, None]
+    return {
+        "count": weights.sum(),
+        "x": weighted.sum(0),
+        "t": weights @ rows.target,
+        "xx": jnp.matmul(weighted.T, rows.inputs, precision="highest"),
+        "xt": jnp.matmul(weighted.T, rows.target, precision="highest"),
+    }
+
+
+def _errors(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:
+    return {
+        "error": weights @ ((rows.target - rows.inputs) ** 2).sum(1),
+        "size": weights @ (rows.target**2).sum(1),
+    }
+
+
+def _of_this_process(array: jax.Array) -> np.ndarray:
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    parts = [np.asarray(shard.data) for shard in shards]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@by_the_first
+def _write_once(path: epath.Path, parameters: functional.Parameters) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.save({n: np.asarray(p) for n, p in parameters.items()}))
