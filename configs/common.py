@@ -13,7 +13,7 @@ from flora_jax.runs.settings import ENDING, PUBLISHED_STAGES, Settings
 SLIM_STAGES = ("pretrain", "slim", "evaluate", "report")
 FLORA_ON_SLIM_STAGES = ("pretrain", "slim", *PUBLISHED_STAGES[1:])
 IMPROVED_STAGES = ("pretrain", "calibrate", "filter", "supernet", "allocate", "search", *ENDING)
-MINUTES_STAGES = ("pretrain", "calibrate", "allocate", *ENDING)
+MINUTES_STAGES = ("pretrain", "compress", "finetune", "evaluate", "report")
 TRANSFER_STAGES = ("transfer", "evaluate", "report")
 
 NO_MIXING = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}  # for few epochs of small images

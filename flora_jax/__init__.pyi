@@ -2,6 +2,8 @@ from . import slim as slim
 from .closed_form.allocate import allocate as allocate
 from .closed_form.calibrate import Calibration as Calibration
 from .closed_form.calibrate import calibrate as calibrate
+from .closed_form.compress import compress as compress
+from .closed_form.refit import refit as refit
 from .data.normalize import Normalization as Normalization
 from .data.preprocessing import Preprocessing as Preprocessing
 from .evaluation.evaluate import EvaluationSet as EvaluationSet

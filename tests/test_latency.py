@@ -15,7 +15,7 @@ from flora_jax.flora.evolution import read_history
 from flora_jax.flora.extras import latency
 from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
 from flora_jax.methods import shared
-from flora_jax.runs.budgets import load_budgets, load_every_candidate, load_latency_table
+from flora_jax.runs.budgets import load_base, load_budgets, load_latency_table
 from flora_jax.runs.settings import Spending
 from flora_jax.runs.workdir import Run
 from tests.helpers.networks import TINY_SWIN
@@ -95,7 +95,7 @@ def test_search_spends_latency(tmp_path, capsys, monkeypatch):
     )
     flora.run(config, folder)
     run = Run.open(folder)
-    table, space = load_latency_table(run), load_every_candidate(run)
+    table, space = load_latency_table(run), run.settings.space.of(load_base(run))
     candidates = read_history(folder / "search/history.jsonl")
     costs = table.cost(np.array([candidate.genes for candidate in candidates]))
     assert [candidate.cost for candidate in candidates] == costs.tolist()

@@ -8,15 +8,16 @@ half block picks the choices of least loss within each budget.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from flora_jax.closed_form.allocate import least_loss
-from flora_jax.closed_form.calibrate import calibrate, image_batches, shared_by
+from flora_jax.closed_form.calibrate import BATCH_SIZE, calibrate, image_batches, shared_by
 from flora_jax.closed_form.reduce import (
     Heads,
     Shape,
@@ -28,14 +29,15 @@ from flora_jax.closed_form.reduce import (
     turned_qkv,
     unit_step,
 )
-from flora_jax.closed_form.refit import refit_to
+from flora_jax.closed_form.refit import RIDGE, refit_to
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.errors import InputError
 from flora_jax.models import functional
-from flora_jax.models.network import Block, Network
+from flora_jax.models.network import Network
 from flora_jax.models.spec import BlockSpec, Spec
 
-MOMENT_IMAGES, LOSS_IMAGES = 192, 64  # of those that are refitted to; docs/decisions.md
+Normalize = Callable[[jax.Array], jax.Array]
+MOMENT_IMAGES, LOSS_IMAGES = 128, 64  # of those that are refitted to; docs/decisions.md
 _STEPS = 8  # of a head dimension
 
 
@@ -66,15 +68,67 @@ def compress(model, images, *, macs):
     batches = image_batches(images, model.spec)
     budgets = [int(budget) for budget in np.atleast_1d(macs)]
     check_reachable(model.spec, budgets)
-    calibration = calibrate(model, first_images(batches, MOMENT_IMAGES))
-    orders = importance(model, calibration)
-    losses = choice_losses(model, orders, first_images(batches, LOSS_IMAGES))
-    plans = allocate_shapes(model.spec, losses, budgets)
-    found = []
-    for shapes in plans:
-        start = reduced(model, orders, shapes)
-        found.append(refit_to(start.spec, start, model, batches))
+    plans = Plans.of(model, batches)
+    found = [plans.network(shapes) for shapes in plans.shapes(budgets)]
     return found if np.ndim(macs) else found[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plans:
+    """What was measured about a dense network, from which one for any budget is made.
+
+    Attributes:
+      batches: of images that it is fitted to; `normalize` makes normalised ones of them.
+      orders, losses: of each block.
+    """
+
+    model: Network
+    batches: Sequence[np.ndarray]
+    orders: Sequence[tuple[Heads, Units]]
+    losses: Sequence["Losses"]
+    normalize: Normalize | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Network,
+        batches: Sequence[np.ndarray],
+        *,
+        normalize: Normalize | None = None,
+        directory: epath.Path | None = None,
+    ) -> "Plans":
+        """Measures on some of the images; `normalize` and `directory` are as in `calibrate`."""
+        some = first_images(batches, MOMENT_IMAGES)
+        parts = [some[start : start + BATCH_SIZE] for start in range(0, len(some), BATCH_SIZE)]
+        orders = importance(
+            model, calibrate(model, parts, directory=directory, normalize=normalize)
+        )
+        fewer = first_images(batches, LOSS_IMAGES)
+        losses = choice_losses(
+            model, orders, np.asarray((normalize or jnp.asarray)(jnp.asarray(fewer)))
+        )
+        return cls(model, batches, orders, losses, normalize)
+
+    def shapes(self, budgets: Sequence[int]) -> list[list[Shape]]:
+        """The shapes of all blocks for each budget of MACs. Raises as `compress`."""
+        check_reachable(self.model.spec, budgets)
+        return allocate_shapes(self.model.spec, self.losses, budgets)
+
+    def network(
+        self,
+        shapes: Sequence[Shape],
+        *,
+        ridge: float = RIDGE,
+        directory: epath.Path | None = None,
+    ) -> Network:
+        """The network of these shapes; the rest is as in `refit`."""
+        start = reduced(self.model, self.orders, shapes)
+        return refit_to(
+            *(start.spec, start, self.model, self.batches),
+            ridge=ridge,
+            directory=directory,
+            normalize=self.normalize,
+        )
 
 
 def first_images(batches: Sequence[np.ndarray], number: int) -> np.ndarray:
@@ -161,7 +215,7 @@ def _try(structure, mesh, parameters, tries, x, mask):
     """
 
     def on_one_device(parameters, tries, x, mask):
-        block: Block = functional.merge(structure, parameters)
+        block = functional.merge(structure, parameters)
         entered = block.entered(x)
 
         def attended(own):

@@ -110,8 +110,8 @@ def reduced_spec(spec: Spec, shapes: Sequence[Shape]) -> Spec:
         pairs = block.rotary_pairs
         if spec.rope_theta is not None and head_dim < block.head_dim:
             pairs = (tuple(range(head_dim // 2)),) * block.num_heads
-        shape = {"head_dim": head_dim, "mlp_dim": mlp_dim, "rotary_pairs": pairs}
-        blocks.append(dataclasses.replace(block, **shape))
+        cut = dataclasses.replace(block, head_dim=head_dim, mlp_dim=mlp_dim, rotary_pairs=pairs)
+        blocks.append(cut)
     return dataclasses.replace(spec, blocks=tuple(blocks))
 
 
@@ -287,13 +287,13 @@ def _cut_units(own: Arrays, block: BlockSpec, kept: np.ndarray) -> None:
 
 def _by_head(own: Arrays, block: BlockSpec) -> tuple[np.ndarray, np.ndarray]:
     """Kernels [3, H, C, d] and biases [3, H, d] of query, key and value, float64."""
-    kernel = own["attn.qkv.kernel"].astype(float)
     split = (3, block.num_heads, block.head_dim)
-    bias, size = own.get("attn.qkv.bias", np.zeros(0)), block.attention_dim
-    if len(bias) < 3 * size:
-        parts = list(np.split(bias, 2)) if len(bias) else [np.zeros(size)] * 2
-        bias = np.concatenate([parts[0], np.zeros(size), parts[1]])
-    return kernel.reshape(-1, *split).transpose(1, 2, 0, 3), bias.astype(float).reshape(split)
+    kernel = own["attn.qkv.kernel"].astype(float).reshape(-1, *split).transpose(1, 2, 0, 3)
+    bias, stored = np.zeros(split), own.get("attn.qkv.bias")
+    if stored is not None:
+        has_key = len(stored) == bias.size
+        bias[[0, 1, 2] if has_key else [0, 2]] = stored.reshape(-1, *split[1:])
+    return kernel, bias
 
 
 def of_one_block(parameters: Mapping, number: int) -> Arrays:

@@ -1,11 +1,15 @@
-"""Closed form (ours): ranks allocated by measured sensitivity, without labels or training.
+"""Closed form (ours): smaller in minutes, without labels or training.
 
-The factors are weighed by the second moments of what enters each layer, every choice of a layer is
-tried on unlabelled images, and a knapsack over blocks picks the ranks of least total sensitivity
-for each budget. `configs/minutes.py` runs this; FLORA's `improved` starts from it.
+Head dimensions and MLP widths are allocated together for each budget, cut by second moments, and
+all layers are fitted to the dense network's activations (`flora_jax/closed_form/compress.py`);
+fine-tuning may follow. `configs/minutes.py` runs this, and `configs/yours.py` with longer training.
+
+FLORA's `improved` takes two steps of here: factors weighed by what enters each layer, and ranks
+allocated by measured sensitivity.
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ from etils import epath
 
 from flora_jax.closed_form.allocate import allocate_by, full_rank_sensitivity
 from flora_jax.closed_form.calibrate import calibrate
+from flora_jax.closed_form.compress import Plans
 from flora_jax.closed_form.sensitivity import Sensitivity
 from flora_jax.cluster.processes import by_the_first, wait_for_all
 from flora_jax.flora.extras.latency import LatencyTable
@@ -28,20 +33,52 @@ from flora_jax.runs.budgets import ALLOCATION_FILE, budgets_of
 from flora_jax.runs.settings import (
     AllocationSettings,
     CalibrationSettings,
+    CompressionSettings,
     SpaceSettings,
     Spending,
 )
 from flora_jax.runs.workdir import Result, Run, SavedJson, SavedSupernet, Step
+from flora_jax.weights import folder
+
+log = logging.getLogger(__name__)
 
 
 def closed_form(run: Run) -> None:
-    """Calibrate, allocate, cut out and fine-tune."""
+    """Allocate, cut and fit, then fine-tune."""
     dense = shared.start(run)
     base = slim_where_named(run, dense)
-    supernet = calibrated(run, base, otherwise=shared.inherited(run, base))
-    latency = shared.latency_table(run, run.derived(_space_of, supernet))
-    found = allocated(run, supernet, base, latency)
-    shared.cut_and_finish(run, base, supernet, supernet, found, None, latency)
+    cut = run.step(
+        "compress",
+        compress_to_budgets,
+        *(base, run.spec, run.settings.spending, run.settings.compression),
+    )
+    shared.tune_and_finish(run, base, cut)
+
+
+def compress_to_budgets(
+    step: Step, base: Network, dense: Spec, spending: Spending, settings: CompressionSettings
+) -> None:
+    """closed form: cuts heads and MLPs, and fits what is left, for each budget"""
+    images, budgets = step.images, budgets_of(spending, dense)
+    normalize = images.train_set.normalization
+    batches = list(images.without_augmentation(settings.images, "compress"))
+    plans = Plans.of(base, batches, normalize=normalize, directory=step.directory / "calibration")
+    for budget in budgets:
+        place = step.directory / budget.folder("subnet")
+        if (place / folder.SPEC_FILE).exists():
+            continue
+        shapes = plans.shapes([budget.window[1]])[0]
+        model = plans.network(
+            shapes, ridge=settings.ridge, directory=step.directory / f"{place.name}_blocks"
+        )
+        log.info(
+            "%s: %.1f %% of the multiply-adds; heads of %s dimensions, MLPs of %s units",
+            *(budget.name("subnet"), 100 * model.spec.macs() / dense.macs()),
+            *(", ".join(str(size) for size in sizes) for sizes in zip(*shapes, strict=True)),
+        )
+        folder.save_once(model, place)
+        _delete_once(step.directory / f"{place.name}_blocks")
+    _delete_once(step.directory / "calibration")
 
 
 def calibrated(run: Run, base: Result, otherwise: Result) -> Result:
@@ -64,10 +101,6 @@ def allocated(run: Run, supernet: Result, base: Result, latency: Result | None) 
         *(supernet, base, run.spec, settings.spending, latency, settings.allocation),
         saved=SavedJson(ALLOCATION_FILE),
     )
-
-
-def _space_of(supernet: Supernet):
-    return supernet.space
 
 
 def allocate_ranks(

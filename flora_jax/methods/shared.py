@@ -154,6 +154,15 @@ def cut_and_finish(
         *(latency, winners, allocated, kinds),
     )
     alone = settings.supernet if uniform == "alone" else None
+    tune_and_finish(run, base, cut, latency, alone)
+
+
+def tune_and_finish(
+    run: Run, base: Result, cut: Result, latency: Result | None = None, alone: Recipe | None = None
+) -> None:
+    """Fine-tune what was cut out, and finish."""
+    settings = run.settings
+    kinds = tuple(extracted_kinds(settings))
     tuned = run.step(
         "finetune",
         fine_tune,
@@ -231,7 +240,7 @@ def fine_tune(
             name = budget.folder(kind)
             if (workdir / name / folder.SPEC_FILE).exists():
                 continue
-            model = folder.load_model(workdir / "extract" / name)
+            model = folder.load_model(workdir / step.run.settings.cuts_by / name)
             if kind == "allocated" and model.spec == folder.load_spec(workdir / twin):
                 folder.save_once(folder.load_model(workdir / twin), workdir / name)
                 continue

@@ -100,7 +100,7 @@ def script_of(settings: Settings) -> Script:
     return max((transfer, slim, closed_form, flora), key=count)
 
 
-_NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract"}}
+_NEEDED = {"extract": {"allocate", "search"}, "finetune": {"extract", "compress"}}
 
 
 def check_stages(this_run: Run, stage: str | None = None) -> None:

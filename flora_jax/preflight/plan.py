@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flora_jax.closed_form.compress import MOMENT_IMAGES
 from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.io.paths import is_url
 from flora_jax.models.spec import Spec
@@ -25,6 +26,7 @@ from flora_jax.training.settings import Recipe
 # products of a training step, the rest are the optimiser, what lies between products, and decoding.
 _TRAIN, _CALIBRATE = 4.5, 3
 _BYTES = 4  # of a parameter
+_REFIT = 2.4  # forward passes of the dense network that a refit takes, at half of its MACs
 _CHECKPOINT = 3  # copies of the parameters in it: themselves and AdamW's two moments
 _KEPT_CHECKPOINTS = 2
 _ROUNDS = 6  # of exchanges, from both starts together
@@ -76,6 +78,11 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             yield training(stage, f"{blocks} local supernets", recipe, 1, part, blocks)
             triples = sum(len(kept) for kept in space.kept)
             yield Work(stage, f"{triples} triples scored", heldout, 1, 0, triples * heldout / 2)
+        elif stage == "compress":
+            number = min(settings.compression.images, num_train)
+            moments = min(number, MOMENT_IMAGES)
+            passes = _CALIBRATE * moments + len(budgets) * _REFIT * number
+            yield Work(stage, f"fitted at {len(budgets)} budgets", number, 1, 0, passes)
         elif stage == "allocate":
             number = min(settings.allocation.images, num_train + heldout)
             # Half of the images: half a network for each choice, and some rounds of neighbours.
@@ -107,7 +114,7 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     supernet, dense = spec.num_params() + wider, spec.num_params()
     share = sum(sum(window) / 2 for window in settings.budget.windows("macs"))
     models = dense + 2 * len(extracted_kinds(settings)) * share * dense
-    models += len(settings.export) * (share if "extract" in settings.stages else 1) * dense
+    models += len(settings.export) * (share if settings.cuts_by else 1) * dense
     trained = supernet if settings.trains_supernet else dense
     checkpoints = _KEPT_CHECKPOINTS * _CHECKPOINT * trained
     return round(_BYTES * (models + (1 + settings.trains_supernet) * supernet + checkpoints))

@@ -18,13 +18,14 @@ from flora_jax.flora.evolution import read_history
 from flora_jax.io.files import matching, read_json
 from flora_jax.io.json_lines import read_lines, read_records
 from flora_jax.io.paths import as_text
+from flora_jax.models.spec import Spec
 from flora_jax.report import table
 from flora_jax.report.classes import Confusion, class_rows, confusions
 from flora_jax.runs.budgets import (
     LATENCY_FILE,
     finished_models,
+    load_base,
     load_budgets,
-    load_every_candidate,
     load_uniform_ranks,
 )
 from flora_jax.runs.images import Images
@@ -155,11 +156,14 @@ def _is_budget_known(run: Run) -> bool:
 
 def _costs(run: Run) -> Rows:
     """Costs of the models that are there already, though nothing is evaluated."""
-    if "extract" in run.settings.stages and not _is_budget_known(run):
+    if run.settings.cuts_by and not _is_budget_known(run):
         return ()
     rows = []
     for _, name, path, _ in finished_models(run):
-        folders = (run.folder / path, run.folder / "extract" / path)  # the latter before training
+        folders = (
+            run.folder / path,
+            run.folder / run.settings.cuts_by / path,
+        )  # the latter before training
         if found := next((folder for folder in folders if (folder / SPEC_FILE).exists()), None):
             spec = load_spec(found)
             rows.append([name, *map(table.human_count, (spec.macs(), spec.num_params()))])
@@ -170,7 +174,7 @@ def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:
     cost, unit = ("ms", 1e6) if run.settings.spends_latency else ("macs", 1)
     shown, history = quality_of(run.spec).shown, run.folder / _HISTORY_FILE
     found = [c for c in (read_history(history) if read_lines(history) else []) if c.has_seen_all]
-    budgets = load_budgets(run) if run.settings.finds_ranks and _is_budget_known(run) else []
+    budgets = load_budgets(run) if run.settings.cuts_by and _is_budget_known(run) else []
     data: dict[str, Any] = {
         "metric": shown,
         "cost": cost,
@@ -187,19 +191,30 @@ def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:
             shown.name: [candidate.metrics[shown.name] for candidate in found],
             "generation": [candidate.generation for candidate in found],
         }
-    places = {b.name("subnet"): run.folder / "extract" / b.folder("subnet") for b in budgets}
+    cut = run.folder / run.settings.cuts_by
+    places = {b.name("subnet"): cut / b.folder("subnet") for b in budgets}
     if not places or not all((place / SPEC_FILE).exists() for place in places.values()):
         return data
     specs = {name: load_spec(place) for name, place in places.items()}
-    space = load_every_candidate(run)
     macs = ", ".join(table.human_count(spec.macs()) for spec in specs.values())
     data["savings"] = f"{macs} of {table.human_count(run.spec.macs())} multiply-adds"
+    if run.settings.cuts_by == "compress":
+        data["ranks"] = {name: _widths(spec) for name, spec in specs.items()}
+        data["full_ranks"] = _widths(load_base(run))
+        return data
     data["ranks"] = {name: spec.ranks for name, spec in specs.items()}
-    full_ranks = data["full_ranks"] = [layer.full_rank for layer in space.spec.layers]
-    if run.settings.uniform_baseline != "none":
+    full_ranks = data["full_ranks"] = [layer.full_rank for layer in load_base(run).layers]
+    if run.settings.has_uniform_baseline:
         ranks = load_uniform_ranks(run)
         data["uniform_ratios"] = [of_budget[0] / full_ranks[0] for of_budget in ranks]
     return data
+
+
+def _widths(spec: Spec) -> list[int]:
+    """Dimensions of a head, and units of the MLP for fc1 and fc2, of each block."""
+    return [
+        width for block in spec.blocks for width in (block.head_dim, block.mlp_dim, block.mlp_dim)
+    ]
 
 
 def _curves(run: Run) -> dict[str, Any]:

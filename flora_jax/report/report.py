@@ -25,7 +25,7 @@ def report(run: Run, images: Images | None) -> None:
     if data.slimming:
         title = f"{data.name}: gates and what they leave"
         files["slim.png"] = png(sheet(slim_panels(data.slimming), title))
-    if "extract" in run.settings.stages:
+    if run.settings.cuts_by:
         title = f"{data.name}: {data.savings}" if data.savings else data.name
         files["report.png"] = png(sheet(panels_of(data), title))
     files["report.html"] = render(data).encode(errors="replace")

@@ -19,7 +19,7 @@ from flora_jax.errors import InputError
 from flora_jax.evaluation.quality import COSINE
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
-from flora_jax.runs.settings import ENDING, Settings
+from flora_jax.runs.settings import Settings
 from flora_jax.weights.metadata.class_names import read_class_names
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
 from flora_jax.weights.metadata.spec import read_spec, spec_of_config
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 # Epochs and learning rate of each training that the rules pass through (docs/decisions.md).
 _MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 5e-4)}
 _MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4), "finetune": (16.0, 5e-4)}
+_STAGES = ("pretrain", "compress", "finetune", "evaluate", "report")
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 _MOST_THREADS = 16
 _MEASURED_IMAGES, _MEASURED_BATCH = 2000, 64
@@ -78,7 +79,7 @@ def closed(config: Mapping) -> dict[str, Any]:
             f"{num_images - num_train} to choose by; at least {_LEAST_IMAGES} are needed"
         )
     found: dict[str, Any] = {
-        "stages": _stages(spec),
+        "stages": _STAGES,
         "train_pretrained": not has_classifier,
         "data.heldout_fraction": share,
         "data.heldout_by": _heldout_by(values["data"]["name"], num_images),
@@ -136,17 +137,6 @@ def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
 def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
     """Whether the classes that the weights know are these, as far as names are known."""
     return not (known and names) or list(map(str.lower, known)) == list(map(str.lower, names))
-
-
-def _stages(spec: Spec) -> tuple[str, ...]:
-    """Without the filter, for which few images are too few.
-
-    With a classifier ranks are allocated without training a supernet or searching one: fine-tuned,
-    they come as far, in two thirds of the time (docs/decisions.md).
-    """
-    if spec.num_classes:
-        return ("pretrain", "calibrate", "allocate", *ENDING)
-    return ("pretrain", "calibrate", "supernet", "allocate", "search", *ENDING)
 
 
 def _what(spec: Spec) -> str:

@@ -114,14 +114,14 @@ def uniform_ranks(
 def load_uniform_ranks(run: Run) -> list[tuple[int, ...]]:
     """The same of a run that has found its subnets."""
     found = load_found(run, winners_file(run.settings))
-    space = load_every_candidate(run)
+    space = run.settings.space.of(load_base(run))
     return uniform_ranks(load_budgets(run), found, space, run.settings.spends_latency)
 
 
-def load_every_candidate(run: Run) -> RankSpace:
-    """Every rank triple of the model that FLORA compresses."""
+def load_base(run: Run) -> Spec:
+    """The spec of the model that is compressed."""
     base = "slim" if "slim" in run.settings.stages else "dense"
-    return run.settings.space.of(load_spec(run.folder / base))
+    return load_spec(run.folder / base)
 
 
 class Finished(NamedTuple):
@@ -139,12 +139,12 @@ def finished_models(run: Run) -> Iterator[Finished]:
     for stage, kind in (("pretrain", "dense"), ("slim", "slim"), ("transfer", "transfer")):
         if stage in stages:
             yield Finished(kind, kind, kind, None)
-    if "extract" in stages:
+    if settings.cuts_by:
         for budget in load_budgets(run):
             for kind in extracted_kinds(settings):
                 folder = budget.folder(kind)
                 if "finetune" not in stages:
-                    folder = f"extract/{folder}"
+                    folder = f"{settings.cuts_by}/{folder}"
                 yield Finished(kind, budget.name(kind), folder, budget)
 
 
@@ -159,6 +159,6 @@ def extracted_kinds(settings: Settings) -> list[str]:
     kinds = ["subnet"]
     if {"allocate", "search"} <= set(settings.stages):
         kinds.append("allocated")
-    if settings.uniform_baseline != "none":
+    if settings.has_uniform_baseline:
         kinds.append("uniform")
     return kinds

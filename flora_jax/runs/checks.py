@@ -12,6 +12,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 import jax
 import numpy as np
 
+from flora_jax.closed_form.compress import check_reachable
 from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.cluster.processes import is_first
 from flora_jax.errors import InputError, MissingFileError
@@ -155,6 +156,9 @@ def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
     """
     if settings.finds_ranks:
         _check_macs(settings, dense, settings.space.of(base))
+    elif settings.cuts_by:
+        budgets = budgets_of(settings.spending, dense)
+        check_reachable(base, [budget.window[1] for budget in budgets])
 
 
 def check_with_results(run: Run, to_redo: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from flora_jax.closed_form.calibrate import SHRINKAGE
+from flora_jax.closed_form.refit import RIDGE
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.decoding import MAX_MEGAPIXELS
 from flora_jax.data.normalize import Normalization
@@ -141,6 +142,25 @@ class AllocationSettings:
 
     def __post_init__(self):
         check_at_least(self, 1, "images")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionSettings:
+    """The closed form (`flora_jax.compress`), where the stages name it.
+
+    Attributes:
+      images: of the training split, without augmentation, that the smaller network is fitted to;
+        fewer where there are fewer.
+      ridge: as in `flora_jax.refit`.
+    """
+
+    images: int = 1024
+    ridge: float = RIDGE
+
+    def __post_init__(self):
+        check_at_least(self, 1, "images")
+        if not self.ridge > 0:
+            raise InputError(f"ridge must be above 0, got {self.ridge}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +343,7 @@ class DataSettings:
 
 
 UNIFORM_BASELINES = ("supernet", "alone", "none")
-_MODEL_STAGES = {"pretrain", "transfer", "slim", "extract"}
+_MODEL_STAGES = {"pretrain", "transfer", "slim", "extract", "compress"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +401,7 @@ class Settings:
     budget: BudgetSettings = BudgetSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     allocation: AllocationSettings = AllocationSettings()
+    compression: CompressionSettings = CompressionSettings()
     supernet_sampling: str = "low_rank_aware"
     uniform_baseline: str = "supernet"
     metric: str = ""
@@ -402,7 +423,7 @@ class Settings:
         if "transfer" in self.stages and self.finetune.distill:
             raise InputError("finetune.distill must be False: nobody teaches the new classes")
         share, high = self.slim.budget.macs, self.budget.windows("macs")[-1][1]
-        if "slim" in self.stages and self.finds_ranks and 0 < share < high:
+        if "slim" in self.stages and self.cuts_by and 0 < share < high:
             raise InputError(
                 f"slim.budget.macs {share} is below the subnet's, {high}: the slimmed model must "
                 f"leave something to save"
@@ -434,6 +455,15 @@ class Settings:
     def finds_ranks(self) -> bool:
         """Whether a stage chooses ranks for a budget."""
         return bool({"allocate", "search"} & set(self.stages))
+
+    @property
+    def cuts_by(self) -> str:
+        """The stage that cuts subnets out, and the folder that it leaves them in; "" for none."""
+        return next((stage for stage in ("extract", "compress") if stage in self.stages), "")
+
+    @property
+    def has_uniform_baseline(self) -> bool:
+        return "extract" in self.stages and self.uniform_baseline != "none"
 
     @property
     def spending(self) -> "Spending":
