@@ -1,7 +1,8 @@
 """Compression in closed form (ours): head dimensions and MLP widths allocated together, then refit.
 
 The loss of a choice is the squared error that it alone makes in the output of its half of a block,
-relative to the variance of the residual stream behind that block: one currency for all choices.
+relative to the size of each token in the residual stream behind that block, which is what the next
+norm makes of it: one currency for all choices.
 That of a head dimension is measured by running the block's attention with it, that of an MLP width
 is what a new fc2 cannot mend (`reduce`). They are taken to add up, and a knapsack with one group a
 half block picks the choices of least loss within each budget.
@@ -29,7 +30,7 @@ from flora_jax.closed_form.reduce import (
     turned_qkv,
     unit_step,
 )
-from flora_jax.closed_form.refit import RIDGE, refit_to
+from flora_jax.closed_form.refit import RIDGE, refit_to, token_weights
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.errors import InputError
 from flora_jax.models import functional
@@ -176,15 +177,15 @@ def choice_losses(
         tries = [_with_head_dim(of_block, block, heads, dim) for dim in head_dims(spec, block)[:-1]]
         stacked = {name: np.stack([each[name] for each in tries]) for name in (tries or [{}])[0]}
         block_structure, of_module = functional.split(module)
-        x, sums = _try(block_structure, mesh, *replicate((of_module, stacked), mesh), x, mask)
-        total, square, errors, squared_errors = (np.asarray(s, float) for s in sums)
-        count = float(mask.sum()) * spec.block_inputs[number].tokens
-        variance = (square.sum() - (total**2).sum() / count) / count
-        of_heads = (squared_errors.sum(1) - (errors**2).sum(1) / count) / count
+        shared = replicate((of_module, stacked), mesh)
+        x, sums = _try(block_structure, mesh, spec.num_read_tokens, *shared, x, mask)
+        count, inverse, *of_errors = (np.asarray(s, float) for s in sums)
+        square, weighed, total = of_errors
+        mean = total / count
+        of_heads = square - 2 * (mean * weighed).sum(1) + (mean**2).sum(1) * inverse
         of_units = dict(zip(units.left.tolist(), units.loss.tolist(), strict=True))
         left = np.array([of_units[width] for width in mlp_dims(block)])
-        scale = max(variance, np.finfo(np.float32).tiny)
-        found.append(Losses(np.append(of_heads, 0.0) / scale, left / scale))
+        found.append(Losses(np.append(of_heads, 0.0) / count, left * inverse / count))
     return found
 
 
@@ -205,13 +206,15 @@ def _embed(structure, mesh, parameters, images):
     return on_each_device(on_one_device, mesh, (WHOLE, SPLIT), SPLIT)(parameters, images)
 
 
-@jax.jit(static_argnums=(0, 1))
-def _try(structure, mesh, parameters, tries, x, mask):
-    """Takes tokens through a block; sums over its output, and over the errors of its attention.
+@jax.jit(static_argnums=(0, 1, 2))
+def _try(structure, mesh, num_read, parameters, tries, x, mask):
+    """Takes tokens through a block, and sums over the errors of its attention.
+
+    With a weight w and the size u = 1 / |output - mean|^2 of each token, and e its error:
 
     Returns:
-      the output [B*N, D], and sums [D] of it and of its square, [K, D] of the error and its square
-      at each of K kernels of qkv in `tries`.
+      the output [B*N, D], the sums of w and of w u, and for each of K kernels of qkv in `tries` the
+      sums of w u |e|^2 [K], of w u e and of w e [K, D].
     """
 
     def on_one_device(parameters, tries, x, mask):
@@ -222,15 +225,20 @@ def _try(structure, mesh, parameters, tries, x, mask):
             own = functional.merge(structure, parameters | own)
             return own.after_attention(entered, own.attn(own.attention_input(entered)))
 
-        def sums(tokens):
-            rows = tokens.reshape(len(mask), -1, tokens.shape[-1]) * mask[:, None, None]
-            return rows.sum((0, 1)), (rows * rows).sum((0, 1))
-
         whole = attended({})
         out = block.mlp_half(block.convolved(whole))
-        errors = jax.lax.map(lambda own: sums(attended(own) - whole), tries) if tries else ()
-        errors = errors or (jnp.zeros((0, x.shape[-1])),) * 2
-        return out, jax.lax.psum((*sums(out), *errors), AXES)
+        w = token_weights(mask, len(whole), num_read)
+        mean = jax.lax.psum(w @ out, AXES) / jax.lax.psum(w.sum(), AXES)
+        size = ((out - mean[None]) ** 2).sum(1)
+        wu = w / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+
+        def sums(own):
+            error = attended(own) - whole
+            return wu @ (error**2).sum(1), wu @ error, w @ error
+
+        errors = (jnp.zeros(0), *(jnp.zeros((0, x.shape[-1])),) * 2)
+        errors = jax.lax.map(sums, tries) if tries else errors
+        return out, jax.lax.psum((w.sum(), wu.sum(), *errors), AXES)
 
     shared = on_each_device(on_one_device, mesh, (WHOLE, WHOLE, SPLIT, SPLIT), (SPLIT, WHOLE))
     return shared(parameters, tries, x, mask)

@@ -270,10 +270,8 @@ def turned_qkv(own: Arrays, block: BlockSpec, turns: Sequence[np.ndarray]) -> Ar
     kernel = kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
     turned = {"attn.qkv.kernel": kernel.astype(own["attn.qkv.kernel"].dtype)}
     if (stored := own.get("attn.qkv.bias")) is not None:
-        has_key = len(stored) == 3 * block.attention_dim
-        turned["attn.qkv.bias"] = (
-            bias[[0, 1, 2] if has_key else [0, 2]].ravel().astype(stored.dtype)
-        )
+        parts = [0, 1, 2] if len(stored) == 3 * block.attention_dim else [0, 2]
+        turned["attn.qkv.bias"] = bias[parts].ravel().astype(stored.dtype)
     return turned
 
 
@@ -289,10 +287,11 @@ def _by_head(own: Arrays, block: BlockSpec) -> tuple[np.ndarray, np.ndarray]:
     """Kernels [3, H, C, d] and biases [3, H, d] of query, key and value, float64."""
     split = (3, block.num_heads, block.head_dim)
     kernel = own["attn.qkv.kernel"].astype(float).reshape(-1, *split).transpose(1, 2, 0, 3)
-    bias, stored = np.zeros(split), own.get("attn.qkv.bias")
+    bias: np.ndarray = np.zeros(split)
+    stored = own.get("attn.qkv.bias")
     if stored is not None:
         has_key = len(stored) == bias.size
-        bias[[0, 1, 2] if has_key else [0, 2]] = stored.reshape(-1, *split[1:])
+        bias[[0, 1, 2] if has_key else [0, 2]] = stored.reshape(-1, block.num_heads, block.head_dim)
     return kernel, bias
 
 

@@ -430,13 +430,17 @@ class _Tokens:
         by_image = rows.reshape(-1, self.number, rows.shape[-1])
         return by_image[:, np.array(self.stay)].reshape(-1, rows.shape[-1])
 
-    def weights(self, mask: jax.Array, num_rows: int) -> jax.Array:
-        """The weight of each row [M] of images with the mask [B]."""
-        tokens = num_rows // len(mask)
-        weights = np.ones(tokens, np.float32)
-        if self.read:
-            weights[: self.read] = PREFIX_SHARE * (tokens - self.read) / self.read
-        return (mask[:, None] * weights[None]).reshape(-1)
+
+def token_weights(mask: jax.Array, num_rows: int, read: int) -> jax.Array:
+    """The weight of each row [M] of images with the mask [B].
+
+    The first `read` tokens of an image weigh a share of all others together.
+    """
+    tokens = num_rows // len(mask)
+    weights = np.ones(tokens, np.float32)
+    if read:
+        weights[:read] = PREFIX_SHARE * (tokens - read) / read
+    return (mask[:, None] * weights[None]).reshape(-1)
 
 
 def _part(block: Block, part: str) -> Block:
@@ -474,7 +478,7 @@ def _advance(
             functional.merge(small, _wide(small_parameters)),
         )
         streams, rows = one_pass(*blocks, streams, tokens.of_small)
-        weights = tokens.weights(mask, len(streams.small))
+        weights = token_weights(mask, len(streams.small), tokens.read)
         if one_pass is _leave:
             sums = _errors(rows, weights)
         else:
