@@ -1,11 +1,13 @@
-"""A smaller model in minutes, out of weights and a few unlabelled images.
+"""A smaller model in minutes, out of weights and a few hundred unlabelled images.
 
     python -m flora_jax.main --config=configs/minutes.py --workdir=runs/minutes \
         --config.pretrained=deit_base_patch16_224.safetensors --config.data.name=images:PATH
 
-PATH is any folder of images like those that the model will see. One epoch of distillation from the
-dense model follows; --config.finetune.epochs=0 leaves it out, more make it better.
---config.budget.macs="((0.4,0.45),(0.6,0.65))" makes a model for each of several budgets.
+PATH is any folder of images like those that the model will see. Head dimensions and MLP widths are
+chosen together and all layers are fitted to the dense model's activations, in closed form. One
+epoch of distillation from the dense model follows; --config.finetune.epochs=0 leaves it out, more
+make it better. --config.budget.macs="((0.4,0.45),(0.6,0.65))" makes a model for each of several
+budgets.
 
 On a laptop, in seconds, with a tiny model and the bundled digits:
 

@@ -4,7 +4,9 @@ The loss of a choice is the squared error that it alone makes in the output of i
 relative to the size of each token in the residual stream behind that block, which is what the next
 norm makes of it: one currency for all choices.
 That of a head dimension is measured by running the block's attention with it, that of an MLP width
-is what a new fc2 cannot mend (`reduce`). They are taken to add up, and a knapsack with one group a
+is what a new fc2 cannot mend (`reduce`). The refit mends more of some blocks' losses than of
+others', by how much is not known before: so the losses of a block are held halfway, in the
+geometric mean, to those of all blocks. They are taken to add up, and a knapsack with one group a
 half block picks the choices of least loss within each budget.
 """
 
@@ -250,7 +252,9 @@ def allocate_shapes(
     """The shapes of all blocks of least total loss within each budget of MACs."""
     costs = _choice_costs(spec)
     least = _floor(spec).macs()
-    groups = [group for own in losses for group in (own.heads, own.units)]
+    of_heads = _held_together([head_dims(spec, b) for b in spec.blocks], [x.heads for x in losses])
+    of_units = _held_together([mlp_dims(b) for b in spec.blocks], [x.units for x in losses])
+    groups = [group for pair in zip(of_heads, of_units, strict=True) for group in pair]
     picks = least_loss(groups, costs, np.array(budgets) - least)
     return [
         [
@@ -258,6 +262,18 @@ def allocate_shapes(
             for block, (heads, units) in zip(spec.blocks, pick.reshape(-1, 2), strict=True)
         ]
         for pick in picks
+    ]
+
+
+def _held_together(
+    choices: Sequence[Sequence[int]], losses: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The geometric mean of each block's losses and those of all blocks at the same shares."""
+    shares = [np.array(own) / own[-1] for own in choices]
+    curves = list(zip(shares, losses, strict=True))
+    return [
+        np.sqrt(loss * np.mean([np.interp(share, *curve) for curve in curves], axis=0))
+        for share, loss in curves
     ]
 
 

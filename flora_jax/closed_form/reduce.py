@@ -268,7 +268,7 @@ def turned_qkv(own: Arrays, block: BlockSpec, turns: Sequence[np.ndarray]) -> Ar
     kernel = np.stack([kernel @ turn for kernel, _, turn in pairs])  # [3, H, C, r]
     bias = np.stack([(bias[:, None] @ turn)[:, 0] for _, bias, turn in pairs])
     kernel = kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
-    turned = {"attn.qkv.kernel": kernel.astype(own["attn.qkv.kernel"].dtype)}
+    turned: Arrays = {"attn.qkv.kernel": kernel.astype(own["attn.qkv.kernel"].dtype)}
     if (stored := own.get("attn.qkv.bias")) is not None:
         parts = [0, 1, 2] if len(stored) == 3 * block.attention_dim else [0, 2]
         turned["attn.qkv.bias"] = bias[parts].ravel().astype(stored.dtype)
