@@ -126,7 +126,7 @@ def refit_to(
         for number, (blank, begun, dense) in enumerate(
             zip(network.blocks, start.blocks, model.blocks, strict=True)
         ):
-            tokens = spec.blocks[number].tokens
+            tokens = _Tokens.of(model.spec, spec, number)
             file = folder and folder / f"block_{number:03d}.safetensors"
             if file is not None and file.exists():
                 found = safetensors.load(file.read_bytes())
@@ -177,8 +177,10 @@ def _check_pair(small: Spec, dense: Spec) -> None:
             f"blocks of widths {sorted(set(widths[0]))}, the dense one {depths[1]} of "
             f"{sorted(set(widths[1]))}"
         )
-    if any(rank is not None for rank in dense.ranks) or any(b.tokens for b in dense.blocks):
-        raise InputError("the network to fit to must be dense: it has ranks, or tokens that left")
+    if any(rank is not None for rank in dense.ranks):
+        raise InputError("the network to fit to must be dense, but it has low-rank layers")
+    for number in range(len(dense.blocks)):
+        _Tokens.of(dense, small, number)
 
 
 def _with_dense_kernels(small: Network, model: Network) -> Network:
@@ -266,7 +268,7 @@ def _fit_block(
     blank: Block,
     begun: Block,
     dense: Block,
-    tokens: tuple[int, ...] | None,
+    tokens: "_Tokens",
     states: "_HiddenStates",
     ridge: float,
 ) -> Block:
@@ -347,7 +349,7 @@ class _HiddenStates:
         batches: Sequence[np.ndarray],
         normalize: Callable[[jax.Array], jax.Array],
     ):
-        self._mesh, self._spec = make_mesh(), model.spec
+        self._mesh = make_mesh()
         self._masks: list[jax.Array] = []
         self._in_memory: list[list[np.ndarray]] = []
         widest = max(into.width * into.tokens for into in model.spec.block_inputs)
@@ -392,14 +394,14 @@ class _HiddenStates:
         one_pass: Callable,
         dense: Block,
         small: Block,
-        tokens: tuple[int, ...] | None,
+        tokens: "_Tokens",
         part: str,
     ) -> _Sums:
         """Takes all streams through one pass, and sums over its rows, float64."""
         (of_dense, dense_parameters), (of_small, small_parameters) = (
             functional.split(_part(block, part)) for block in (dense, small)
         )
-        static = (one_pass, of_dense, of_small, self._mesh, _Tokens.of(self._spec, tokens))
+        static = (one_pass, of_dense, of_small, self._mesh, tokens)
         parameters = [replicate(p, self._mesh) for p in (dense_parameters, small_parameters)]
         total: _Sums = {}
         for number, mask in enumerate(self._masks):
@@ -412,19 +414,34 @@ class _HiddenStates:
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """Which tokens of an image stay in the smaller network, and how many in front are read."""
+    """The tokens of a block: which of the dense network's stay, and how many in front are read.
+
+    Attributes:
+      number: of an image's tokens in the dense network.
+      stay: positions among these; None for all of them.
+    """
 
     number: int
     stay: tuple[int, ...] | None
     read: int
 
     @classmethod
-    def of(cls, spec: Spec, stay: tuple[int, ...] | None) -> "_Tokens":
-        number = spec.block_inputs[0].tokens if spec.num_prefix_tokens else 0
-        read = spec.num_read_tokens
-        return cls(number, stay, read)
+    def of(cls, dense: Spec, small: Spec, block: int) -> "_Tokens":
+        """Raises InputError where the smaller network has tokens that the dense one lacks."""
+        number = dense.block_inputs[block].tokens
+        kept, every = small.blocks[block].tokens, dense.blocks[block].tokens
+        if kept == every:
+            return cls(number, None, dense.num_read_tokens)
+        places = {token: place for place, token in enumerate(every or range(number))}
+        if kept is None or not places.keys() >= set(kept):
+            raise InputError(
+                f"block {block} of the smaller network works on tokens that have left the network "
+                f"that it is fitted to"
+            )
+        return cls(number, tuple(places[token] for token in kept), dense.num_read_tokens)
 
     def of_small(self, rows: jax.Array) -> jax.Array:
+        """The rows of the tokens that stay."""
         if self.stay is None:
             return rows
         by_image = rows.reshape(-1, self.number, rows.shape[-1])

@@ -422,6 +422,11 @@ class Settings:
             raise InputError("pretrain.distill must be False: the dense model has no teacher")
         if "transfer" in self.stages and self.finetune.distill:
             raise InputError("finetune.distill must be False: nobody teaches the new classes")
+        if "compress" in self.stages and self.search.budget != "macs":
+            raise InputError(
+                f"search.budget {self.search.budget!r}: the closed form spends multiply-adds, "
+                f"'macs'; ranks are found for milliseconds by the stages allocate or search"
+            )
         share, high = self.slim.budget.macs, self.budget.windows("macs")[-1][1]
         if "slim" in self.stages and self.cuts_by and 0 < share < high:
             raise InputError(
