@@ -240,7 +240,8 @@ def uniform(_, how: str, task: Task, budget: int) -> Network:
     space = flora.RankSpace.regular(task.model.spec, ratios=(1,))
     calibration = flora.calibrate(task.model, task.pictures) if how == "aware" else None
     supernet = flora.factorize(task.model, space, calibration=calibration)
-    return extract_ranks(supernet, space.uniform_ranks_within(budget))
+    small = extract_ranks(supernet, space.uniform_ranks_within(budget))
+    return flora.refit(small, task.model, task.pictures) if how == "refitted" else small
 
 
 @torch.no_grad()
@@ -372,6 +373,7 @@ METHODS: dict[str, tuple] = {
     "AA-SVD, refined": ("aa_svd", aa_svd, "refined", True),
     "plain SVD": ("", uniform, "plain"),
     "activation-aware, uniform": ("", uniform, "aware"),
+    "uniform ranks, refitted": ("", uniform, "refitted"),
     "flora.compress": ("", lambda _, t, macs: flora.compress(t.model, t.pictures, macs=macs)),
 }
 
