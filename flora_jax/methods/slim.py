@@ -4,12 +4,15 @@ One-shot l1 gates over attention dimensions, MLP units and tokens are trained wi
 global quantile a kind decides what stays, and that is trained on. Published: DeiT-B at 10.6 G of
 17.57 G multiply-adds with 82.4 % top-1. The published code only masks; here what is masked is cut
 out, which is the same function (docs/decisions.md). Ours: one share of the dense MACs in place of
-the three quantiles (`slim.budget.macs`), gates folded into the weights (`slim.fold`).
+the three quantiles (`slim.budget.macs`), gates folded into the weights (`slim.fold`), and heads turned
+first so that gate i is that of the i-th direction of importance (`slim.rotate_images`).
 """
 
 import logging
 
 from flora_jax import slim as vit_slim
+from flora_jax.closed_form.calibrate import calibrate
+from flora_jax.closed_form.reduce import rotated
 from flora_jax.evaluation.evaluate import top1
 from flora_jax.methods import shared
 from flora_jax.models.network import Network
@@ -76,7 +79,12 @@ def cut_and_retrain(step: Step, dense: Network, settings: SlimSettings, metric: 
 
 def train_gates(step: Step, dense: Network, settings: SlimSettings, metric: str) -> vit_slim.Gated:
     """Trains the dense model with gates, whose l1 norm is a part of the loss."""
-    gated = vit_slim.add_gates(dense, settings.attention, settings.tokens)
+    start = dense
+    if settings.rotate_images:
+        normalization = step.images.train_set.normalization
+        batches = step.images.without_augmentation(settings.rotate_images, "rotate")
+        start = rotated(dense, calibrate(dense, batches, normalize=normalization))
+    gated = vit_slim.add_gates(start, settings.attention, settings.tokens)
     gated = train(
         gated,
         step.images.train_set,

@@ -76,6 +76,9 @@ class SlimSettings:
       gates, retrain: trainings of the gates, and of what is left after the cut.
       fold: as in `flora_jax.slim.cut`.
       tile: widths are rounded up to a multiple of it.
+      rotate_images: ours, of the training split: their second moments put the dimensions of each
+        head in order of importance before there are gates, the same function otherwise. 0: as
+        published, dimensions stay as they are.
     """
 
     attention: str = "dim"
@@ -92,10 +95,12 @@ class SlimSettings:
     budget: SlimBudget = SlimBudget()
     fold: bool = True
     tile: int = 1
+    rotate_images: int = 0
     retrain: Recipe = Recipe(**DEIT_TRAINING)
 
     def __post_init__(self):
         check_at_least(self, 1, "tile")
+        check_at_least(self, 0, "rotate_images")
         check_known(self, "attention", ATTENTION_GATES)
 
 
