@@ -116,11 +116,15 @@ def reduced_spec(spec: Spec, shapes: Sequence[Shape]) -> Spec:
 
 
 def reduced(
-    model: Network, orders: Sequence[tuple[Heads, Units]], shapes: Sequence[Shape]
+    model: Network,
+    orders: Sequence[tuple[Heads, Units]],
+    shapes: Sequence[Shape],
+    *,
+    turn_whole: bool = False,
 ) -> Network:
     """The network cut to these shapes, one a block; nothing is fitted yet (`refit`).
 
-    A block that keeps all its dimensions, or units, keeps these as they are.
+    A block that keeps all its units, or dimensions unless `turn_whole`, keeps these as they are.
     """
     spec, parameters = model.spec, {n: np.asarray(p) for n, p in functional.split(model)[1].items()}
     blocks = []
@@ -129,7 +133,7 @@ def reduced(
     ):
         own = of_one_block(parameters, number)
         cut = dataclasses.replace(block, head_dim=shape.head_dim, mlp_dim=shape.mlp_dim)
-        if shape.head_dim < block.head_dim:
+        if turn_whole or shape.head_dim < block.head_dim:
             cut = _cut_heads(own, block, cut, heads)
         if shape.mlp_dim < block.mlp_dim:
             _cut_units(own, block, np.sort(units.order[: shape.mlp_dim]))
@@ -141,15 +145,8 @@ def reduced(
 
 def rotated(model: Network, calibration: Calibration) -> Network:
     """The same function with every head's dimensions in order of importance, and none left out."""
-    orders = importance(model, calibration)
-    parameters = {n: np.asarray(p) for n, p in functional.split(model)[1].items()}
-    blocks = []
-    for number, (block, (heads, _)) in enumerate(zip(model.spec.blocks, orders, strict=True)):
-        own = of_one_block(parameters, number)
-        blocks.append(_cut_heads(own, block, block, heads))
-        parameters |= {f"blocks.{number}.{name}": array for name, array in own.items()}
-    network = create_abstract(dataclasses.replace(model.spec, blocks=tuple(blocks)))
-    return functional.with_parameters(network, {n: jnp.asarray(p) for n, p in parameters.items()})
+    whole = [Shape(block.head_dim, block.mlp_dim) for block in model.spec.blocks]
+    return reduced(model, importance(model, calibration), whole, turn_whole=True)
 
 
 def order_heads(

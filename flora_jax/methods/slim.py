@@ -4,8 +4,8 @@ One-shot l1 gates over attention dimensions, MLP units and tokens are trained wi
 global quantile a kind decides what stays, and that is trained on. Published: DeiT-B at 10.6 G of
 17.57 G multiply-adds with 82.4 % top-1. The published code only masks; here what is masked is cut
 out, which is the same function (docs/decisions.md). Ours: one share of the dense MACs in place of
-the three quantiles (`slim.budget.macs`), gates folded into the weights (`slim.fold`), and heads turned
-first so that gate i is that of the i-th direction of importance (`slim.rotate_images`).
+the three quantiles (`slim.budget.macs`), gates folded into the weights (`slim.fold`), and heads
+turned first, so that gate i is that of the i-th direction of importance (`slim.rotate_images`).
 """
 
 import logging
