@@ -13,7 +13,7 @@ from flora_jax.closed_form import calibrate as calibration
 from flora_jax.cluster.processes import Stopped
 from flora_jax.configs import minutes
 from flora_jax.methods import start
-from flora_jax.methods.closed_form import closed_form
+from flora_jax.methods.flora import flora as flora_method
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import BudgetSettings, Settings
 from flora_jax.runs.workdir import Run
@@ -69,26 +69,23 @@ def unlabelled_config(finished_run, tmp_path, **changes):
 
 @pytest.mark.slow
 def test_minutes_without_labels(finished_run, tmp_path, capsys):
-    """Two budgets, no training: the models are the inherited ones, and labels are the dense's."""
+    """Two budgets, no training: the models are the refitted ones, and labels are the dense's."""
     config = unlabelled_config(finished_run, tmp_path, **{"budget.macs": TWO})
     run = tmp_path / "run"
     start.run(config, run)
     result = json.loads((run / "result.json").read_text())
     assert result["dense"]["top1"] == 1
     dense = flora.load(run / "dense").spec.macs()
-    for kind in ("subnet", "uniform"):
-        assert [entry["budget"] for entry in result[kind]] == [list(window) for window in TWO]
-        for entry, (low, high) in zip(result[kind], TWO, strict=True):
-            model = flora.load(run / f"{kind}_{high}")
-            assert model.spec.macs() == entry["macs"] <= high * dense
-            assert entry["agreement"] == entry["top1"]
-            if kind == "subnet":
-                assert entry["macs"] >= low * dense
-    subnet, extracted = (flora.load(run / name) for name in ("subnet_0.5", "extract/subnet_0.5"))
-    assert subnet.spec == extracted.spec
+    assert [entry["budget"] for entry in result["subnet"]] == [list(window) for window in TWO]
+    for entry, (_, high) in zip(result["subnet"], TWO, strict=True):
+        model = flora.load(run / f"subnet_{high}")
+        assert model.spec.macs() == entry["macs"] <= high * dense
+        assert entry["agreement"] == entry["top1"]
+    subnet, cut = (flora.load(run / name) for name in ("subnet_0.5", "compress/subnet_0.5"))
+    assert subnet.spec == cut.spec
     table = capsys.readouterr().out
     assert "subnet 0.5 " in table
-    assert "uniform 0.7 " in table
+    assert "subnet 0.7 " in table
     with Image.open(run / "report.png") as image:
         image.verify()
 
@@ -125,13 +122,13 @@ def test_calibration_goes_on_where_it_was_stopped(finished_run, tmp_path, monkey
                 answers = mock.Mock(side_effect=[False] * 4 + [True])  # in the second of six groups
                 patch.setattr(calibration.StopRequest, "is_set", answers)
                 with pytest.raises(Stopped, match="calibrate is saved at image 40 of"):
-                    closed_form(run)
+                    flora_method(run)
             with monkeypatch.context() as patch:
                 patch.setattr(calibration, "_write_once", lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
-                    closed_form(run)
+                    flora_method(run)
             assert (run.folder / "calibrate/group_000.safetensors").exists()
-        closed_form(run)
+        flora_method(run)
         assert not (run.folder / "calibrate").exists()
         inherited[name] = (run.folder / "inherited/model.safetensors").read_bytes()
     assert inherited["interrupted"] == inherited["whole"]

@@ -50,11 +50,12 @@ def calibration(model):
 
 
 def inputs_by_hand(model, images):
-    """The inputs of the searchable layers, block by block."""
+    """The inputs of each block's layers."""
     found, x = {}, model.embed(images)
     for i, block in enumerate(model.blocks):
         before = x if block.downsample is None else block.downsample(x)
-        found[f"blocks.{i}.attn.qkv"] = block.norm1(before)
+        found[f"blocks.{i}.attn.qkv"] = enters = block.norm1(block.cut(before))
+        found[f"blocks.{i}.attn.proj"] = block.attn.context(enters)
         x = block.attention_half(x)
         found[f"blocks.{i}.mlp.fc1"] = block.norm2(x)
         hidden = block.mlp.fc1(block.norm2(x))
@@ -65,8 +66,11 @@ def inputs_by_hand(model, images):
 
 def test_moments_are_those_of_what_enters(model, calibration):
     expected = inputs_by_hand(model, jnp.asarray(images_of(model.spec, 5)))
-    assert set(calibration.moments) == set(expected)
+    assert set(calibration.moments) == {*expected, *(f"{name}.mean" for name in expected)}
     for name, x in expected.items():
+        np.testing.assert_allclose(calibration.mean_of(name), x.mean(0), rtol=1e-4, atol=1e-5)
+        covariance = np.cov(x, rowvar=False, bias=True)
+        np.testing.assert_allclose(calibration.covariance_of(name), covariance, atol=1e-4)
         moment = x.T @ x / len(x)  # windows of tokens are tokens in another order
         np.testing.assert_allclose(calibration.moments[name], moment, rtol=1e-4, atol=1e-5)
     assert calibration.num_images == 5
@@ -204,12 +208,13 @@ def test_groups_of_layers_bound_the_memory_of_a_device():
         image_size=224, patch_size=14, embed_dim=4096, depth=24, num_heads=32, num_classes=10
     )
     groups = layer_groups(spec)
-    assert [layer for group in groups for layer in group] == list(spec.layers)
+    layers = [layer for group in groups for layer in group]
+    assert {layer.name for layer in layers} == {la.name for la in spec.layers + spec.projections}
     for group in groups:
         bytes_needed = sum(4 * layer.in_features**2 for layer in group)
         assert bytes_needed <= 2**30
     alone = layer_groups(spec, device_bytes=1)
-    assert [len(group) for group in alone] == [1] * len(spec.layers)
+    assert [len(group) for group in alone] == [1] * len(layers)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def importance(model: Network, calibration: Calibration) -> list[tuple[Heads, Un
 
 def unit_step(mlp_dim: int) -> int:
     """Units that leave an MLP together."""
-    return max(1, mlp_dim // 16)
+    return max(1, mlp_dim // 24)
 
 
 def reduced_spec(spec: Spec, shapes: Sequence[Shape]) -> Spec:

@@ -10,8 +10,8 @@ nearest to W in the norm of cov(x') + a I (reduced-rank regression). The target 
 what they give in the dense network. That of proj and fc2 is what is missing in the residual stream,
 the dense stream behind them minus the smaller one before them, so that errors of earlier layers are
 mended and not carried on (anchored; AA-SVD, arXiv 2604.02119). Layers that are not reduced are
-fitted as well. Where a class token is what is read in the end, it weighs as much as a fifth of all
-other tokens together (docs/decisions.md).
+fitted as well. Where a class token is what is read in the end, it weighs half as much as all other
+tokens together (docs/decisions.md).
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ from flora_jax.progress import Progress
 log = logging.getLogger(__name__)
 
 RIDGE = 0.1  # docs/decisions.md
-PREFIX_SHARE = 0.2
+PREFIX_SHARE = 0.5
 HOST_BYTES = 2**31  # of hidden states; more of them lie in a file
 Arrays = dict[str, np.ndarray]
 
