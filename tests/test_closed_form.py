@@ -354,14 +354,14 @@ def _inputs_and_streams(structure, parameters, images):
 
 @pytest.mark.parametrize("name", kinds(("vit", "tiny_vit"), COMPILED_LONG))
 def test_every_layer_of_a_refit_is_a_regression_on_what_enters_it(name):
-    """A class token weighs a fifth of the others, and what pads windows nothing."""
+    """A class token weighs its share of all others, and what pads windows nothing."""
     model, batches = random_model(SPECS[name]), batches_of(SPECS[name])
     small = reduced_to(model, batches, halves(model.spec))
     fitted, images = flora.refit(small, model, batches, ridge=0.03), np.concatenate(batches)
     inputs, streams = _inputs_and_streams(*functional.split(fitted), images)
     dense_inputs, dense_streams = _inputs_and_streams(*functional.split(model), images)
     start, found = parameters_of(small), parameters_of(fitted)
-    tokens = [0.2 * 16] + [1] * 16
+    tokens = [refit.PREFIX_SHARE * 16] + [1] * 16
     for number, block in enumerate(model.blocks):
         entered, _, convolved, x = streams[number]
         weights = np.tile(tokens, len(images)) if name == "vit" else np.ones(len(x))
