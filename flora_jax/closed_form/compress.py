@@ -167,10 +167,10 @@ def choice_losses(
 ) -> list[Losses]:
     """The loss of every choice of every block, on images float32 [n, H, W, C]."""
     spec, mesh = model.spec, make_mesh()
-    parameters = functional.split(model)[1]
     padded, mask = (spread(x, mesh) for x in shared_by(mesh.size, images))
-    structure, own = functional.split(model)
-    x = _embed(structure, mesh, replicate(own, mesh), padded)
+    structure, parameters = functional.split(model)
+    parameters = {name: p.astype(jnp.float32) for name, p in parameters.items()}
+    x = _embed(structure, mesh, replicate(parameters, mesh), padded)
     found = []
     for number, (block, module, (heads, units)) in enumerate(
         zip(spec.blocks, model.blocks, orders, strict=True)
@@ -178,8 +178,8 @@ def choice_losses(
         of_block = of_one_block(parameters, number)
         tries = [_with_head_dim(of_block, block, heads, dim) for dim in head_dims(spec, block)[:-1]]
         stacked = {name: np.stack([each[name] for each in tries]) for name in (tries or [{}])[0]}
-        block_structure, of_module = functional.split(module)
-        shared = replicate((of_module, stacked), mesh)
+        block_structure = functional.split(module)[0]
+        shared = replicate((of_block, stacked), mesh)
         x, sums = _try(block_structure, mesh, spec.num_read_tokens, *shared, x, mask)
         count, inverse, *of_errors = (np.asarray(s, float) for s in sums)
         square, weighed, total = of_errors
@@ -281,6 +281,8 @@ def check_reachable(spec: Spec, budgets: Sequence[int]) -> None:
     """Raises InputError where a budget is below the least MACs, or the network has ranks."""
     if any(rank is not None for rank in spec.ranks):
         raise InputError("compression needs a dense network, but this one has low-rank layers")
+    if any(block.tokens for block in spec.blocks):
+        raise InputError("compression needs a network in which all tokens stay to the end")
     least, dense = _floor(spec).macs(), spec.macs()
     for budget in budgets:
         if budget < least:

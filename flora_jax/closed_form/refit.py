@@ -186,7 +186,8 @@ def _check_pair(small: Spec, dense: Spec) -> None:
 def _with_dense_kernels(small: Network, model: Network) -> Network:
     """The smaller network with one kernel in place of each pair of factors.
 
-    It is the dense network's, where that has the layer's shape, and else their product.
+    It is the dense network's, where that has the layer's shape, and its bias with it; else their
+    product.
     """
     spec, parameters = small.spec, dict(functional.split(small)[1])
     dense = functional.split(model)[1]
@@ -197,6 +198,8 @@ def _with_dense_kernels(small: Network, model: Network) -> Network:
         kernel = jnp.matmul(down.T, up, precision="highest")
         if kernel.shape == (twin.in_features, twin.out_features):
             kernel = dense[f"{layer.name}.kernel"]
+            if (bias := f"{layer.name}.bias") in parameters:
+                parameters[bias] = dense[bias]
         parameters[f"{layer.name}.kernel"] = kernel
     network = create_abstract(spec.with_ranks((None,) * len(spec.layers)))
     return functional.with_parameters(network, parameters)
@@ -281,6 +284,11 @@ def _fit_block(
                 f"what enters {name}.{leaf} is not finite on the calibration images: the weights "
                 f"before it or the images hold NaN or infinity"
             )
+        if not np.isfinite(sums["t"]).all():
+            raise InputError(
+                f"what {name}.{leaf} is fitted to is not finite on the calibration images: the "
+                f"dense network's weights there hold NaN or infinity"
+            )
         half, own = leaf.split(".")
         was, becomes = (getattr(getattr(each, half), own) for each in (block, blank))
         rank = becomes.down.shape[0] if isinstance(becomes, LowRankLinear) else None
@@ -307,10 +315,11 @@ def fit_layer(
 
     Args:
       sums: float64: count []; x [in], t [out] and the products xx [in, in], xt [in, out].
-      start: kernel [in, out], and the bias if there is one.
+      start: kernel [in, out], whose dtype the result has, and the bias if there is one.
       is_target: False: t is what enters the dense layer, and the target what `start` makes of it.
     """
-    kernel, bias = np.asarray(start["kernel"], float), start.get("bias")
+    dtype, bias = np.asarray(start["kernel"]).dtype, start.get("bias")
+    kernel = np.asarray(start["kernel"], float)
     count = sums["count"]
     mean_x, mean_t = sums["x"] / count, sums["t"] / count
     moment, across = sums["xx"] / count, sums["xt"] / count
@@ -336,7 +345,7 @@ def fit_layer(
         fitted = down[:rank].T @ up[:rank]
     if bias is not None:
         found["bias"] = mean_t - mean_x @ fitted if takes_mean else np.asarray(bias)
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    return {name: array.astype(dtype) for name, array in found.items()}
 
 
 class _HiddenStates:
@@ -407,8 +416,9 @@ class _HiddenStates:
         for number, mask in enumerate(self._masks):
             streams, sums = _advance(*static, *parameters, self._get(number), mask)
             self._keep(number, streams)
-            for name, found in sums.items():
-                total[name] = total.get(name, 0.0) + np.asarray(found, np.float64)
+            of_batch = {name: np.asarray(found, np.float64) for name, found in sums.items()}
+            for name, found in (_about_zero(of_batch) if "xx" in sums else of_batch).items():
+                total[name] = total.get(name, 0.0) + found
         return total
 
 
@@ -497,12 +507,12 @@ def _advance(
         streams, rows = one_pass(*blocks, streams, tokens.of_small)
         weights = token_weights(mask, len(streams.small), tokens.read)
         if one_pass is _leave:
-            sums = _errors(rows, weights)
+            sums = jax.lax.psum(_errors(rows, weights), AXES)
         else:
             if one_pass in (_enter, _attend):
                 weights = blocks[1].cut(weights[:, None])[:, 0]  # nothing for what pads windows
             sums = _sums(rows, weights)
-        return streams, jax.lax.psum(sums, AXES)
+        return streams, sums
 
     in_specs = (WHOLE, WHOLE, SPLIT, SPLIT)
     shared = on_each_device(on_one_device, mesh, in_specs, (SPLIT, WHOLE))
@@ -514,13 +524,35 @@ def _wide(parameters: functional.Parameters) -> functional.Parameters:
 
 
 def _sums(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:
-    weighted = rows.inputs * weights[:, None]
-    return {
+    """Sums over the rows of all devices, about the means `at_x` and `at_t`.
+
+    Float32 cannot tell a small spread from a large mean: sums about zero would lose it.
+    """
+    count, x, t = jax.lax.psum((weights.sum(), weights @ rows.inputs, weights @ rows.target), AXES)
+    count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
+    at_x, at_t = x / count, t / count
+    inputs, target = rows.inputs - at_x[None], rows.target - at_t[None]
+    weighted = inputs * weights[:, None]
+    sums = {
         "count": weights.sum(),
         "x": weighted.sum(0),
-        "t": weights @ rows.target,
-        "xx": jnp.matmul(weighted.T, rows.inputs, precision="highest"),
-        "xt": jnp.matmul(weighted.T, rows.target, precision="highest"),
+        "t": weights @ target,
+        "xx": jnp.matmul(weighted.T, inputs, precision="highest"),
+        "xt": jnp.matmul(weighted.T, target, precision="highest"),
+    }
+    return jax.lax.psum(sums, AXES) | {"at_x": at_x, "at_t": at_t}
+
+
+def _about_zero(sums: _Sums) -> _Sums:
+    """The sums of `_sums` without their means, so that those of batches add up; float64."""
+    count, x, t, at_x, at_t = (sums[name] for name in ("count", "x", "t", "at_x", "at_t"))
+    all_x, all_t = x + count * at_x, t + count * at_t
+    return {
+        "count": count,
+        "x": all_x,
+        "t": all_t,
+        "xx": sums["xx"] + np.outer(at_x, x) + np.outer(all_x, at_x),
+        "xt": sums["xt"] + np.outer(at_x, t) + np.outer(all_x, at_t),
     }
 
 
