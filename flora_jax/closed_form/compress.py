@@ -70,6 +70,8 @@ def compress(model, images, *, macs):
     """
     batches = image_batches(images, model.spec)
     budgets = [int(budget) for budget in np.atleast_1d(macs)]
+    if not budgets:
+        raise InputError("compression needs a budget of multiply-adds, or several")
     check_reachable(model.spec, budgets)
     plans = Plans.of(model, batches)
     found = [plans.network(shapes) for shapes in plans.shapes(budgets)]
@@ -281,8 +283,6 @@ def check_reachable(spec: Spec, budgets: Sequence[int]) -> None:
     """Raises InputError where a budget is below the least MACs, or the network has ranks."""
     if any(rank is not None for rank in spec.ranks):
         raise InputError("compression needs a dense network, but this one has low-rank layers")
-    if any(block.tokens for block in spec.blocks):
-        raise InputError("compression needs a network in which all tokens stay to the end")
     least, dense = _floor(spec).macs(), spec.macs()
     for budget in budgets:
         if budget < least:

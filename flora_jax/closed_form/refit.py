@@ -113,7 +113,11 @@ def refit_to(
     if not ridge > 0:
         raise InputError(f"ridge must be above 0, got {ridge}")
     batches = image_batches(images, spec) if normalize is None else list(images)
+    if not num_images(batches):
+        raise InputError("a refit needs at least one image")
     folder = None if directory is None else user_path(directory)
+    key = functional.checksum(functional.split(start)[1], f"{spec} {ridge} ".encode())
+    key = functional.checksum(functional.split(model)[1], key.encode())[:8]  # of what goes on there
     network = create_abstract(spec)
     fitted = {n: p for n, p in functional.split(start)[1].items() if not n.startswith("blocks.")}
     wait_for_all("refitted blocks are looked for")
@@ -127,7 +131,7 @@ def refit_to(
             zip(network.blocks, start.blocks, model.blocks, strict=True)
         ):
             tokens = _Tokens.of(model.spec, spec, number)
-            file = folder and folder / f"block_{number:03d}.safetensors"
+            file = folder and folder / f"block_{number:03d}_{key}.safetensors"
             if file is not None and file.exists():
                 found = safetensors.load(file.read_bytes())
                 block = functional.with_parameters(blank, found)
