@@ -50,6 +50,7 @@ import dinov2
 import numpy as np
 import torch
 from common import describe_machine, parser_of
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--num_calibration", type=int, default=512)
     parser.add_argument("--num_test", type=int, default=300)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35])
+    parser.add_argument("--figure", type=pathlib.Path, help="draw the table to this .png")
     parser.add_argument("--only", nargs="+", default=[""], help="methods whose names begin so")
     parser.add_argument("--slow", action="store_true", help="also what takes long")
     for peer in (peers := sorted({peer for peer, *_ in METHODS.values() if peer})):
@@ -158,9 +160,28 @@ def main() -> None:
     print(f"\n{'':25}" + "".join(f"{fact:>9}" for fact in list(rows[0])[1:]))
     for name, *values in map(dict.values, rows):
         print(f"{name:25}" + "".join(f"{value:>9.3f}" for value in values))
+    if arguments.figure:
+        draw(rows, arguments.figure)
     if arguments.json:
         found = {"machine": machine, "commits": commits, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw(rows: list[dict], path: pathlib.Path) -> None:
+    """Cosines of class tokens against MACs and milliseconds, a line a method."""
+    figure = Figure((11, 4.6), dpi=140, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    costs = {"MACs": "share of the multiply-adds", "share 1": "share of the milliseconds, PyTorch"}
+    for panel, (cost, title) in zip(panels, costs.items(), strict=True):
+        for name in dict.fromkeys(row["method"] for row in rows[1:]):
+            own = sorted((row[cost], row["class"]) for row in rows if row["method"] == name)
+            wide = {"linewidth": 3, "color": "black"} if name == "flora.compress" else {}
+            panel.plot(*zip(*own, strict=True), marker="o", label=name, **wide)
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("cosine to the dense class token")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path)
 
 
 def read(folder: pathlib.Path, number: int, size: int) -> np.ndarray:

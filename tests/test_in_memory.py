@@ -45,7 +45,7 @@ def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
     assert read_records("runs/dense/metrics.jsonl")[-1]["heldout_top1"] > 0.85
 
     readme = (ROOT / "README.md").read_text()
-    flora_example, slim_example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    flora_example, closed_form, slim_example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     found: dict = {}
     exec(flora_example, found)
     before, after = map(float, capsys.readouterr().out.split())
@@ -53,6 +53,13 @@ def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
     assert after > before - 0.1
     small = flora.load("runs/nb/small")
     assert 0.45 < flora.macs(small.spec) / flora.macs(DIGITS) <= 0.5
+
+    exec(closed_form, found)
+    for name, share in (("half", 1 / 2), ("third", 1 / 3)):
+        assert flora.macs(found[name].spec) <= share * flora.macs(DIGITS)
+    assert found["subnet"].spec == small.spec
+    top1 = flora.top1(found["half"], found["test"].on_devices)
+    assert top1 > before - 0.2
 
     exec(slim_example, found)
     slimmed = found["small"]
