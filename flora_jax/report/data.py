@@ -42,6 +42,9 @@ _HISTORY_FILE, _BENCHMARK_FILE = "search/history.jsonl", "benchmark.json"
 log = logging.getLogger(__name__)
 
 
+RANKED = ("qkv", "fc1", "fc2")
+
+
 @dataclasses.dataclass(frozen=True)
 class Slimming:
     """Gates as `Gated.gates()` returns them, what they leave, and an image [H, W, C] or None."""
@@ -72,6 +75,7 @@ class ReportData:
     # {subnet: [L] ranks, block by block}; None is a dense layer.
     ranks: Mapping[str, Sequence[int | None]] = dataclasses.field(default_factory=dict)
     full_ranks: Sequence[int] = ()  # [L] the ranks at which nothing is lost
+    parts: Sequence[str] = RANKED  # of a block, that have these ranks, or sizes
     # Of each subnet, the share of full rank that every layer would get at the same budget.
     uniform_ratios: Sequence[float] | None = None
     # {stage: steps, training loss}
@@ -200,7 +204,7 @@ def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:
     data["savings"] = f"{macs} of {table.human_count(run.spec.macs())} multiply-adds"
     if run.settings.cuts_by == "compress":
         data["ranks"] = {name: _widths(spec) for name, spec in specs.items()}
-        data["full_ranks"] = _widths(load_base(run))
+        data["full_ranks"], data["parts"] = _widths(load_base(run)), ("heads", "MLP")
         return data
     data["ranks"] = {name: spec.ranks for name, spec in specs.items()}
     full_ranks = data["full_ranks"] = [layer.full_rank for layer in load_base(run).layers]
@@ -211,10 +215,8 @@ def _trade_off(run: Run, result: Mapping) -> dict[str, Any]:
 
 
 def _widths(spec: Spec) -> list[int]:
-    """Dimensions of a head, and units of the MLP for fc1 and fc2, of each block."""
-    return [
-        width for block in spec.blocks for width in (block.head_dim, block.mlp_dim, block.mlp_dim)
-    ]
+    """Dimensions of a head, and units of the MLP, of each block."""
+    return [width for block in spec.blocks for width in (block.head_dim, block.mlp_dim)]
 
 
 def _curves(run: Run) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from flora_jax.evaluation.comparison import kind_of
 from flora_jax.evaluation.quality import TOP1, Metric
-from flora_jax.report.data import Curve, ReportData
+from flora_jax.report.data import RANKED, Curve, ReportData
 from flora_jax.report.formats import GROUND, INK, titled
 from flora_jax.report.table import count_unit
 
@@ -96,8 +96,10 @@ def panels_of(data: ReportData) -> list[Panel]:
         panels.append(Panel("Training loss", of(plot_losses, curves=data.curves)))
     for i, (name, ranks) in enumerate(data.ranks.items()):
         ratio = None if data.uniform_ratios is None else data.uniform_ratios[i]
-        plot = of(plot_ranks, ranks=ranks, full_ranks=data.full_ranks, uniform_ratio=ratio)
-        panels.append(Panel(f"Ranks of the {name}", plot))
+        shown = {"ranks": ranks, "full_ranks": data.full_ranks, "names": data.parts}
+        plot = of(plot_ranks, **shown, uniform_ratio=ratio)
+        what = "Ranks" if data.parts == RANKED else "Sizes"
+        panels.append(Panel(f"{what} of the {name}", plot))
     return panels
 
 
@@ -215,21 +217,22 @@ def plot_ranks(
     ax: Axes,
     ranks: Sequence[int | None],
     full_ranks: Sequence[int],
-    names: Sequence[str] = ("qkv", "fc1", "fc2"),
+    names: Sequence[str] = RANKED,
     uniform_ratio: float | None = None,
 ) -> None:
-    """The rank of every searchable layer as a share of its full rank, block by block.
+    """The rank of every searchable layer as a share of its full rank, block by block; or sizes.
 
     Args:
       ranks: [L] ranks in the order block by block, `names` within a block; None is a dense layer.
       full_ranks: [L] the ranks at which nothing is lost.
-      names: the searchable layers of one block, at most three.
+      names: the searchable layers of one block, or what else there are sizes of, at most three.
       uniform_ratio: the share that every layer would get at the same budget.
     """
     shares = [1.0 if r is None else r / f for r, f in zip(ranks, full_ranks, strict=True)]
+    what = "rank" if names == RANKED else "size"
     bars = block_bars(ax, 100 * np.reshape(shares, (-1, len(names))).T)
     for i, bar in enumerate(bar for block in zip(*bars, strict=True) for bar in block):
-        text = "kept dense" if ranks[i] is None else f"rank {ranks[i]} of {full_ranks[i]}"
+        text = "kept dense" if ranks[i] is None else f"{what} {ranks[i]} of {full_ranks[i]}"
         titled(bar, f"block {i // len(names)} {names[i % len(names)]}: {text}")
         bar.set_hatch("////" if ranks[i] is None else "")
     handles: list[Artist] = [
@@ -242,7 +245,7 @@ def plot_ranks(
         level, color = 100 * uniform_ratio, color_of("uniform")
         handles.append(ax.axhline(level, color=color, linestyle="--", label=label))
         titled(handles[-1], label)
-    ax.set_ylabel("rank (% of full rank)")
+    ax.set_ylabel(f"{what} (% of full {what})")
     legend_below(ax, handles=handles)
 
 

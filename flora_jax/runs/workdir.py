@@ -25,6 +25,7 @@ Folder of a run:
   search/           history.jsonl and best.json
   extract/          the subnet, and the baselines at the allocated ranks and at the largest common
                     ratio inside the budget, with the weights that they inherit
+  compress/         the subnets of the closed form, before fine-tuning
   finetune/         their training runs
   subnet/ allocated/ uniform/   the finished models; of several budgets subnet_0.55/ and so on
   export/subnet/    and so on: what is handed out of a model, with its card; written whole
