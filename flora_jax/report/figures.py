@@ -96,8 +96,13 @@ def panels_of(data: ReportData) -> list[Panel]:
         panels.append(Panel("Training loss", of(plot_losses, curves=data.curves)))
     for i, (name, ranks) in enumerate(data.ranks.items()):
         ratio = None if data.uniform_ratios is None else data.uniform_ratios[i]
-        shown = {"ranks": ranks, "full_ranks": data.full_ranks, "names": data.parts}
-        plot = of(plot_ranks, **shown, uniform_ratio=ratio)
+        plot = of(
+            plot_ranks,
+            ranks=ranks,
+            full_ranks=data.full_ranks,
+            names=data.parts,
+            uniform_ratio=ratio,
+        )
         what = "Ranks" if data.parts == RANKED else "Sizes"
         panels.append(Panel(f"{what} of the {name}", plot))
     return panels
