@@ -1,4 +1,4 @@
-"""A smaller model in minutes, out of weights and a few hundred unlabelled images.
+"""A smaller model in minutes, out of weights and a few unlabelled images.
 
     python -m flora_jax.main --config=configs/minutes.py --workdir=runs/minutes \
         --config.pretrained=deit_base_patch16_224.safetensors --config.data.name=images:PATH

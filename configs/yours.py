@@ -1,4 +1,4 @@
-"""Your own weights and pictures; all else follows from them: closed form, then fine-tuning.
+"""Your own weights and pictures; all else follows from them.
 
     flora_jax --config=yours --config.pretrained=FOLDER --config.data.name=folder:PATH \
         --config.budget.macs="(0.45,0.5)" --workdir=runs/mine
