@@ -260,6 +260,8 @@ def _of_heldout(settings: Settings, images: Images):
 def _of_learning_rates(settings: Settings, num_images: int):
     """Learning rates, scaled to the batch, by which no weight gets anywhere."""
     for name, recipe, images in settings.trainings(num_images):
+        if name == "finetune" and "compress" in settings.stages:
+            continue  # weights that are fitted already should not get far
         training = recipe.settings(images)
         travel = training.learning_rate * training.steps / 2  # AdamW's step, a cosine's mean
         if travel < _LEAST_TRAVEL:
