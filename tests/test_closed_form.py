@@ -705,9 +705,7 @@ def test_networks_that_do_not_belong_together():
     small = low_rank(model)
     gated = gated_model(VIT)
     fewer_tokens = slim.extract(gated, slim.threshold(gated, patch=0.5))
-    with pytest.raises(
-        ValueError, match="block 0 of the smaller network works on tokens"
-    ):
+    with pytest.raises(ValueError, match="block 0 of the smaller network works on tokens"):
         flora.refit(model, fewer_tokens, images)
     with pytest.raises(ValueError, match="must be dense, but it has low-rank layers"):
         flora.refit(model, small, images)
