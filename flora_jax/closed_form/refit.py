@@ -135,10 +135,8 @@ def refit_to(
             if file is not None and file.exists():
                 found = safetensors.load(file.read_bytes())
                 block = functional.with_parameters(blank, found)
-                states.advance(_enter, dense, block, tokens, "frame")
-                states.advance(_attend, dense, block, tokens, "attention")
-                states.advance(_mix, dense, block, tokens, "attention")
-                states.advance(_hide, dense, block, tokens, "mlp")
+                for one_pass, part in _PASSES.values():
+                    states.advance(one_pass, dense, block, tokens, part)
             else:
                 if stop_request.is_set():
                     raise stop_request.stopped(f"refit is saved up to block {number}")
