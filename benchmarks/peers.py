@@ -11,7 +11,10 @@ val/ are compared with the dense network's: mean cosines of class tokens and of 
 the sum of |f - f_dense|^2 over class tokens as a share of that of |f_dense|^2; centred, the same of
 all tokens, as a share of their variance. Seconds are all that a method takes to compress, also to
 search for its knob. Milliseconds are medians in PyTorch at batch 1 and 8, beside their share of the
-dense network's, timed in turn.
+dense network's, timed in turn; networks of ours are timed in ONNX Runtime, too.
+
+--photographs takes random crops of photographs in place of the clip art, a third of the photographs
+to test: coarse, for they are sixteen.
 
 The peers are local clones, whose functions are called; what is not given is left out. All may
 change the four linear layers of every block, and keep their own defaults but for the budget:
@@ -56,6 +59,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flora_jax as flora
+from flora_jax.commands.engines import installed_engines
 from flora_jax.flora.supernet import extract_ranks
 from flora_jax.models.network import Network
 from flora_jax.timing import median_ratio, time_in_turn
@@ -106,7 +110,9 @@ class Task:
 def main() -> None:
     parser = parser_of(__doc__, rounds=11)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder of dinov2.py")
-    parser.add_argument("--pictures", type=pathlib.Path, required=True, help="of clip_art.py")
+    pictures = parser.add_mutually_exclusive_group(required=True)
+    pictures.add_argument("--pictures", type=pathlib.Path, help="folder of clip_art.py")
+    pictures.add_argument("--photographs", action="store_true", help="crops of photographs")
     parser.add_argument("--image_size", type=int, default=98)
     parser.add_argument("--num_calibration", type=int, default=512)
     parser.add_argument("--num_test", type=int, default=300)
@@ -127,12 +133,23 @@ def main() -> None:
     print(machine)
     print(*(f"{peer}: {commits.get(peer, 'not given, left out')}" for peer in peers), sep="\n")
     model, size = dinov2.load(arguments.model, arguments.image_size), arguments.image_size
-    pictures = read(arguments.pictures / "train", arguments.num_calibration, size)
-    images = to_torch(read(arguments.pictures / "val", arguments.num_test, size))
+    numbers = arguments.num_calibration, arguments.num_test
+    if arguments.photographs:
+        pictures, unseen = (
+            crops_of(size, number, is_seen)
+            for number, is_seen in zip(numbers, (True, False), strict=True)
+        )
+    else:
+        pictures, unseen = (
+            read(arguments.pictures / split, number, size)
+            for number, split in zip(numbers, ("train", "val"), strict=True)
+        )
+    images = to_torch(unseen)
     print(f"{len(pictures)} pictures to calibrate, {len(images)} to test")
 
     task = Task(model, in_torch(model), pictures)
     networks, rows = {("dense", 1.0): task.network}, [{"method": "dense", "at": 1.0, "s": 0.0}]
+    ours = {("dense", 1.0): model}
     for at in arguments.budgets:
         for name, (peer, method, *how) in METHODS.items():
             is_left_out = (peer and peer not in clones) or (how[1:] and not arguments.slow)
@@ -140,23 +157,27 @@ def main() -> None:
                 continue
             run = functools.partial(method, clones.get(peer), *how[:1])
             try:
-                networks[name, at], seconds = compress(task, run, round(at * model.spec.macs()))
+                small, seconds = compress(task, run, round(at * model.spec.macs()))
             except Exception as error:  # what the others took minutes for is not lost
                 print(f"{name} at {at:g} failed: {type(error).__name__}: {error}")
                 continue
             print(f"{name} at {at:g}: {seconds:.0f} s", flush=True)
             rows.append({"method": name, "at": at, "s": seconds})
+            networks[name, at] = in_torch(small) if isinstance(small, Network) else small
+            if isinstance(small, Network):
+                ours[name, at] = small
     dense = tokens_of(task.network, images)
     for row, network in zip(rows, networks.values(), strict=True):
         row |= compare(tokens_of(network, images), dense)
         row["MACs"] = task.macs(network) / model.spec.macs()
+    (runtime,) = (engine for engine in installed_engines()[0] if engine.name == "ONNX Runtime")
+    in_runtime = {key: runtime.open(network) for key, network in ours.items()}
     for batch in BATCHES:
         with torch.inference_mode():
             work = {key: functools.partial(net, images[:batch]) for key, net in networks.items()}
-            times = time_in_turn(work, arguments.rounds, PAUSE)
-        for row, of_row in zip(rows, times.values(), strict=True):
-            row[f"ms {batch}"] = float(np.median(of_row))
-            row[f"share {batch}"] = median_ratio(of_row, times["dense", 1.0])
+            add_times(rows, time_in_turn(work, arguments.rounds, PAUSE), f"{batch}")
+        work = {key: prepare(batch) for key, prepare in in_runtime.items()}
+        add_times(rows, time_in_turn(work, arguments.rounds, PAUSE), f"ORT {batch}")
     print(f"\n{'':25}" + "".join(f"{fact:>9}" for fact in list(rows[0])[1:]))
     for name, *values in map(dict.values, rows):
         print(f"{name:25}" + "".join(f"{value:>9.3f}" for value in values))
@@ -165,6 +186,14 @@ def main() -> None:
     if arguments.json:
         found = {"machine": machine, "commits": commits, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def add_times(rows: list[dict], times: dict[tuple[str, float], np.ndarray], of: str) -> None:
+    dense = times["dense", 1.0]
+    for row in rows:
+        own = times.get((row["method"], row["at"]))
+        row[f"ms {of}"] = np.nan if own is None else float(np.median(own))
+        row[f"share {of}"] = np.nan if own is None else median_ratio(own, dense)
 
 
 def draw(rows: list[dict], path: pathlib.Path) -> None:
@@ -193,6 +222,18 @@ def read(folder: pathlib.Path, number: int, size: int) -> np.ndarray:
     return dinov2.normalise(np.stack([np.asarray(picture) for picture in resized]))
 
 
+def crops_of(size: int, number: int, is_seen: bool) -> np.ndarray:
+    """Crops of two thirds of the photographs, or of the others: [n, size, size, 3]."""
+    photos = [
+        photo
+        for i, (_, photo) in enumerate(sorted(dinov2.photographs().items()))
+        if (i % 3 != 0) == is_seen
+    ]
+    each, rng = -(-number // len(photos)), np.random.default_rng(is_seen)
+    made = np.concatenate([dinov2.crops(photo, size, each, rng) for photo in photos])
+    return dinov2.normalise(made[:number])
+
+
 def to_torch(pictures: np.ndarray) -> torch.Tensor:
     return torch.tensor(pictures.transpose(0, 3, 1, 2))
 
@@ -207,19 +248,18 @@ def in_torch(model: Network) -> nn.Module:
     return network
 
 
-def compress(task: Task, method: Callable, budget: int) -> tuple[nn.Module, float]:
-    """The compressed network in PyTorch, and the seconds that it took; what is printed is lost."""
+def compress(task: Task, method: Callable, budget: int) -> tuple[Network | nn.Module, float]:
+    """The compressed network, and the seconds that it took; what is printed is lost."""
     started, lost = time.perf_counter(), io.StringIO()
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(lost), contextlib.redirect_stderr(lost):
         small = method(task, budget)
     seconds = time.perf_counter() - started
-    network = in_torch(small) if isinstance(small, Network) else small.eval()
-    macs = task.macs(network)
+    macs = task.macs(in_torch(small) if isinstance(small, Network) else small.eval())
     counted = small.spec.macs() if isinstance(small, Network) else macs
     if macs > budget or macs != counted:
         raise AssertionError(f"{macs} MACs, {counted} as counted in JAX; the budget is {budget}")
-    return network, seconds
+    return small, seconds
 
 
 @torch.inference_mode()

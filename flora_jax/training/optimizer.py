@@ -1,4 +1,8 @@
-"""AdamW with the published learning rate schedule and weight decay rule."""
+"""AdamW with the published learning rate schedule and weight decay rule.
+
+Ours beside it is `relative_steps`: Adam's steps are alike for all parameters, of which those of a
+network that is fitted to another one differ much in size.
+"""
 
 from collections.abc import Collection
 
@@ -40,6 +44,7 @@ def make_optimizer(
     def decays(parameters: Parameters) -> dict[str, bool]:
         return {name: p.ndim > 1 and name not in undecayed for name, p in parameters.items()}
 
+    by_size = optax.scale_by_param_block_rms() if settings.relative_steps else optax.identity()
     chain = optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -50,6 +55,7 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             mask=decays,
         ),
+        by_size,
     )
 
     def update(gradient: Parameters, state, parameters: Parameters):

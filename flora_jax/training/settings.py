@@ -33,6 +33,8 @@ class Hyperparameters:
       batch_size: images of all processes together in one step.
       learning_rate, warmup_learning_rate, min_learning_rate: at the end of warm-up, at its start,
         and where the cosine ends.
+      relative_steps: whether each parameter's steps are multiplied by its root mean square, at
+        least .001 (Adafactor, arXiv 1804.04235, section 8).
       accumulate: micro-batches that a step is cut into; saves activation memory.
       compute_dtype: "float32" or "bfloat16" for activations; parameters stay float32.
       ema_decay: decay of an exponential moving average of the parameters, which is then the
@@ -61,6 +63,7 @@ class Hyperparameters:
     warmup_learning_rate: float = 5e-7
     min_learning_rate: float = 5e-7
     weight_decay: float = 0.01
+    relative_steps: bool = False
     clip_norm: float = 5.0
     accumulate: int = without_effect(1)
     compute_dtype: str = "float32"

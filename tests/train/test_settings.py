@@ -52,6 +52,23 @@ def test_decay_without_a_gradient():
     assert not updates["pos_embed"].any()
 
 
+def test_relative_steps_are_as_large_as_parameters():
+    parameters = {
+        "small": jnp.array([[0.003, -0.004]]),
+        "large": jnp.array([[3.0, -4.0]]),
+        "zero": jnp.zeros(2),
+    }
+    gradient = jax.tree.map(jnp.ones_like, parameters)
+    steps = {}
+    for relative in (False, True):
+        settings = dataclasses.replace(SETTINGS, weight_decay=0.0, relative_steps=relative)
+        optimizer = make_optimizer(settings, undecayed=())
+        steps[relative] = optimizer.update(gradient, optimizer.init(parameters), parameters)[0]
+    sizes = {"small": 0.005 / 2**0.5, "large": 5 / 2**0.5, "zero": 0.001}
+    for name, size in sizes.items():
+        np.testing.assert_allclose(steps[True][name], steps[False][name] * size, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
