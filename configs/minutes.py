@@ -23,6 +23,6 @@ def get_config(argument: str = ""):
     config.stages = common.MINUTES_STAGES
     config.budget.macs = (0.55, 0.6)
     config.data.update({"name": "images:photographs", "heldout_fraction": 0.02})
-    config.finetune.update({"epochs": 1.0, "batch_size": 32, "learning_rate": 5e-5})
-    config.finetune.update({"warmup_epochs": 0.1, "weight_decay": 0.0})
+    config.finetune.update({"epochs": 1.0, "batch_size": 32, "learning_rate": 4e-3})
+    config.finetune.update({"relative_steps": True, "warmup_epochs": 0.1, "weight_decay": 0.0})
     return imagenet.with_argument(config, argument, ("runlocal",))

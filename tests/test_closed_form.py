@@ -22,6 +22,7 @@ from flora_jax.closed_form.reduce import Shape
 from flora_jax.cluster.mesh import SPLIT, WHOLE, make_mesh, on_each_device
 from flora_jax.cluster.processes import Stopped
 from flora_jax.models import functional
+from flora_jax.training.losses import READ_SHARE
 from tests.helpers import modern
 from tests.helpers.commands import DATA, ROOT
 from tests.helpers.networks import (
@@ -361,7 +362,7 @@ def test_every_layer_of_a_refit_is_a_regression_on_what_enters_it(name):
     inputs, streams = _inputs_and_streams(*functional.split(fitted), images)
     dense_inputs, dense_streams = _inputs_and_streams(*functional.split(model), images)
     start, found = parameters_of(small), parameters_of(fitted)
-    tokens = [refit.PREFIX_SHARE * 16] + [1] * 16
+    tokens = [READ_SHARE * 16] + [1] * 16
     for number, block in enumerate(model.blocks):
         entered, _, convolved, x = streams[number]
         weights = np.tile(tokens, len(images)) if name == "vit" else np.ones(len(x))

@@ -49,11 +49,11 @@ from flora_jax.models.layers import LowRankLinear
 from flora_jax.models.network import Block, Network
 from flora_jax.models.spec import Rank, Spec
 from flora_jax.progress import Progress
+from flora_jax.training.losses import READ_SHARE
 
 log = logging.getLogger(__name__)
 
 RIDGE = 0.1  # docs/decisions.md
-PREFIX_SHARE = 0.5
 HOST_BYTES = 2**31  # of hidden states; more of them lie in a file
 Arrays = dict[str, np.ndarray]
 
@@ -468,7 +468,7 @@ def token_weights(mask: jax.Array, num_rows: int, read: int) -> jax.Array:
     tokens = num_rows // len(mask)
     weights = np.ones(tokens, np.float32)
     if read:
-        weights[:read] = PREFIX_SHARE * (tokens - read) / read
+        weights[:read] = READ_SHARE * (tokens - read) / read
     return (mask[:, None] * weights[None]).reshape(-1)
 
 

@@ -27,8 +27,8 @@ from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 log = logging.getLogger(__name__)
 
 # Epochs and learning rate of each training that the rules pass through (docs/decisions.md).
-_MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 1e-4)}
-_MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4), "finetune": (5.0, 5e-5)}
+_MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 4e-3)}
+_MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4)}
 _STAGES = ("pretrain", "compress", "finetune", "evaluate", "report")
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 _MOST_THREADS = 16

@@ -15,6 +15,8 @@ import optax
 from flora_jax.evaluation.quality import relative_error
 from flora_jax.models.spec import Spec
 
+READ_SHARE = 0.5  # weight of tokens that outputs are made of, as a share of all others together
+
 Outputs = tuple[jax.Array, jax.Array]  # logits or pooled feature [B, ...], tokens [B, N, D]
 
 
@@ -52,12 +54,17 @@ def features_loss(
 ) -> jax.Array:
     """All that a network without classes learns from a teacher: (pooled [B, D], tokens [B, N, D]).
 
-    A pooled feature that is none of the tokens counts as one more: the weights of an attention pool
-    would learn nothing from the tokens, and only decay.
+    Tokens in front that alone are read weigh half of all others. A pooled feature that is none of
+    the tokens counts as one more: the weights of an attention pool would learn nothing from the
+    tokens, and only decay.
     """
     (pooled, tokens), (target_pooled, target_tokens) = outputs, taught
-    error = feature_error(tokens, target_tokens)
-    return error if spec.pools_prefix else error + feature_error(pooled, target_pooled)
+    if not spec.pools_prefix:
+        return feature_error(tokens, target_tokens) + feature_error(pooled, target_pooled)
+    read = spec.num_read_tokens
+    of_read = feature_error(tokens[:, :read], target_tokens[:, :read])
+    of_others = feature_error(tokens[:, read:], target_tokens[:, read:])
+    return (of_others + READ_SHARE * of_read) / (1 + READ_SHARE)
 
 
 def distillation_loss(
