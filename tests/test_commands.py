@@ -104,6 +104,33 @@ def test_transparent_pictures_on_the_background_of_the_model(folder, tmp_path):
     assert one.classes == other.classes
 
 
+def test_photographs_are_turned_unless_the_model_says_no(folder, tmp_path, capsys, caplog):
+    exif, upright = Image.Exif(), np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    exif[0x0112] = 8
+    lying = np.rot90(upright, -1)
+    for name in NAMES:
+        for split, pixels, options in (
+            ("photo", lying, {"exif": exif}),
+            ("upright", upright, {}),
+            ("lying", lying, {}),
+        ):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.png", **options)
+    other = saved(tmp_path / "other", flora.load(folder))
+    save_preprocessing(other, dataclasses.replace(PREPROCESSING, exif_orientation=False))
+    (tmp_path / "photo/yak/1.HEIC").touch()
+    for place, alike, unlike in ((folder, "upright", "lying"), (other, "lying", "upright")):
+        shares, likelihoods = {}, {}
+        for split in ("photo", "upright", "lying"):
+            predict(place, [str(tmp_path / split / "yak")], as_json=True)
+            shares[split] = json.loads(capsys.readouterr().out)["classes"]
+            evaluate(place, f"folder:{tmp_path}", split, as_json=True)
+            likelihoods[split] = json.loads(capsys.readouterr().out)["log_likelihood"]
+        for found in (shares, likelihoods):
+            assert found["photo"] == found[alike] != found[unlike]
+    assert caplog.text.count("not read, 1 .heic") == 4
+
+
 def test_evaluates_as_a_run_does(folder, data):
     classifier, source = Classifier.open(folder), load_source(f"folder:{data}")
     found = evaluated(classifier, source, "data")

@@ -7,13 +7,13 @@ import logging
 import time
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.data.batches import eval_batches
-from flora_jax.data.decoding import WHITE
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.labels import check_labels
 from flora_jax.data.sources import SkippingSource, Source, tfds
@@ -73,7 +73,7 @@ def evaluate(
       InputError: as `Classifier.open`, `load_splits` and `matched`.
     """
     classifier = Classifier.open(folder)
-    source = load_source(data, split, classifier.preprocessing.background)
+    source = load_source(data, split, **classifier.preprocessing.decoding)
     found = evaluated(classifier, source, data)
     if as_json:
         about = {"model": str(folder), "data": data, "split": split}
@@ -82,16 +82,16 @@ def evaluate(
         print(_text(found))
 
 
-def load_source(data: str, split: str | None = None, background: tuple[int, ...] = WHITE) -> Source:
+def load_source(data: str, split: str | None = None, **decoding: Any) -> Source:
     """The labelled images of one split. Arguments and errors as in `load_splits`."""
     kind, _, place = data.partition(":")
     if kind == "tfds":
-        return tfds(place, split or "validation", background=background)
+        return tfds(place, split or "validation", **decoding)
     if kind == "folder" and (split or (user_path(place) / "val").is_dir()):
-        return image_folder(place, split or "val", background=background)
+        return image_folder(place, split or "val", **decoding)
     if split:
         raise InputError(f"--split needs a dataset with splits, tfds: or folder:, not {data}")
-    return load_splits(data, background=background).test
+    return load_splits(data, **decoding).test
 
 
 def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:

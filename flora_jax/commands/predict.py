@@ -64,11 +64,11 @@ def predictions(
     """Predicts each picture, in their order; a bad one gives its error."""
     run, transform = classifier.log_probabilities(), classifier.transform
     size = batch_size(len(paths))
-    background = classifier.preprocessing.background
+    decoding = classifier.preprocessing.decoding
 
     def read(path: epath.Path) -> np.ndarray | BadImageError:
         try:
-            return transform(decode_rgb(path.read_bytes(), os.fspath(path), background=background))
+            return transform(decode_rgb(path.read_bytes(), os.fspath(path), **decoding))
         except BadImageError as error:
             return error
         except OSError as error:

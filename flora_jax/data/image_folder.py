@@ -114,7 +114,7 @@ def image_folder(
       split: folder inside it, e.g. "train" or "val"; "." where the class folders lie in root.
       cache_dir: as in `read_index`.
       by_class: False: all images in root/split, of no class.
-      **decoding: least_side, max_megapixels and background, as in `decode_rgb`.
+      **decoding: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.

@@ -26,6 +26,11 @@ _OF_SYSTEMS = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "lost+found"}
     | {"system volume information", "@eadir", "#recycle"}
 )
+# Pictures of other kinds, which people have beside those.
+_NOT_READ = frozenset(
+    {".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".jfif", ".svg", ".psd", ".dcm"}
+    | {".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
+)
 _FORMAT = 3  # of the file that keeps an index
 _MOST_KINDS = 12  # of what is left out that are counted one by one
 
@@ -52,7 +57,8 @@ class Index:
 def read_index(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | None) -> Index:
     """The images in a folder, from the list of an earlier time where no folder in it has changed.
 
-    At a URL, where folders carry no times, they are listed anew every time.
+    At a URL, where folders carry no times, they are listed anew every time. The log warns of
+    pictures that are left out since their kind is not read.
 
     Args:
       folder: local, or a URL.
@@ -63,6 +69,17 @@ def read_index(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | N
     Raises:
       InputError: there is no class folder, or a folder has no image or cannot be read; names it.
     """
+    index = _read(folder, by_class, cache_dir)
+    unread = [f"{n} {kind}" for kind, n in index.left_out.items() if kind in _NOT_READ]
+    if unread:
+        log.warning(
+            "%s: left out are pictures of kinds that are not read, %s: convert them to JPEG or PNG",
+            *(folder, ", ".join(unread)),
+        )
+    return index
+
+
+def _read(folder: epath.Path, by_class: bool, cache_dir: epath.PathLike | None) -> Index:
     cache_dir = None if is_url(folder) else cache_dir or user_cache_dir("index")
     if cache_dir is None:
         return _scan(folder, by_class)[0]
@@ -140,7 +157,7 @@ def _scan(root: epath.Path, by_class: bool) -> tuple[Index, dict[str, Stamp]]:
     if empty := next((start for start in starts if start not in filled), None):
         raise InputError(
             f"no image in the {'class ' * by_class}folder {root / empty}: expected files "
-            f"*{', *'.join(SUFFIXES)}"
+            f"*{', *'.join(SUFFIXES)}; {contents(root / empty)}"
         )
     stamps = {inside: folder.stamp for inside, folder in found.items()}
     for inside, folder in found.items():

@@ -1,6 +1,7 @@
 """What becomes of a picture before a network sees it, where nothing is random."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Preprocessing:
       crop_pct, crop_mode, interpolation: as in `Crop`.
       background: red, green and blue in 0..255 that show through transparent pixels; empty:
         transparency is ignored, as torchvision does.
+      exif_orientation: whether a picture is turned as its EXIF data say.
 
     Raises:
       InputError: a value out of range or unknown; names it.
@@ -73,6 +75,7 @@ class Preprocessing:
     crop_mode: str = Crop.crop_mode
     interpolation: str = Crop.interpolation
     background: tuple[int, ...] = WHITE
+    exif_orientation: bool = True
 
     def __post_init__(self):
         self.crop(3)  # checks what it takes
@@ -86,6 +89,11 @@ class Preprocessing:
     @property
     def normalization(self) -> Normalization:
         return Normalization(self.mean, self.std)
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What of it `decode_rgb` does."""
+        return {"background": self.background, "exif_orientation": self.exif_orientation}
 
     def crop(self, in_channels: int) -> Crop:
         """The resizing and cutting, for a network of so many input channels."""

@@ -157,7 +157,7 @@ def tfds(name: str, split: str, data_dir: str | None = None, **decoding: Any) ->
       name: TFDS name, e.g. "imagenet2012" or "imagenet2012:5.1.0".
       split: TFDS split, e.g. "train" or "train[:10%]".
       data_dir: folder that holds the datasets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-      **decoding: least_side, max_megapixels and background, as in `decode_rgb`.
+      **decoding: as in `decode_rgb`.
 
     Returns:
       A source of uint8 [H, W, 3] images, each of its own size.

@@ -86,7 +86,7 @@ def load_splits(
       heldout_split: the split that is searched with, in place of a share of the training images: of
         TFDS, or a folder beside the training images' or anywhere. For weights that have seen these.
       heldout_by: "name" or, of a folder with classes, "content", so that copies stay together.
-      **decoding: max_megapixels and background, as in `decode_rgb`.
+      **decoding: max_megapixels, background and exif_orientation, as in `decode_rgb`.
 
     Raises:
       InputError: unknown name, class, on_bad_image or heldout_by, "content" of what is no folder

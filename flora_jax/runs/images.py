@@ -32,7 +32,8 @@ class Images:
     def __init__(self, settings: Settings):
         data, self._settings = settings.data, settings
         self.spec = spec = network_spec(settings)
-        self._crop = data.preprocessing(spec.image_size).crop(spec.in_channels)
+        preprocessing = data.preprocessing(spec.image_size)
+        self._crop = preprocessing.crop(spec.in_channels)
         self.splits: Splits = load_splits(
             data.name,
             heldout_fraction=data.heldout_fraction,
@@ -45,7 +46,7 @@ class Images:
             classes=data.classes,
             least_side=data.augmentation.train(spec.image_shape).least_side,
             max_megapixels=data.max_megapixels,
-            background=data.background,
+            **preprocessing.decoding,
         )
 
     @property

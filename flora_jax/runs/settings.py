@@ -276,7 +276,9 @@ class SearchSettings(EvolutionSettings):
         return EvolutionSettings(**{name: getattr(self, name) for name in names})
 
 
-_PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "background")
+_PREPROCESSING = tuple(
+    field.name for field in dataclasses.fields(Preprocessing) if field.name != "image_size"
+)
 
 # timm turns the published colour jitter of 0.4 off where RandAugment is on.
 _DEIT_AUGMENTATION = {
@@ -301,9 +303,9 @@ class DataSettings:
       max_megapixels: that an image may have after a large JPEG is decoded smaller; above it, it is
         a bad image.
       classes: some of the dataset's, numbered anew; empty: all.
-      mean, std, crop_pct, crop_mode, interpolation, background: as in `Preprocessing`; what is not
-        random is done to an image with them. The augmentations of small pictures, "digits" and
-        "shift", have a crop mode of their own.
+      mean, std, crop_pct, crop_mode, interpolation, background, exif_orientation: as in
+        `Preprocessing`; what is not random is done to an image with them. The augmentations of
+        small pictures, "digits" and "shift", have a crop mode of their own.
       num_threads: that prepare training batches.
       num_workers: processes that prepare training batches in place of threads.
     """
@@ -324,6 +326,7 @@ class DataSettings:
     crop_mode: str = Preprocessing.crop_mode
     interpolation: str = Preprocessing.interpolation
     background: tuple[int, ...] = Preprocessing.background
+    exif_orientation: bool = Preprocessing.exif_orientation
     eval_batch_size: int = without_effect(256)
     num_threads: int = without_effect(16)
     num_workers: int = without_effect(0)

@@ -56,6 +56,21 @@ def test_hidden_things_and_other_files_are_left_out_and_counted(pets, caplog):
     assert caplog.messages[-1].startswith(start)
 
 
+def test_pictures_of_a_kind_that_is_not_read_are_said(tmp_path, caplog):
+    for name in ("cat/0.HEIC", "cat/1.heic", "cat/2.avif", "dog/3.txt"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    save(tmp_path / "train/dog/a.png")
+    with pytest.raises(ValueError, match=r"no image in .*/cat: .*/cat holds: 0\.HEIC, 1\.heic"):
+        image_folder(tmp_path, "train")
+    save(tmp_path / "train/cat/a.png")
+    for _ in range(2):  # listed, and from the cache
+        caplog.clear()
+        image_folder(tmp_path, "train")
+        (warning,) = caplog.messages
+        assert "not read, 2 .heic, 1 .avif: convert them" in warning
+
+
 def test_what_is_left_out_has_a_bounded_number_of_kinds(pets):
     for i in range(40):
         (pets / f"val/dog/core.{i}").touch()

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from flora_jax.configs import digits
-from flora_jax.data import augment, batches, sources, splits, subsets
+from flora_jax.data import augment, batches, decoding, sources, splits, subsets
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Preprocessing
@@ -52,7 +52,13 @@ KINDS = {
     "webp": ("x.webp", COLOUR, COLOUR, {"lossless": True}),
     "1 pixel high": ("x.png", COLOUR[:1], COLOUR[:1], {}),
     "1 pixel": ("x.png", COLOUR[:1, :1], COLOUR[:1, :1], {}),
-    "exif rotation is ignored": ("x.png", COLOUR, COLOUR, {"exif": EXIF}),
+    "turned by exif data": ("x.png", COLOUR, np.rot90(COLOUR, -1), {"exif": EXIF}),
+    "grey of 16 bits turned": ("x.png", GREY_16_BITS, np.rot90(GREY, -1), {"exif": EXIF}),
+    "floats in 0..1": ("x.tif", np.float32(RAMP / 255), GREY, {}),
+    "floats in 0..255": ("x.tif", np.float32(RAMP), GREY, {}),
+    "32 bits in 0..255": ("x.tif", RAMP.astype(np.int32), GREY, {}),
+    "32 bits in 0..65535": ("x.tif", GREY_16_BITS.astype(np.int32), GREY, {}),
+    "16 bits in a pgm": ("x.pgm", RAMP.astype(np.int32) * 257, GREY, {}),
     "wrong suffix": ("x.jpg", COLOUR, COLOUR, {"format": "PNG"}),
 }
 
@@ -65,6 +71,46 @@ def test_every_kind_of_picture_becomes_rgb(name, picture, expected, options, tmp
         expected = np.array(picture.convert("RGB"))
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    "values", [np.float32(RAMP) - 1, np.float32(RAMP) * 2, RAMP.astype(np.int32) * 999]
+)
+def test_grey_on_no_known_scale_is_a_bad_image(values, tmp_path):
+    save(tmp_path / "train/a/x.tif", values)
+    with pytest.raises(sources.BadImageError, match=r"x\.tif .*its values, .* are not in 0\.\."):
+        image_folder(tmp_path, "train")[0]
+
+
+def test_12_bits_in_a_tiff_of_12_bits_and_in_one_of_16(tmp_path, caplog, monkeypatch):
+    """Two values fill three bytes; in 16 bits they are nearly black, which is said once."""
+    monkeypatch.setattr(decoding, "_nearly_black", [])
+    values = RAMP.astype(np.uint16) * 16
+    save(tmp_path / "train/a/0.tif", values)
+    save(tmp_path / "train/a/1.tif", values)
+    high, low = values.reshape(-1, 2).T
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1)
+    tags = {256: 32, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: packed.size}
+    content = struct.pack("<2sHI", b"II", 42, 8 + packed.size) + packed.astype(np.uint8).tobytes()
+    content += struct.pack("<H", len(tags))
+    for tag, value in tags.items():
+        content += struct.pack("<HHII", tag, 4, 1, value)
+    (tmp_path / "train/a/2.tif").write_bytes(content + bytes(4))
+    source = image_folder(tmp_path, "train")
+    assert [source[i]["image"].max() for i in range(2)] == [15, 15]
+    np.testing.assert_array_equal(source[2]["image"], GREY)
+    assert caplog.text.count("comes out nearly black") == 1
+    assert "0.tif has 16 bits but no value above 4080" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\0\x09no more", b"Exif\0\0no more"])
+def test_damaged_exif_data_turn_nothing(exif, tmp_path):
+    save(tmp_path / "train/a/x.jpg", COLOUR, exif=exif)
+    assert image_folder(tmp_path, "train")[0]["image"].shape == COLOUR.shape
+    truncated(tmp_path / "train/a/x.jpg")
+    with pytest.raises(sources.BadImageError):
+        image_folder(tmp_path, "train")[0]
 
 
 ONE_IS_CLEAR = np.where(RAMP == 9, 0, 255)
@@ -99,6 +145,20 @@ def test_what_is_transparent_shows_the_background(name, picture, alpha, drawn, o
     share = alpha[..., None] / 255
     expected = share * drawn + (1 - share) * np.array((9, 200, 30))
     np.testing.assert_allclose(image, expected, atol=1)
+
+
+def test_every_part_of_a_folder_is_turned_unless_the_settings_say_no(tmp_path):
+    for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
+        save(tmp_path / f"{name}.jpg", COLOUR, exif=EXIF)
+    for is_turned, shape in ((True, (32, 8, 3)), (False, (8, 32, 3))):
+        config = digits.get_config()
+        changes = {"data.name": f"folder:{tmp_path}", "data.exif_orientation": is_turned}
+        config.update_from_flattened_dict({**changes, "data.heldout_fraction": 0.5})
+        settings = Settings.from_config(config)
+        assert settings.data.preprocessing(8).exif_orientation == is_turned
+        loaded = Images(settings).splits
+        for part in (loaded.train, loaded.heldout, loaded.test):
+            assert part[0]["image"].shape == shape
 
 
 def test_every_part_of_a_folder_shows_the_background(tmp_path):

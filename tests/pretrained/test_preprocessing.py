@@ -196,6 +196,7 @@ def test_hugging_face_refused(tmp_path, changes, message):
         ("preprocessing", {"image_size": 8, "crop_pt": 1}, "unknown field 'crop_pt' .did you mean"),
         ("preprocessing", {"crop_pct": 1}, "image_size must be the side of a square"),
         ("preprocessing", {"image_size": 8, "background": [0.5] * 3}, "background must be a list"),
+        ("preprocessing", {"image_size": 8, "exif_orientation": 6}, "must be true or false"),
         ("preprocessing", [8], "must be an object with fields"),
         ("config", TIMM | {"crop_mode": "border"}, "crop_mode 'border' is unknown"),
         ("config", TIMM | {"input_size": [3, 70, 90]}, "input_size must be the side of a square"),

@@ -87,6 +87,7 @@ def _own(content: Any) -> Preprocessing:
         crop_mode=fields.text("crop_mode", default.crop_mode),
         interpolation=fields.text("interpolation", default.interpolation),
         background=fields.counts("background", default.background),
+        exif_orientation=fields.flag("exif_orientation", default.exif_orientation),
     )
 
 
