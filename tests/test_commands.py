@@ -31,6 +31,7 @@ from tests.helpers.commands import ROOT
 from tests.helpers.weights import random_model
 
 NAMES = ("yak", "ant", "owl", "cat", "bee", "fox", "elk")  # of the model; folders are sorted
+EMPTY = {"top1": None, "images": 0}
 SPEC = flora.ViTSpec(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=7)
 LOGITS = nnx.jit(lambda model, images: model(images))
 PREPROCESSING = Preprocessing(8, (0.5,), (0.2,), 0.8, "center", "bilinear")
@@ -230,13 +231,34 @@ def test_folders_that_are_no_classifier(tmp_path, folder):
 def test_classes_are_matched_by_name():
     assert matched(("a", "b", "c"), 3, ("c", "a", "b"), "data").tolist() == [2, 0, 1]
     assert matched(("e\u0301", "b"), 2, ("b", "\xe9"), "data").tolist() == [1, 0]
+    assert matched(("Cat", "ant", "dog"), 3, ("cat", "dog"), "data").tolist() == [0, 2]
+    assert matched(("a", "A", "b"), 3, ("b", "A"), "data").tolist() == [2, 1]
+    assert matched(tuple("aabc"), 4, ("c", "b"), "data").tolist() == [3, 2]
+    assert matched(tuple("aba"), 3, tuple("aba"), "data").tolist() == [0, 1, 2]
     for ours, theirs, message in (
+        ("", "ab", "model has 3 classes and data 2"),
+        ("abc", "aa", "several are called a$|several are called a:"),
         ("ab", "abc", "model has 2 classes and data 3; .*only in the data: c"),
         ("ab", "ad", r"only in the model: b; only in the data: d.*classes\.json"),
         ("aab", "aba", "several are called a"),
     ):
         with pytest.raises(ValueError, match=message):
-            matched(tuple(ours), len(ours), tuple(theirs), "data")
+            matched(tuple(ours), len(ours) or 3, tuple(theirs), "data")
+
+
+def test_some_of_the_models_classes_are_evaluated_among_all(folder, data, tmp_path, capsys):
+    for name in ("yak", "elk"):
+        (tmp_path / "val" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(data / "val" / name)
+    classifier = Classifier.open(folder)
+    some, every = (
+        evaluated(classifier, load_source(f"folder:{root}"), "data") for root in (tmp_path, data)
+    )
+    assert (some.images, some.data_classes, every.data_classes) == (24, 2, 7)
+    for few, whole in zip(some.classes, every.classes, strict=True):
+        assert few == (whole if few["name"] in ("yak", "elk") else whole | EMPTY)
+    evaluate(folder, f"folder:{tmp_path}")
+    assert "24 images of 2 of the model's 7 classes\n" in capsys.readouterr().out
 
 
 def test_data_that_cannot_be_evaluated_on(folder, data):

@@ -92,7 +92,11 @@ def test_a_classifier_of_other_names_is_trained(pictures, tmp_path):
         flora.create(dataclasses.replace(modern.SPECS["hf_dinov2"], num_classes=3)), tmp_path
     )
     assert not settings_of(config_of(tmp_path, pictures)).train_pretrained
-    for names, is_trained in (("Blue", "green", "red"), False), (("red", "green", "blue"), True):
+    for names, is_trained in (
+        (("Blue", "green", "red"), False),
+        (("red", "green", "blue"), False),  # they are put in the order of the folders
+        (("red", "green", "violet"), True),
+    ):
         (tmp_path / "classes.json").write_text(json.dumps(names))
         assert settings_of(config_of(tmp_path, pictures)).train_pretrained == is_trained
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import time
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError, few
 from flora_jax.io.paths import as_text, user_path
 from flora_jax.timing import describe_device
-from flora_jax.weights.metadata.class_names import CLASSES_FILE
+from flora_jax.weights.metadata.class_names import CLASSES_FILE, positions
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ class Evaluation:
     Attributes:
       images: how many were evaluated.
       skipped: how many could not be decoded.
+      data_classes: how many of the model's classes the data has; all of them can be answered.
       top1: share whose class comes first.
       top5: share whose class is among the first five; None where there are no more classes.
       log_likelihood: of the right class, the mean.
@@ -48,6 +48,7 @@ class Evaluation:
 
     images: int
     skipped: int
+    data_classes: int
     top1: float
     top5: float | None
     log_likelihood: float
@@ -106,7 +107,7 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
     label_of = matched(classifier.class_names, num_classes, source.class_names, data)
     if not classifier.class_names:
         classifier = dataclasses.replace(classifier, class_names=source.class_names)
-    check_labels(source.labels, num_classes, data)
+    check_labels(source.labels, source.num_classes, data)
     run, size = classifier.log_probabilities(), batch_size(len(source))
     run(np.zeros((size, *classifier.transform.image_shape), np.uint8))  # compiles
     confusion = np.zeros((num_classes, num_classes), np.int64)
@@ -126,6 +127,7 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
     return Evaluation(
         images=num_images,
         skipped=len(source) - num_images,
+        data_classes=source.num_classes,
         top1=float(confusion.trace() / num_images),
         top5=float((np.concatenate(ranks) < _TOP).mean()) if num_classes > _TOP else None,
         log_likelihood=float(np.concatenate(log_likelihoods).mean(dtype=np.float64)),
@@ -155,9 +157,13 @@ def _by_class(classifier: Classifier, confusion: np.ndarray) -> dict[str, list[d
 
 def _text(found: Evaluation) -> str:
     skipped = f", {found.skipped} more could not be decoded" if found.skipped else ""
+    if found.data_classes < len(found.classes):
+        of = f" of {found.data_classes} of the model's {len(found.classes)} classes"
+    else:
+        of = ""
     top5 = "" if found.top5 is None else f", top-5 {found.top5:.2%}"
     lines = [
-        f"{found.images} images{skipped}",
+        f"{found.images} images{of}{skipped}",
         f"top-1 {found.top1:.2%}{top5}, log-likelihood {found.log_likelihood:.4f}",
         f"{found.ms_per_image:.3g} ms an image in batches of {found.batch_size} on {found.device}",
         "",
@@ -177,33 +183,33 @@ def _text(found: Evaluation) -> str:
 
 
 def matched(ours: Sequence[str], num_classes: int, theirs: Sequence[str], data: str) -> np.ndarray:
-    """The model's class of each label of the data, int32 [num_classes].
+    """The model's class of each label of the data, int32 [len(theirs)].
 
     Args:
       ours: names of the model's classes; empty where they are unknown, and the order must serve.
       num_classes: of the model.
-      theirs: names of the data's classes.
+      theirs: names of the data's classes, all of the model's or some.
       data: what to call the data in an error.
 
     Raises:
-      InputError: another number of classes, or other names; shows the difference.
+      InputError: another number of classes without names, other names, or one that several of the
+        model's classes have; shows the difference.
     """
-    # In composed Unicode, as the names of class folders are.
-    ours, theirs = ([unicodedata.normalize("NFC", name) for name in of] for of in (ours, theirs))
-    if len(theirs) != num_classes or (ours and sorted(ours) != sorted(theirs)):
-        only = [set(ours) - set(theirs), set(theirs) - set(ours)]
+    order = positions(theirs, ours or theirs)
+    if order is not None and (ours or len(theirs) == num_classes):
+        if not ours:
+            log.warning("the model's classes have no names: taken to be in the order of %s", data)
+        return np.array(order, np.int32)
+    only = [set(ours) - set(theirs), set(theirs) - set(ours)]
+    if not ours or only[1]:
         raise InputError(
             f"the model has {num_classes} classes and {data} {len(theirs)}; only in the model: "
             f"{few(only[0])}; only in the data: {few(only[1])}. A {CLASSES_FILE} in the folder of "
             f"the model, in its order, gives its classes the names that the data has"
         )
-    if not ours:
-        log.warning("the model's classes have no names: taken to be in the order of %s", data)
-    if not ours or ours == theirs:  # where two classes may have one name
-        return np.arange(num_classes, dtype=np.int32)
-    if twice := [name for name, count in collections.Counter(ours).items() if count > 1]:
-        raise InputError(
-            f"the classes of the model and of {data} are in another order, and several are called "
-            f"{few(twice)}: they cannot be matched by name"
-        )
-    return np.array([ours.index(name) for name in theirs], np.int32)
+    counted = (collections.Counter(ours) | collections.Counter(theirs)).items()
+    twice = [name for name, count in counted if count > 1]
+    raise InputError(
+        f"the classes of the model and of {data} are in another order, and several are called "
+        f"{few(twice)}: they cannot be matched by name"
+    )

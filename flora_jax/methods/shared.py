@@ -29,10 +29,11 @@ from flora_jax.runs.budgets import (
 from flora_jax.runs.checks import check_budget, check_not_chance
 from flora_jax.runs.settings import SpaceSettings, Spending
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, After, Result, Run, SavedModel, Step
-from flora_jax.training.probe import fit_classifier, has_no_classifier
+from flora_jax.training.probe import fit_classifier, has_no_classifier, with_classes_in_order
 from flora_jax.training.settings import Recipe
 from flora_jax.training.train import train
 from flora_jax.weights import folder
+from flora_jax.weights.metadata.class_names import positions, read_class_names
 from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def make_dense(
 ) -> Network:
     """reads the dense model's weights, or trains it"""
     if pretrained:
-        model = with_classifier(step, from_pretrained(pretrained, spec), probe_images)
+        model = read_weights(step, spec, pretrained, probe_images)
     else:
         model = create(spec, step.seed_of("create"))
     if recipe is not None:
@@ -75,9 +76,25 @@ def make_dense(
     return model
 
 
-def with_classifier(step: Step, model: Network, probe_images: int) -> Network:
-    """The model, its classifier fitted to some training images where it has no weights yet."""
-    images = step.images
+def read_weights(step: Step, spec: Spec, pretrained: str, probe_images: int) -> Network:
+    """The pretrained model, its classes in the order of the images' where both name the same.
+
+    A classifier that has no weights yet is fitted to some training images.
+    """
+    model, images = from_pretrained(pretrained, spec), step.images
+    known, names = read_class_names(pretrained), images.class_names
+    if len(known) == len(names) and not has_no_classifier(model):
+        order = positions(names, known)
+        if order is None:
+            differing = next(pair for pair in zip(known, names, strict=True) if len({*pair}) > 1)
+            log.warning(
+                "%s and the images have other names of classes, such as %s for %s: taken to be in "
+                "the same order",
+                *(pretrained, *differing),
+            )
+        elif order != (*range(len(names)),):
+            log.info("%s: its classes are put in the order of the images'", pretrained)
+            model = with_classes_in_order(model, order)
     if not probe_images or not images.are_labelled or not has_no_classifier(model):
         return model
     normalization = images.train_set.normalization

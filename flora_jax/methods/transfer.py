@@ -12,7 +12,6 @@ from flora_jax.runs.workdir import Run, SavedModel, Step
 from flora_jax.training.settings import Recipe
 from flora_jax.training.train import train
 from flora_jax.weights import folder
-from flora_jax.weights.pretrained import from_pretrained
 
 
 def transfer(run: Run) -> None:
@@ -32,7 +31,7 @@ def fine_tune_on_other_classes(
     step: Step, spec: Spec, pretrained: str, probe_images: int, recipe: Recipe, metric: str
 ) -> Network:
     """fine-tunes a finished model on other classes"""
-    model = shared.with_classifier(step, from_pretrained(pretrained, spec), probe_images)
+    model = shared.read_weights(step, spec, pretrained, probe_images)
     folder.save_description_once(model, step.directory / "training")
     looks = step.images.looked_at()
     place = step.training("transfer/training")

@@ -20,7 +20,7 @@ from flora_jax.evaluation.quality import COSINE
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.runs.settings import Settings
-from flora_jax.weights.metadata.class_names import read_class_names
+from flora_jax.weights.metadata.class_names import positions, read_class_names
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
 from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 
@@ -68,9 +68,9 @@ def closed(config: Mapping) -> dict[str, Any]:
         image_size=size or preprocessing.image_size,
         num_classes=num_classes or weights.num_classes,
     )
-    has_classifier = weights.num_classes == spec.num_classes and _same(
-        read_class_names(values["pretrained"]), class_names
-    )
+    known = read_class_names(values["pretrained"])
+    are_others = known and class_names and positions(class_names, known) is None
+    has_classifier = weights.num_classes == spec.num_classes and not are_others
     share = values["data"]["heldout_fraction"] or _heldout_fraction(num_images, num_classes)
     num_train = round((1 - share) * num_images)
     if num_train < _LEAST_IMAGES:
@@ -132,11 +132,6 @@ def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
         classes=tuple(data["classes"]),
     )
     return len(splits.train) + len(splits.heldout), splits.class_names
-
-
-def _same(known: tuple[str, ...], names: tuple[str, ...]) -> bool:
-    """Whether the classes that the weights know are these, as far as names are known."""
-    return not (known and names) or list(map(str.lower, known)) == list(map(str.lower, names))
 
 
 def _what(spec: Spec) -> str:

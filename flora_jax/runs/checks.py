@@ -32,6 +32,7 @@ from flora_jax.weights.export import check_packages
 from flora_jax.weights.folder import load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.load_parameters import NotFiniteWarning
+from flora_jax.weights.metadata.class_names import read_class_names
 from flora_jax.weights.pretrained import from_pretrained
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
     if path and not local_folder(path).exists():
         raise MissingFileError(f"pretrained: no file or folder {path}")
     if path:
+        read_class_names(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the stage itself warns
             warnings.simplefilter("error", NotFiniteWarning)

@@ -21,6 +21,7 @@ from flora_jax.flora.extras.halving import rungs_of
 from flora_jax.models.network import Network
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.training.image_set import ImageSet
+from flora_jax.weights.metadata.class_names import read_class_names
 
 log = logging.getLogger(__name__)
 _SIZES = 16  # so many images' sizes tell a dataset from a smaller copy of it
@@ -103,10 +104,14 @@ class Images:
         log.info("the images have no labels: the dense model's predictions stand for them")
         return images.relabelled(evaluate_images(dense, images)["predicted"])
 
-    @property
+    @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the network's classes; none where it has no classes."""
-        return tuple(self.splits.class_names) if self.are_labelled else ()
+        """The names of the network's classes, those of the weights where the images have no labels;
+        none where it has no classes."""
+        if self.are_labelled:
+            return tuple(self.splits.class_names)
+        known = read_class_names(self._settings.pretrained) if self._settings.pretrained else ()
+        return known if len(known) == self._settings.model.num_classes else ()
 
     @functools.cached_property
     def signature(self) -> str:

@@ -6,7 +6,7 @@ is a discriminant analysis, in closed form for any number of classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,15 @@ def fit_classifier(model: Network, batches: Iterable[tuple[jax.Array, np.ndarray
         probe = _probe(np.concatenate(found[name]), labels, model.spec.num_classes)
         kernel, bias = multihost_utils.broadcast_one_to_all(probe)
         parameters |= {f"{name}.kernel": jnp.array(kernel), f"{name}.bias": jnp.array(bias)}
+    return functional.merge(structure, parameters)
+
+
+def with_classes_in_order(model: Network, order: Sequence[int]) -> Network:
+    """The model whose class i is the class order[i] of this one, for each of its classes."""
+    structure, parameters = functional.split(model)
+    for name in _classifiers(parameters):
+        for part in (f"{name}.kernel", f"{name}.bias"):
+            parameters[part] = parameters[part][..., np.array(order)]
     return functional.merge(structure, parameters)
 
 

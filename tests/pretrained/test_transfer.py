@@ -2,15 +2,23 @@
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as flora
-from flora_jax.configs import transfer
+from flora_jax.configs import digits, transfer
+from flora_jax.methods import shared, start
+from flora_jax.models import functional
+from flora_jax.models.spec_json import spec_to_json
 from flora_jax.runs import checks
+from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.weights import hub, layouts
+from tests.helpers.pictures import save
 from tests.helpers.weights import VIT, random_model, written
 from tests.pretrained.test_beside import HUGGING_FACE_VIT, TIMM_VIT
 
@@ -52,3 +60,67 @@ def test_a_file_that_stands_alone_has_the_shape_of_the_config(tmp_path):
     checks.check(begins)
     with pytest.raises(ValueError, match="do not fit the spec"):
         checks.check(settings(path))
+
+
+def saved(model, names, folder):
+    flora.save(model, folder)
+    (folder / "classes.json").write_text(json.dumps(names))
+    return folder
+
+
+def heads(model):
+    """Weights of the classifiers by class: [classes, D + 1] of each."""
+    found = functional.split(model)[1]
+    return [
+        np.vstack([found[f"{name}.kernel"], found[f"{name}.bias"]]).T
+        for name in ("head", "head_dist")
+        if f"{name}.kernel" in found
+    ]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_classes_of_the_same_names_are_put_in_the_order_of_the_images(distilled, tmp_path, caplog):
+    spec = dataclasses.replace(SPEC, num_classes=3, distilled=distilled)
+    model = random_model(spec)
+    folder = saved(model, ("owl", "Cat", "ant"), tmp_path / "model")
+    flora.export_timm(model, folder / "weights.safetensors")
+    shutil.copytree(folder, tmp_path / "alone", ignore=shutil.ignore_patterns("*.json"))
+    for names, path, order, is_said in (
+        (("ant", "cat", "owl"), folder, [2, 1, 0], False),
+        (("ant", "cat", "owl"), folder / "weights.safetensors", [2, 1, 0], False),
+        (("ant", "cat", "owl"), tmp_path / "alone/weights.safetensors", [0, 1, 2], False),
+        (("ant", "cat", "elk"), folder, [0, 1, 2], True),
+    ):
+        caplog.clear()
+        step = SimpleNamespace(images=SimpleNamespace(class_names=names, are_labelled=True))
+        read = shared.read_weights(step, spec, str(path), probe_images=0)
+        for ours, theirs in zip(heads(read), heads(model), strict=True):
+            np.testing.assert_array_equal(ours, theirs[order])
+        assert ("such as owl for ant: taken to be in the same order" in caplog.text) == is_said
+
+
+def test_a_run_puts_them_in_order_and_names_its_models_so(tmp_path):
+    spec = dataclasses.replace(SPEC, num_classes=10)
+    names = list("0123456798")
+    model = random_model(spec)
+    config = digits.get_config()
+    config.pretrained, config.stages = str(saved(model, names, tmp_path / "model")), ("pretrain",)
+    config.model = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
+    start.run(config, tmp_path / "run")
+    dense = tmp_path / "run/dense"
+    assert json.loads((dense / "classes.json").read_text()) == sorted(names)
+    order = list(map(names.index, sorted(names)))
+    np.testing.assert_array_equal(heads(flora.load(dense))[0], heads(model)[0][order])
+
+
+def test_the_names_of_the_weights_stay_where_images_have_no_labels(tmp_path):
+    folder = saved(
+        random_model(dataclasses.replace(SPEC, num_classes=3)), list("xyz"), tmp_path / "model"
+    )
+    for i in range(8):
+        save(tmp_path / f"pictures/{i}.png")
+    for num_classes, expected in ((3, ("x", "y", "z")), (4, ())):
+        config = digits.get_config()
+        config.data.name, config.pretrained = f"images:{tmp_path / 'pictures'}", str(folder)
+        config.model.num_classes = num_classes
+        assert Images(Settings.from_config(config)).class_names == expected

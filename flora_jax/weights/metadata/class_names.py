@@ -1,6 +1,9 @@
 """Names of the classes that a model in a folder knows."""
 
+import collections
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -12,17 +15,36 @@ from flora_jax.weights.metadata.spec import CONFIG_FILE
 CLASSES_FILE = "classes.json"
 
 
+def positions(names: Sequence[str], among: Sequence[str]) -> tuple[int, ...] | None:
+    """Where each of the names stands `among` others; None where one is missing or stands twice.
+
+    They are compared in composed Unicode, as the names of class folders are, and, where that finds
+    not all of them, without case. The same names in the same order may repeat.
+    """
+    names, among = ([unicodedata.normalize("NFC", name) for name in of] for of in (names, among))
+    if names == among:
+        return tuple(range(len(names)))
+    for fold in (str, str.casefold):
+        wanted, known = list(map(fold, names)), list(map(fold, among))
+        counts = collections.Counter(known)
+        if len(set(wanted)) == len(wanted) and all(counts[name] == 1 for name in wanted):
+            return tuple(map(known.index, wanted))
+    return None
+
+
 def read_class_names(folder: epath.PathLike) -> tuple[str, ...]:
     """Reads the names of a model's classes in the order of its logits; empty where none are known.
 
     Looked for, in this order: our own `classes.json`; in a `config.json` the `id2label` of
-    transformers or the `label_names` of timm. The names that transformers makes up where nobody
-    gave any, LABEL_0 and so on, are none.
+    transformers or the `label_names` of timm; of a file of weights, in the folder that it is in.
+    The names that transformers makes up where nobody gave any, LABEL_0 and so on, are none.
 
     Raises:
       InputError: broken JSON, something else than names, or a number without one; names the file.
     """
     folder = local_folder(folder)
+    if folder.is_file():
+        folder = folder.parent
     if (path := folder / CLASSES_FILE).exists():
         return read_named(path, lambda names: _names(Fields({"names": names}), "names"))
     return read_named(path, _of_config) if (path := folder / CONFIG_FILE).exists() else ()
