@@ -168,6 +168,8 @@ def test_evaluation_printed(folder, data, capsys):
     printed = capsys.readouterr().out
     assert "74 images, 1 more could not be decoded" in printed
     assert f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}" in printed
+    assert found["commonest"] == 14 / 74
+    assert "the commonest class alone 18.92%" in printed
     assert re.search(r"^yak +\d+\.\d\d% of 14$", printed, re.MULTILINE)
 
 

@@ -71,6 +71,7 @@ def exported(tmp_path_factory, subnets):
     ]
     write_json(folder / "result.json", {"dense": {"top1": 0.9}, "subnet": entries})
     about = {"top1": 0.85, "test_images": 450, "labels_of": "the dataset"}
+    about |= {"commonest_class": 0.125, "test_copies": 7}
     write_json(folder / "extract/subnet_0.75/evaluation.json", about)
     images = images_of(SPEC, 8)
     says = np.asarray(subnets["extract/subnet_0.75"](images)).argmax(axis=1)
@@ -117,6 +118,8 @@ def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypat
 def test_the_card_says_what_was_measured_and_how_it_was_made(exported):
     hub = pytest.importorskip("huggingface_hub", reason="reads the card as the hub does")
     text = (exported / "subnet_0.75/README.md").read_text()
+    assert "The commonest class alone has 12.50 % of them. 7 of them are copies of" in text
+    assert "Turned as their EXIF data say." in text
     data = hub.ModelCard(text).data
     assert (data.library_name, data.base_model) == ("flora_jax", "me/vit-small")
     assert data.license is None

@@ -19,6 +19,7 @@ from flora_jax.runs.settings import Settings
 from flora_jax.training.train import warn_if_nothing_is_learnt
 from flora_jax.weights.export.timm import export_timm
 from tests.helpers.commands import run_flora
+from tests.helpers.pictures import save, scene
 from tests.helpers.runs import tiny_config
 
 BAD_CONFIGS = {
@@ -125,20 +126,81 @@ def test_what_can_hardly_be_meant_is_said(changes, expected, caplog):
     assert re.search(expected or "", caplog.text), caplog.text
 
 
+def answers(counts) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions, of a table of how often a class (row) is taken for another."""
+    pairs = np.argwhere(np.ones_like(counts)).repeat(np.ravel(counts), axis=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def guesses(right: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of 270 digits, of which so many are right; the others go to the next class."""
+    labels = np.arange(270) % 10
+    return labels, np.where(np.arange(270) < right, labels, (labels + 1) % 10)
+
+
+CONSTANT, RARE_ARE_FOUND, HALF_FOUND = [[285, 0], [15, 0]], [[285, 0], [5, 10]], [[270, 15], [6, 9]]
+SHUFFLED = [[271, 14], [14, 1]]
+
+
 def test_a_model_that_guesses_is_not_compressed():
-    for top1, changes, refusal in (
-        (0.128, {}, r"12.80 % top-1 on 270 held-out.*10.00 %.*pretrain longer"),
-        (0.1, {"pretrained": "w"}, "fine-tune it first with train_pretrained=True"),
+    """It has what its answers have by chance: of one that always says the commonest class, 95 %."""
+    two = {"model.num_classes": 2}
+    for found, changes, refusal in (
+        (guesses(34), {}, r"12.59 % top-1 on 270 held-out.*10.00 % by chance.*pretrain longer"),
+        (guesses(27), {"pretrained": "w"}, "fine-tune it first with train_pretrained=True"),
+        (
+            answers(CONSTANT),
+            two,
+            r"95.00 % top-1 .* 95.00 % by chance .* commonest .* 95.00 %:",
+        ),
+        (
+            answers(SHUFFLED),
+            two,
+            r"90.67 % top-1 .* 90.50 % by chance .* commonest .* 95.00 %:",
+        ),
     ):
         with pytest.raises(ValueError, match=refusal):
-            checks.check_not_chance(settings_of(**changes), top1, 270)
-    checks.check_not_chance(settings_of(), 0.14, 270)
+            checks.check_not_chance(settings_of(**changes), *found)
+    checks.check_not_chance(settings_of(), *guesses(38))
+    for learned in (RARE_ARE_FOUND, HALF_FOUND):
+        checks.check_not_chance(settings_of(**two), *answers(learned))
     for changes in (
         {"refuse_near_chance": False},
         {"stages": ("pretrain", "evaluate")},
         {"model.num_classes": 0, "metric": "cosine"},
     ):
-        checks.check_not_chance(settings_of(**changes), 0.0, 270)
+        checks.check_not_chance(settings_of(**changes), *guesses(0))
+
+
+def test_copies_across_the_splits_are_said(tmp_path, caplog):
+    for i in range(24):
+        save(tmp_path / f"data/train/{'ab'[i % 2]}/{i}.png", scene(i))
+    for i in range(6):
+        for split, first, size in (("val", 0, (40, 30)), ("unseen", 21, (100, 75))):
+            name = f"{'ab'[i % 2]}/other {i}.jpg"
+            save(tmp_path / "data" / split / name, scene(first + i, size), quality=95)
+    changes = {"data.name": f"folder:{tmp_path / 'data'}", "model.num_classes": 2}
+    changes["model.in_channels"] = 3
+    for more, copies, words in (
+        ({}, (0, 6), ["6 of the 6 test images are copies"]),
+        (
+            {"data.heldout_split": "unseen"},
+            (3, 6),
+            ["3 of the 6 held-out", "6 of the 6 test"],
+        ),
+        ({"data.test_split": "unseen"}, (0, 3), ["3 of the 6 test images"]),
+        ({"data.name": f"folder:{tmp_path / 'data/train'}"}, (0, 0), []),
+    ):
+        caplog.clear()
+        settings = settings_of(**changes | {"data.heldout_fraction": 0.25} | more)
+        images = Images(settings)
+        assert images.copies == copies
+        with caplog.at_level(logging.WARNING, checks.__name__):
+            checks.warn_of_doubtful_settings(settings, images)
+        said = [message for message in caplog.messages if "are copies of" in message]
+        assert len(said) == len(words)
+        assert all(word in message for word, message in zip(words, said, strict=True))
+    assert Images(settings_of()).copies is None  # in no folder
 
 
 def test_a_loss_that_has_not_moved(caplog):

@@ -39,6 +39,7 @@ class Evaluation:
       skipped: how many could not be decoded.
       data_classes: how many of the model's classes the data has; all of them can be answered.
       top1: share whose class comes first.
+      commonest: share of the commonest class, which is the top-1 of what always says that.
       top5: share whose class is among the first five; None where there are no more classes.
       log_likelihood: of the right class, the mean.
       ms_per_image: milliseconds of the network on `device` in batches of `batch_size`.
@@ -50,6 +51,7 @@ class Evaluation:
     skipped: int
     data_classes: int
     top1: float
+    commonest: float
     top5: float | None
     log_likelihood: float
     ms_per_image: float
@@ -129,6 +131,7 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
         skipped=len(source) - num_images,
         data_classes=source.num_classes,
         top1=float(confusion.trace() / num_images),
+        commonest=float(confusion.sum(axis=1).max() / num_images),
         top5=float((np.concatenate(ranks) < _TOP).mean()) if num_classes > _TOP else None,
         log_likelihood=float(np.concatenate(log_likelihoods).mean(dtype=np.float64)),
         ms_per_image=1000 * seconds / (num_batches * size),
@@ -164,7 +167,8 @@ def _text(found: Evaluation) -> str:
     top5 = "" if found.top5 is None else f", top-5 {found.top5:.2%}"
     lines = [
         f"{found.images} images{of}{skipped}",
-        f"top-1 {found.top1:.2%}{top5}, log-likelihood {found.log_likelihood:.4f}",
+        f"top-1 {found.top1:.2%}{top5}, log-likelihood {found.log_likelihood:.4f}; "
+        f"the commonest class alone {found.commonest:.2%}",
         f"{found.ms_per_image:.3g} ms an image in batches of {found.batch_size} on {found.device}",
         "",
     ]

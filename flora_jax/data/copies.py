@@ -4,6 +4,7 @@ Two pictures are linked where their thumbnails, less each colour's mean, correla
 what a chain of links holds together. Measured on 3,280 drawings: docs/decisions.md.
 """
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,15 +17,47 @@ from flora_jax.data.decoding import BadImageError
 from flora_jax.data.image_folder import ImageFolderSource
 from flora_jax.data.kept import digest, keep, read_kept
 from flora_jax.data.listing import stamp_of
+from flora_jax.data.sources import Source
 from flora_jax.io.files import user_cache_dir
 from flora_jax.io.paths import is_url
 from flora_jax.progress import Progress
 
+MOST_COMPARED = 50_000  # images, which takes about a minute
 SIDE = 10  # of a thumbnail
 ALIKE = (0.95, 0.97, 0.98, 0.99, 0.995)  # correlations that link two, each for larger groups
 PLAIN = 2.0  # levels of grey that a thumbnail strays, below which it tells nothing
 _LENGTH = 2000  # of a thumbnail in whole numbers: sums of products stay below 2**24, and so exact
 _TILE = 2048  # thumbnails compared with as many others at once
+
+
+def copies_across(train: Source, heldout: Source, test: Source) -> tuple[int, int] | None:
+    """How many held-out images are copies of training images, and test images of either.
+
+    None where it is not looked for: outside local folders, and in more than MOST_COMPARED images.
+    """
+    parts = (train, heldout, test)
+    folders = [folder for folder in map(_folder_of, parts) if folder is not None]
+    sizes = [len(part) for part in parts]
+    if len(folders) < len(parts) or is_url(folders[0].root) or sum(sizes) > MOST_COMPARED:
+        return None
+    keys = [part.key(index) for part in parts for index in range(len(part))]
+    whole = folders[0]
+    if len({folder.split for folder in folders}) > 1:
+        split = " ".join(folder.split for folder in folders)
+        labels = np.zeros(len(keys), np.int32)
+        whole = dataclasses.replace(whole, split=split, keys=keys, labels=labels)
+    group_of = dict(zip(whole.keys, copies_in(whole)[1].tolist(), strict=True))
+    groups = np.array([group_of[key] for key in keys])
+    known, searched = sizes[0], sizes[0] + sizes[1]
+    of_heldout = np.isin(groups[known:searched], groups[:known])
+    return int(of_heldout.sum()), int(np.isin(groups[searched:], groups[:searched]).sum())
+
+
+def _folder_of(source: Source) -> ImageFolderSource | None:
+    """What a source reads its images from, where that is a folder."""
+    while not isinstance(source, ImageFolderSource) and hasattr(source, "source"):
+        source = source.source
+    return source if isinstance(source, ImageFolderSource) else None
 
 
 def copies_in(source: ImageFolderSource) -> np.ndarray:

@@ -174,6 +174,11 @@ CLASSIFICATION = Quality((TOP1, LOG_LIKELIHOOD), "with classes", _classify, _of_
 AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "without classes", _features, _of_features)
 
 
+def commonest_share(labels: np.ndarray) -> float:
+    """Share in 0..1 of the commonest of the labels int [n]: what always saying it gets right."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
 def quality_of(spec: Spec) -> Quality:
     """The quality of networks of this spec: of one without classes, that of its features."""
     return CLASSIFICATION if spec.num_classes else AGREEMENT

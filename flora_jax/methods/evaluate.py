@@ -9,7 +9,7 @@ from safetensors import numpy as safetensors
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.evaluation.comparison import baseline_pairs, compare
 from flora_jax.evaluation.evaluate import evaluate_images, top1
-from flora_jax.evaluation.quality import Quality
+from flora_jax.evaluation.quality import Quality, commonest_share
 from flora_jax.flora.extras.latency import LatencyTable, measure_networks
 from flora_jax.io.files import replacing, write_json_once
 from flora_jax.models.spec import Spec
@@ -61,7 +61,12 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
             result[kind] = entries[name]
         else:
             result.setdefault(kind, []).append(entries[name])
-    result[DATA] = {
+    known = {}
+    if images.splits.num_classes and labels is not None:
+        known["commonest_class"] = commonest_share(labels)
+    if images.copies:
+        known["test_copies"] = images.copies[1]
+    result[DATA] = known | {
         "classes": list(images.class_names),
         "left_out": {
             "train": images.splits.train.left_out,
@@ -71,7 +76,7 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
         "skipped_test_images": len(images.splits.test) - test_set.num_images,
     }
     write_json_once(run.folder / "result.json", result)
-    about = {
+    about = known | {
         "dataset": run.settings.data.name,
         "test_images": test_set.num_images,
         "labels_of": "the dataset" if images.splits.num_classes else "the dense model",

@@ -314,6 +314,10 @@ def _images(run: Run, images: Images | None, tested: Mapping) -> dict[str, objec
     for split, kinds in tested.get("left_out", {}).items():
         for kind, number in kinds.items():
             data[f"left out of {split}"] = f"{number:,} {kind}"
+    if share := tested.get("commonest_class"):
+        data["of the commonest class"] = f"{100 * share:.2f} % of those to report on"
+    if copies := tested.get("test_copies"):
+        data["copies of others to train with"] = f"{copies:,} of those to report on"
     if skipped := tested.get("skipped_test_images"):
         data["could not be decoded"] = f"{skipped:,} test images"
     return data

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from flora_jax.data.copies import MOST_COMPARED
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError
@@ -38,7 +39,6 @@ _LEAST_IMAGES = 8
 _BATCHES_AN_EPOCH = 8
 _HELD_OUT_A_CLASS, _HELD_OUT_IN_ALL = 30, 300
 _ENOUGH_FOR_TOP1 = 5000
-_COMPARED = 50_000
 
 
 def settings_of(config: Mapping) -> Settings:
@@ -203,4 +203,4 @@ def _metric(num_heldout: int) -> str:
 
 def _heldout_by(name: str, num_images: int) -> str:
     """By the contents of a folder of at most 50,000 images, whose comparison takes a minute."""
-    return "content" if name.startswith("folder:") and num_images <= _COMPARED else "name"
+    return "content" if name.startswith("folder:") and num_images <= MOST_COMPARED else "name"

@@ -220,6 +220,7 @@ def warn_of_doubtful_settings(settings: Settings, images: Images) -> None:
     doubts = (
         *_of_pixels(settings, images),
         *_of_heldout(settings, images),
+        *_of_copies(settings, images),
         *_of_learning_rates(settings, len(images.train)),
     )
     for doubt in doubts if is_first() else ():
@@ -259,6 +260,22 @@ def _of_heldout(settings: Settings, images: Images):
         )
 
 
+def _of_copies(settings: Settings, images: Images):
+    """Images that models are chosen by or reported on, and know."""
+    heldout, test = images.copies or (0, 0)
+    if heldout:
+        advice = "" if settings.data.heldout_split else "; data.heldout_by='content' avoids it"
+        yield (
+            f"{heldout} of the {len(images.splits.heldout)} held-out images are copies of training "
+            f"images: models are chosen by what they were trained on{advice}"
+        )
+    if test:
+        yield (
+            f"{test} of the {len(images.splits.test)} test images are copies of images that are "
+            f"trained or searched with: what is reported is better than on pictures that are new"
+        )
+
+
 def _of_learning_rates(settings: Settings, num_images: int):
     """Learning rates, scaled to the batch, by which no weight gets anywhere."""
     for name, recipe, images in settings.trainings(num_images):
@@ -276,22 +293,26 @@ def _of_learning_rates(settings: Settings, num_images: int):
             )
 
 
-def check_not_chance(settings: Settings, top1: float, num_images: int) -> None:
+def check_not_chance(settings: Settings, labels: np.ndarray, predicted: np.ndarray) -> None:
     """Refuses to compress a dense model that has learned nothing.
 
+    Chance is what its answers would get right of shuffled labels, as in Cohen's kappa: of a model
+    that always says the commonest class, that class' share.
+
     Args:
-      top1: on the held-out images, `num_images` of them.
+      labels, predicted: int [n], of the held-out images.
 
     Raises:
-      InputError: it could be that of guessing (one-sided, 95 %).
+      InputError: what it gets right could be chance (one-sided, 95 %).
     """
     compresses = set(settings.stages) - {"pretrain", "evaluate", "export", "report"}
     classes = settings.model.num_classes
     if not settings.refuse_near_chance or not compresses or not classes:
         return
-    chance = 1 / classes
-    bound = chance + 1.64 * math.sqrt(chance * (1 - chance) / num_images)
-    if top1 > bound:
+    number, top1 = len(labels), float((labels == predicted).mean())
+    truth, answers = (np.bincount(of, minlength=classes) / number for of in (labels, predicted))
+    chance = float(truth @ answers)
+    if top1 > chance + 1.64 * math.sqrt(chance * (1 - chance) / number):
         return
     if settings.pretrained and not settings.train_pretrained:
         advice = (
@@ -301,8 +322,9 @@ def check_not_chance(settings: Settings, top1: float, num_images: int) -> None:
     else:
         advice = "pretrain longer or with another learning rate"
     raise InputError(
-        f"the dense model has {100 * top1:.2f} % top-1 on {num_images} held-out images, where "
-        f"guessing has {100 * chance:.2f} %: there is nothing to keep by compressing it; {advice} "
+        f"the dense model has {100 * top1:.2f} % top-1 on {number} held-out images, where its "
+        f"answers have {100 * chance:.2f} % by chance and the commonest class alone has "
+        f"{100 * truth.max():.2f} %: there is nothing to keep by compressing it; {advice} "
         f"(refuse_near_chance=False goes on all the same)"
     )
 

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from flora_jax.closed_form.calibrate import BATCH_SIZE
 from flora_jax.cluster.processes import is_first, true_in_all
 from flora_jax.data.batches import eval_batches
+from flora_jax.data.copies import copies_across
 from flora_jax.data.sources import BadImageError, Source
 from flora_jax.data.splits import Splits, load_splits
 from flora_jax.data.subsets import hold_out, shuffled, subset
@@ -112,6 +113,11 @@ class Images:
             return tuple(self.splits.class_names)
         known = read_class_names(self._settings.pretrained) if self._settings.pretrained else ()
         return known if len(known) == self._settings.model.num_classes else ()
+
+    @functools.cached_property
+    def copies(self) -> tuple[int, int] | None:
+        """As `copies_across`."""
+        return copies_across(self.splits.train, self.splits.heldout, self.splits.test)
 
     @functools.cached_property
     def signature(self) -> str:
