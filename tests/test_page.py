@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from flora_jax.report import data as report_data
 from flora_jax.report import figures
 from flora_jax.report.classes import Confusion, class_rows, confusions
 from flora_jax.report.data import ReportData, Slimming
 from flora_jax.report.figures import panels_of, sheet
 from flora_jax.report.formats import png, svg
 from flora_jax.report.page import render
+from flora_jax.runs.settings import Settings
 from flora_jax.slim import Masks
 
 NASTY = '<b a="1">&amp\''
@@ -137,6 +140,17 @@ def test_a_part_is_left_out_where_a_run_has_nothing_for_it():
         titles = Reader(render(dataclasses.replace(DATA, **changes))).titles
         assert titles == [title for field, title in parts.items() if field != left_out]
     assert Reader(render(ReportData(name="run"))).titles == []
+
+
+def test_what_figures_stand_on_is_among_the_images():
+    run = SimpleNamespace(settings=Settings())
+    tested = {"test_images": 450, "commonest_class": 0.125, "test_copies": 7}
+    assert report_data._images(run, None, tested) == {
+        "source": "tfds:imagenet2012",
+        "to report on": "450",
+        "of the commonest class": "12.50 % of those to report on",
+        "copies of others to train with": "7 of those to report on",
+    }
 
 
 @pytest.mark.parametrize("field", PANELS)
