@@ -264,7 +264,8 @@ def _of_copies(settings: Settings, images: Images):
     """Images that models are chosen by or reported on, and know."""
     heldout, test = images.copies or (0, 0)
     if heldout:
-        advice = "" if settings.data.heldout_split else "; data.heldout_by='content' avoids it"
+        can_avoid = settings.data.name.startswith("folder:") and not settings.data.heldout_split
+        advice = "; data.heldout_by='content' avoids it" if can_avoid else ""
         yield (
             f"{heldout} of the {len(images.splits.heldout)} held-out images are copies of training "
             f"images: models are chosen by what they were trained on{advice}"

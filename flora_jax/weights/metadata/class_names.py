@@ -28,7 +28,8 @@ def positions(names: Sequence[str], among: Sequence[str]) -> tuple[int, ...] | N
         wanted, known = list(map(fold, names)), list(map(fold, among))
         counts = collections.Counter(known)
         if len(set(wanted)) == len(wanted) and all(counts[name] == 1 for name in wanted):
-            return tuple(map(known.index, wanted))
+            place_of = {name: place for place, name in enumerate(known)}
+            return tuple(place_of[name] for name in wanted)
     return None
 
 
