@@ -53,6 +53,7 @@ import dinov2
 import numpy as np
 import torch
 from common import describe_machine, parser_of
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -200,12 +201,16 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     """Cosines of class tokens against MACs and milliseconds, a line a method."""
     figure = Figure((11, 4.6), dpi=140, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    costs = {"MACs": "share of the multiply-adds", "share 1": "share of the milliseconds, PyTorch"}
+    milliseconds = "share of the milliseconds, PyTorch, batch 8"
+    costs = {"MACs": "share of the multiply-adds", "share 8": milliseconds}
+    colours = dict(zip(METHODS, colormaps["tab20"].colors, strict=False))
     for panel, (cost, title) in zip(panels, costs.items(), strict=True):
         for name in dict.fromkeys(row["method"] for row in rows[1:]):
             own = sorted((row[cost], row["class"]) for row in rows if row["method"] == name)
-            wide = {"linewidth": 3, "color": "black"} if name == "flora.compress" else {}
-            panel.plot(*zip(*own, strict=True), marker="o", label=name, **wide)
+            look = {"color": colours[name]}
+            if name == "flora.compress":
+                look = {"linewidth": 3, "color": "black"}
+            panel.plot(*zip(*own, strict=True), marker="o", label=name, **look)
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("cosine to the dense class token")
