@@ -9,7 +9,8 @@ from flora_jax.cluster import interrupts, memory
 def run() -> None:
     """Runs the command line."""
     if help.is_asked_for(sys.argv[1:]):
-        print(help.text())
+        with interrupts.ended_with_its_reader():
+            print(help.text())
         return
     memory.use_large_pages()
     interrupts.answer_at_once()

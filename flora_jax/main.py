@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import traceback
+import warnings
 
 from flora_jax.cluster import interrupts, memory
 
@@ -25,6 +26,7 @@ from ml_collections import config_flags
 
 from flora_jax import configs, help
 from flora_jax.cluster import processes
+from flora_jax.cluster.mesh import check_devices
 from flora_jax.commands.benchmark import BATCH_SIZES, benchmark
 from flora_jax.commands.check_predictions import check_predictions
 from flora_jax.commands.evaluate import evaluate
@@ -97,37 +99,8 @@ def main(arguments: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
-        if _DISTRIBUTED.value or _COORDINATOR.value:
-            processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        if _CHECK_TOPOLOGY.value:
-            use_compiler_only()
-        _show_log()
-        _configure_jax()
-        if _PREDICT.value is not None:
-            if predict(_PREDICT.value, arguments[1:], _JSON.value):
-                sys.exit(1)
-        elif _EVALUATE.value is not None:
-            evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
-        elif _BENCHMARK.value is not None:
-            sizes = _BATCH_SIZES.value or BATCH_SIZES
-            benchmark(_BENCHMARK.value, _AGAINST.value, sizes, _JSON.value)
-        elif _PUSH_TO_HUB.value is not None:
-            push(_PUSH_TO_HUB.value, _WORKDIR.value)
-        elif _CHECK_TOPOLOGY.value:
-            settings = settings_of(_CONFIG.value)
-            print(check_topology(settings, _CHECK_TOPOLOGY.value))
-        elif _DRY_RUN.value:
-            this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
-            start.check_stages(this_run)
-            this_run.images = check(this_run.settings, done_stages(this_run))
-            print(plan(this_run, *start.plan_of(this_run)))
-        elif _CHECK_PREDICTIONS.value:
-            settings = settings_of(_CONFIG.value)
-            check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
-        else:
-            if _PROFILE.value:
-                _CONFIG.value.profile_step = _PROFILE.value
-            start.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
+        with interrupts.ended_with_its_reader():
+            _run(arguments[1:])
     except processes.Stopped as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         sys.exit(stopped.exit_status)
@@ -139,6 +112,42 @@ def main(arguments: list[str]) -> None:
     except Exception:  # a fault of ours; Python's own exit might wait for other processes
         traceback.print_exc()
         processes.exit_at_once(1)
+
+
+def _run(pictures: list[str]) -> None:
+    """Does what the flags say."""
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _CHECK_TOPOLOGY.value:
+        use_compiler_only()
+    check_devices()
+    _show_log()
+    _configure_jax()
+    if _PREDICT.value is not None:
+        if predict(_PREDICT.value, pictures, _JSON.value):
+            sys.exit(1)
+    elif _EVALUATE.value is not None:
+        evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
+    elif _BENCHMARK.value is not None:
+        sizes = _BATCH_SIZES.value or BATCH_SIZES
+        benchmark(_BENCHMARK.value, _AGAINST.value, sizes, _JSON.value)
+    elif _PUSH_TO_HUB.value is not None:
+        push(_PUSH_TO_HUB.value, _WORKDIR.value)
+    elif _CHECK_TOPOLOGY.value:
+        settings = settings_of(_CONFIG.value)
+        print(check_topology(settings, _CHECK_TOPOLOGY.value))
+    elif _DRY_RUN.value:
+        this_run = Run(settings_of(_CONFIG.value), user_path(_WORKDIR.value or "."))
+        start.check_stages(this_run)
+        this_run.images = check(this_run.settings, done_stages(this_run))
+        print(plan(this_run, *start.plan_of(this_run)))
+    elif _CHECK_PREDICTIONS.value:
+        settings = settings_of(_CONFIG.value)
+        check_predictions(Run(settings, epath.Path(_WORKDIR.value)))
+    else:
+        if _PROFILE.value:
+            _CONFIG.value.profile_step = _PROFILE.value
+        start.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
 
 
 def run() -> None:
@@ -221,6 +230,8 @@ def _show_log() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     log.propagate = False
+    # Python's own lines would show a file and its code.
+    warnings.showwarning = lambda message, *_: log.warning("%s", " ".join(str(message).split()))
 
 
 if __name__ == "__main__":

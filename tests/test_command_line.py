@@ -2,13 +2,18 @@
 
 import io
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 
+import absl.logging
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -19,7 +24,7 @@ from hypothesis import strategies as st
 import flora_jax as flora
 from flora_jax import configs, help, main
 from flora_jax.cluster import memory
-from flora_jax.cluster.mesh import equal_share
+from flora_jax.cluster.mesh import check_devices, equal_share
 from flora_jax.errors import (
     InputError,
     MissingFileError,
@@ -209,6 +214,65 @@ def test_our_own_fault_keeps_its_traceback_and_a_users_on_request(run_raises, ca
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
     assert "in fail" in shown
+
+
+@pytest.mark.parametrize("reason", ["Unable to initialize backend\nmore", ""])
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, reason):
+    def fail():
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cdua")
+    with pytest.raises(InputError, match=r"^JAX_PLATFORMS=cdua is .*; JAX_PLATFORMS=cpu .*$"):
+        check_devices()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(RuntimeError):
+        check_devices()
+
+
+READ_NO_MORE = """
+import os
+from flora_jax.cluster import interrupts
+with interrupts.ended_with_its_reader():
+    while True:
+        {what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [
+        ("print('a line')", 128 + signal.SIGPIPE, ""),
+        ("print('a line', flush=True); raise BrokenPipeError('of a socket')", 1, "of a socket"),
+    ],
+)
+def test_a_program_ends_with_what_reads_its_output(what, status, said):
+    command = [sys.executable, "-c", READ_NO_MORE.format(what=what)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "a line\n"
+        if not said:
+            process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == status
+    assert errors.strip().endswith(said)
+    assert bool(errors) == bool(said)
+
+
+def test_warnings_are_lines_of_ours(monkeypatch, capsys):
+    log = logging.getLogger("flora_jax")
+    for name, value in (("handlers", []), ("propagate", True), ("level", logging.NOTSET)):
+        monkeypatch.setattr(log, name, value)
+    monkeypatch.setattr(warnings, "showwarning", None)
+    verbosity = absl.logging.get_verbosity()
+    main._show_log()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show = main.warnings.showwarning
+        show(UserWarning("the weights have\n no classifier"), UserWarning, "file.py", 3)
+    absl.logging.set_verbosity(verbosity)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d the weights have no classifier", line)
 
 
 def test_hints():

@@ -149,6 +149,35 @@ def test_a_card_without_labels_claims_no_accuracy(tmp_path):
     assert not (tmp_path / "export/dense/classes.json").exists()
 
 
+def test_names_are_text_in_a_card(tmp_path):
+    folder = tmp_path / "a_run"
+    run = run_in(folder, {"dense": random_model(SPEC)}, stages=("pretrain",), export=("timm",))
+    names = ["<script>", "a|b", "*star*", "two\nlines", "[x](y)", "`c`", "#1", *"789"]
+    stage.export_once(run, run.settings.export, None, names)
+    text = (folder / "export/dense/README.md").read_text()
+    shown = (
+        r"(\<script\>, a\|b, \*star\*, two lines, \[x\](y), \`c\`, \#1, 7, 8, 9; `classes.json`)"
+    )
+    assert shown in text
+    assert r"# a\_run: dense" in text
+    assert json.loads((folder / "export/dense/classes.json").read_text()) == names
+
+
+def test_features_of_lower_precision_are_measured_by_their_cosine(tmp_path):
+    pytest.importorskip("onnxruntime", reason="runs ONNX files")
+    spec = dataclasses.replace(SPEC, num_classes=0)
+    run = run_in(tmp_path, {"dense": random_model(spec)}, spec=spec, stages=("pretrain",))
+    kinds = ("onnx_float16", "onnx_int8")
+    run = Run(dataclasses.replace(run.settings, export=kinds, metric=""), run.folder)
+    images = images_of(spec, 8)
+    stage.export_once(run, kinds, images[:3], (), lambda: iter([(images, None)]))
+    text = (tmp_path / "export/dense/README.md").read_text()
+    found = re.findall(r"\| cosine to this model of `model_(\w+)\.onnx` \| ([01]\.\d{4}) \|", text)
+    assert [kind for kind, _ in found] == ["float16", "int8"]
+    assert float(found[0][1]) == 1 >= float(found[1][1]) > 0.99
+    assert "features of lower precision of their length: 0.02 in `model_float16.onnx`" in text
+
+
 def test_the_slimmed_model_is_handed_out_and_the_dense_one_is_not(tmp_path):
     spec = dataclasses.replace(SPEC, depth=2, blocks=(), patch_size=2)
     models = {"dense": random_model(spec), "slim": slimmed(spec)}

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -302,6 +303,74 @@ def test_pytorch_computes_what_jax_does(name, in_pytorch):
     model, images, *expected = network(name)
     for actual, wanted in zip(in_pytorch(model, images), expected, strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf_dinov3", "hf_siglip", "timm_dinov2_registers", "distilled"),
+        *("slim, rotary", "swin", "tiny_vit, low rank on slim"),
+    ],
+)
+def test_what_is_made_of_a_folder_takes_any_batch(name, tmp_path, monkeypatch):
+    """A trace, an exported program, and what a compiler gets."""
+    torch = pytest.importorskip("torch", reason="makes other programs of the exported folder")
+    monkeypatch.setattr(pytorch, "_check_computes_the_same", lambda *_: None)
+    model = network(name)[0] if name in NETWORKS else modern.model(name)
+    flora.export_torch(model, tmp_path)
+    module = pytorch.load_export(tmp_path)
+    images = torch.tensor(images_of(model.spec, 5).transpose(0, 3, 1, 2))
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        expected = module(images).numpy()
+        others = (
+            torch.jit.trace(module, images[:2]),
+            torch.export.export(module, (images[:2],), dynamic_shapes=(batch,)).module(),
+            torch.compile(module, backend="eager", dynamic=True, fullgraph=True),
+        )
+        for other in others:
+            for number in (5, 1, 2):
+                assert_close(other(images[:number]).numpy(), expected[:number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf_dinov3", "hf_siglip", "swin"])
+def test_torchs_own_onnx_file_of_a_folder(runtime, name, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="writes an ONNX file of the exported folder")
+    monkeypatch.setattr(pytorch, "_check_computes_the_same", lambda *_: None)
+    model = network(name)[0] if name in NETWORKS else modern.model(name)
+    flora.export_torch(model, tmp_path / "torch")
+    module = pytorch.load_export(tmp_path / "torch")
+    images = images_of(model.spec, 5)
+    path, given = tmp_path / "m.onnx", torch.tensor(images.transpose(0, 3, 1, 2))
+    axes = {"input_names": ["images"], "dynamic_axes": {"images": {0: "batch"}}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this way of writing is deprecated, and needs no package
+        torch.onnx.export(module, (given[:2],), path, dynamo=False, opset_version=17, **axes)
+        expected = module(given).numpy()
+    assert_close(run(runtime, path, images), expected)
+    assert_close(run(runtime, path, images[:1]), expected[:1])
+
+
+def test_features_are_compared_by_their_direction():
+    features = np.random.default_rng(0).normal(size=(4, 384)).astype(np.float32)
+    features[:, 0] = 50  # one dimension that all are largest in
+    images = np.zeros((4, 1), np.float32)
+    for scale, by_direction in ((0.97, False), (2.0, True)):
+        other = scale * features
+        checks.check_computes(lambda _, o=other: o, lambda _: features, images, 5e-2, by_direction)
+    noisy = features + np.float32(0.2) * np.linalg.norm(features) / 40
+    for wrong, is_seen, message in (
+        (2 * features, False, "of the largest"),
+        (noisy, True, "of their length"),
+    ):
+        compared = (lambda _, o=wrong: o), (lambda _: features), images, 5e-2, is_seen
+        with pytest.raises(ValueError, match=rf"differ from the model's by .* {message}, accepted"):
+            checks.check_computes(*compared)
+    np.testing.assert_allclose(checks.cosines(features, -2 * features), -1)
 
 
 ELSEWHERE = """

@@ -166,3 +166,13 @@ def test_no_file_has_no_records(tmp_path):
     assert (tmp_path / "folder/new").read_bytes() == b""
     with pytest.raises(StorageError, match="folder/new/metrics"):
         JsonLines(tmp_path / "folder/new/metrics.jsonl")
+
+
+def test_json_in_the_encodings_that_editors_write(tmp_path):
+    path, content = tmp_path / "classes.json", ["café", "été"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+        assert read_json(path) == content
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="latin-1")
+    with pytest.raises(ValueError, match=r"classes\.json is not valid JSON: save it as UTF-8"):
+        read_json(path)

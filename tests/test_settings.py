@@ -4,11 +4,13 @@ import dataclasses
 import importlib
 import json
 
+import numpy as np
 import pytest
 
 import flora_jax as flora
 from flora_jax import configs
 from flora_jax.configs.common import IMPROVED_STAGES
+from flora_jax.data.preprocessing import Crop, Preprocessing
 from flora_jax.errors import differences
 from flora_jax.flora.evolution import EvolutionSettings
 from flora_jax.methods.listing import steps_of
@@ -82,6 +84,13 @@ def test_improved_is_a_switch(name):
         ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
         ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
         ({"budget": {"macs": (0.5,)}}, "budget.macs must be one window"),
+        (
+            {"budget": {"macs": ("2G",)}},
+            r"budget\.macs must be one window .* such as \(0\.45, 0\.5\)",
+        ),
+        ({"budget": {"latency": ("0.5", "0.6")}}, r"budget\.latency must be one window"),
+        ({"space": {"ratios": (0.5, "1/4")}}, r"space\.ratios must hold numbers alone, got .*1/4"),
+        ({"data": {"classes": ["cat"]}}, r"data\.classes must hold numbers alone, got .*cat"),
         ({"filter": {"drop": "half"}}, "filter: a value of another form: .*'<='"),
     ],
 )
@@ -92,3 +101,20 @@ def test_what_is_wrong_is_named_with_its_section(config, message):
 
 def test_stages_come_in_the_order_of_the_script():
     assert [name for name in steps_of("flora") if name in IMPROVED_STAGES] == [*IMPROVED_STAGES]
+
+
+def test_lists_and_arrays_are_as_good_as_tuples():
+    spec, swin = flora.deit("tiny"), flora.swin("tiny")
+    mean, std = np.float32([0.5, 0.25, 0.5]), [0.25, np.float64(0.5), 1]
+    plain = ((0.5, 0.25, 0.5), (0.25, 0.5, 1))
+    blocks = [dataclasses.replace(block, ranks=[None] * 3) for block in spec.blocks]
+    for given, wanted in (
+        (flora.Normalization(mean, std), flora.Normalization(*plain)),
+        (Preprocessing(np.int64(8), mean, std), Preprocessing(8, *plain)),
+        (Crop([8, 8, 3]), Crop((8, 8, 3))),
+        (dataclasses.replace(spec, blocks=blocks), spec),
+        (dataclasses.replace(swin, depths=[2, 2, 6, 2], num_heads=np.array(swin.num_heads)), swin),
+    ):
+        assert given == wanted
+        assert hash(given) == hash(wanted)
+        assert json.dumps(vars(given), default=vars) == json.dumps(vars(wanted), default=vars)

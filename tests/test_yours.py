@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flora_jax.preflight.plan import plan
 from flora_jax.runs import auto_config
 from flora_jax.runs.auto_config import settings_of
 from flora_jax.runs.checks import check
+from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import Run
 from tests.helpers import modern
 from tests.helpers.commands import run_flora
@@ -99,6 +101,33 @@ def test_a_classifier_of_other_names_is_trained(pictures, tmp_path):
     ):
         (tmp_path / "classes.json").write_text(json.dumps(names))
         assert settings_of(config_of(tmp_path, pictures)).train_pretrained == is_trained
+
+
+def test_a_recipe_is_said_where_something_is_trained(weights, pictures, caplog):
+    caplog.set_level("INFO", "flora_jax")
+    config = config_of(weights, pictures)
+    settings_of(config)
+    assert "pretrain.epochs" in caplog.text
+    caplog.clear()
+    config.data.name = f"images:{pictures}"
+    settings_of(config)
+    assert "train_pretrained = False" in caplog.text
+    assert "finetune.epochs" in caplog.text
+    assert not re.search(r"(pretrain|supernet)\.(epochs|batch_size|learning_rate)", caplog.text)
+
+
+def test_paths_hold_wherever_a_run_goes_on(weights, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(weights.parent)
+    settings = settings_of(config_of(weights.name, f"../{pictures.parent.name}/{pictures.name}"))
+    assert settings.pretrained == str(weights)
+    assert settings.data.name == f"folder:{pictures}"
+    config = {"pretrained": "hf:owner/vit", "data": {"name": "tfds:a/b", "data_dir": "sets"}}
+    others = settings_of(config)
+    assert (others.pretrained, others.data.name) == ("hf:owner/vit", "tfds:a/b")
+    assert others.data.data_dir == str(weights.parent / "sets")
+    remote = {"pretrained": "gs://bucket/vit", "data": {"name": "digits"}}
+    assert settings_of(remote).pretrained == "gs://bucket/vit"
+    assert settings_of(remote).data == Settings.from_config(remote).data
 
 
 def test_what_cannot_be(weights, pictures):

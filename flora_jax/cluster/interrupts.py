@@ -1,14 +1,19 @@
-"""Ctrl-C in a program: answered at once, at any moment, and without a traceback.
+"""Ctrl-C in a program: answered at once, at any moment, and without a traceback; and the end of
+what reads its output.
 
-Python answers between two of its own steps, which it does not take while a network is compiled,
-and by an exception, which it prints where it comes amid an import. Nothing here imports JAX.
+To Ctrl-C Python answers between two of its own steps, which it does not take while a network is
+compiled, and by an exception, which it prints where it comes amid an import. Nothing here imports
+JAX.
 """
 
 import contextlib
 import os
 import pathlib
+import select
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from types import FrameType
 
@@ -38,6 +43,20 @@ def leave_to_this_process() -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def ended_with_its_reader() -> Iterator[None]:
+    """Ends the process without a word where nobody reads its output any more: `... | head -1`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):  # another pipe
+            raise
+        os._exit(128 + signal.SIGPIPE)
 
 
 def _answer() -> None:

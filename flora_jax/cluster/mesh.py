@@ -1,6 +1,7 @@
 """Places of arrays: one mesh for any number of devices and processes, and one sharding rule."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -11,6 +12,20 @@ from flora_jax.errors import InputError
 AXES = ("data", "fsdp")  # a batch is split over both, large parameters over the second
 SPLIT, WHOLE = PartitionSpec(AXES), PartitionSpec()  # a batch, and what every device has whole
 SMALLEST_SHARDED = 2**16  # elements; below, gathering costs more than it saves
+
+
+def check_devices() -> None:
+    """Raises InputError where JAX does not find the kind of device that it was told to take."""
+    try:
+        jax.devices()
+    except Exception as error:  # of whatever kind the device's library raises
+        if not (kinds := os.environ.get("JAX_PLATFORMS")):
+            raise
+        reason = (str(error).strip().splitlines() or ["none was found"])[0]
+        raise InputError(
+            f"JAX_PLATFORMS={kinds} is no device of this machine ({reason}); JAX_PLATFORMS=cpu "
+            f"takes the CPU, without the variable JAX takes the fastest that it finds"
+        ) from error
 
 
 def make_mesh(fsdp: int = 1, devices=None) -> Mesh:

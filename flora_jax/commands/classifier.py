@@ -20,7 +20,7 @@ from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.training.probe import has_no_classifier
-from flora_jax.weights.folder import SPEC_FILE
+from flora_jax.weights.folder import SPEC_FILE, inside
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata.class_names import CLASSES_FILE, read_class_names
 from flora_jax.weights.metadata.preprocessing import PREPROCESSING_FILE, read_preprocessing
@@ -148,12 +148,12 @@ def check_is_model(folder: epath.Path) -> None:
     if holds_model(folder):
         return
     place = folder if folder.exists() else folder.parent
-    inside = [path.name for path in matching(place, "*") if path.is_dir()]
+    folders = [path.name for path in matching(place, "*") if path.is_dir()]
     if not folder.exists():
-        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, inside)}")
+        raise MissingFileError(f"{folder} is not there{did_you_mean(folder.name, folders)}")
     raise MissingFileError(
-        f"{folder} is no folder of a model, with one of {', '.join(_MODEL_FILES)}; folders inside "
-        f"it are {few(inside)}"
+        f"{folder} is no folder of a model, with one of {', '.join(_MODEL_FILES)}"
+        f"{inside(folder, *_MODEL_FILES) or f'; folders inside it are {few(folders)}'}"
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, hold_plain_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Normalization:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
+        hold_plain_values(self)
         for name, values, least in (("mean", self.mean, "[0"), ("std", self.std, "(0")):
             if not all(0 <= v <= 1 and (v or name == "mean") for v in values):
                 nearest = tuple(round(v / 255, 4) for v in values)

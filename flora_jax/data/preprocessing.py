@@ -8,7 +8,7 @@ import numpy as np
 from flora_jax.data.decoding import WHITE
 from flora_jax.data.geometry import INTERPOLATIONS, eval_resize_crop, match_channels, resize
 from flora_jax.data.normalize import Normalization
-from flora_jax.errors import InputError, check_known
+from flora_jax.errors import InputError, check_known, hold_plain_values
 
 CROP_MODES = ("center", "squash", "squash_center")
 Shape = tuple[int, int, int]
@@ -35,6 +35,7 @@ class Crop:
     interpolation: str = "bicubic"
 
     def __post_init__(self):
+        hold_plain_values(self)
         if self.image_shape[0] != self.image_shape[1]:
             raise InputError(f"image_shape must be square, got {self.image_shape}")
         if not 0 < self.crop_pct <= 1:
@@ -78,6 +79,7 @@ class Preprocessing:
     exif_orientation: bool = True
 
     def __post_init__(self):
+        hold_plain_values(self)
         self.crop(3)  # checks what it takes
         Normalization(self.mean, self.std)
         if len(self.background) not in (0, 3) or not all(0 <= v <= 255 for v in self.background):

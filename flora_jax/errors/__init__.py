@@ -1,6 +1,12 @@
 """Kinds of errors that a user can mend, and hints for their messages."""
 
-from flora_jax.errors.checks import check_at_least, check_between, check_known
+from flora_jax.errors.checks import (
+    check_at_least,
+    check_between,
+    check_known,
+    hold_plain_values,
+    plain,
+)
 from flora_jax.errors.hints import did_you_mean, differences, few, listed, unknown
 from flora_jax.errors.kinds import (
     InputError,
@@ -24,6 +30,8 @@ __all__ = [
     "did_you_mean",
     "differences",
     "few",
+    "hold_plain_values",
     "listed",
+    "plain",
     "unknown",
 ]

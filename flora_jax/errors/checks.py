@@ -6,6 +6,18 @@ from flora_jax.errors.hints import choices
 from flora_jax.errors.kinds import InputError
 
 
+def plain(value):
+    """Tuples of plain numbers where there are lists, or arrays and numbers of numpy."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def hold_plain_values(owner: object) -> None:
+    """Makes `plain` values of all fields of a frozen dataclass, so that it can be hashed."""
+    for name, value in list(vars(owner).items()):
+        object.__setattr__(owner, name, plain(value))
+
+
 def check_at_least(owner: object, least: int, *names: str) -> None:
     """Raises InputError unless these attributes, or all items of tuples, are at least this."""
     for name in names:

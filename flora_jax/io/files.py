@@ -145,9 +145,15 @@ def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
 
 
 def read_json(path: epath.PathLike):
-    """Reads a JSON file; InputError with its name when it is not JSON."""
+    """Reads a JSON file in UTF-8, or in UTF-16 or UTF-32, with a byte order mark or without.
+
+    Raises:
+      InputError: it is not JSON, or in another encoding; names the file.
+    """
     path = epath.Path(path)
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: save it as UTF-8 ({error})") from error
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error

@@ -17,6 +17,7 @@ from flora_jax.runs.model_files import describe_model
 from flora_jax.runs.workdir import EXPORT, Run, Step
 from flora_jax.weights import folder
 from flora_jax.weights.export import EXPORTS
+from flora_jax.weights.export.checks import cosines, exactly
 from flora_jax.weights.export.onnx import in_onnx_runtime
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def export(step: Step, models: None, kinds: Sequence[str]) -> None:
         for batch, labels in images.labelled_test():
             yield np.asarray(normalise(jnp.asarray(batch))), labels
 
-    can_be_tested = images.are_labelled and len(images.splits.test)
+    can_be_tested = (images.are_labelled or not run.spec.num_classes) and len(images.splits.test)
     export_once(run, kinds, compared, images.class_names, tested if can_be_tested else None)
 
 
@@ -55,7 +56,8 @@ def export_once(
 
     Args:
       compared: normalised images float32 [B, H, W, C]; None: random ones.
-      tested: gives those that files of lower precision are measured on, with labels int32 [B].
+      tested: gives those that files of lower precision are measured on, with labels int32 [B],
+        which a network without classes needs none of.
 
     Raises:
       InputError: a file would compute something else than its model; names both.
@@ -73,23 +75,29 @@ def export_once(
                 _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
                 describe_model(place, class_names, preprocessing)
-            coarse = _top1_of_coarse(kinds, partial, tested) if tested else {}
+            coarse = _measured(kinds, partial, model, tested) if tested else {}
             card = card_of(run, found, model.spec, class_names, coarse)
             (partial / CARD_FILE).write_bytes(card.encode())
         log.info("%s as %s: %s", found.name, ", ".join(kinds), target)
 
 
-def _top1_of_coarse(
-    kinds: Sequence[str], place: epath.Path, tested: Callable[[], Labelled]
+def _measured(
+    kinds: Sequence[str], place: epath.Path, model: Network, tested: Callable[[], Labelled]
 ) -> dict[str, float]:
-    """The accuracy of each file whose precision may cost some, by its kind."""
+    """The top-1 of each file whose precision may cost some, by its kind; of features their cosine
+    to the model's."""
     found = {}
     for kind in (kind for kind in kinds if EXPORTS[kind].is_coarse):
         file = in_onnx_runtime((place / EXPORTS[kind].path).read_bytes())
         assert file is not None  # it was compared already
-        is_right = [file(images).argmax(axis=1) == labels for images, labels in tested()]
-        found[kind] = float(np.concatenate(is_right).mean())
-        log.info("%s: %.2f %% top-1", EXPORTS[kind].path, 100 * found[kind])
+        if model.spec.num_classes:
+            of_images = [file(images).argmax(axis=1) == labels for images, labels in tested()]
+        else:
+            forward = exactly(model)
+            of_images = [cosines(file(images), forward(images)) for images, _ in tested()]
+        found[kind] = float(np.concatenate(of_images).mean())
+        name = "top-1" if model.spec.num_classes else "cosine to the model's features"
+        log.info("%s: %s %.4f", EXPORTS[kind].path, name, found[kind])
     return found
 
 

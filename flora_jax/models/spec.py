@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from flora_jax.errors import InputError, check_at_least
+from flora_jax.errors import InputError, check_at_least, hold_plain_values
 
 _Field = TypeVar("_Field")
 
@@ -109,6 +109,7 @@ class BlockSpec:
     rotary_pairs: tuple[tuple[int, ...], ...] | None = later(None)
 
     def __post_init__(self):
+        hold_plain_values(self)
         check_at_least(self, 1, "num_heads", "head_dim", "mlp_dim")
         if len(self.ranks) != LAYERS_PER_BLOCK:
             raise InputError(f"a block has 3 ranks (qkv, fc1, fc2), got {self.ranks}")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.errors import InputError, check_at_least, unknown
+from flora_jax.errors import InputError, check_at_least, hold_plain_values, unknown
 from flora_jax.models.spec import (
     BlockInput,
     BlockSpec,
@@ -70,8 +70,7 @@ class SwinSpec(Spec):
     blocks: tuple[BlockSpec, ...] = ()
 
     def __post_init__(self):
-        for name in ("depths", "num_heads"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        hold_plain_values(self)
         check_at_least(
             self,
             1,

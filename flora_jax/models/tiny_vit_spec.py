@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.errors import InputError, check_at_least, unknown
+from flora_jax.errors import InputError, check_at_least, hold_plain_values, unknown
 from flora_jax.models.spec import BlockInput, BlockSpec, Spec
 from flora_jax.models.windows import Windows
 
@@ -70,8 +70,7 @@ class TinyViTSpec(Spec):
 
     def __post_init__(self):
         of_stages = ("embed_dims", "depths", "num_heads", "window_sizes")
-        for name in of_stages:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        hold_plain_values(self)
         check_at_least(
             self, 1, "image_size", "in_channels", "mlp_ratio", "mbconv_expand_ratio", *of_stages
         )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.errors import InputError, check_at_least, check_known, unknown
+from flora_jax.errors import InputError, check_at_least, check_known, hold_plain_values, unknown
 from flora_jax.models.layers import ACTIVATIONS
 from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple, later
 
@@ -77,6 +77,7 @@ class ViTSpec(Spec):
     layer_scale: bool = later(False)
 
     def __post_init__(self):
+        hold_plain_values(self)
         check_at_least(
             self,
             1,

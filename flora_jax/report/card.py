@@ -42,7 +42,8 @@ def card_of(
     """The card of a finished model of the run, as Markdown behind a front matter in YAML.
 
     Args:
-      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export.
+      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export; of features
+        their cosine to the model's.
     """
     path, evaluation = run.folder / "result.json", run.folder / found.folder / EVALUATION_FILE
     entries = named_entries(read_json(path)) if path.exists() else {}
@@ -59,7 +60,7 @@ def card_of(
     if found.budget is not None and "search" in settings.stages:
         winner = load_found(run, WINNERS_FILE)[load_budgets(run).index(found.budget)]
         has_won = winner.chosen == ALLOCATED
-    names, more = as_text(", ".join(class_names[:_MOST_NAMES])), len(class_names) - _MOST_NAMES
+    names, more = _as_markdown(", ".join(class_names[:_MOST_NAMES])), len(class_names) - _MOST_NAMES
     title = f"{as_text(absolute(run.folder).name)}: {found.name}"
     wanted = settings.data.preprocessing(spec.image_size)
     environment = jinja2.Environment(
@@ -78,13 +79,13 @@ def card_of(
         size=spec.image_size,
         tested=tested,
         fields=_front_matter(run, found, title, spec, tested),
-        title=title,
+        title=_as_markdown(title),
         network=_NETWORKS.get(spec.title, spec.title),
         saved=100 * (1 - spec.macs() / run.spec.macs()) if is_smaller else None,
         figures=_figures(models, coarse or {}),
         difference=difference,
-        data=dataset_name(settings.data.name),
-        weights=base_model(settings.pretrained),
+        data=_as_markdown(dataset_name(settings.data.name)),
+        weights=_as_markdown(base_model(settings.pretrained)),
         ratios=", ".join(f"{ratio:.3g}" for ratio in settings.space.ratios),
         allocation_won=has_won,
         names=f"{names} and {more} more" if more > 0 else names,
@@ -93,6 +94,11 @@ def card_of(
         exports=EXPORTS,
         human_count=human_count,
     )
+
+
+def _as_markdown(name: str) -> str:
+    """A name that people gave, as text on one line: none of it is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>&#|~$])", r"\\\1", " ".join(as_text(name).split()))
 
 
 def base_model(pretrained: str) -> str:
@@ -145,9 +151,11 @@ def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, fl
             known = (metric.scale * one[metric.name] for one in tested if metric.name in one)
             cells = [f"{value:.{metric.digits}f}" for value in known]
             rows.append([metric.column, *cells, *[""] * (len(tested) - len(cells))])
-    for kind, top1 in coarse.items():
-        empty = [""] * (len(models) - 1)
-        rows.append([f"top-1 % of `{EXPORTS[kind].path}`", f"{100 * top1:.2f}", *empty])
+    for kind, value in coarse.items():
+        name, shown = "top-1 %", f"{100 * value:.2f}"
+        if not specs[0].num_classes:
+            name, shown = "cosine to this model", f"{value:.4f}"
+        rows.append([f"{name} of `{EXPORTS[kind].path}`", shown, *[""] * (len(models) - 1)])
     rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])
     rows.append(["parameters", *(human_count(spec.num_params()) for spec in specs)])
     return rows

@@ -18,9 +18,11 @@ from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError
 from flora_jax.evaluation.quality import COSINE
+from flora_jax.io.paths import absolute, user_path
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.runs.settings import Settings
+from flora_jax.weights.hub import is_repository
 from flora_jax.weights.metadata.class_names import positions, read_class_names
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
 from flora_jax.weights.metadata.spec import read_spec, spec_of_config
@@ -42,10 +44,22 @@ _ENOUGH_FOR_TOP1 = 5000
 
 
 def settings_of(config: Mapping) -> Settings:
-    """The settings of a config, its open fields filled in. Raises as `Settings.from_config`."""
-    if "image_size" not in config:
-        return Settings.from_config(config)
-    return Settings.from_config(closed(config))
+    """The settings of a config, its open fields filled in, its paths whole: a run may go on from
+    another directory. Raises as `Settings.from_config`."""
+    settings = Settings.from_config(closed(config) if "image_size" in config else config)
+    data, weights = settings.data, settings.pretrained
+    kind, _, place = data.name.partition(":")
+    data = dataclasses.replace(
+        data,
+        name=f"{kind}:{_whole(place)}" if place and kind in ("folder", "images") else data.name,
+        data_dir=_whole(data.data_dir),
+    )
+    weights = weights if is_repository(weights) else _whole(weights)
+    return dataclasses.replace(settings, data=data, pretrained=weights)
+
+
+def _whole(path: str) -> str:
+    return path and os.fspath(absolute(user_path(path)))
 
 
 def closed(config: Mapping) -> dict[str, Any]:
@@ -97,12 +111,13 @@ def closed(config: Mapping) -> dict[str, Any]:
     log.info("%s: %s", values["pretrained"], _what(spec))
     if spec.num_classes:
         log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
-    for name, value in found.items():
-        if _get(values, name) is None:
-            _set(values, name, value)
-            is_of_no_stage = name.partition(".")[0] in {*measured} - set(values["stages"])
-            if not is_of_no_stage:
-                log.info("  %s = %s", name, value)
+    chosen = {name: value for name, value in found.items() if _get(values, name) is None}
+    for name, value in chosen.items():
+        _set(values, name, value)
+    trained = set(values["stages"]) - (set() if values["train_pretrained"] else {"pretrain"})
+    for name, value in chosen.items():
+        if name.partition(".")[0] not in {*measured} - trained:
+            log.info("  %s = %s", name, value)
     values["model"] = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
     return values
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
 from flora_jax.data.augment import Augmentation
-from flora_jax.errors import InputError, did_you_mean
+from flora_jax.errors import InputError, did_you_mean, plain
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_from_json
 
@@ -29,7 +29,11 @@ def from_mapping(settings_class: type[T], values: Mapping, name: str = "") -> T:
             raise InputError(f"no setting {_inner(name, key)}{did_you_mean(key, kinds)}")
     try:
         fields = {key: _read(kinds[key], value, _inner(name, key)) for key, value in values.items()}
-        return settings_class(**fields)
+        made = settings_class(**fields)
+        for key, value in fields.items():
+            if isinstance(value, tuple) and "str" not in str(kinds[key]) and _holds_text(value):
+                raise InputError(f"{key} must hold numbers alone, got {value}")
+        return made
     except _NamedError:
         raise
     except InputError as error:
@@ -49,16 +53,17 @@ def to_mapping(settings) -> dict[str, Any]:
 
 def _read(kind: type, value, name: str):
     if kind is Augmentation:
-        changes = {key: _plain(each) for key, each in value.items()}
+        changes = {key: plain(each) for key, each in value.items()}
         return Augmentation(changes.pop("name"), changes)
     if kind is Spec:
-        return spec_from_json({key: _plain(each) for key, each in value.items()})
-    return from_mapping(kind, value, name) if dataclasses.is_dataclass(kind) else _plain(value)
+        return spec_from_json({key: plain(each) for key, each in value.items()})
+    if dataclasses.is_dataclass(kind):
+        return from_mapping(kind, value, name)
+    return plain(value)
 
 
-def _plain(value):
-    """Puts tuples where JSON has lists."""
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+def _holds_text(value) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple) and any(map(_holds_text, value)))
 
 
 def _write(value):

@@ -199,9 +199,11 @@ def _listed(value) -> Sequence:
 
 def _check_windows(name: str, value) -> None:
     for window in _listed(value):
-        if not (isinstance(window, Sequence) and len(window) == 2):
+        is_window = isinstance(window, Sequence) and len(window) == 2
+        if not is_window or any(isinstance(end, str) for end in window):
             raise InputError(
-                f"{name} must be one window (low, high) or several of them, got {value}"
+                f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), or several "
+                f"of them, got {value}"
             )
         low, high = window
         if not 0 < low < high <= 1:

@@ -39,6 +39,16 @@ class Layout(NamedTuple):
     table: Callable[..., Table]
     signature: str
 
+    def offset(self, spec: Spec, keys: Collection[str]) -> float | None:
+        """How the library of the weights interpolates positions, as `resample_pos_embed` takes it.
+
+        Of transformers' networks DINOv2 with registers alone antialiases, of DINOv2's releases,
+        which keep their mask token, too. A number moves the points of the release.
+        """
+        if self.title.startswith("Hugging Face"):
+            return None if getattr(spec, "positions", "all") == "patches" else 0.0
+        return 0.1 if "mask_token" in keys and "register_tokens" not in keys else None
+
 
 # The first whose signature stands in a name, at its beginning or behind a dot.
 _BLOCKS = r"blocks\.\d+\."

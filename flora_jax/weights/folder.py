@@ -115,10 +115,15 @@ def load_spec(path: epath.PathLike) -> Spec:
     return spec_from_json(_read_description(user_path(path))["spec"])
 
 
+def inside(path: epath.Path, *names: str) -> str:
+    """For a message: the folders inside that hold one of these files, such as checkpoint-500."""
+    found = {p.parent.name for name in names for p in files.matching(path, f"*/{name}")}
+    return f"; inside it are {few(found)}" if found else ""
+
+
 def _read_description(path: epath.Path) -> dict:
     if not (path / SPEC_FILE).exists():
-        found = [p.parent.name for p in files.matching(path, f"*/{SPEC_FILE}")]
-        hint = f"; inside it are {', '.join(found)}" if found else ""
+        hint = inside(path, SPEC_FILE)
         raise MissingFileError(f"{path} has no {SPEC_FILE}: not a folder of a saved model{hint}")
     description = files.read_json(path / SPEC_FILE)
     if "family" in description:  # an export's; of no other do the weights need no checksum

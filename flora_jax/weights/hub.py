@@ -25,7 +25,7 @@ _DESCRIPTIONS = (
 )
 _SAFETENSORS = (WEIGHTS_FILE, "model-*.safetensors", "model.safetensors.index.json")
 _PYTORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "requests")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _LOGIN = "hf auth login, or the variable HF_TOKEN"
 
 
@@ -125,6 +125,8 @@ def _errors_named(hub: types.ModuleType, name: str, done: str) -> Iterator[None]
         raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
     except hub.errors.RevisionNotFoundError as error:
         raise MissingFileError(f"{name}: the repository has no such revision") from error
+    except (TypeError, AttributeError):  # of a call that is wrong
+        raise
     except Exception as error:
         is_not_cached = isinstance(error, hub.errors.LocalEntryNotFoundError)
         cause = (error.__cause__ or error) if is_not_cached else error
@@ -140,13 +142,12 @@ def _errors_named(hub: types.ModuleType, name: str, done: str) -> Iterator[None]
                 f"{name}: access is refused; accept the conditions on its page, and log in as "
                 f"someone who has access: {_LOGIN} {reason}"
             ) from error
-        is_of_the_network = type(error).__module__.partition(".")[0] in _HTTP_CLIENTS
-        if is_not_cached or is_of_the_network or isinstance(error, OSError):
-            endpoint, cache = hub.constants.ENDPOINT, hub.constants.HF_HUB_CACHE
-            raise StorageError(
-                f"{name} could not be {done} {endpoint} {reason}; downloads are in {cache}"
-            ) from error
-        raise
+        endpoint, cache = hub.constants.ENDPOINT, hub.constants.HF_HUB_CACHE
+        proxies = [key for key in os.environ if key.lower() in _PROXIES]  # they may hold passwords
+        by = f", by the proxy of {', '.join(proxies)}" if proxies else ""
+        raise StorageError(
+            f"{name} could not be {done} {endpoint}{by} {reason}; downloads are in {cache}"
+        ) from error
 
 
 def _package(asked: str) -> types.ModuleType:

@@ -53,7 +53,7 @@ def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> 
     rows = [row for row in table if all(source in arrays for source in row.sources)]
     for row in rows:
         _check_arrays(row, arrays, own[row.target].shape)
-    parameters = _read(rows, arrays, spec, own)
+    parameters = _read(rows, arrays, spec, own, layout.offset(spec, arrays))
     _drop_classifier_of_other_classes(parameters, spec)
     missing = own.keys() - parameters.keys()
     # Other classes start as equally likely, so that the first steps do not spoil the features.
@@ -80,9 +80,17 @@ def _drop_unused(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> N
 
 
 def _read(
-    rows: Table, arrays: dict[str, np.ndarray], spec: Spec, own: Parameters
+    rows: Table,
+    arrays: dict[str, np.ndarray],
+    spec: Spec,
+    own: Parameters,
+    offset: float | None,
 ) -> dict[str, jax.Array]:
-    """The parameters of these rows; a source goes when no row needs it any more."""
+    """The parameters of these rows; a source goes when no row needs it any more.
+
+    Args:
+      offset: as in `resample_pos_embed`.
+    """
     parameters, resampled, not_finite = dict[str, jax.Array](), list[str](), set[str]()
     rows_left = Counter(source for row in rows for source in row.sources)
     for row in rows:
@@ -96,7 +104,7 @@ def _read(
         elif array.shape != own[row.target].shape and _holds_positions(row.target):
             wanted = own[row.target].shape
             resampled.append(f"{row.target} ({len(array)} to {wanted[0]})")
-            array = _resampled(row, array, wanted, spec)
+            array = _resampled(row, array, wanted, spec, offset)
         parameters[row.target] = jnp.array(array)  # a copy: the caller may go on to change its own
     if not_finite:
         message = f"weights that are NaN or infinite as float32: {few(not_finite)}"
@@ -181,7 +189,9 @@ def _holds_positions(target: str) -> bool:
     return target in _POS_EMBEDS or target.endswith((_BIAS_TABLE, _DISTANCE_TABLE))
 
 
-def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) -> np.ndarray:
+def _resampled(
+    row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec, offset: float | None
+) -> np.ndarray:
     """Positions [n, D] taken to the number that the spec has, float32 of this shape."""
     try:
         if row.target.endswith(_BIAS_TABLE):
@@ -190,7 +200,8 @@ def _resampled(row: Row, array: np.ndarray, shape: tuple[int, ...], spec: Spec) 
             return resample_distance_table(array, math.isqrt(shape[0]))
         has_prefix = isinstance(spec, ViTSpec) and spec.positions == "all"
         num_prefix_tokens = spec.num_prefix_tokens if has_prefix else 0
-        return resample_pos_embed(array, num_prefix_tokens, spec.image_size // spec.patch_size)
+        grid = spec.image_size // spec.patch_size
+        return resample_pos_embed(array, num_prefix_tokens, grid, offset)
     except InputError as error:
         raise InputError(
             f"{row.sources[0]} cannot be interpolated from {array.shape} to {shape}: {error}"

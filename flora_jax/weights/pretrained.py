@@ -11,7 +11,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.weights.beside import check_description
 from flora_jax.weights.detect import without_prefix
-from flora_jax.weights.folder import SPEC_FILE, load_model
+from flora_jax.weights.folder import SPEC_FILE, inside, load_model
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.load_parameters import load_parameters
 from flora_jax.weights.metadata.fields import naming
@@ -73,10 +73,11 @@ def from_state_dict(
     """A model with these weights, under the names of timm, Hugging Face, a release, or our own.
 
     What wrappers put before every name is left out. Position embeddings and relative position
-    tables of another size are interpolated. A classifier that is missing, or has another number of
-    classes, gives way to one of zeros, with a warning; a spec without classes leaves it out. Factor
-    pairs of a compressed model are taken at the ranks they have. A NotFiniteWarning names what is
-    NaN or infinite: it can be looked at, but neither factorised nor trained.
+    tables of another size are interpolated, as the library that has these names does it. A
+    classifier that is missing, or has another number of classes, gives way to one of zeros, with a
+    warning; a spec without classes leaves it out. Factor pairs of a compressed model are taken at
+    the ranks they have. A NotFiniteWarning names what is NaN or infinite: it can be looked at, but
+    neither factorised nor trained.
 
     Args:
       arrays: numpy arrays by name; float16, bfloat16, float32 or float64.
@@ -97,4 +98,5 @@ def _file_in(folder: epath.Path) -> epath.Path:
             return folder / name
     expected = ", ".join((SPEC_FILE, *HUGGING_FACE_FILES))
     files = few([path.name for path in folder.iterdir()]) if folder.exists() else "none"
-    raise MissingFileError(f"{folder} has no weights; looked for {expected}, found {files}")
+    hint = inside(folder, SPEC_FILE, *HUGGING_FACE_FILES)
+    raise MissingFileError(f"{folder} has no weights; looked for {expected}, found {files}{hint}")

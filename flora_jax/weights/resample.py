@@ -1,4 +1,5 @@
-"""Learned positions of one grid or window taken to another, with the numbers timm gets."""
+"""Learned positions of one grid or window taken to another, with the numbers timm or transformers
+gets."""
 
 import math
 
@@ -9,16 +10,26 @@ from PIL import Image
 from flora_jax.errors import InputError
 
 
-def resample_pos_embed(pos_embed: np.ndarray, num_prefix_tokens: int, grid: int) -> np.ndarray:
+def resample_pos_embed(
+    pos_embed: np.ndarray, num_prefix_tokens: int, grid: int, offset: float | None = None
+) -> np.ndarray:
     """pos_embed float32 [P + n*n, D] -> [P + grid*grid, D]; the P prefix tokens stay.
 
-    Bicubic with antialiasing: Pillow's, channel by channel.
+    Args:
+      offset: None: bicubic with antialiasing, Pillow's, channel by channel, as timm does it. A
+        number: bicubic as PyTorch does it without, with points (n / (grid + offset)) apart: 0 as
+        transformers does it, 0.1 as the release of DINOv2.
 
     Raises:
       InputError: the positions without the prefix are no square grid.
     """
     prefix, positions = np.split(pos_embed, [num_prefix_tokens])
-    return np.concatenate([prefix, _resized(positions, grid, "patches make no square grid")])
+    if offset is None:
+        return np.concatenate([prefix, _resized(positions, grid, "patches make no square grid")])
+    side = _side(positions, "patches make no square grid")
+    weights, table = _bicubic(side, grid, offset), positions.reshape(side, side, -1)
+    resized = np.einsum("ip,jq,pqd->ijd", weights, weights, table, optimize=True)
+    return np.concatenate([prefix, resized.reshape(grid**2, -1).astype(np.float32)])
 
 
 def resample_relative_position_table(table: np.ndarray, window: int) -> np.ndarray:
@@ -63,14 +74,35 @@ def resample_distance_table(table: np.ndarray, window: int) -> np.ndarray:
 
 def _resized(table: np.ndarray, new_side: int, otherwise: str) -> np.ndarray:
     """[side*side, D] -> [new_side*new_side, D], by Pillow's bicubic, channel by channel."""
-    side = math.isqrt(len(table))
-    if side == 0 or side * side != len(table):
-        raise InputError(f"{len(table)} {otherwise}")
+    side = _side(table, otherwise)
     resized = [
         np.asarray(Image.fromarray(c).resize((new_side, new_side), Image.Resampling.BICUBIC))
         for c in table.T.reshape(-1, side, side)
     ]
     return np.stack(resized, axis=-1).reshape(new_side * new_side, -1)
+
+
+def _side(table: np.ndarray, otherwise: str) -> int:
+    side = math.isqrt(len(table))
+    if side == 0 or side * side != len(table):
+        raise InputError(f"{len(table)} {otherwise}")
+    return side
+
+
+def _bicubic(source: int, target: int, offset: float) -> np.ndarray:
+    """Weights [target, source] of the four nearest points, the last ones standing for those beyond.
+
+    PyTorch's cubic convolution with a = -0.75; Pillow's, which antialiases, has a = -0.5.
+    """
+    places = (np.arange(target) + 0.5) * source / (target + offset) - 0.5
+    weights = np.zeros((target, source))
+    for step in range(-1, 3):
+        near = np.floor(places).astype(int) + step
+        x = np.abs(places - near)
+        inner, outer = (1.25 * x - 2.25) * x**2 + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+        within = np.clip(near, 0, source - 1)
+        np.add.at(weights, (np.arange(target), within), np.where(x <= 1, inner, outer))
+    return weights
 
 
 def _stretched_offsets(source: int, target: int) -> np.ndarray:

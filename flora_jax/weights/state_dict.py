@@ -4,10 +4,12 @@ PyTorch is imported when a file of it is read.
 """
 
 import argparse
+import pathlib
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -22,6 +24,15 @@ from flora_jax.weights.metadata.fields import naming
 _SAFETENSORS, _PYTORCH = ".safetensors", (".pth", ".pt", ".bin", ".pth.tar")
 _WRAPPERS = ("model", "state_dict")
 _LFS_POINTER = b"version https://git-lfs"
+# What trainings leave beside the weights, and none of which executes anything; numpy and pathlib
+# have moved some of it, and a file may name the old place or the new one.
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray]
+_PLAIN += [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+_PATHS, _RECONSTRUCT = (pathlib.PosixPath, pathlib.PurePosixPath), np.zeros(0).__reduce__()[0]
+_PLAIN += [(path, f"pathlib{at}.{path.__name__}") for path in _PATHS for at in ("", "._local")]
+for _place in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _PLAIN += [(np.float64(0).__reduce__()[0], f"{_place}.scalar")]
+    _PLAIN += [(_RECONSTRUCT, f"{_place}._reconstruct")]
 _INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}$")
 
@@ -32,7 +43,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     Half precision, bfloat16 too, becomes float32. An `.index.json` is read with all files that it
     lists. A training checkpoint of PyTorch gives its moving average where it has one, and its
     "model" or "state_dict" otherwise; it needs torch, and nothing but tensors and plain values,
-    argparse's Namespace among them, is ever unpickled.
+    numpy's arrays, paths and argparse's Namespace among them, is ever unpickled.
 
     Raises:
       MissingFileError: no such file, or a part of a sharded one is missing.
@@ -100,12 +111,13 @@ def _read_pytorch(path: epath.Path) -> dict[str, np.ndarray]:
             f"reading {path.name} needs PyTorch: pip install 'flora_jax[torch]'"
         ) from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"holds more than tensors (or is damaged), and nothing else is unpickled: save the "
-            f"state dict alone, torch.save(model.state_dict(), ...). {_reason(error)}"
+            f"holds more than tensors and plain values (or is damaged), and nothing else is "
+            f"unpickled: save the state dict alone, torch.save(model.state_dict(), ...). Found was "
+            f"{_reason(error)}"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"not a readable PyTorch file: {_reason(error)}") from error
@@ -145,6 +157,6 @@ def _is_state_dict(value) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that says what was found, or its first."""
-    lines = str(error).strip().splitlines() or [""]
-    return next((line.strip() for line in lines if "Unsupported" in line), lines[0])
+    """What torch's message says was found, without its advice, or its first line."""
+    found = re.search(r"Unsupported \w+: (?:GLOBAL )?(\S+)", str(error))
+    return found[1] if found else (str(error).strip().splitlines() or [""])[0]

@@ -2,17 +2,21 @@
 
 import argparse
 import dataclasses
+import fractions
 import json
 import logging
+import pathlib
 import sys
 import warnings
 
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import save_file
 
 import flora_jax as flora
+from flora_jax.commands.classifier import check_is_model
 from flora_jax.models import functional
 from flora_jax.weights import layouts
 from flora_jax.weights.export.timm import export_timm
@@ -246,3 +250,47 @@ def test_pytorch_files_that_are_no_state_dict(torch, tmp_path):
         path.write_bytes(part)
         with pytest.raises(ValueError, match=r"x\.pth: (not a readable|holds more than)"):
             read_state_dict(path)
+
+
+def test_what_trainings_leave_beside_the_weights(torch, vit, tmp_path):
+    arrays = {name: torch.tensor(array) for name, array in written(vit, layouts.timm).items()}
+    others = {
+        "metric": np.float64(81.2),
+        "counts": np.arange(3),
+        "is_best": np.bool_(True),
+        "epochs": {np.int64(3), np.uint8(2)},
+        "args": argparse.Namespace(output=pathlib.PurePosixPath("out"), seen=pathlib.Path("x")),
+    }
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": arrays, **others}, path)
+    assert_same(from_pretrained(path, VIT), vit)
+    torch.save({"state_dict": arrays, "lr": fractions.Fraction(1, 2)}, path)
+    with pytest.raises(
+        ValueError, match=r"nothing else .*torch\.save.*Found was fractions\.Fracti"
+    ) as e:
+        from_pretrained(path, VIT)
+    assert "safe_globals" not in str(e.value)
+
+
+def test_a_folder_of_checkpoints_names_them(vit, tmp_path):
+    for step in (500, 1000):
+        save_file(
+            written(vit, layouts.hugging_face_vit), _made(tmp_path, step) / "model.safetensors"
+        )
+        (tmp_path / f"checkpoint-{step}/config.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}/optimizer.pt").write_bytes(b"of the training")
+    (tmp_path / "runs").mkdir()
+    assert_same(from_pretrained(tmp_path / "checkpoint-500", VIT), vit)
+    for read in (from_pretrained, flora.read_spec, check_is_model):
+        with pytest.raises(
+            FileNotFoundError, match=r"inside it are checkpoint-1000, checkpoint-500$"
+        ):
+            read(epath.Path(tmp_path))
+    flora.save(vit, tmp_path / "own")
+    with pytest.raises(FileNotFoundError, match=r"; inside it are own$"):
+        flora.load(tmp_path)
+
+
+def _made(folder, step):
+    (folder / f"checkpoint-{step}").mkdir()
+    return folder / f"checkpoint-{step}"

@@ -145,6 +145,30 @@ def test_what_cannot_be_downloaded_is_one_line(server, path, error, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("error", [ImportError("no 'socksio'"), ValueError("no scheme\nmore")])
+def test_what_a_proxy_does_is_one_line_that_names_the_variable(server, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@127.0.0.1:9")
+    with pytest.raises(
+        StorageError, match=r"by the proxy of ALL_PROXY.* \(no .*\); downl"
+    ) as raised:
+        flora.read_spec("hf:owner/vit")
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_call_of_the_hub_is_our_fault(server, monkeypatch):
+    def fails(*_, **__):
+        raise TypeError("unexpected argument")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(TypeError, match=r"^unexpected argument$"):
+        flora.read_spec("hf:owner/vit")
+
+
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingPackageError, match=r"hf:a/b needs .*'flora_jax\[hub\]'$"):

@@ -82,8 +82,18 @@ def _forward(structure, parameters, images):
     return functional.merge(structure, parameters)(images)
 
 
-def check_computes(written: Forward, model: Forward, images: np.ndarray, tolerance: float) -> None:
+def check_computes(
+    written: Forward,
+    model: Forward,
+    images: np.ndarray,
+    tolerance: float,
+    by_direction: bool = False,
+) -> None:
     """Compares two functions of images float32 [B, H, W, C].
+
+    Args:
+      by_direction: of outputs that are features, of which people take the cosine, it is that of
+        each image that is compared, as the distance of vectors of length 1.
 
     Raises:
       InputError: they differ by more than `tolerance` of the largest output, or of 1 where all are
@@ -92,12 +102,22 @@ def check_computes(written: Forward, model: Forward, images: np.ndarray, toleran
     expected = model(images)
     if not np.isfinite(expected).all():
         raise InputError("the model's outputs are NaN or infinite on the images to compare on")
-    difference = np.abs(written(images) - expected).max() / max(1, np.abs(expected).max())
+    given = written(images)
+    difference, of = np.abs(given - expected).max() / max(1, np.abs(expected).max()), "the largest"
+    if by_direction:
+        difference, of = np.sqrt(2 - 2 * cosines(given, expected)).max(), "their length"
     if not difference <= tolerance:  # NaN where the written one overflows
         raise InputError(
             f"the written network computes something else, so nothing is exported: its outputs "
-            f"differ from the model's by {difference:.1e} of the largest, accepted is {tolerance:g}"
+            f"differ from the model's by {difference:.1e} of {of}, accepted is {tolerance:g}"
         )
+
+
+def cosines(features: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The cosine of each two rows of [n, D], float64 [n]."""
+    pairs = (np.float64(rows) for rows in (features, others))
+    one, other = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in pairs)
+    return np.minimum((one * other).sum(axis=1), 1)
 
 
 def write_program(path: epath.Path, make: Callable[[], bytes], check: Callable[[bytes], None]):

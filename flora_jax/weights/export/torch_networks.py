@@ -30,8 +30,8 @@ class Spec(SimpleNamespace):
 
 def load(folder: str | Path) -> nn.Module:
     """The network of a folder, on the CPU, ready for inference."""
-    text = (Path(folder) / "spec.json").read_text()
-    spec = json.loads(text, object_hook=lambda fields: Spec(**fields))
+    content = (Path(folder) / "spec.json").read_bytes()
+    spec = json.loads(content, object_hook=lambda fields: Spec(**fields))
     model = {"vit": ViT, "swin": Swin, "tiny_vit": TinyViT}[spec.family](spec)
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return model.eval()
@@ -46,7 +46,7 @@ class Network(nn.Module):
     def features(self, images):
         """Images -> the tokens [B, N, D] that are pooled, row by row; those of patches last."""
         expected = (self.spec.in_channels, self.spec.image_size, self.spec.image_size)
-        if images.shape[1:] != expected:
+        if not torch.jit.is_tracing() and images.shape[1:] != expected:
             raise ValueError(f"images have shape {tuple(images.shape)}, not (B, *{expected})")
         return self.tokens(images)
 
@@ -122,8 +122,8 @@ def linear(in_features, out_features, rank, bias=True):
 
 
 def split_heads(x, parts, num_heads):
-    """[..., N, parts*H*d] -> [parts, ..., H, N, d], such as query, key and value."""
-    return x.unflatten(-1, (parts, num_heads, -1)).movedim(-3, 0).transpose(-3, -2)
+    """[..., N, parts*H*d] -> parts of [..., H, N, d], such as query, key and value."""
+    return [p.unflatten(-1, (num_heads, -1)).transpose(-3, -2) for p in x.chunk(parts, dim=-1)]
 
 
 def attend(query, key, value, bias=None):
@@ -170,7 +170,8 @@ class ViT(Network):
         if self.spec.positions == "patches":
             x = x + self.pos_embed
         prefix = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+        # Not len(x), which a trace or an export would take for a constant.
+        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
         if self.spec.positions == "all":
             x = x + self.pos_embed
         x = self.blocks(self.norm_pre(x))
@@ -258,7 +259,7 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(width, round(spec.mlp_ratio * width), spec.activation)
 
     def forward(self, tokens):
-        latent = self.latent.expand(len(tokens), -1, -1)
+        latent = self.latent.expand(tokens.shape[0], -1, -1)
         (query,) = split_heads(self.q(latent), 1, self.num_heads)
         key, value = split_heads(self.kv(tokens), 2, self.num_heads)
         x = self.proj(attend(query, key, value)[:, 0])

@@ -6,7 +6,7 @@ from etils import epath
 
 from flora_jax.errors import MissingFileError
 from flora_jax.models.spec import Spec
-from flora_jax.weights.folder import SPEC_FILE, load_spec
+from flora_jax.weights.folder import SPEC_FILE, inside, load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.metadata import hugging_face, timm
 from flora_jax.weights.metadata.fields import Fields, read_named
@@ -27,7 +27,8 @@ def read_spec(folder: epath.PathLike) -> Spec:
     if (folder / SPEC_FILE).exists():
         return load_spec(folder)
     if not (folder / CONFIG_FILE).exists():
-        raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}")
+        hint = inside(folder, SPEC_FILE, CONFIG_FILE)
+        raise MissingFileError(f"{folder} has no {SPEC_FILE} and no {CONFIG_FILE}{hint}")
     return read_config(folder / CONFIG_FILE)
 
 
