@@ -6,7 +6,7 @@ The defaults of every field, and its meaning, are in flora_jax/runs/settings.py.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flora_jax.evaluation.quality import quality_of
+from flora_jax.evaluation.outputs import quality_of
 from flora_jax.models.spec import Spec
 from flora_jax.runs.settings import ENDING, PUBLISHED_STAGES, Settings
 

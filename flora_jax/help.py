@@ -11,7 +11,8 @@ Makes vision transformers smaller and faster: FLORA (low-rank search) and ViT-Sl
   flora_jax --config=digits --workdir=runs/digits     runs a config's stages, or goes on with them
   flora_jax --config=yours --config.pretrained=...    any field of a config can be set
   flora_jax --predict=FOLDER photos/ cat.jpg          what a finished model says is in pictures
-  flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy on labelled ones; --json, --split
+  flora_jax --evaluate=FOLDER --data=folder:PATH      its accuracy; --json, --split,
+                                                      --class_embeddings=FILE of texts, for a CLIP
   flora_jax --benchmark=FOLDER                        ms of a run's models; --against, --batch_sizes
   flora_jax --push_to_hub=owner/name --workdir=DIR    what a run exported, on the Hugging Face hub
 

@@ -72,6 +72,11 @@ _PUSH_TO_HUB = flags.DEFINE_string(
 )
 _DATA = flags.DEFINE_string("data", None, "For --evaluate: folder:PATH or tfds:NAME.")
 _SPLIT = flags.DEFINE_string("split", None, "For --evaluate: a split other than the test split.")
+_CLASS_EMBEDDINGS = flags.DEFINE_string(
+    "class_embeddings",
+    None,
+    "For --evaluate of a model that embeds images: a .npy or .safetensors of its classes' texts.",
+)
 _BENCHMARK = flags.DEFINE_string(
     "benchmark", None, "Folder of a run or a model that is timed in every engine installed."
 )
@@ -127,7 +132,8 @@ def _run(pictures: list[str]) -> None:
         if predict(_PREDICT.value, pictures, _JSON.value):
             sys.exit(1)
     elif _EVALUATE.value is not None:
-        evaluate(_EVALUATE.value, str(_DATA.value), _SPLIT.value, _JSON.value)
+        about = (str(_DATA.value), _SPLIT.value, _JSON.value, _CLASS_EMBEDDINGS.value)
+        evaluate(_EVALUATE.value, *about)
     elif _BENCHMARK.value is not None:
         sizes = _BATCH_SIZES.value or BATCH_SIZES
         benchmark(_BENCHMARK.value, _AGAINST.value, sizes, _JSON.value)
@@ -158,10 +164,12 @@ def run() -> None:
         "--workdir must be given, the folder of the run.",
     )
     flags.mark_flags_as_mutual_exclusive(_OF_A_MODEL)
+    of_data = ("split", "class_embeddings")
     flags.register_multi_flags_validator(
-        ["data", "split", "evaluate"],
-        lambda values: bool(values["data"]) == bool(values["evaluate"]) >= bool(values["split"]),
-        "--evaluate=FOLDER and --data=folder:PATH or tfds:NAME come together, --split with them.",
+        ["data", "evaluate", *of_data],
+        lambda of: bool(of["data"]) == bool(of["evaluate"]) >= any(of[name] for name in of_data),
+        "--evaluate=FOLDER and --data=folder:PATH or tfds:NAME come together, --split and "
+        "--class_embeddings with them.",
     )
     flags.register_multi_flags_validator(
         ["against", "batch_sizes", "benchmark"],

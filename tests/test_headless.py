@@ -84,7 +84,7 @@ def test_features_are_measured_beside_the_dense_models():
     assert looks["heldout_cosine_smallest"] == found["cosine"][0]
     with pytest.raises(ValueError, match=r"top1 needs a classifier.*compared_with"):
         flora.evaluate(dense, unmeasured)
-    with pytest.raises(ValueError, match="these images compare features"):
+    with pytest.raises(ValueError, match="these images compare outputs"):
         flora.top1(dense, images)
 
 
@@ -120,7 +120,7 @@ def test_in_memory_without_labels(tmp_path):
     with pytest.raises(ValueError, match="images without labels teach nothing"):
         flora.train(labelled, images, recipe, directory=tmp_path / "none")
     window = SPACE.macs_range()
-    with pytest.raises(ValueError, match="measured by its teacher's features"):
+    with pytest.raises(ValueError, match="measured by its teacher's outputs"):
         flora.evolve(supernet, images, window, directory=tmp_path / "none")
     assert not (tmp_path / "none").exists()
     beside = images.on_devices.compared_with(dense)
@@ -237,9 +237,9 @@ def test_a_whole_run(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pretrained": ""}, "num_classes is 0, but pretrain need classes to learn"),
+        ({"pretrained": ""}, "num_classes is 0.*pretrain need exclusive classes"),
         ({"finetune.distill": False}, "finetune: distill must be True"),
-        ({"stages": ("pretrain", "slim", "evaluate")}, "but slim need classes to learn"),
+        ({"stages": ("pretrain", "slim", "evaluate")}, "but slim need exclusive classes to learn"),
         ({"metric": "log_likelihood"}, "'log_likelihood' does not fit .*mean 'relative_error'"),
     ],
 )

@@ -75,7 +75,7 @@ def norm_macs(spec) -> int:
         return (1 + spec.distilled) * spec.embed_dim
     patches = spec.grid_size**2
     merged = sum(stage.tokens * stage.width for stage in spec.stages[:-1])
-    last = spec.num_features * patches // 2 ** len(spec.depths)
+    last = spec.pooled_dim * patches // 2 ** len(spec.depths)
     return spec.patch_norm * patches * spec.embed_dim + merged + last
 
 

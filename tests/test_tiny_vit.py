@@ -190,7 +190,7 @@ def test_costs(count_macs):
             convolved += 9 * part.kernel.shape[-1] * (-(-part.grid_size // part.stride)) ** 2
     norms = sum((into.attending_tokens + into.tokens) * into.width for into in spec.block_inputs)
     assert [into.padding for into in spec.block_inputs] == [39, 39, 7, 7, 0]
-    expected = count_macs(program) + convolved + norms + spec.num_features
+    expected = count_macs(program) + convolved + norms + spec.pooled_dim
     assert flora.macs(spec) == expected
     assert flora.num_params(spec) == size(network)
 

@@ -66,7 +66,7 @@ class Sensitivity:
     ):
         spec = supernet.space.spec
         if measure is None:
-            measure = "divergence" if spec.num_classes else "squared_error"
+            measure = "divergence" if spec.classifies else "squared_error"
         if measure == "divergence":
             spec.check_classifies("measure 'divergence'")
         if measure not in MEASURES:

@@ -41,7 +41,8 @@ class Evaluation:
       top1: share whose class comes first.
       commonest: share of the commonest class, which is the top-1 of what always says that.
       top5: share whose class is among the first five; None where there are no more classes.
-      log_likelihood: of the right class, the mean.
+      log_likelihood: of the right class, the mean; None where class embeddings classify, whose
+        cosines are no likelihoods.
       ms_per_image: milliseconds of the network on `device` in batches of `batch_size`.
       classes: {"name", "top1" (None without images), "images"} of each class of the model.
       confused: the commonest mistakes: {"class", "taken_for", "images"}.
@@ -53,7 +54,7 @@ class Evaluation:
     top1: float
     commonest: float
     top5: float | None
-    log_likelihood: float
+    log_likelihood: float | None
     ms_per_image: float
     batch_size: int
     device: str
@@ -62,12 +63,16 @@ class Evaluation:
 
 
 def evaluate(
-    folder: epath.PathLike, data: str, split: str | None = None, as_json: bool = False
+    folder: epath.PathLike,
+    data: str,
+    split: str | None = None,
+    as_json: bool = False,
+    class_embeddings: epath.PathLike | None = None,
 ) -> None:
     """Prints how good the model in a folder is on a dataset.
 
     Args:
-      folder: of the model, as in `Classifier.open`.
+      folder, class_embeddings: of the model, as in `Classifier.open`.
       data: the dataset, as in `load_splits`.
       split: of it; None: its test split.
       as_json: print one JSON object.
@@ -75,7 +80,7 @@ def evaluate(
     Raises:
       InputError: as `Classifier.open`, `load_splits` and `matched`.
     """
-    classifier = Classifier.open(folder)
+    classifier = Classifier.open(folder, class_embeddings)
     source = load_source(data, split, **classifier.preprocessing.decoding)
     found = evaluated(classifier, source, data)
     if as_json:
@@ -105,12 +110,15 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
     """
     if not source.num_classes:
         raise InputError(f"{data} has no labels, so nothing can be right or wrong in it")
+    is_by_texts = classifier.class_embeddings is not None
+    if not is_by_texts:
+        classifier.network.spec.check_classifies("accuracy on images of one class each")
     num_classes = classifier.num_classes
     label_of = matched(classifier.class_names, num_classes, source.class_names, data)
     if not classifier.class_names:
         classifier = dataclasses.replace(classifier, class_names=source.class_names)
     check_labels(source.labels, source.num_classes, data)
-    run, size = classifier.log_probabilities(), batch_size(len(source))
+    run, size = classifier.scores(), batch_size(len(source))
     run(np.zeros((size, *classifier.transform.image_shape), np.uint8))  # compiles
     confusion = np.zeros((num_classes, num_classes), np.int64)
     log_likelihoods, ranks, seconds, num_batches = [], [], 0.0, 0
@@ -126,6 +134,7 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
         ranks.append((rows > right).sum(axis=1))
         np.add.at(confusion, (labels, rows.argmax(axis=1)), 1)
     num_images = int(confusion.sum())
+    likelihood = float(np.concatenate(log_likelihoods).mean(dtype=np.float64))
     return Evaluation(
         images=num_images,
         skipped=len(source) - num_images,
@@ -133,7 +142,7 @@ def evaluated(classifier: Classifier, source: Source, data: str) -> Evaluation:
         top1=float(confusion.trace() / num_images),
         commonest=float(confusion.sum(axis=1).max() / num_images),
         top5=float((np.concatenate(ranks) < _TOP).mean()) if num_classes > _TOP else None,
-        log_likelihood=float(np.concatenate(log_likelihoods).mean(dtype=np.float64)),
+        log_likelihood=None if is_by_texts else likelihood,
         ms_per_image=1000 * seconds / (num_batches * size),
         batch_size=size,
         device=describe_device(),
@@ -165,10 +174,12 @@ def _text(found: Evaluation) -> str:
     else:
         of = ""
     top5 = "" if found.top5 is None else f", top-5 {found.top5:.2%}"
+    mean = found.log_likelihood
+    likelihood = "" if mean is None else f", log-likelihood {mean:.4f}"
     lines = [
         f"{found.images} images{of}{skipped}",
-        f"top-1 {found.top1:.2%}{top5}, log-likelihood {found.log_likelihood:.4f}; "
-        f"the commonest class alone {found.commonest:.2%}",
+        f"top-1 {found.top1:.2%}{top5}{likelihood}; the commonest class alone "
+        f"{found.commonest:.2%}",
         f"{found.ms_per_image:.3g} ms an image in batches of {found.batch_size} on {found.device}",
         "",
     ]

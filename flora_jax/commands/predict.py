@@ -14,6 +14,7 @@ from flora_jax.commands.classifier import Classifier, batch_size
 from flora_jax.data.decoding import BadImageError, decode_rgb
 from flora_jax.data.listing import read_index
 from flora_jax.errors import InputError
+from flora_jax.evaluation.outputs import OUTPUTS
 from flora_jax.io.paths import absolute, as_text, user_path
 
 MOST_CLASSES = 5
@@ -21,14 +22,16 @@ _THREADS = 8
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of a picture, the first of them first, with their probabilities."""
+    """The likeliest "classes" or "labels" (`kind`) of a picture with their probabilities, the first
+    of them first, or all its "numbers"."""
 
     picture: epath.Path
-    classes: list[tuple[str, float]]
+    values: list[tuple[str, float]]
+    kind: str
 
 
 def predict(folder: epath.PathLike, pictures: Sequence[str], as_json: bool = False) -> int:
-    """Prints a line a picture: its name and its likeliest classes.
+    """Prints a line a picture: its name and its likeliest classes, or its labels or numbers.
 
     A picture that cannot be decoded is a line on stderr.
 
@@ -62,7 +65,9 @@ def predictions(
     classifier: Classifier, paths: Sequence[epath.Path]
 ) -> Iterator[Prediction | BadImageError]:
     """Predicts each picture, in their order; a bad one gives its error."""
-    run, transform = classifier.log_probabilities(), classifier.transform
+    transform, kind = classifier.transform, classifier.network.spec.kind
+    outputs = OUTPUTS[kind]
+    run = classifier.readings(outputs.read)
     size = batch_size(len(paths))
     decoding = classifier.preprocessing.decoding
 
@@ -82,10 +87,11 @@ def predictions(
             for place, image in zip(batch, images, strict=False):
                 if not isinstance(image, BadImageError):
                     place[:] = image
-            rows = np.exp(run(batch))
+            rows = run(batch)
             for path, image, row in zip(part, images, rows, strict=False):
-                best = np.argsort(-row, kind="stable")[:MOST_CLASSES]
-                found = Prediction(path, [(classifier.name(i), float(row[i])) for i in best])
+                best = np.argsort(-row, kind="stable")[:MOST_CLASSES].tolist()
+                shown = best if outputs.are_logits else range(len(row))
+                found = Prediction(path, [(classifier.name(i), float(row[i])) for i in shown], kind)
                 yield image if isinstance(image, BadImageError) else found
 
 
@@ -99,8 +105,10 @@ def _files(pictures: Sequence[str]) -> Iterator[epath.Path]:
 
 
 def _text(found: Prediction, as_json: bool) -> str:
-    picture = as_text(os.fspath(found.picture))
+    picture, outputs = as_text(os.fspath(found.picture)), OUTPUTS[found.kind]
     if not as_json:
-        return f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in found.classes)}"
-    classes = [{"name": name, "probability": round(share, 6)} for name, share in found.classes]
-    return json.dumps({"picture": picture, "classes": classes})
+        texts = (f"{name} {value:{outputs.shown}}" for name, value in found.values)
+        return f"{picture}: {', '.join(texts)}"
+    unit = "probability" if outputs.are_logits else "value"
+    values = [{"name": name, unit: round(value, 6)} for name, value in found.values]
+    return json.dumps({"picture": picture, found.kind: values})

@@ -15,6 +15,7 @@ from flora_jax.cluster.processes import true_in_all
 from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError
+from flora_jax.evaluation.outputs import quality_of
 from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION, Quality
 from flora_jax.models import functional
 from flora_jax.models.network import Network
@@ -100,16 +101,16 @@ class EvaluationSet:
         return other
 
     def compared_with(self, reference: Network) -> "EvaluationSet":
-        """The same images, by which models are measured beside this one: how like features are.
+        """The same images, by which models are measured beside this one: how like outputs are.
 
-        It runs once a batch, for all models that are measured together; its features are never
-        kept, for those of few images would be larger than the images.
+        Of classifiers these are features, too. It runs once a batch, for all models that are
+        measured together; they are never kept, for those of few images would be larger than these.
         """
         structure, parameters = functional.split(reference)
         parameters = replicate(parameters, self.mesh)
-        other = copy.copy(self)
-        other.quality = AGREEMENT
-        other._reference = functools.partial(_outputs, structure, AGREEMENT, self.mesh, parameters)
+        other, quality = copy.copy(self), quality_of(reference.spec)
+        other.quality = quality = AGREEMENT if quality.by_labels else quality
+        other._reference = functools.partial(_outputs, structure, quality, self.mesh, parameters)
         return other
 
     @property
@@ -139,7 +140,7 @@ def evaluate(
 
     Of images `compared_with` a network: the cosine between the model's outputs (pooled features, or
     logits) and that network's, and the squared error of the normalised tokens, each as a share of
-    its target's square.
+    its target's square; of one with labels or numbers the metrics of these (`evaluation.outputs`).
 
     Args:
       model: a plain model, or a supernet.
@@ -166,8 +167,8 @@ def top1(
     Returns:
       A float; float64 [P] for a population of genes [P, L].
     """
-    if evaluation_set.quality is AGREEMENT:
-        raise InputError("top1 is of labels, and these images compare features: call evaluate")
+    if not evaluation_set.quality.by_labels:
+        raise InputError("top1 is of labels, and these images compare outputs: call evaluate")
     values = evaluate(model, evaluation_set, genes)["top1"]
     return values if np.ndim(genes) == 2 else float(values[0])
 
@@ -265,7 +266,7 @@ def _on_batches(
 
 def check_measures(spec: Spec, evaluation_set: EvaluationSet) -> None:
     """Raises InputError unless the images can say how good a network of this spec is."""
-    if evaluation_set.quality is AGREEMENT:
+    if not evaluation_set.quality.by_labels:
         return
     spec.check_classifies("top1", "measure it with EvaluationSet.compared_with(the dense model)")
     check_labels(evaluation_set.labels, spec.num_classes, "the evaluation set")

@@ -1,4 +1,4 @@
-"""Metrics: of a model's predictions by labels, or of its features beside another model's.
+"""Metrics: of a model's predictions by labels, or of its outputs beside another model's.
 
 Each is one value, from which evaluation, search, comparison and report take what differs.
 """
@@ -15,7 +15,6 @@ import optax
 from flora_jax.errors import InputError
 from flora_jax.errors.hints import choices
 from flora_jax.models.network import Network, run_blocks
-from flora_jax.models.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,12 @@ RELATIVE_ERROR = Metric(
     "relative_error",
     more_is_better=False,
 )
-METRICS = (TOP1, LOG_LIKELIHOOD, COSINE, RELATIVE_ERROR)
+LABELS = Metric("same_labels", "labels of the dense model", "same labels %", "same_labels", True)
+ABSOLUTE_ERROR, SQUARED_ERROR = (
+    Metric(name, f"{title} to the dense model", title, name, more_is_better=False)
+    for name, title in (("absolute_error", "absolute error"), ("squared_error", "squared error"))
+)
+METRICS = (TOP1, LOG_LIKELIHOOD, COSINE, RELATIVE_ERROR, LABELS, ABSOLUTE_ERROR, SQUARED_ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Quality:
     Attributes:
       metrics: the first is the one that is shown wherever there is room for one.
       networks: which it is of, for messages.
+      by_labels: whether a target is the label of an image, and not another network's outputs.
       outputs: (network, tokens [B*N, D] of its last block) -> what is measured, arrays [B, ...].
       of_images: (outputs, target) -> {name: [B]}, all that is kept of each image.
     """
 
     metrics: tuple[Metric, ...]
     networks: str
+    by_labels: bool
     outputs: Callable[[Network, jax.Array], Any]
     of_images: Callable[[Any, Any], dict[str, jax.Array]]
 
@@ -113,7 +119,7 @@ class Quality:
             return known[name]
         of_others = {
             metric.name: own
-            for other in (CLASSIFICATION, AGREEMENT)
+            for other in QUALITIES
             for metric, own in zip(other.metrics, known, strict=True)
         }
         if name not in of_others:
@@ -124,7 +130,7 @@ class Quality:
         )
 
 
-def _classify(network: Network, tokens: jax.Array) -> jax.Array:
+def classify(network: Network, tokens: jax.Array) -> jax.Array:
     return network.classify(tokens)
 
 
@@ -170,15 +176,28 @@ def relative_error(features: jax.Array, target: jax.Array) -> jax.Array:
     return error / (jnp.square(target).sum(-1) + 1e-6)
 
 
-CLASSIFICATION = Quality((TOP1, LOG_LIKELIHOOD), "with classes", _classify, _of_labelled)
-AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "without classes", _features, _of_features)
+def _of_labels(logits: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+    losses = optax.sigmoid_binary_cross_entropy(logits, jax.nn.sigmoid(target))
+    return {
+        "same_labels": ((logits > 0) == (target > 0)).mean(-1),
+        "log_likelihood": -losses.sum(-1),
+    }
+
+
+def _of_numbers(values: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+    errors = jnp.abs(values - target)
+    return {"absolute_error": errors.mean(-1), "squared_error": jnp.square(errors).mean(-1)}
+
+
+CLASSIFICATION = Quality((TOP1, LOG_LIKELIHOOD), "with classes", True, classify, _of_labelled)
+AGREEMENT = Quality((COSINE, RELATIVE_ERROR), "without classes", False, _features, _of_features)
+OF_LABELS = Quality((LABELS, LOG_LIKELIHOOD), "with labels", False, classify, _of_labels)
+OF_NUMBERS = Quality(
+    (ABSOLUTE_ERROR, SQUARED_ERROR), "that estimates numbers", False, classify, _of_numbers
+)
+QUALITIES = (CLASSIFICATION, AGREEMENT, OF_LABELS, OF_NUMBERS)
 
 
 def commonest_share(labels: np.ndarray) -> float:
     """Share in 0..1 of the commonest of the labels int [n]: what always saying it gets right."""
     return float(np.bincount(labels).max() / len(labels))
-
-
-def quality_of(spec: Spec) -> Quality:
-    """The quality of networks of this spec: of one without classes, that of its features."""
-    return CLASSIFICATION if spec.num_classes else AGREEMENT

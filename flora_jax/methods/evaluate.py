@@ -47,11 +47,11 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
             warn_of_remembered_images(share, *numbers)
         if budget is not None:
             entries[name]["budget"] = budget.shares
-    labels = test_set.labels if run.spec.num_classes else None
+    labels = test_set.labels if run.spec.classifies else None
     save_images_once(run.folder / TEST_IMAGES_FILE, labels, found)
     for name, against in compare(found, baseline_pairs(found)).items():
         entries[name]["against"] = against
-        if "dense" in against and run.spec.num_classes:
+        if "dense" in against and run.spec.classifies:
             entries[name]["agreement"] = _agreement(found[name], found["dense"])
     for name, ms in _milliseconds(run.spec, latency, specs).items():
         entries[name]["ms"] = ms
@@ -67,7 +67,7 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
     if images.copies:
         known["test_copies"] = images.copies[1]
     result[DATA] = known | {
-        "classes": list(images.class_names),
+        "classes": list(images.class_names) if images.are_labelled else [],
         "left_out": {
             "train": images.splits.train.left_out,
             "test": images.splits.test.left_out,
@@ -79,7 +79,7 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
     about = known | {
         "dataset": run.settings.data.name,
         "test_images": test_set.num_images,
-        "labels_of": "the dataset" if images.splits.num_classes else "the dense model",
+        "labels_of": "the dataset" if images.are_labelled else "the dense model",
     }
     report_models_once(run.folder, entries, {name: path for _, name, path, _ in finished}, about)
 

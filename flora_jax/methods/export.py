@@ -40,7 +40,7 @@ def export(step: Step, models: None, kinds: Sequence[str]) -> None:
         for batch, labels in images.labelled_test():
             yield np.asarray(normalise(jnp.asarray(batch))), labels
 
-    can_be_tested = (images.are_labelled or not run.spec.num_classes) and len(images.splits.test)
+    can_be_tested = (images.are_labelled or not run.spec.classifies) and len(images.splits.test)
     export_once(run, kinds, compared, images.class_names, tested if can_be_tested else None)
 
 
@@ -57,7 +57,7 @@ def export_once(
     Args:
       compared: normalised images float32 [B, H, W, C]; None: random ones.
       tested: gives those that files of lower precision are measured on, with labels int32 [B],
-        which a network without classes needs none of.
+        of which a network without exclusive classes needs none.
 
     Raises:
       InputError: a file would compute something else than its model; names both.
@@ -69,12 +69,11 @@ def export_once(
         if target.exists():  # by an export that was interrupted after it
             continue
         model = folder.load_model(run.folder / found.folder)
-        preprocessing = run.settings.data.preprocessing(model.spec.image_size)
         with making_folder(target) as partial:
             for kind in kinds:
                 _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
-                describe_model(place, class_names, preprocessing)
+                describe_model(place, class_names, model.spec, run.settings.data)
             coarse = _measured(kinds, partial, model, tested) if tested else {}
             card = card_of(run, found, model.spec, class_names, coarse)
             (partial / CARD_FILE).write_bytes(card.encode())
@@ -84,19 +83,19 @@ def export_once(
 def _measured(
     kinds: Sequence[str], place: epath.Path, model: Network, tested: Callable[[], Labelled]
 ) -> dict[str, float]:
-    """The top-1 of each file whose precision may cost some, by its kind; of features their cosine
-    to the model's."""
+    """The top-1 of each file whose precision may cost some, by its kind; of other outputs
+    their cosine to the model's."""
     found = {}
     for kind in (kind for kind in kinds if EXPORTS[kind].is_coarse):
         file = in_onnx_runtime((place / EXPORTS[kind].path).read_bytes())
         assert file is not None  # it was compared already
-        if model.spec.num_classes:
+        if model.spec.classifies:
             of_images = [file(images).argmax(axis=1) == labels for images, labels in tested()]
         else:
             forward = exactly(model)
             of_images = [cosines(file(images), forward(images)) for images, _ in tested()]
         found[kind] = float(np.concatenate(of_images).mean())
-        name = "top-1" if model.spec.num_classes else "cosine to the model's features"
+        name = "top-1" if model.spec.classifies else "cosine to the model's outputs"
         log.info("%s: %s %.4f", EXPORTS[kind].path, name, found[kind])
     return found
 

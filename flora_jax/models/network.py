@@ -15,7 +15,7 @@ from flora_jax.models.layers import LAYER_OUTPUT, Attention, LayerNorm, Linear, 
 from flora_jax.models.spec import BlockInput, Spec
 from flora_jax.models.windows import Windows
 
-CLASSIFIERS = ("head", "head_dist")  # the modules that logits come from
+CLASSIFIERS = ("head", "head_dist")  # the modules that outputs come from
 BLOCK_OUTPUT = "block_output"  # what rematerialisation keeps
 _PERIODS = (1, 2)  # Swin shifts the windows of every other block
 
@@ -141,7 +141,7 @@ def _repeats(shapes: list, period: int) -> int:
 
 
 class Network(nnx.Module):
-    """images float32 [B, H, W, C], normalised -> logits [B, num_classes].
+    """images float32 [B, H, W, C], normalised -> logits [B, num_classes], or what the spec says.
 
     Without a classifier (num_classes 0) it gives the pooled feature [B, D] instead.
 
@@ -176,9 +176,13 @@ class Network(nnx.Module):
         return self.classify(run(self.blocks, self.embed(images)))
 
 
-def make_classifier(features: int, num_classes: int, *, rngs: nnx.Rngs) -> Linear | None:
-    """The layer that logits come from; None where there are no classes."""
-    return Linear(features, num_classes, rngs=rngs) if num_classes else None
+def make_classifier(
+    features: int, num_classes: int, bias: bool = True, *, rngs: nnx.Rngs
+) -> Linear | None:
+    """The layer that outputs come from; None where there are none."""
+    if not num_classes:
+        return None
+    return Linear(features, num_classes, bias_features=num_classes * bias, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):

@@ -23,6 +23,9 @@ def later(default: _Field) -> _Field:
 Rank = int | None  # None: one dense matrix; an integer: a pair of factors of that rank
 Ranks = tuple[Rank, Rank, Rank]  # of a block's (qkv, fc1, fc2)
 LAYERS_PER_BLOCK = 3
+# What the outputs of a head mean: classes that exclude each other, labels that each apply or not,
+# numbers, or a vector in a space that other networks share, such as CLIP's of texts.
+OUTPUTS = ("classes", "labels", "numbers", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +150,10 @@ class Spec(abc.ABC):
     patch_size: int
     in_channels: int
     num_classes: int
-    qkv_bias: bool = True  # these four are fields of some families only
+    outputs: str
+    qkv_bias: bool = True  # these five are fields of some families only
     k_bias: bool = True
+    head_bias: bool = True
     gated_mlp: bool = False
     rope_theta: float | None = None
     blocks: tuple[BlockSpec, ...]
@@ -172,6 +177,11 @@ class Spec(abc.ABC):
     def num_read_tokens(self) -> int:
         """Tokens in front that outputs are made of, where the patches are not."""
         return 0
+
+    @property
+    @abc.abstractmethod
+    def pooled_dim(self) -> int:
+        """Width of what the head takes."""
 
     @property
     @abc.abstractmethod
@@ -241,15 +251,38 @@ class Spec(abc.ABC):
         )
         return dataclasses.replace(self, blocks=blocks)
 
+    @property
+    def kind(self) -> str:
+        """What the network gives: one of OUTPUTS, or "features" without a head.
+
+        One output alone is a number: as the share of one class among one it would always be 1.
+        """
+        if not self.num_classes:
+            return "features"
+        is_one = self.outputs == "classes" and self.num_classes == 1
+        return "numbers" if is_one else self.outputs
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the outputs are logits of classes that exclude each other."""
+        return self.kind == "classes"
+
+    def with_classes(self, num_classes: int) -> Self:
+        """The same network with a classifier of so many classes in the place of its head."""
+        bias = {} if self.head_bias else {"head_bias": True}
+        return dataclasses.replace(self, num_classes=num_classes, outputs="classes", **bias)
+
     def check_classifies(self, what: str, instead: str = "") -> None:
         """Raises InputError where the network has no classifier; `what` needs one.
 
         Args:
           instead: what can be done without one.
         """
-        if not self.num_classes:
+        if not self.classifies:
+            found = f"outputs are {self.num_classes} {self.kind}, not exclusive classes"
             raise InputError(
-                f"{what} needs a classifier, but this network gives features: num_classes is 0"
+                f"{what} needs a classifier, but this network gives "
+                + (found if self.num_classes else "features: num_classes is 0")
                 + (f"; {instead}" if instead else "")
             )
 

@@ -95,8 +95,8 @@ class Swin(Network):
             Undecayed(init(rngs.params(), shape)) if spec.absolute_pos_embed else None
         )
         self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
-        self.norm = LayerNorm(spec.num_features, epsilon)
-        self.head = make_classifier(spec.num_features, spec.num_classes, rngs=rngs)
+        self.norm = LayerNorm(spec.pooled_dim, epsilon)
+        self.head = make_classifier(spec.pooled_dim, spec.num_classes, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
         check_images(images, self.spec.image_shape)

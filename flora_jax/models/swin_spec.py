@@ -3,12 +3,20 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.errors import InputError, check_at_least, hold_plain_values, unknown
+from flora_jax.errors import (
+    InputError,
+    check_at_least,
+    check_known,
+    hold_plain_values,
+    unknown,
+)
 from flora_jax.models.spec import (
+    OUTPUTS,
     BlockInput,
     BlockSpec,
     Spec,
     check_multiple,
+    later,
     nearest,
 )
 
@@ -43,7 +51,8 @@ class SwinSpec(Spec):
     Attributes:
       image_size, patch_size: side lengths in pixels. window_size: side length in patches.
       depths, num_heads: one a stage.
-      num_classes: 0: no classifier; the network then gives its pooled feature.
+      num_classes: outputs of its head. 0: it has none, and gives its pooled feature.
+      outputs: what these mean: "classes", "labels", "numbers" or an "embedding" (`OUTPUTS`).
 
     Raises:
       InputError: windows do not tile a stage's feature map, a stage's width is not a multiple of
@@ -68,6 +77,7 @@ class SwinSpec(Spec):
     absolute_pos_embed: bool = False
     layer_norm_eps: float = 1e-5
     blocks: tuple[BlockSpec, ...] = ()
+    outputs: str = later("classes")
 
     def __post_init__(self):
         hold_plain_values(self)
@@ -78,6 +88,7 @@ class SwinSpec(Spec):
             *("window_size", "in_channels", "mlp_ratio"),
         )
         check_at_least(self, 0, "num_classes")
+        check_known(self, "outputs", OUTPUTS)
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise InputError(
                 f"depths {self.depths} and num_heads {self.num_heads} must have one entry a stage"
@@ -135,7 +146,7 @@ class SwinSpec(Spec):
         return self.image_size // self.patch_size
 
     @property
-    def num_features(self) -> int:
+    def pooled_dim(self) -> int:
         """Width of the last stage."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
@@ -155,8 +166,8 @@ class SwinSpec(Spec):
             total += stage.tokens * stage.width
             total += stage.tokens // 4 * 4 * stage.width * 2 * stage.width
         # The published count of the last norm divides by 2 a stage, not by 4 a merging.
-        total += self.num_features * tokens // 2 ** len(self.depths)
-        return total + self.num_features * self.num_classes
+        total += self.pooled_dim * tokens // 2 ** len(self.depths)
+        return total + self.pooled_dim * self.num_classes
 
     def _params_around_blocks(self) -> int:
         total = (self.in_channels * self.patch_size**2 + 1) * self.embed_dim
@@ -168,7 +179,7 @@ class SwinSpec(Spec):
         for stage in self.stages:
             table = (2 * stage.window_size - 1) ** 2
             total += sum(table * next(blocks).num_heads for _ in range(stage.depth))
-        return total + 2 * self.num_features + (self.num_features + 1) * self.num_classes
+        return total + 2 * self.pooled_dim + (self.pooled_dim + 1) * self.num_classes
 
 
 _SWIN_SIZES = {

@@ -148,8 +148,8 @@ class TinyViT(Network):
             for _ in range(spec.depths[0])
         )
         self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
-        self.norm = LayerNorm(spec.num_features, spec.layer_norm_eps)
-        self.head = make_classifier(spec.num_features, spec.num_classes, rngs=rngs)
+        self.norm = LayerNorm(spec.pooled_dim, spec.layer_norm_eps)
+        self.head = make_classifier(spec.pooled_dim, spec.num_classes, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
         check_images(images, self.spec.image_shape)

@@ -3,8 +3,14 @@
 import dataclasses
 from typing import ClassVar
 
-from flora_jax.errors import InputError, check_at_least, hold_plain_values, unknown
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec
+from flora_jax.errors import (
+    InputError,
+    check_at_least,
+    check_known,
+    hold_plain_values,
+    unknown,
+)
+from flora_jax.models.spec import OUTPUTS, BlockInput, BlockSpec, Spec, later
 from flora_jax.models.windows import Windows
 
 KERNEL_SIZE = 3  # of convolutions
@@ -44,7 +50,8 @@ class TinyViTSpec(Spec):
       embed_dims, depths, num_heads, window_sizes: one a stage, as in timm; the first stage, of
         `depths[0]` MBConv blocks, has no heads and no windows, and its values there count nothing.
       mbconv_expand_ratio: width inside an MBConv over that around it.
-      num_classes: 0: no classifier; the network then gives its pooled feature.
+      num_classes: outputs of its head. 0: it has none, and gives its pooled feature.
+      outputs: what these mean: "classes", "labels", "numbers" or an "embedding" (`OUTPUTS`).
 
     Raises:
       InputError: a size is not positive, the four differ in length, a stage's width is not a
@@ -67,6 +74,7 @@ class TinyViTSpec(Spec):
     mbconv_expand_ratio: float = 4
     layer_norm_eps: float = 1e-5
     blocks: tuple[BlockSpec, ...] = ()
+    outputs: str = later("classes")
 
     def __post_init__(self):
         of_stages = ("embed_dims", "depths", "num_heads", "window_sizes")
@@ -75,6 +83,7 @@ class TinyViTSpec(Spec):
             self, 1, "image_size", "in_channels", "mlp_ratio", "mbconv_expand_ratio", *of_stages
         )
         check_at_least(self, 0, "num_classes")
+        check_known(self, "outputs", OUTPUTS)
         if len({len(getattr(self, name)) for name in of_stages}) > 1 or len(self.depths) < 2:
             listed = ", ".join(f"{name} {getattr(self, name)}" for name in of_stages)
             raise InputError(f"{listed} must have one entry a stage, and two stages or more")
@@ -113,7 +122,7 @@ class TinyViTSpec(Spec):
         return "the convolutions and windows of a TinyViT need the whole feature map"
 
     @property
-    def num_features(self) -> int:
+    def pooled_dim(self) -> int:
         """Width of the last stage."""
         return self.embed_dims[-1]
 
@@ -141,7 +150,7 @@ class TinyViTSpec(Spec):
             total += stage.grid_before**2 * stage.before * stage.width
             total += stage.tokens * (_TAPS * stage.width + stage.width**2)
             total += stage.depth * stage.tokens * _TAPS * stage.width  # local convolutions
-        return total + self.num_features + self.num_features * self.num_classes
+        return total + self.pooled_dim + self.pooled_dim * self.num_classes
 
     def _params_around_blocks(self) -> int:
         width, inside = self.embed_dims[0], self.mbconv_dim
@@ -154,7 +163,7 @@ class TinyViTSpec(Spec):
             table = stage.windows.window_size**2
             for _ in range(stage.depth):
                 total += (_TAPS + 1) * stage.width + table * next(blocks).num_heads
-        return total + 2 * self.num_features + (self.num_features + 1) * self.num_classes
+        return total + 2 * self.pooled_dim + (self.pooled_dim + 1) * self.num_classes
 
 
 _SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # widths, heads

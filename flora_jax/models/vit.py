@@ -187,7 +187,7 @@ class ViT(Network):
         self.blocks = nnx.List(_blocks(spec, linear, block, rngs))
         self.norm = LayerNorm(width, spec.layer_norm_eps)
         self.attn_pool = AttentionPool(spec, rngs=rngs) if spec.pool == "attention" else None
-        classifier = (spec.pooled_dim, spec.num_classes)
+        classifier = (spec.pooled_dim, spec.num_classes, spec.head_bias)
         self.head = make_classifier(*classifier, rngs=rngs)
         self.head_dist = make_classifier(*classifier, rngs=rngs) if spec.distilled else None
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from flora_jax.errors import InputError, check_at_least, check_known, hold_plain_values, unknown
 from flora_jax.models.layers import ACTIVATIONS
-from flora_jax.models.spec import BlockInput, BlockSpec, Spec, check_multiple, later
+from flora_jax.models.spec import OUTPUTS, BlockInput, BlockSpec, Spec, check_multiple, later
 
 POOLS = ("token", "mean", "token_and_mean", "attention")
 POSITIONS = ("all", "patches", "none")
@@ -19,7 +19,8 @@ class ViTSpec(Spec):
 
     Attributes:
       image_size, patch_size: side lengths in pixels.
-      num_classes: 0: no classifier; the network then gives its pooled feature.
+      num_classes: outputs of its head. 0: it has none, and gives its pooled feature.
+      outputs: what these mean: "classes", "labels", "numbers" or an "embedding" (`OUTPUTS`).
       mlp_ratio: hidden units of an MLP as a multiple of embed_dim.
       distilled: a second token and a second head (DeiT section 4); the logits are their average.
       class_token: False leaves it out; then pool must be "mean" or "attention".
@@ -30,7 +31,8 @@ class ViTSpec(Spec):
       rope_theta: the longest period of rotary positions, which turn the patches' queries and keys
         (DINOv3: 100); None for no such positions.
       pre_norm: a norm before the first block (CLIP).
-      patch_bias, qkv_bias, k_bias: whether the patch embedding, qkv, and in it the key, have one.
+      patch_bias, qkv_bias, k_bias, head_bias: whether the patch embedding, qkv, in it the key, and
+        the head have one.
       activation: of the MLPs: "gelu", "gelu_tanh", "quick_gelu" or "silu".
       gated_mlp: the activation of one product gates another (SwiGLU, where it is "silu"); fc1 is
         both, gate first.
@@ -75,6 +77,8 @@ class ViTSpec(Spec):
     gated_mlp: bool = later(False)
     fc_norm: bool = later(True)
     layer_scale: bool = later(False)
+    outputs: str = later("classes")
+    head_bias: bool = later(True)
 
     def __post_init__(self):
         hold_plain_values(self)
@@ -86,6 +90,7 @@ class ViTSpec(Spec):
         )
         check_at_least(self, 0, "num_classes", "num_registers")
         check_multiple(self, "image_size", "patch_size")
+        check_known(self, "outputs", OUTPUTS)
         check_known(self, "positions", POSITIONS)
         check_known(self, "activation", tuple(ACTIVATIONS))
         self._check_pool()
@@ -252,7 +257,7 @@ class ViTSpec(Spec):
         if self.pool == "attention":
             total += width + 4 * (width + 1) * width + 2 * width  # latent, q, kv, proj, norm
             total += (width + 1) * self.mlp_dim + (self.mlp_dim + 1) * width
-        return total + num_heads * (self.pooled_dim + 1) * self.num_classes
+        return total + num_heads * (self.pooled_dim + self.head_bias) * self.num_classes
 
 
 _DEIT_WIDTHS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

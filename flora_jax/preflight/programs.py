@@ -18,7 +18,7 @@ from flora_jax.closed_form.calibrate import BATCH_SIZE, batch_sums, layer_groups
 from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
 from flora_jax.errors import InputError
 from flora_jax.evaluation.evaluate import sum_model_metrics
-from flora_jax.evaluation.quality import AGREEMENT, quality_of
+from flora_jax.evaluation.outputs import quality_of
 from flora_jax.flora.supernet import abstract_supernet
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
@@ -158,7 +158,7 @@ def compile_evaluation(
     size = images * mesh.size
     pixels = _Shape((size, *training.spec.image_shape), jnp.float32)
     quality, target = quality_of(training.spec), _Shape((size,), jnp.int32)
-    if quality is AGREEMENT:
+    if not quality.by_labels:
         dense, weights = functional.split(create_abstract(training.spec))
         target = jax.eval_shape(
             lambda w, x: quality.of(functional.merge(dense, w), x), weights, pixels

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from flora_jax.data.preprocessing import Preprocessing
-from flora_jax.evaluation.quality import quality_of
+from flora_jax.evaluation.outputs import outputs_of, quality_of
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
@@ -42,7 +42,7 @@ def card_of(
     """The card of a finished model of the run, as Markdown behind a front matter in YAML.
 
     Args:
-      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export; of features
+      coarse: top-1 in 0..1 of the files of lower precision, by the kind of export; of other outputs
         their cosine to the model's.
     """
     path, evaluation = run.folder / "result.json", run.folder / found.folder / EVALUATION_FILE
@@ -80,6 +80,7 @@ def card_of(
         tested=tested,
         fields=_front_matter(run, found, title, spec, tested),
         title=_as_markdown(title),
+        does=outputs_of(spec).card.format(spec.num_classes),
         network=_NETWORKS.get(spec.title, spec.title),
         saved=100 * (1 - spec.macs() / run.spec.macs()) if is_smaller else None,
         figures=_figures(models, coarse or {}),
@@ -122,7 +123,8 @@ def _front_matter(
     run: Run, found: Finished, title: str, spec: Spec, tested: Mapping
 ) -> dict[str, str]:
     """The fields of the YAML as JSON, which is YAML."""
-    task = "image-classification" if spec.num_classes else "image-feature-extraction"
+    is_classifier = outputs_of(spec).are_logits
+    task = "image-classification" if is_classifier else "image-feature-extraction"
     is_compressed = spec != dataclasses.replace(spec, blocks=())
     tags = ["vision-transformer", *["compressed"] * is_compressed]
     tags += ["vit-slim"] * (found.kind == "slim" or "slim" in run.settings.stages)
@@ -153,7 +155,7 @@ def _figures(models: Mapping[str, tuple[Spec, Mapping]], coarse: Mapping[str, fl
             rows.append([metric.column, *cells, *[""] * (len(tested) - len(cells))])
     for kind, value in coarse.items():
         name, shown = "top-1 %", f"{100 * value:.2f}"
-        if not specs[0].num_classes:
+        if not specs[0].classifies:
             name, shown = "cosine to this model", f"{value:.4f}"
         rows.append([f"{name} of `{EXPORTS[kind].path}`", shown, *[""] * (len(models) - 1)])
     rows.append(["MACs", *(human_count(spec.macs()) for spec in specs)])

@@ -13,7 +13,8 @@ from safetensors import numpy as safetensors
 
 from flora_jax.errors import UserError, differences
 from flora_jax.evaluation.comparison import kind_of
-from flora_jax.evaluation.quality import TOP1, Metric, quality_of
+from flora_jax.evaluation.outputs import outputs_title, quality_of
+from flora_jax.evaluation.quality import TOP1, Metric
 from flora_jax.flora.evolution import read_history
 from flora_jax.io.files import matching, read_json
 from flora_jax.io.json_lines import read_lines, read_records
@@ -136,12 +137,11 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
 
 def _about(run: Run) -> str:
     spec, settings = run.spec, run.settings
-    classes = f"{spec.num_classes:,} classes" if spec.num_classes else "without a classifier"
     height, width, _ = spec.image_shape
     start = f"from {settings.pretrained}" if settings.pretrained else "trained from scratch"
     return (
         f"{spec.title} of {len(spec.blocks)} blocks for images of {height} x {width} pixels, "
-        f"{classes}, {start}, on {settings.data.name}"
+        f"{outputs_title(spec)}, {start}, on {settings.data.name}"
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_jax.evaluation.comparison import Interval, budget_name, kind_of
-from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION, RELATIVE_ERROR, TOP1, Metric
+from flora_jax.evaluation.quality import QUALITIES, RELATIVE_ERROR, TOP1, Metric
 
 DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -114,8 +114,8 @@ def _conclusion(metric: Metric, name: str, model: Mapping, first_name: str, firs
 def _complete(result: Mapping) -> tuple[Metric, dict[str, Mapping]]:
     """The metric that models are shown by, and those that have all their numbers, in order."""
     entries = {n: entry for n, entry in named_entries(result).items() if isinstance(entry, Mapping)}
-    is_of_features = any(AGREEMENT.shown.name in entry for entry in entries.values())
-    metric = (AGREEMENT if is_of_features else CLASSIFICATION).shown
+    shown = (quality.shown for quality in QUALITIES)
+    metric = next((m for m in shown if any(m.name in e for e in entries.values())), TOP1)
     fields = {metric.name, "macs", "params"}
     models = [name for name, entry in entries.items() if fields <= set(entry)]
     if not models:

@@ -17,7 +17,7 @@ from flora_jax.data.copies import MOST_COMPARED
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError
-from flora_jax.evaluation.quality import COSINE
+from flora_jax.evaluation.outputs import outputs_title, quality_of
 from flora_jax.io.paths import absolute, user_path
 from flora_jax.models.spec import Spec
 from flora_jax.models.spec_json import spec_to_json
@@ -76,12 +76,12 @@ def closed(config: Mapping) -> dict[str, Any]:
             raise InputError(f"nothing to start from: give --config.{name}={example}")
     weights, preprocessing = _read_weights(values["pretrained"], values["model"])
     num_images, class_names = _count(values["data"])
+    if keeps_outputs := not weights.classifies and weights.num_classes > 0:
+        class_names = ()  # labels, numbers or an embedding are what the weights are for
     num_classes = len(class_names)
-    spec = dataclasses.replace(
-        weights,
-        image_size=size or preprocessing.image_size,
-        num_classes=num_classes or weights.num_classes,
-    )
+    spec = dataclasses.replace(weights, image_size=size or preprocessing.image_size)
+    if num_classes and num_classes != weights.num_classes:
+        spec = spec.with_classes(num_classes)
     known = read_class_names(values["pretrained"])
     are_others = known and class_names and positions(class_names, known) is None
     has_classifier = weights.num_classes == spec.num_classes and not are_others
@@ -92,25 +92,28 @@ def closed(config: Mapping) -> dict[str, Any]:
             f"{values['data']['name']} leaves {num_train} images to train with, beside "
             f"{num_images - num_train} to choose by; at least {_LEAST_IMAGES} are needed"
         )
+    shown = quality_of(spec).shown
     found: dict[str, Any] = {
         "stages": _STAGES,
         "train_pretrained": not has_classifier,
         "data.heldout_fraction": share,
         "data.heldout_by": _heldout_by(values["data"]["name"], num_images),
         "data.num_threads": min(os.cpu_count() or 1, _MOST_THREADS),
-        "metric": _metric(num_images - num_train) if spec.num_classes else COSINE.name,
+        "metric": _metric(num_images - num_train) if spec.classifies else shown.name,
     }
     for name in _OF_THE_PICTURES:
         found[f"data.{name}"] = getattr(preprocessing, name)
-    measured = _MEASURED if spec.num_classes else _MEASURED_ON_FEATURES
+    measured = _MEASURED if spec.classifies else _MEASURED_ON_FEATURES
     for name, (epochs, rate) in measured.items():
         batch = values[name]["batch_size"] or _batch_size(num_train, jax.device_count())
         found[f"{name}.batch_size"] = batch
         found[f"{name}.epochs"] = _epochs(epochs, num_train)
         found[f"{name}.learning_rate"] = _learning_rate(rate, batch)
     log.info("%s: %s", values["pretrained"], _what(spec))
-    if spec.num_classes:
+    if spec.classifies:
         log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
+    elif keeps_outputs:
+        log.info("  it stays, whatever the classes of the images; --config=transfer changes that")
     chosen = {name: value for name, value in found.items() if _get(values, name) is None}
     for name, value in chosen.items():
         _set(values, name, value)
@@ -152,7 +155,7 @@ def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
 def _what(spec: Spec) -> str:
     return (
         f"{len(spec.blocks)} blocks, {spec.num_params() / 1e6:.3g} M parameters, images of "
-        f"{spec.image_size} x {spec.image_size} pixels, {spec.num_classes or 'no'} classes"
+        f"{spec.image_size} x {spec.image_size} pixels, {outputs_title(spec)}"
     )
 
 

@@ -16,7 +16,7 @@ from flora_jax.closed_form.compress import check_reachable
 from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.cluster.processes import is_first
 from flora_jax.errors import InputError, MissingFileError
-from flora_jax.evaluation.quality import quality_of
+from flora_jax.evaluation.outputs import outputs_title, quality_of
 from flora_jax.flora.cost import Cost
 from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.flora.space import RankSpace
@@ -62,8 +62,8 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
     data.augmentation.train(spec.image_shape)
     make_mesh(settings.fsdp)
     images = Images(settings)
-    if not spec.num_classes:
-        _check_learns_features(settings)
+    if not spec.classifies:
+        _check_has_no_classes(settings, spec)
     elif not images.splits.num_classes:
         _check_needs_no_labels(settings)
     elif images.splits.num_classes != spec.num_classes:
@@ -92,19 +92,20 @@ def _check_needs_no_labels(settings: Settings) -> None:
         )
 
 
-def _check_learns_features(settings: Settings) -> None:
-    """A network without classes has nothing to learn from but the dense model's features."""
+def _check_has_no_classes(settings: Settings, spec: Spec) -> None:
+    """A network without classes has nothing to learn from but the dense model's outputs."""
     stages = {"transfer", "slim"} & set(settings.stages)
     stages |= {"pretrain"} if settings.trains_dense else set()
     if stages:
         raise InputError(
-            f"model.num_classes is 0, but {', '.join(sorted(stages))} need classes to learn"
+            f"the model has {outputs_title(spec)} (model.num_classes is {spec.num_classes}), but "
+            f"{', '.join(sorted(stages))} need exclusive classes to learn"
         )
     for name, recipe, _ in settings.trainings(0):
         if not recipe.distill or recipe.stored_predictions:
             raise InputError(
                 f"{name}: distill must be True and stored_predictions False: a network without "
-                f"classes learns the features of its teacher in every step"
+                f"classes learns what its teacher gives in every step"
             )
 
 

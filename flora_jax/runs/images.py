@@ -81,38 +81,37 @@ class Images:
     @property
     def are_labelled(self) -> bool:
         """Whether there are labels, and a network that has classes."""
-        return bool(self.splits.num_classes and self._settings.model.num_classes)
+        return bool(self.splits.num_classes and self.spec.classifies)
 
     def looked_at(self, dense: Network | None = None) -> EvaluationSet | None:
         """The held-out images that a model is looked at while it trains; `dense` as in `measured`.
 
         None where a network has classes and the images have no labels.
         """
-        if self.spec.num_classes and not self.are_labelled:
+        if self.spec.classifies and not self.are_labelled:
             return None
         return self.measured(self.heldout_set, dense)
 
     def measured(self, images: EvaluationSet, dense: Network | None) -> EvaluationSet:
         """Images of the run, with what models are measured by on them.
 
-        Where there are no labels the dense model stands for them: its features where it has no
+        Where there are no labels the dense model stands for them: its outputs where it has no
         classes, otherwise its predictions.
         """
         if self.are_labelled or dense is None:
             return images
-        if not dense.spec.num_classes:
+        if not dense.spec.classifies:
             return images.compared_with(dense)
         log.info("the images have no labels: the dense model's predictions stand for them")
         return images.relabelled(evaluate_images(dense, images)["predicted"])
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the network's classes, those of the weights where the images have no labels;
-        none where it has no classes."""
+        """The names of the network's outputs: of the images' classes, or those its weights know."""
         if self.are_labelled:
             return tuple(self.splits.class_names)
         known = read_class_names(self._settings.pretrained) if self._settings.pretrained else ()
-        return known if len(known) == self._settings.model.num_classes else ()
+        return known if len(known) == self.spec.num_classes else ()
 
     @functools.cached_property
     def copies(self) -> tuple[int, int] | None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import differences, listed
 from flora_jax.io.files import matching, read_json, write_json
+from flora_jax.models.spec import Spec
 from flora_jax.runs.settings import DataSettings
 from flora_jax.weights.folder import SPEC_FILE, load_spec
 from flora_jax.weights.metadata.class_names import CLASSES_FILE
@@ -43,16 +43,14 @@ def describe_models_once(
     """Writes names and preprocessing beside each model at these patterns in a run's folder."""
     for pattern in (each for path in patterns for each in (path, f"{path}/*")):
         for file in matching(folder, f"{pattern}/{SPEC_FILE}"):
-            describe_model(
-                file.parent, names, data.preprocessing(load_spec(file.parent).image_size)
-            )
+            describe_model(file.parent, names, load_spec(file.parent), data)
 
 
-def describe_model(path: epath.Path, names: Sequence[str], preprocessing: Preprocessing) -> None:
+def describe_model(path: epath.Path, names: Sequence[str], spec: Spec, data: DataSettings) -> None:
     """Writes the names of the classes, where there are any, and the preprocessing of pictures."""
     if names:
         write_json(path / CLASSES_FILE, list(names))
-    save_preprocessing(path, preprocessing)
+    save_preprocessing(path, data.preprocessing(spec.image_size), spec.kind)
 
 
 @by_the_first

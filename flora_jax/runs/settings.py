@@ -13,7 +13,8 @@ from flora_jax.data.decoding import MAX_MEGAPIXELS
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, check_at_least, check_between, check_known, unknown
-from flora_jax.evaluation.quality import METRICS, quality_of
+from flora_jax.evaluation.outputs import quality_of
+from flora_jax.evaluation.quality import METRICS
 from flora_jax.flora.evolution import EvolutionSettings
 from flora_jax.flora.extras.sampling import EXTRA_SAMPLINGS
 from flora_jax.flora.filter import LOCAL_TRAINING
@@ -386,7 +387,8 @@ class Settings:
         supernet like the subnet; "alone" trains it from the dense model's SVD for as many steps as
         supernet and fine-tuning together; "none" leaves it out.
       metric: what filter and search rank by on the held-out images: top1 or log_likelihood; of a
-        network without classes cosine or relative_error. Empty: the first of these.
+        network without classes cosine or relative_error, of labels same_labels or log_likelihood,
+        of numbers absolute_error or squared_error. Empty: the first of these.
 
     Raises:
       InputError: a value that makes no sense; names it, and what would be accepted.
@@ -543,4 +545,4 @@ def network_spec(settings: Settings) -> Spec:
     if "transfer" not in settings.stages or not describes_itself(settings.pretrained):
         return settings.model
     given = read_spec(settings.pretrained)
-    return dataclasses.replace(given, num_classes=settings.model.num_classes)
+    return given.with_classes(settings.model.num_classes)

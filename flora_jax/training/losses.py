@@ -5,13 +5,15 @@ probabilities, the rest of the mass spread evenly over the other classes:
 
     loss = soft cross entropy(logits, targets)
 
-Ours beside it is the weight `distill_features`, of how far the tokens are from the teacher's.
+Outputs that are no classes have the loss of their kind (`evaluation.outputs`). Ours beside it is
+the weight `distill_features`, of how far the tokens are from the teacher's.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax.evaluation.outputs import outputs_of
 from flora_jax.evaluation.quality import relative_error
 from flora_jax.models.spec import Spec
 
@@ -73,15 +75,11 @@ def distillation_loss(
     """The loss of a network beside its teacher's outputs on the same images, float32 [].
 
     Args:
-      spec: of the network; without classes it learns the features alone.
-      distill_features: weight of the tokens' error; 0 for none, and for 1 without classes.
+      spec: of the network; without a head it learns the features alone.
+      distill_features: weight of the tokens' error; 0 for none, and for 1 without a head.
     """
-    if not spec.num_classes:
+    loss = outputs_of(spec).loss
+    if loss is None:
         return (distill_features or 1.0) * features_loss(outputs, taught, spec)
     extra = distill_features * feature_error(outputs[1], taught[1]) if distill_features else 0.0
-    return task_loss(outputs[0], probabilities(taught[0])) + extra
-
-
-def probabilities(logits: jax.Array) -> jax.Array:
-    """Softmax of logits [B, classes] in float32."""
-    return jax.nn.softmax(logits.astype(jnp.float32))
+    return loss(outputs[0], taught[0]).mean() + extra

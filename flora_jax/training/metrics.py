@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from flora_jax.cluster.mesh import replicate
 from flora_jax.cluster.processes import is_first
-from flora_jax.evaluation.quality import AGREEMENT, CLASSIFICATION
+from flora_jax.evaluation.quality import QUALITIES
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models.functional import Parameters
@@ -88,7 +88,7 @@ class MetricsFile:
 
 
 def _is_shown(name: str) -> bool:
-    return any(quality.shown.name in name for quality in (CLASSIFICATION, AGREEMENT))
+    return any(quality.shown.name in name for quality in QUALITIES)
 
 
 class BestParameters:

@@ -18,10 +18,11 @@ from flora_jax.cluster.mesh import (
     sharded_axis,
 )
 from flora_jax.data.normalize import Normalization
+from flora_jax.evaluation.outputs import probabilities
 from flora_jax.models import functional
 from flora_jax.models.functional import Parameters, Structure
 from flora_jax.models.network import BLOCK_OUTPUT, Loop, RunBlocks, run_blocks
-from flora_jax.training.losses import distillation_loss, probabilities, soft_targets, task_loss
+from flora_jax.training.losses import distillation_loss, soft_targets, task_loss
 from flora_jax.training.mixing import mix
 from flora_jax.training.optimizer import make_optimizer
 from flora_jax.training.settings import TrainSettings

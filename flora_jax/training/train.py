@@ -22,6 +22,7 @@ from flora_jax.data.labels import check_labels
 from flora_jax.data.normalize import Normalization
 from flora_jax.errors import InputError, UserError
 from flora_jax.evaluation.evaluate import EvaluationSet, HeldOut
+from flora_jax.evaluation.outputs import outputs_title
 from flora_jax.io.checkpoint import Checkpoints
 from flora_jax.io.json_lines import read_records
 from flora_jax.io.paths import user_path
@@ -115,6 +116,7 @@ def train(
         _check_teaches(images, spec)
     batches = images.batches(recipe, spec.image_shape, seed_of(seed, f"{name}/batches"))
     if teacher is not None and recipe.stored_predictions:
+        spec.check_classifies("stored_predictions")
         if folder is None:
             raise InputError("stored_predictions needs a directory to store them in")
         stored = stored_teacher(teacher, images, recipe, name, folder, seed)
@@ -277,8 +279,13 @@ def _check_can_learn(model: Network, teacher: Network | None, name: str) -> None
         model.spec.check_classifies(
             f"training {name} without a teacher", "give the uncompressed network as its teacher"
         )
-    elif model.spec.num_classes:
+    elif model.spec.classifies:
         teacher.spec.check_classifies(f"teaching {name} its classes")
+    elif model.spec.num_classes and teacher.spec.kind != model.spec.kind:
+        raise InputError(
+            f"{name}: a network with {outputs_title(teacher.spec)} cannot teach one with "
+            f"{outputs_title(model.spec)}"
+        )
 
 
 def _result(
@@ -360,12 +367,12 @@ def measured_by(
     if isinstance(images, EvaluationSet):
         return images
     on_devices = images.on_devices if part is None else images.in_parts(part)
-    if spec.num_classes:
+    if spec.classifies:
         return on_devices
     if teacher is None:
         raise InputError(
-            "a network without classes is measured by its teacher's features: give the "
-            "uncompressed network as teacher="
+            f"a network with {outputs_title(spec)} is measured by its teacher's outputs: give the "
+            f"uncompressed network as teacher="
         )
     return on_devices.compared_with(teacher)
 

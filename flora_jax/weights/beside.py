@@ -23,10 +23,13 @@ _FACTS = ("num_heads", "layer_norm_eps", "activation", "rope_theta")
 _OF_THE_CLASSIFIER = ("pool", "fc_norm")
 
 
-def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
+def check_description(path: epath.Path, spec: Spec, strict: bool) -> bool:
     """Compares the spec with the `spec.json` or `config.json` beside a file, or in our own folder.
 
     A `config.json` of a network that is not known here, or cannot be built, is not compared.
+
+    Returns:
+      Whether the weights must have as many outputs as the spec: they are described so.
 
     Raises:
       InputError: they contradict each other, which is a warning where not `strict`; names both
@@ -36,15 +39,16 @@ def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
     is_own = path in (folder, folder / WEIGHTS_FILE) and (folder / SPEC_FILE).exists()
     file = folder / (SPEC_FILE if is_own else CONFIG_FILE)
     if not file.is_file():
-        return
+        return False
     try:
         described = load_spec(folder) if is_own else read_config(file)
     except InputError as error:
         log.warning("the spec is not compared with what is beside the weights: %s", error)
-        return
+        return False
     if described.family != spec.family:  # the names in the file say it better
-        return
+        return False
     names = _FACTS + (_OF_THE_CLASSIFIER if described.num_classes else ())
+    names += ("outputs",) if described.num_classes == spec.num_classes else ()
     facts = [(name, _fact(described, name), _fact(spec, name)) for name in names]
     contradictions = [
         f"{name} is {theirs!r}, and {ours!r} in the spec"
@@ -56,6 +60,7 @@ def check_description(path: epath.Path, spec: Spec, strict: bool) -> None:
         if strict:
             raise InputError(message)
         warnings.warn(message, stacklevel=3)
+    return strict and described.num_classes == spec.num_classes
 
 
 def _fact(spec: Spec, name: str) -> object:

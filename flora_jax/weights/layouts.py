@@ -160,7 +160,6 @@ _OPEN_CLIP_VIT: Names = [
     ("patch_embed.proj", "conv1", patches),
     ("norm_pre", "ln_pre", norm),
     ("norm", "ln_post", norm),
-    ("head", "head", linear),
     (".norm1", ".ln_1", norm),
     (".attn.qkv", ".attn", packed),
     (".attn.proj", ".attn.out_proj", linear),
@@ -272,6 +271,7 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
     first = next(filter(None, map(pattern.match, keys)), None)
     if spec.pool != "token" and first and first[2] == "layernorm_before":
         raise InputError(f"pool is {spec.pool!r} in the spec, and 'token' in the file")
+    classifier = "cls_classifier" if spec.distilled else "classifier"
     rows = name_map(
         spec,
         _HUGGING_FACE_VIT,
@@ -279,7 +279,7 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
         at=at,
         layer=f"{at}{first[1] if first else 'encoder.layer.'}{{block}}",
         register="register_tokens" if spec.distilled else "distillation_token",
-        classifier="cls_classifier" if spec.distilled else "classifier",
+        classifier="visual_projection" if spec.kind == "embedding" else classifier,
     )
     if not spec.k_bias:
         for i, row in enumerate(rows):
@@ -305,8 +305,9 @@ def _encoder(keys: Collection[str], otherwise: str) -> tuple[str, Collection[str
 
 
 def open_clip_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    """The images' network, without the projection to what it shares with the texts'."""
-    return name_map(spec, _OPEN_CLIP_VIT, keys, layer="transformer.resblocks.{block}")
+    """The images' network; with the projection to what it shares with the texts', if it embeds."""
+    head = ("head.kernel", "proj", array) if spec.kind == "embedding" else ("head", "head", linear)
+    return name_map(spec, [*_OPEN_CLIP_VIT, head], keys, layer="transformer.resblocks.{block}")
 
 
 # Where the modules of `model.py` in a folder of `export_torch` have other names than ours.

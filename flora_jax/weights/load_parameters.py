@@ -1,6 +1,5 @@
 """Loading of parameters into a network: arrays by name, checked against a spec."""
 
-import dataclasses
 import logging
 import math
 import warnings
@@ -37,8 +36,13 @@ class NotFiniteWarning(UserWarning):
     """Weights that are NaN or infinite have been read."""
 
 
-def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> Network:
+def load_parameters(
+    arrays: dict[str, np.ndarray], spec: Spec, strict: bool, may_reset: bool = True
+) -> Network:
     """A network with these weights; `arrays` is emptied on the way: a file's content is held once.
+
+    Args:
+      may_reset: whether a classifier of zeros may take the place of one with other classes.
 
     Raises:
       InputError: as `pretrained.from_state_dict`.
@@ -54,7 +58,7 @@ def load_parameters(arrays: dict[str, np.ndarray], spec: Spec, strict: bool) -> 
     for row in rows:
         _check_arrays(row, arrays, own[row.target].shape)
     parameters = _read(rows, arrays, spec, own, layout.offset(spec, arrays))
-    _drop_classifier_of_other_classes(parameters, spec)
+    _drop_classifier_of_other_classes(parameters, spec, may_reset and spec.classifies)
     missing = own.keys() - parameters.keys()
     # Other classes start as equally likely, so that the first steps do not spoil the features.
     classifiers = {name for name in missing if _is_of_classifier(name)}
@@ -73,7 +77,7 @@ def _drop_unused(layout: Layout, spec: Spec, arrays: dict[str, np.ndarray]) -> N
     for name in unused:
         del arrays[name]
     if spec.num_classes == 0:
-        for row in layout.table(dataclasses.replace(spec, num_classes=1), arrays):
+        for row in layout.table(spec.with_classes(2), arrays):
             if _is_of_classifier(row.target):
                 for source in row.sources:
                     arrays.pop(source, None)
@@ -139,7 +143,7 @@ def _check_names(spec: Spec, table: Table, arrays: Mapping[str, np.ndarray], str
     unexpected = {name for name in arrays if not is_buffer(name)} - wanted
     classifier = {s for row in table if _is_of_classifier(row.target) for s in row.sources}
     is_all = not (missing - classifier or unexpected)
-    if classifier and classifier <= missing and (is_all or not strict):
+    if spec.classifies and classifier and classifier <= missing and (is_all or not strict):
         warnings.warn(
             f"the weights have no classifier ({few(classifier)}): a new one of zeros for "
             f"{spec.num_classes} classes takes its place",
@@ -180,8 +184,10 @@ def _check_arrays(row: Row, arrays: Mapping[str, np.ndarray], shape: tuple[int, 
             raise InputError(f"{source} is {array.dtype}; weights are read as {kinds} alone")
         fixed = [i for i, length in enumerate(wanted) if length == with_more[source][i]]
         if array.ndim != len(wanted) or any(array.shape[i] != wanted[i] for i in fixed):
+            is_of_pixels = row.target == "patch_embed.proj.kernel"
+            hint = ", by its channels, patch_size and embed_dim" * is_of_pixels
             raise InputError(
-                f"{source} has shape {array.shape} in the file, and {wanted} in the spec"
+                f"{source} has shape {array.shape} in the file, and {wanted} in the spec{hint}"
             )
 
 
@@ -208,15 +214,17 @@ def _resampled(
         ) from error
 
 
-def _drop_classifier_of_other_classes(parameters: dict[str, jax.Array], spec: Spec) -> None:
+def _drop_classifier_of_other_classes(
+    parameters: dict[str, jax.Array], spec: Spec, may_reset: bool
+) -> None:
     for name in CLASSIFIERS:
         kernel = parameters.get(f"{name}.kernel")
         if kernel is not None and kernel.shape[-1] != spec.num_classes:
-            warnings.warn(
-                f"{name} has {kernel.shape[-1]} classes in the weights and {spec.num_classes} in "
-                f"the spec: a new one of zeros takes its place",
-                stacklevel=4,
-            )
+            there, wanted = kernel.shape[-1], spec.num_classes
+            found = f"{name} has {there} classes in the weights and {wanted} in"
+            if not may_reset:
+                raise InputError(f"{found} what describes them (id2label, num_labels, num_classes)")
+            warnings.warn(f"{found} the spec: a new one of zeros takes its place", stacklevel=4)
             for part in ("kernel", "bias"):
                 parameters.pop(f"{name}.{part}", None)
 

@@ -327,6 +327,7 @@ def _absent(spec: Spec) -> re.Pattern:
     options: dict[str, object] = {
         r"blocks\.\d+\.attn\.qkv\.bias": spec.qkv_bias,
         r"head(_dist)?\.": spec.num_classes,
+        r"head(_dist)?\.bias": spec.head_bias,
     }
     if isinstance(spec, ViTSpec):
         options |= {

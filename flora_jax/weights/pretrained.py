@@ -58,13 +58,13 @@ def from_pretrained(
         raise InputError(
             f"{path} does not say what model it is of: pass a spec, such as deit('base')"
         )
-    check_description(path, spec, strict)
+    may_reset = not check_description(path, spec, strict)
     if own is None:
         arrays = read_state_dict(path)
     else:
         arrays = {name: np.asarray(p) for name, p in functional.split(own)[1].items()}
     with naming(path):
-        return load_parameters(without_prefix(arrays, spec), spec, strict)
+        return load_parameters(without_prefix(arrays, spec), spec, strict, may_reset)
 
 
 def from_state_dict(

@@ -12,6 +12,8 @@ import numpy as np
 from etils import epath
 
 from flora_jax.errors import InputError, MissingPackageError, unknown
+from flora_jax.evaluation.outputs import outputs_of
+from flora_jax.evaluation.quality import AGREEMENT
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.weights.export.checks import (
@@ -38,9 +40,10 @@ def export_onnx(
     """Writes a model as an `.onnx` file, weights inside, for any batch size.
 
     The input "images" is float32 [B, C, H, W], normalised; the output is "logits" float32
-    [B, num_classes], or "features" [B, D] of a network without a classifier. The operations are
-    those of opset 20. Where ONNX Runtime is installed, the file is run, and has to give what the
-    model gives on this machine, within 1e-4 of the largest output.
+    [B, num_classes], "numbers" or "embedding" where the outputs are such, or "features" [B, D] of a
+    network without a head. The file's metadata say what they mean, as "outputs". The operations
+    are those of opset 20. Where ONNX Runtime is installed, the file is run, and has to give what
+    the model gives on this machine, within 1e-4 of the largest output.
 
     Args:
       dtype: "float32", or "float16" for weights and computation between input and output: half the
@@ -77,7 +80,7 @@ def export_onnx(
         if (written := in_onnx_runtime(content)) is None:
             log.warning("%s was not run to check it: pip install 'flora_jax[onnx]'", path.name)
         else:
-            by_direction = dtype != "float32" and not model.spec.num_classes
+            by_direction = dtype != "float32" and outputs_of(model.spec).quality is AGREEMENT
             check_computes(written, exactly(model), compared, TOLERANCES[dtype], by_direction)
 
     def make() -> bytes:
@@ -88,14 +91,18 @@ def export_onnx(
 
 
 def _onnx_model(model: Network, dtype: str) -> Any:
+    from onnx import helper
+
     graph, image = Graph(dtype), jax.ShapeDtypeStruct((1, *model.spec.image_shape), jnp.float32)
     height, width, channels = model.spec.image_shape
     is_float32 = dtype == "float32"
     x = network(graph, model, "images" if is_float32 else graph.cast("images", dtype))
     output = x if is_float32 else graph.cast(x, "float32")
     _, size = jax.eval_shape(lambda images: model(images), image).shape
-    name = "logits" if model.spec.num_classes else "features"
-    return graph.model([channels, height, width], output, name, size)
+    name = "logits" if outputs_of(model.spec).are_logits else model.spec.kind
+    made = graph.model([channels, height, width], output, name, size)
+    helper.set_model_props(made, {"outputs": model.spec.kind})
+    return made
 
 
 def _in_8_bits(model: Any) -> bytes:

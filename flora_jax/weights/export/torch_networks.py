@@ -3,7 +3,8 @@
     model = load(folder)    # spec.json says what the network is, model.safetensors has its weights
     logits = model(images)  # float32 [B, C, H, W], normalised -> [B, classes]
 
-The network is a ViT, a Swin or a TinyViT. Without classes it gives a pooled feature [B, D];
+The network is a ViT, a Swin or a TinyViT. `model.spec.outputs` says what it gives: logits of
+"classes" or of independent "labels", "numbers", an "embedding"; without a head a pooled feature.
 `model.features(images)` is its tokens [B, N, D]. Low rank is two Linears in a row; batch norms are
 part of the convolutions before them. B images, N tokens, S of them a side of an image (N = S*S),
 D width, H heads, d width of a head, n windows a side, T tokens of a window.
@@ -26,6 +27,7 @@ class Spec(SimpleNamespace):
 
     num_registers, positions, rope_theta, rotary_pairs = 0, "all", None, None
     pre_norm, patch_bias, activation, gated_mlp, fc_norm = False, True, "gelu", False, True
+    outputs, head_bias = "classes", True
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -109,8 +111,8 @@ def embedding(number, width):
     return nn.Parameter(torch.zeros(int(number), width)) if number else None
 
 
-def classifier(features, num_classes):
-    return nn.Linear(features, num_classes) if num_classes else nn.Identity()
+def classifier(features, num_classes, bias=True):
+    return nn.Linear(features, num_classes, bias) if num_classes else nn.Identity()
 
 
 def linear(in_features, out_features, rank, bias=True):
@@ -162,8 +164,9 @@ class ViT(Network):
         self.normalises_mean = spec.pool == "mean" and spec.fc_norm
         self.attn_pool = AttentionPool(spec) if spec.pool == "attention" else None
         pooled = 2 * width if spec.pool == "token_and_mean" else width
-        self.head = classifier(pooled, spec.num_classes)
-        self.head_dist = classifier(pooled, spec.num_classes) if spec.distilled else None
+        sizes = (pooled, spec.num_classes, spec.head_bias)
+        self.head = classifier(*sizes)
+        self.head_dist = classifier(*sizes) if spec.distilled else None
 
     def tokens(self, images):
         x = self.kept_patches(self.patch_embed(images).flatten(2).transpose(1, 2))

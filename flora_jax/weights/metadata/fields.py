@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, unknown
 from flora_jax.io.files import read_json
 
 _Read = TypeVar("_Read")
@@ -19,6 +19,11 @@ def is_whole(value: Any, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
 
+_PROBLEMS = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "labels",
+    "regression": "numbers",
+}
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "a string": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
@@ -101,6 +106,12 @@ class Fields(Mapping[str, Any]):
         """A list of numbers, or one."""
         kind, value = "a number of at least 0", self.get(name)
         return (value,) if _KINDS[kind](value) else self._several(kind, name, default)
+
+    def problem(self) -> str:
+        """The outputs that problem_type means, as transformers names it; "classes" without one."""
+        if (name := self.text("problem_type", next(iter(_PROBLEMS)))) not in _PROBLEMS:
+            raise InputError(self.at + unknown("problem_type", name, _PROBLEMS))
+        return _PROBLEMS[name]
 
     def side(self, name: str, default: int | None = None) -> int:
         """A number of pixels or patches, or a list of equal ones."""

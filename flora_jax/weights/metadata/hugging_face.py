@@ -33,6 +33,8 @@ def spec_of_config(config: Fields) -> Spec:
         another kind of value than transformers writes; says which.
     """
     model_type = str(config.get("model_type"))
+    if method := config.within("quantization_config").get("quant_method"):
+        raise InputError(f"its weights are quantised ({method}); read are float16 to float32")
     if model_type not in _READERS:
         raise InputError(
             f"model_type {model_type!r} is not a vision transformer that flora_jax reads: accepted "
@@ -47,7 +49,7 @@ def _of_images(config: Fields) -> Fields:
 
 
 def _vit(config: Fields) -> ViTSpec:
-    return ViTSpec(**_plain(config, layer_norm_eps=1e-12), num_classes=_num_classes(config))
+    return ViTSpec(**_plain(config, layer_norm_eps=1e-12), **_head(config))
 
 
 def _deit(config: Fields) -> ViTSpec:
@@ -66,15 +68,15 @@ def _dinov2(config: Fields) -> ViTSpec:
         fields["gated_mlp"] = True
     if config["model_type"] == "dinov2_with_registers":
         fields |= {"num_registers": config.count("num_register_tokens", 4), "positions": "patches"}
-    num_classes = _num_classes(config)
-    pool = "token_and_mean" if num_classes else "token"
-    return ViTSpec(**fields, num_classes=num_classes, pool=pool, layer_scale=True)
+    head = _head(config)
+    pool = "token_and_mean" if head["num_classes"] else "token"
+    return ViTSpec(**fields, **head, pool=pool, layer_scale=True)
 
 
 def _dinov3(config: Fields) -> ViTSpec:
     if not (config.flag("proj_bias", True) and config.flag("mlp_bias", True)):
         raise InputError("proj_bias or mlp_bias is false: these layers always have a bias here")
-    if _num_classes(config):
+    if _head(config)["num_classes"]:
         raise InputError(f"{_class_of(config)} is no class that this library knows the pool of")
     query, key, value = (config.flag(f"{n}_bias", n != "key") for n in ("query", "key", "value"))
     if query != value or (key and not query):
@@ -97,22 +99,27 @@ def _dinov3(config: Fields) -> ViTSpec:
 
 
 def _clip(config: Fields) -> ViTSpec:
-    if _num_classes(config):
+    """Its class with projection, and that for images and texts, embed images in one space."""
+    if _head(config)["num_classes"]:
         raise InputError(
             f"{_class_of(config)} averages tokens without a norm, which no spec here does; "
             f"CLIPVisionModel is the same network without the classifier"
         )
     fields = _plain(_of_images(config), layer_norm_eps=1e-5, patch_size=32, activation="quick_gelu")
-    return ViTSpec(**fields, num_classes=0, pre_norm=True, patch_bias=False)
+    head: dict[str, Any] = {"num_classes": 0}
+    if _class_of(config) in ("CLIPVisionModelWithProjection", "CLIPModel"):
+        head = {"num_classes": config.size("projection_dim", 512)}
+        head |= {"outputs": "embedding", "head_bias": False}
+    return ViTSpec(**fields, **head, pre_norm=True, patch_bias=False)
 
 
 def _siglip(config: Fields) -> ViTSpec:
-    num_classes = _num_classes(config)
+    head = _head(config)
     config = _of_images(config)
-    has_pool = config.flag("vision_use_head", True) and not num_classes
+    has_pool = config.flag("vision_use_head", True) and not head["num_classes"]
     return ViTSpec(
         **_plain(config, layer_norm_eps=1e-6, activation="gelu_pytorch_tanh"),
-        num_classes=num_classes,
+        **head,
         class_token=False,
         pool="attention" if has_pool else "mean",
         fc_norm=has_pool,  # it averages tokens that are normalised already
@@ -126,7 +133,7 @@ def _swin(config: Fields) -> SwinSpec:
         image_size=config.side("image_size", 224),
         patch_size=config.side("patch_size", 4),
         in_channels=config.size("num_channels", 3),
-        num_classes=_num_classes(config),
+        **_head(config),
         embed_dim=config.size("embed_dim", 96),
         depths=config.sizes("depths", (2, 2, 6, 2)),
         num_heads=config.sizes("num_heads", (3, 6, 12, 24)),
@@ -188,7 +195,9 @@ def _class_of(config: Fields) -> str:
     return (*config.texts("architectures", ()), "")[0]
 
 
-def _num_classes(config: Fields) -> int:
+def _head(config: Fields) -> dict[str, Any]:
+    """How many outputs there are, and what they mean."""
     if "ForImageClassification" not in _class_of(config):
-        return 0
-    return len(config.within("id2label")) or config.count("num_labels", 2)
+        return {"num_classes": 0}
+    number = len(config.within("id2label")) or config.count("num_labels", 2)
+    return {"num_classes": number, "outputs": config.problem()}

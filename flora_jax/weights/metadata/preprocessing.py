@@ -69,15 +69,21 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
     return None
 
 
-def save_preprocessing(folder: epath.PathLike, preprocessing: Preprocessing) -> None:
-    """Writes `preprocessing.json` beside a model; `read_preprocessing` reads it back."""
-    write_json(user_path(folder) / PREPROCESSING_FILE, dataclasses.asdict(preprocessing))
+def save_preprocessing(
+    folder: epath.PathLike, preprocessing: Preprocessing, outputs: str = "classes"
+) -> None:
+    """Writes `preprocessing.json` beside a model; `read_preprocessing` reads it back.
+
+    `outputs` is for programs that have no spec beside an exported file: what these mean.
+    """
+    about = {} if outputs == "classes" else {"outputs": outputs}
+    write_json(user_path(folder) / PREPROCESSING_FILE, dataclasses.asdict(preprocessing) | about)
 
 
 def _own(content: Any) -> Preprocessing:
     fields, default = Fields(content), Preprocessing
     names = [field.name for field in dataclasses.fields(Preprocessing)]
-    for name in fields.keys() - {*names}:
+    for name in fields.keys() - {*names, "outputs"}:
         raise InputError(f"unknown field {name!r}{did_you_mean(name, names)}")
     return Preprocessing(
         image_size=fields.side("image_size"),

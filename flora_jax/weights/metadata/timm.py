@@ -29,6 +29,8 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
     "gigantic": (1664, 48, 16, 64 / 13),
     "7b": (4096, 40, 32, 2),
 }
+_PROJECTIONS = (512, 640, 768, 1024, 1280)  # the widths of CLIP's joint spaces
+_OF_CLIP = re.compile(r"openai|laion|datacomp|dfn|metaclip|tinyclip")
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
 
 
@@ -98,12 +100,28 @@ def spec_of_config(config: Fields) -> Spec:
     arguments = {k: v for k, v in arguments.items() if not _WITHOUT_EFFECT.fullmatch(k)}
     for pattern, read in _READERS.items():
         if match := re.fullmatch(pattern, name):
-            return read(match, arguments)
+            spec = read(match, arguments)
+            return dataclasses.replace(spec, outputs=_outputs(config, spec.num_classes))
     raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
         f"are vit_*, deit_*, deit3_* and swin_* with plain blocks, and tiny_vit_*; such as "
         f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_siglip_224"
     )
+
+
+def _outputs(config: Fields, number: int) -> str:
+    """What the outputs of a head mean: CLIP's is the projection to what images and texts share.
+
+    A file says so by the tag of weights that no classifier was trained on; where it has none, by
+    the size of a published projection.
+    """
+    name, _, tag = config.text("architecture").partition(".")
+    pretrained = config.within("pretrained_cfg")
+    tag, published = tag or pretrained.text("tag", ""), pretrained.get("num_classes", number)
+    is_trained = "_ft" in tag or published != number or "problem_type" in config
+    is_trained |= any("label_names" in place for place in (config, pretrained))
+    is_of_clip = _OF_CLIP.match(tag) or number in _PROJECTIONS
+    return "embedding" if "_clip_" in name and is_of_clip and not is_trained else config.problem()
 
 
 def _read(
