@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 
-from flora_jax.errors import InputError, unknown
+from flora_jax.errors import InputError
+from flora_jax.errors.hints import choices
 from flora_jax.io.paths import user_path
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -41,5 +43,8 @@ def file_of(config: str) -> str:
         return f"{file}{colon}{argument}"
     name = path.removeprefix("configs/").removesuffix(".py")
     if name not in names():
-        raise InputError(f"{unknown('config', name, names())}, or the path of a file")
+        as_ours = re.sub(r"_(t)iny.*|_(s)mall.*|_(b)ase.*", r"_\1\2\3", name)  # deit_base_...
+        raise InputError(
+            f"unknown config {name!r}; {choices(as_ours, names())}, or the path of a file"
+        )
     return f"{_FOLDER / name}.py{colon}{argument}"

@@ -41,8 +41,8 @@ def text() -> str:
 
 
 def is_asked_for(arguments: list[str]) -> bool:
-    """Whether the command line asks for help."""
-    return any(argument in ("-h", "--help", "-help") for argument in arguments)
+    """Whether the command line asks for help, or for nothing."""
+    return not arguments or any(argument in ("-h", "--help", "-help") for argument in arguments)
 
 
 def _configs() -> dict[str, str]:

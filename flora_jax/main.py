@@ -125,6 +125,7 @@ def _run(pictures: list[str]) -> None:
         processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _CHECK_TOPOLOGY.value:
         use_compiler_only()
+    absl.logging.set_verbosity(absl.logging.WARNING)
     check_devices()
     _show_log()
     _configure_jax()
@@ -182,7 +183,7 @@ def run() -> None:
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     """Parses the flags; a config field that does not exist is the user's error: no traceback."""
-    if help.is_asked_for(arguments):
+    if help.is_asked_for(arguments[1:]):
         print(help.text())
         sys.exit()
     try:
@@ -191,7 +192,18 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         text = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # that of a KeyError is a literal
             text = str(ast.literal_eval(text))
-        sys.exit(f"error: {' '.join(text.split())}")
+        sys.exit(f"error: {_no_such_field(text, arguments) or ' '.join(text.split())}")
+
+
+def _no_such_field(text: str, arguments: list[str]) -> str | None:
+    """What ml_collections says of a field that is not there, with the whole name of the field."""
+    if not (found := re.match(r"'(\w+)'(?:\s+Did you mean \"(\w+)\")?", text)):
+        return None
+    for argument in arguments:
+        if given := re.match(rf"--?config\.((?:\w+\.)*){found[1]}\b", argument):
+            hint = f" (did you mean {given[1] + found[2]!r}?)" if found[2] else ""
+            return f"no setting {given[1]}{found[1]}{hint}"
+    return None
 
 
 def _with_config_file(arguments: list[str]) -> list[str]:
@@ -226,8 +238,7 @@ def _configure_jax() -> None:
 
 
 def _show_log() -> None:
-    """Shows our own lines in full, and of the libraries' warnings only."""
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    """Shows our own lines in full."""
     # The exceptions that Orbax logs in its threads are also raised, as the error of the save.
     absl.logging.get_absl_logger().addFilter(
         lambda record: not (record.exc_info and "orbax" in record.pathname)

@@ -339,6 +339,9 @@ def test_a_config_is_found_by_its_name_after_a_file_of_ones_own(tmp_path, monkey
     for missing in ("digit", "configs/digit.py", "folder/digits.py", "common"):
         with pytest.raises(InputError, match=r"unknown config .*clip_art, deit_b, .*path of a fil"):
             configs.file_of(missing)
+    for theirs, ours in (("deit_base", "deit_b"), ("swin_tiny_patch4_window7_224", "swin_t")):
+        with pytest.raises(InputError, match=f"did you mean '{ours}'"):
+            configs.file_of(theirs)
 
 
 @pytest.mark.slow

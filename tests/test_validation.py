@@ -74,7 +74,11 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path):
 def test_command_line_errors_are_one_line(tmp_path):
     done = run_flora(tmp_path / "run", "--config.supernet.epoch=3")
     assert done.returncode == 1
-    assert done.stderr.strip() == """error: 'epoch' Did you mean "epochs" instead of "epoch"?"""
+    assert done.stderr == "error: no setting supernet.epoch (did you mean 'supernet.epochs'?)\n"
+    done = run_flora(tmp_path / "run", "--config.budget.macs=2G")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: budget.macs must be one window")
+    assert done.stderr.count("\n") == 1  # and no word of libraries
 
 
 @pytest.mark.parametrize("name", imagenet.FLORA)

@@ -33,6 +33,7 @@ ENDING = ("extract", "finetune", "evaluate", "report")
 PUBLISHED_STAGES = ("pretrain", "filter", "supernet", "search", *ENDING)
 BUDGETS = ("macs", "latency")
 Window = tuple[float, float]
+_LEAST_OF_MOST = 0.9
 
 # DeiT's own training, for the dense model and after slimming.
 DEIT_TRAINING: dict[str, Any] = {
@@ -173,15 +174,16 @@ class CompressionSettings:
 class BudgetSettings:
     """The cost of a subnet, at least and at most, as shares of the dense model's.
 
-    Either is one window (low, high), or several, from each of which comes a subnet.
+    Either is one window (low, high), or several, from each of which comes a subnet. One number
+    alone is the most, and nine tenths of it the least.
 
     Attributes:
       macs: multiply-adds. The filter's price is in them, whatever the search spends.
       latency: time on this device.
     """
 
-    macs: Window | tuple[Window, ...] = (0.43, 0.46)
-    latency: Window | tuple[Window, ...] = (0.55, 0.6)
+    macs: float | Window | tuple[Window, ...] = (0.43, 0.46)
+    latency: float | Window | tuple[Window, ...] = (0.55, 0.6)
 
     def __post_init__(self):
         for name in BUDGETS:
@@ -189,30 +191,36 @@ class BudgetSettings:
 
     def windows(self, name: str) -> tuple[Window, ...]:
         """The windows of "macs" or "latency", ascending."""
-        (*windows,) = map(tuple, _listed(getattr(self, name)))
-        return tuple(sorted(windows))
+        return tuple(sorted(_windows(getattr(self, name))))
 
 
-def _listed(value) -> Sequence:
-    """One window or several, as several."""
-    return value if any(isinstance(part, Sequence) for part in value) else [value]
+def _windows(value) -> list[tuple]:
+    """One window or several, as several, each with both ends."""
+    value = value if isinstance(value, Sequence) else (value,)
+    listed = value if any(isinstance(part, tuple | list) for part in value) else [value]
+    windows = (window if isinstance(window, tuple | list) else (window,) for window in listed)
+    return [
+        (round(_LEAST_OF_MOST * window[0], 4), window[0])
+        if len(window) == 1 and isinstance(window[0], int | float)
+        else tuple(window)
+        for window in windows
+    ]
 
 
 def _check_windows(name: str, value) -> None:
-    for window in _listed(value):
-        is_window = isinstance(window, Sequence) and len(window) == 2
-        if not is_window or any(isinstance(end, str) for end in window):
+    windows = _windows(value)
+    for window in windows:
+        if len(window) != 2 or any(isinstance(end, str) for end in window):
             raise InputError(
-                f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), or several "
-                f"of them, got {value}"
+                f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), several of "
+                f"them, or the most alone, such as 0.5, got {value}"
             )
         low, high = window
         if not 0 < low < high <= 1:
             raise InputError(
                 f"{name} {window} must be two shares of the dense model's, 0 < low < high <= 1"
             )
-    windows = sorted(map(tuple, _listed(value)))
-    for lower, upper in itertools.pairwise(windows):
+    for lower, upper in itertools.pairwise(sorted(windows)):
         if lower == upper:
             raise InputError(f"{name} {lower} is given twice")
         if upper[0] < lower[1]:
