@@ -33,6 +33,7 @@ from tests.helpers.commands import DATA, run_flora
 from tests.helpers.files import untracked_files
 from tests.helpers.networks import MICRO, TWO_BLOCKS
 
+_MOST_MAPS = 30_000
 _BEFORE = pytest.StashKey[set[str]]()
 
 
@@ -62,6 +63,15 @@ def pytest_collection_modifyitems(items) -> None:
         return item.path not in readers[:1], item.path not in long_files, item.path in readers
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_fit_the_memory_map():
+    """Linux gives a process 65,530 maps, a compiled program takes several: without any it dies."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MOST_MAPS:
+        jax.clear_caches()
 
 
 hypothesis.settings.register_profile("same", derandomize=True, database=None)

@@ -35,7 +35,8 @@ def read_class_embeddings(path: epath.PathLike, width: int) -> tuple[tuple[str, 
         raise MissingFileError(f"no file {path} of class embeddings")
     try:
         if path.suffix == ".npy":
-            arrays = [*np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)]
+            loaded = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            arrays = [*loaded.astype(np.float32)]
             names = read_class_names(path.parent)
         else:
             found = safetensors.load(path.read_bytes())
