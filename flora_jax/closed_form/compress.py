@@ -42,6 +42,7 @@ from flora_jax.models.spec import BlockSpec, Spec
 Normalize = Callable[[jax.Array], jax.Array]
 MOMENT_IMAGES, LOSS_IMAGES = 128, 64  # of those that are refitted to; docs/decisions.md
 _STEPS = 8  # of a head dimension
+_MOST_WIDTHS = 12  # of an MLP: fewer shapes, fewer programs to compile
 
 
 @overload
@@ -152,7 +153,8 @@ def head_dims(spec: Spec, block: BlockSpec) -> list[int]:
 
 def mlp_dims(block: BlockSpec) -> list[int]:
     """The choices of an MLP's units, ascending, from an eighth on."""
-    step = 2 * unit_step(block.mlp_dim)  # fewer shapes, fewer programs to compile
+    group = unit_step(block.mlp_dim)
+    step = group * max(1, block.mlp_dim // _MOST_WIDTHS // group)
     return [*range(block.mlp_dim, max(step, block.mlp_dim // 8) - 1, -step)][::-1]
 
 
