@@ -83,7 +83,7 @@ def test_improved_is_a_switch(name):
         ({"filter": {"train": {"clip_norm": 0.0}}}, r"filter\.train\.clip_norm must be above 0"),
         ({"model": {"family": "vit", "depth": 0}}, "depth must be at least 1, got 0"),
         ({"model": {"family": "vit", "dept": 3}}, r"no field dept \(did you mean 'depth'\?\)"),
-        ({"budget": {"macs": (0.5,)}}, "budget.macs must be one window"),
+        ({"budget": {"macs": (0.5, 0.6, 0.7)}}, "budget.macs must be one window"),
         (
             {"budget": {"macs": ("2G",)}},
             r"budget\.macs must be one window .* such as \(0\.45, 0\.5\)",

@@ -49,7 +49,7 @@ BAD_CONFIGS = {
     ),
     "fsdp": ({"fsdp": 3}, r"fsdp 3 does not divide the 1 devices; choose one of \[1\]"),
     "mean": ({"data.mean": (123.7, 116.3, 103.5)}, r"data\.mean must lie in \[0, 1\]"),
-    "weights": ({"pretrained": "nowhere.safetensors"}, "no file or folder nowhere"),
+    "weights": ({"pretrained": "nowhere.safetensors"}, r"no file or folder .*nowhere\.safetensors"),
 }
 
 

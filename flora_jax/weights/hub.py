@@ -125,7 +125,7 @@ def _errors_named(hub: types.ModuleType, name: str, done: str) -> Iterator[None]
         raise InputError(f"{name!r} names no repository: {_first_line(error)}") from error
     except hub.errors.RevisionNotFoundError as error:
         raise MissingFileError(f"{name}: the repository has no such revision") from error
-    except (TypeError, AttributeError):  # of a call that is wrong
+    except (TypeError, AttributeError, LookupError):  # a fault of ours
         raise
     except Exception as error:
         is_not_cached = isinstance(error, hub.errors.LocalEntryNotFoundError)
