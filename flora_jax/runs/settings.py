@@ -33,7 +33,6 @@ ENDING = ("extract", "finetune", "evaluate", "report")
 PUBLISHED_STAGES = ("pretrain", "filter", "supernet", "search", *ENDING)
 BUDGETS = ("macs", "latency")
 Window = tuple[float, float]
-_LEAST_OF_MOST = 0.9
 
 # DeiT's own training, for the dense model and after slimming.
 DEIT_TRAINING: dict[str, Any] = {
@@ -174,16 +173,15 @@ class CompressionSettings:
 class BudgetSettings:
     """The cost of a subnet, at least and at most, as shares of the dense model's.
 
-    Either is one window (low, high), or several, from each of which comes a subnet. One number
-    alone is the most, and nine tenths of it the least.
+    Either is one window (low, high), or several, from each of which comes a subnet.
 
     Attributes:
       macs: multiply-adds. The filter's price is in them, whatever the search spends.
       latency: time on this device.
     """
 
-    macs: float | Window | tuple[Window, ...] = (0.43, 0.46)
-    latency: float | Window | tuple[Window, ...] = (0.55, 0.6)
+    macs: Window | tuple[Window, ...] = (0.43, 0.46)
+    latency: Window | tuple[Window, ...] = (0.55, 0.6)
 
     def __post_init__(self):
         for name in BUDGETS:
@@ -195,16 +193,10 @@ class BudgetSettings:
 
 
 def _windows(value) -> list[tuple]:
-    """One window or several, as several, each with both ends."""
+    """One window or several, as several."""
     value = value if isinstance(value, Sequence) else (value,)
     listed = value if any(isinstance(part, tuple | list) for part in value) else [value]
-    windows = (window if isinstance(window, tuple | list) else (window,) for window in listed)
-    return [
-        (round(_LEAST_OF_MOST * window[0], 4), window[0])
-        if len(window) == 1 and isinstance(window[0], int | float)
-        else tuple(window)
-        for window in windows
-    ]
+    return [tuple(each) if isinstance(each, tuple | list) else (each,) for each in listed]
 
 
 def _check_windows(name: str, value) -> None:
@@ -212,8 +204,8 @@ def _check_windows(name: str, value) -> None:
     for window in windows:
         if len(window) != 2 or any(isinstance(end, str) for end in window):
             raise InputError(
-                f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), several of "
-                f"them, or the most alone, such as 0.5, got {value}"
+                f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), or several "
+                f"of them, got {value}"
             )
         low, high = window
         if not 0 < low < high <= 1:
