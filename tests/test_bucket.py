@@ -113,7 +113,7 @@ def hand_out() -> None:
 
 
 def test_checkpoints_models_and_exports(address):
-    exported = "['model.py', 'model.safetensors', 'spec.json']"
+    exported = "['model.py', 'model.safetensors', 'preprocess.py', 'spec.json']"
     files = "README.md classes.json model.stablehlo.bin preprocessing.json timm"
     calls = ("save_and_damage()", "try_a_folder()", "save_and_load()", "hand_out()")
     assert output(*calls) == [

@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 import flora_jax as flora
 from flora_jax.commands.classifier import Classifier
+from flora_jax.commands.predict import predictions
 from flora_jax.configs import deit_t
 from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
@@ -84,35 +86,41 @@ def exported(tmp_path_factory, subnets):
 def test_each_budget_has_all_files_and_companions(exported, subnets):
     assert in_folder(exported) == ["subnet_0.5", "subnet_0.75"]
     paths = [EXPORTS[kind].path for kind in WRITABLE]
-    companions = ["README.md", "classes.json", "preprocessing.json"]
+    companions = ["README.md", "classes.json", "preprocess.py", "preprocessing.json"]
     for folder in exported.iterdir():
         assert in_folder(folder) == sorted(paths + companions)
     wanted = settings().data.preprocessing(8)
-    for folder in (exported / "subnet_0.5", exported / "subnet_0.5/torch"):
+    for folder in (exported / "subnet_0.5", exported / "subnet_0.5/pytorch"):
         assert flora.read_preprocessing(folder) == wanted
         assert json.loads((folder / "classes.json").read_text()) == NAMES
-    classifier = Classifier.open(exported / "subnet_0.5/torch")  # what --predict opens
+    classifier = Classifier.open(exported / "subnet_0.5/pytorch")  # what --predict opens
     assert classifier.class_names == tuple(NAMES)
     assert classifier.network.spec == subnets["extract/subnet_0.5"].spec
 
 
-def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypatch):
+def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypatch, capsys):
     for name in ("torch", "onnx", "onnxruntime"):
         pytest.importorskip(name, reason="runs what the card says")
-    monkeypatch.chdir(exported / "subnet_0.5")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    card = (exported / "subnet_0.5/README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == len(EXPORTS)
-    expected = np.asarray(subnets["extract/subnet_0.5"](np.zeros((1, 8, 8, 3), np.float32)))
-    for kind, block in zip(EXPORTS, blocks, strict=True):
-        values: dict = {}
-        exec(block, values)
-        outputs = values["outputs"]
-        outputs = outputs.detach().numpy() if kind == "torch" else np.asarray(outputs)
-        tolerance = EXPORTS[kind].tolerance * abs(expected).max()
-        np.testing.assert_allclose(outputs, expected, rtol=0, atol=tolerance)
-    sys.modules.pop("model")
+    folder = exported / "subnet_0.5"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 4), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save("picture.jpg", "png", exif=exif)
+    *blocks, reading = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    classifier = Classifier.open(folder / "pytorch")
+    (expected,) = predictions(classifier, [folder / "picture.jpg"])
+    name, probability = expected.values[0]
+    programs = ("onnx", "stablehlo", "timm", "torch")
+    for kind, block in zip(programs, blocks, strict=True):
+        exec(f"{block}\n{reading}", {})
+        shown, value = capsys.readouterr().out.rsplit(maxsplit=1)
+        assert shown == name, kind
+        assert float(value) == pytest.approx(probability, rel=1e-4)
+    for module in ("model", "preprocess"):
+        sys.modules.pop(module)
+    (folder / "picture.jpg").unlink()
 
 
 def test_the_card_says_what_was_measured_and_how_it_was_made(exported):

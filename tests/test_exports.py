@@ -221,7 +221,7 @@ def test_missing_packages(tiny_model, tmp_path, monkeypatch, caplog):
     assert not (tmp_path / "other.onnx").exists()
 
 
-FILES = ["model.py", "model.safetensors", "spec.json"]
+FILES = ["model.py", "model.safetensors", "preprocess.py", "spec.json"]
 
 
 def test_what_is_written_without_torch(tmp_path, without_torch, caplog):

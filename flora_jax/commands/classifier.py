@@ -9,10 +9,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.data.normalize import Normalization
+from flora_jax.data.pictures import in_grey
 from flora_jax.data.preprocessing import Crop, Preprocessing
 from flora_jax.errors import InputError, MissingFileError, did_you_mean, few
 from flora_jax.evaluation.outputs import outputs_of, outputs_title, unit_vectors
@@ -151,7 +151,7 @@ class CropOfColours(Crop):
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         if self.image_shape[2] == 1 and image.shape[2] == 3:
-            image = np.array(Image.fromarray(image).convert("L"))[..., None]
+            image = in_grey(image)
         return super().__call__(image)
 
 

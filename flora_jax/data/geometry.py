@@ -5,6 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from flora_jax.data.pictures import resize, to_array, to_pillow
 from flora_jax.errors import InputError
 
 INTERPOLATIONS = tuple(method.name.lower() for method in Image.Resampling)
@@ -55,7 +56,7 @@ def affine(
         *(cos, sin, width / 2 - cos * x - sin * y),
         *(-sin, cos, height / 2 + sin * x - cos * y),
     )
-    return _to_array(_to_pillow(image).transform((width, height), AFFINE, inverse, BILINEAR))
+    return to_array(to_pillow(image).transform((width, height), AFFINE, inverse, BILINEAR))
 
 
 def random_resized_crop(
@@ -93,36 +94,6 @@ def horizontal_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
-def resize(image: np.ndarray, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """The whole image at size x size; the same array when it has that size already."""
-    if image.shape[:2] == (size, size):
-        return image
-    return _to_array(_to_pillow(image).resize((size, size), _method(interpolation)))
-
-
-def eval_resize_crop(
-    image: np.ndarray, size: int, crop_pct: float = 0.875, interpolation: str = "bicubic"
-) -> np.ndarray:
-    """The central size x size square of the image, whose short side is first made size/crop_pct.
-
-    At 224 the short side becomes 256, as DeiT and Swin are evaluated. Of an image over
-    100 times as long as wide, which would take gigabytes when resized, only the part that stays
-    is resized, to nearly the same pixels.
-    """
-    height, width, _ = image.shape
-    short = int(size / crop_pct)
-    resized_width = short * width // min(height, width)
-    resized_height = short * height // min(height, width)
-    top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
-    picture, box = _to_pillow(image), (left, top, left + size, top + size)
-    if max(height, width) > 100 * min(height, width):
-        x, y = width / resized_width, height / resized_height
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return _to_array(picture.resize((size, size), _method(interpolation), box))
-    resized = picture.resize((resized_width, resized_height), _method(interpolation))
-    return _to_array(resized.crop(box))
-
-
 def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Repeats the channel of a grey image to `channels`.
 
@@ -136,16 +107,3 @@ def match_channels(image: np.ndarray, channels: int) -> np.ndarray:
             f"image of shape {image.shape} does not fit a model of {channels} input channels"
         )
     return np.repeat(image, channels, axis=2)
-
-
-def _method(interpolation: str) -> Image.Resampling:
-    return Image.Resampling[interpolation.upper()]
-
-
-def _to_pillow(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def _to_array(picture: Image.Image) -> np.ndarray:
-    pixels = np.array(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from flora_jax.data.decoding import WHITE
-from flora_jax.data.geometry import INTERPOLATIONS, eval_resize_crop, match_channels, resize
+from flora_jax.data.geometry import INTERPOLATIONS, match_channels
 from flora_jax.data.normalize import Normalization
+from flora_jax.data.pictures import resized_and_cut
 from flora_jax.errors import InputError, check_known, hold_plain_values
 
 CROP_MODES = ("center", "squash", "squash_center")
@@ -20,10 +21,8 @@ class Crop:
 
     Attributes:
       image_shape: (size, size, channels).
-      crop_pct: share of a side that stays, where the mode is not "squash".
-      crop_mode: "center" resizes the short side and cuts out the central square; "squash" resizes
-        the whole image, whatever its ratio; "squash_center" does so and cuts out the centre.
-      interpolation: one of INTERPOLATIONS, by their names in Pillow.
+      crop_pct, crop_mode: one of CROP_MODES, interpolation: one of INTERPOLATIONS; as in
+        `resized_and_cut`.
 
     Raises:
       InputError: a value out of range or unknown; names it.
@@ -44,13 +43,9 @@ class Crop:
         check_known(self, "interpolation", INTERPOLATIONS)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        size, channels = self.image_shape[0], self.image_shape[2]
-        if self.crop_mode == "squash":
-            return match_channels(resize(image, size, self.interpolation), channels)
-        if self.crop_mode == "squash_center":
-            image = resize(image, int(size / self.crop_pct), self.interpolation)
-        cropped = eval_resize_crop(image, size, self.crop_pct, self.interpolation)
-        return match_channels(cropped, channels)
+        how = (self.crop_pct, self.crop_mode, self.interpolation)
+        cut = resized_and_cut(image, self.image_shape[0], *how)
+        return match_channels(cut, self.image_shape[2])
 
 
 @dataclasses.dataclass(frozen=True)

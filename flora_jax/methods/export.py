@@ -1,6 +1,7 @@
 """Export: the models that a run is made for, as files that other programs read."""
 
 import logging
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.cluster.processes import by_the_first
+from flora_jax.data import pictures
 from flora_jax.errors import InputError
 from flora_jax.io.files import making_folder, matching
 from flora_jax.models.network import Network
@@ -19,6 +21,7 @@ from flora_jax.weights import folder
 from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.export.checks import cosines, exactly
 from flora_jax.weights.export.onnx import in_onnx_runtime
+from flora_jax.weights.export.pytorch import PREPROCESS_FILE
 
 log = logging.getLogger(__name__)
 Labelled = Iterator[tuple[np.ndarray, np.ndarray]]
@@ -74,6 +77,8 @@ def export_once(
                 _write(found.name, model, kind, partial, compared)
             for place in (partial, *(path for path in partial.iterdir() if path.is_dir())):
                 describe_model(place, class_names, model.spec, run.settings.data)
+            code = pathlib.Path(pictures.__file__).read_bytes()
+            (partial / PREPROCESS_FILE).write_bytes(code)
             coarse = _measured(kinds, partial, model, tested) if tested else {}
             card = card_of(run, found, model.spec, class_names, coarse)
             (partial / CARD_FILE).write_bytes(card.encode())

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 import jinja2
 
 from flora_jax.data.preprocessing import Preprocessing
-from flora_jax.evaluation.outputs import outputs_of, quality_of
+from flora_jax.evaluation.outputs import outputs_of, outputs_title, quality_of
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
@@ -93,8 +94,15 @@ def card_of(
         wanted=wanted,
         resizing=_resizing(wanted),
         exports=EXPORTS,
+        files=[[*of] for _, of in itertools.groupby(sorted(settings.export), _program)],
+        meaning=outputs_title(spec) if spec.num_classes else "features",
         human_count=human_count,
     )
+
+
+def _program(kind: str) -> str:
+    """What runs an export: those of one program differ in precision."""
+    return kind.partition("_")[0]
 
 
 def _as_markdown(name: str) -> str:

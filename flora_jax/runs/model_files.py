@@ -50,7 +50,7 @@ def describe_model(path: epath.Path, names: Sequence[str], spec: Spec, data: Dat
     """Writes the names of the classes, where there are any, and the preprocessing of pictures."""
     if names:
         write_json(path / CLASSES_FILE, list(names))
-    save_preprocessing(path, data.preprocessing(spec.image_size), spec.kind)
+    save_preprocessing(path, data.preprocessing(spec.image_size), spec.kind, spec.in_channels)
 
 
 @by_the_first

@@ -4,20 +4,24 @@ import logging
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 
+from flora_jax.commands.classifier import CropOfColours
 from flora_jax.configs import digits
-from flora_jax.data import augment, batches, decoding, sources, splits, subsets
+from flora_jax.data import augment, batches, pictures, sources, splits, subsets
+from flora_jax.data.decoding import decode_rgb
 from flora_jax.data.image_folder import image_folder
 from flora_jax.data.normalize import Normalization
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.evaluation.evaluate import EvaluationSet
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.pictures import keys, not_an_image, save
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -84,7 +88,7 @@ def test_grey_on_no_known_scale_is_a_bad_image(values, tmp_path):
 
 def test_12_bits_in_a_tiff_of_12_bits_and_in_one_of_16(tmp_path, caplog, monkeypatch):
     """Two values fill three bytes; in 16 bits they are nearly black, which is said once."""
-    monkeypatch.setattr(decoding, "_nearly_black", [])
+    monkeypatch.setattr(pictures, "_nearly_black", [])
     values = RAMP.astype(np.uint16) * 16
     save(tmp_path / "train/a/0.tif", values)
     save(tmp_path / "train/a/1.tif", values)
@@ -101,6 +105,39 @@ def test_12_bits_in_a_tiff_of_12_bits_and_in_one_of_16(tmp_path, caplog, monkeyp
     np.testing.assert_array_equal(source[2]["image"], GREY)
     assert caplog.text.count("comes out nearly black") == 1
     assert "0.tif has 16 bits but no value above 4080" in caplog.text
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "train/a/x.png", COLOUR, exif=exif)
+    with Image.open(tmp_path / "train/a/x.png") as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    np.testing.assert_array_equal(image_folder(tmp_path, "train")[0]["image"], expected)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "squash_center"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name, picture, _, options", KINDS.values(), ids=KINDS)
+def test_exported_code_prepares_pictures_as_the_library(
+    name, picture, _, options, channels, crop_mode, tmp_path
+):
+    """The file alone, as it lies in an export."""
+    wanted = Preprocessing(6, (0.4,) * channels, (0.3,) * channels, 0.8, crop_mode, "bilinear")
+    save_preprocessing(tmp_path, wanted, in_channels=channels)
+    (tmp_path / "preprocess.py").write_bytes(Path(pictures.__file__).read_bytes())
+    code = {"__file__": str(tmp_path / "preprocess.py"), "__name__": "preprocess"}
+    exec((tmp_path / "preprocess.py").read_text(), code)
+    path = tmp_path / f"pictures/{name}"
+    save(path, picture, **options)
+    pixels = decode_rgb(path.read_bytes(), name, **wanted.decoding)
+    expected = wanted.normalization(CropOfColours(**vars(wanted.crop(channels)))(pixels))
+    with Image.open(path) as opened:
+        for given in (path, opened):
+            found = code["preprocess"](given)
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, np.transpose(expected, (2, 0, 1)), atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

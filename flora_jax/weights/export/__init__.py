@@ -46,7 +46,7 @@ EXPORTS = {
     "onnx": _onnx("float32"),
     "onnx_float16": _onnx("float16"),
     "onnx_int8": _onnx("int8"),
-    "torch": Export("torch", export_torch, ("torch",), "torch"),
+    "torch": Export("pytorch", export_torch, ("torch",), "torch"),
     "stablehlo": Export("model.stablehlo.bin", export_stablehlo),
     "timm": Export("timm", export_timm_folder),
 }

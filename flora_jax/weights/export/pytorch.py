@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
+from flora_jax.data import pictures
 from flora_jax.errors import InputError, few
 from flora_jax.io.files import read_json, replacing
 from flora_jax.io.paths import user_path
@@ -27,6 +28,7 @@ from flora_jax.weights.export.checks import (
 log = logging.getLogger(__name__)
 
 SPEC_FILE, WEIGHTS_FILE, CODE_FILE = "spec.json", "model.safetensors", "model.py"
+PREPROCESS_FILE = "preprocess.py"
 _TOLERANCE = 1e-4
 
 
@@ -36,7 +38,8 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
     `model.py` holds the networks as plain torch modules, `spec.json` the shape of this one,
     `model.safetensors` its weights, float32. `load(folder)` of that file gives a torch module:
     images float32 [B, C, H, W], normalised, to logits [B, num_classes], or to features [B, D]
-    without classes.
+    without classes. Its `preprocess(picture)` gives one of these images, as `preprocessing.json`
+    says, which a run writes beside it; this takes numpy and Pillow.
 
     Where torch is installed, the folder's model is compared with this one first, and has to give
     the same within 1e-4 of the largest output; otherwise a warning says that it was not. `model.py`
@@ -62,6 +65,7 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
     files = {
         SPEC_FILE: (json.dumps(spec_to_json(model.spec), indent=1) + "\n").encode(),
         WEIGHTS_FILE: save(_state_dict(arrays, model.spec), metadata={"format": "pt"}),
+        PREPROCESS_FILE: pathlib.Path(pictures.__file__).read_bytes(),
         CODE_FILE: code.read_bytes(),
     }
     _check_computes_the_same(model, files, images)
@@ -75,7 +79,7 @@ def export_torch(model: Network, folder: epath.PathLike, images: np.ndarray | No
 def load_export(folder: epath.PathLike) -> Any:
     """The torch module of an exported folder, as its `model.py` loads it; needs torch."""
     path = pathlib.Path(folder, CODE_FILE)
-    module: dict[str, Any] = {"__name__": path.stem}
+    module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     exec(compile(path.read_text(), path, "exec"), module)
     return module["load"](folder)
 

@@ -1,6 +1,7 @@
 """Vision transformers in plain PyTorch. Copy this folder anywhere; it needs torch and safetensors.
 
     model = load(folder)    # spec.json says what the network is, model.safetensors has its weights
+    images = torch.tensor(preprocess("cat.jpg"))[None]  # this with numpy and Pillow
     logits = model(images)  # float32 [B, C, H, W], normalised -> [B, classes]
 
 The network is a ViT, a Swin or a TinyViT. `model.spec.outputs` says what it gives: logits of
@@ -12,6 +13,7 @@ D width, H heads, d width of a head, n windows a side, T tokens of a window.
 
 import json
 import math
+import runpy
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +39,13 @@ def load(folder: str | Path) -> nn.Module:
     model = {"vit": ViT, "swin": Swin, "tiny_vit": TinyViT}[spec.family](spec)
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     return model.eval()
+
+
+def preprocess(picture):
+    """A file, or an image that Pillow has opened, as preprocessing.json says: a NumPy array float32
+    [C, H, W]."""
+    code = runpy.run_path(str(Path(__file__).with_name("preprocess.py")))
+    return code["preprocess"](picture)
 
 
 # --- what all have in common ----------------------------------------------------------------------

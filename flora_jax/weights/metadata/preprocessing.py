@@ -70,20 +70,25 @@ def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:
 
 
 def save_preprocessing(
-    folder: epath.PathLike, preprocessing: Preprocessing, outputs: str = "classes"
+    folder: epath.PathLike,
+    preprocessing: Preprocessing,
+    outputs: str = "classes",
+    in_channels: int = 3,
 ) -> None:
     """Writes `preprocessing.json` beside a model; `read_preprocessing` reads it back.
 
-    `outputs` is for programs that have no spec beside an exported file: what these mean.
+    `outputs`, what these mean, and `in_channels` are for programs that have no spec beside an
+    exported file.
     """
-    about = {} if outputs == "classes" else {"outputs": outputs}
+    about: dict[str, Any] = {} if outputs == "classes" else {"outputs": outputs}
+    about |= {} if in_channels == 3 else {"in_channels": in_channels}
     write_json(user_path(folder) / PREPROCESSING_FILE, dataclasses.asdict(preprocessing) | about)
 
 
 def _own(content: Any) -> Preprocessing:
     fields, default = Fields(content), Preprocessing
     names = [field.name for field in dataclasses.fields(Preprocessing)]
-    for name in fields.keys() - {*names, "outputs"}:
+    for name in fields.keys() - {*names, "outputs", "in_channels"}:
         raise InputError(f"unknown field {name!r}{did_you_mean(name, names)}")
     return Preprocessing(
         image_size=fields.side("image_size"),
