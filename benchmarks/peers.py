@@ -60,10 +60,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flora_jax as flora
-from flora_jax.commands.engines import installed_engines
 from flora_jax.flora.supernet import extract_ranks
 from flora_jax.models.network import Network
 from flora_jax.timing import median_ratio, time_in_turn
+from flora_jax.weights.export.engines import installed_engines
 from flora_jax.weights.export.pytorch import load_export
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -65,6 +65,7 @@ _RUN_LOCAL_MODELS = {
 
 def run_local(config: ConfigDict) -> ConfigDict:
     """The same stages on the bundled digits with a tiny model: seconds on a laptop."""
+    config.note = "runlocal: a tiny model on the bundled digits; it shows how a run goes, no more"
     config.model.update(_RUN_LOCAL_MODELS[config.model.family])
     config.model.update({"image_size": 16, "num_classes": 10})
     config.data.update({"name": "digits", "heldout_fraction": 0.2, "num_threads": 1})

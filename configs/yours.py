@@ -42,6 +42,7 @@ def get_config():
     shared = {"warmup_epochs": 0.5, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
     for recipe in (config.pretrain, config.supernet, config.finetune):
         recipe.update(shared | common.NO_MIXING | {"checkpoint_every": 200})
-    config.finetune.relative_steps = True  # equal ones spoil what was fitted
+    for recipe in (config.pretrain, config.finetune):
+        recipe.relative_steps = True  # equal ones spoil good weights, and what was fitted
     config.supernet.distill_features = config.finetune.distill_features = 5.0
     return config

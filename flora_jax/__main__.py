@@ -4,6 +4,7 @@ import sys
 
 from flora_jax import help
 from flora_jax.cluster import interrupts, memory
+from flora_jax.io.paths import check_are_there
 
 
 def run() -> None:
@@ -12,6 +13,7 @@ def run() -> None:
         with interrupts.ended_with_its_reader():
             print(help.text())
         return
+    check_are_there(sys.argv[1:])
     memory.use_large_pages()
     interrupts.answer_at_once()
     from flora_jax import main  # takes seconds: JAX

@@ -13,8 +13,10 @@ import traceback
 import warnings
 
 from flora_jax.cluster import interrupts, memory
+from flora_jax.io.paths import check_are_there
 
 if __name__ == "__main__":
+    check_are_there(sys.argv[1:])
     memory.use_large_pages()
     interrupts.answer_at_once()  # also while JAX is imported, which takes seconds
 
@@ -187,7 +189,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         print(help.text())
         sys.exit()
     try:
-        return app.parse_flags_with_usage(_with_config_file(arguments))
+        return flags.FLAGS(_with_config_file(arguments))
+    except flags.Error as error:
+        sys.exit(f"error: {re.sub(r'^flags .*?: (?=--)', '', str(error))}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # that of a KeyError is a literal

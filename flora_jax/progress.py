@@ -12,6 +12,8 @@ from tqdm import tqdm
 class Progress:
     """Shows how far a piece of work is, how fast it goes and how long it still takes.
 
+    Rate and time left are of what comes after the first update, during which programs compile.
+
     On a terminal (stderr) this is a tqdm bar, otherwise lines on stderr: one at the first update,
     then at most one every `interval` seconds. A summary line ends both. Of several processes, the
     first one shows it.
@@ -48,13 +50,12 @@ class Progress:
         if not 0 <= start <= total:
             raise ValueError(f"start of {name!r} must lie in 0..{total}, got {start}")
         self.name, self.total, self.start, self.unit = name, total, start, unit
-        self.done = start
+        self.done = self._warm = start  # units when the clock of the rate started
         self._interval, self._clock = interval, clock
         self._values: dict[str, float] = {}
 
     def __enter__(self) -> "Progress":
-        self._started = self._clock()
-        self._next_line = self._started
+        self._started = self._warm_since = self._next_line = self._clock()
         self._bar, self._is_shown = None, jax.process_index() == 0
         if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm(
@@ -71,9 +72,10 @@ class Progress:
     def __exit__(self, error_type, error, traceback) -> None:
         if self._bar is not None:
             self._bar.close()
-        complete = error_type is None and self.done >= self.total
-        duration = _format_duration(self._elapsed())
-        self._print(f"{'done in' if complete else 'stopped after'} {duration}", self._rate())
+        how = "interrupted after" if error_type else "done in"
+        if error_type is None and self.done < self.total:
+            how = "converged after"
+        self._print(f"{how} {_format_duration(self._elapsed())}", self._rate())
 
     def update(self, count: int = 1, **values: float) -> None:
         """Counts `count` more units as done; 0 only changes the values shown.
@@ -96,24 +98,25 @@ class Progress:
         elif count and self._clock() >= self._next_line:
             self._next_line = self._clock() + self._interval
             self._print(f"{100 * self.done // self.total} %", self._rate(), self._time_left())
+        if self._warm == self.start and self.done > self.start:
+            self._warm, self._warm_since = self.done, self._clock()
 
     def _elapsed(self) -> float:
         return self._clock() - self._started
 
     def _rate(self) -> str:
-        count, seconds = self.done - self.start, self._elapsed()
-        if not count or seconds <= 0:
+        count, seconds = self.done - self._warm, self._clock() - self._warm_since
+        if not count or seconds <= 0 or self._warm == self.start:
             return ""
         if count >= seconds:
             return f"{count / seconds:.1f} {self.unit}s/s"
         return f"{seconds / count:.1f} s/{self.unit}"
 
     def _time_left(self) -> str:
-        count = self.done - self.start
-        remaining = max(0, self.total - self.done)
-        if not count:
+        count, seconds = self.done - self._warm, self._clock() - self._warm_since
+        if not count or self._warm == self.start:
             return ""
-        return f"{_format_duration(self._elapsed() / count * remaining)} left"
+        return f"{_format_duration(seconds / count * max(0, self.total - self.done))} left"
 
     def _shown_values(self) -> list[str]:
         return [

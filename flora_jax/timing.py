@@ -54,6 +54,28 @@ def time_in_turn(
     return {name: np.array(all_rounds[warm_up:]) for name, all_rounds in times.items()}
 
 
+def other_work() -> Callable[[], float]:
+    """Begins to watch; what it returns says how many cores other programs have kept busy since.
+
+    0.0 where the system does not say: Linux does.
+    """
+    started, before = time.perf_counter(), _cpu_seconds_of_others()
+
+    def since() -> float:
+        busy, seconds = _cpu_seconds_of_others() - before, time.perf_counter() - started
+        return max(busy / seconds, 0.0) if seconds > 0 else 0.0
+
+    return since
+
+
+def _cpu_seconds_of_others() -> float:
+    with contextlib.suppress(OSError), open("/proc/stat") as file:
+        user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:8])
+        own = sum(os.times()[:2])
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own
+    return 0.0
+
+
 def describe_device() -> str:
     """The first device and what it is in; a CPU by its name where Linux says it."""
     device = jax.local_devices()[0].device_kind

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import types
 
@@ -12,10 +13,12 @@ import pytest
 import flora_jax as flora
 from flora_jax import timing
 from flora_jax.commands import benchmark as command
-from flora_jax.commands.benchmark import Row, benchmark, measure, table
-from flora_jax.commands.engines import Engine, is_out_of_memory
+from flora_jax.commands.benchmark import benchmark, table
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.runs.settings import Settings
+from flora_jax.weights.export import speed
+from flora_jax.weights.export.engines import Engine, is_out_of_memory
+from flora_jax.weights.export.speed import Row, measure
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.runs import tiny_config
@@ -38,7 +41,7 @@ def clock(monkeypatch):
         perf_counter=lambda: clock.now, sleep=lambda seconds: None, monotonic=lambda: clock.now
     )
     monkeypatch.setattr(timing, "time", stopped)
-    monkeypatch.setattr(command, "time", stopped)
+    monkeypatch.setattr(speed, "time", stopped)
     return clock
 
 
@@ -82,10 +85,40 @@ def test_an_ideal_engine_realises_the_whole_saving(models, clock):
 def test_a_busy_machine_slows_all_alike(models, clock, monkeypatch):
     """Every turn is as slow as its round, which the ratios do not show."""
     load = iter(np.repeat(np.arange(1.0, 9999.0), 2))  # both models take a turn in each round
-    monkeypatch.setattr(command, "_turn", lambda run: (1, run))
+    monkeypatch.setattr(speed, "_turn", lambda run: (1, run))
     rows, _ = measure(models, [ideal_engine(clock, busy=lambda: next(load))], [2])
     assert rows[0].ms > 2e-6 * models["dense"].spec.macs()
     assert (rows[1].low, rows[1].high) == pytest.approx((rows[1].macs_share,) * 2)
+
+
+def test_where_rounds_differ_nothing_is_told_and_where_others_work(models, clock, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(speed, "_turn", lambda run: (1, run))
+    noisy = ideal_engine(clock, busy=lambda: rng.choice([1.0, 2.0, 3.0]))
+    rows, _ = measure(models, [noisy, ideal_engine(clock, "calm")], [1])
+    assert [row.is_sure for row in rows] == [True, False, True, True]
+    macs = {name: model.spec.macs() for name, model in models.items()}
+    noisy_row, calm_row = (table(rows, macs).splitlines()[i] for i in (2, 6))
+    assert noisy_row.endswith(" ?")
+    assert calm_row.endswith("100 %")
+    assert table(rows, macs, is_idle=False).splitlines()[6].endswith(" ?")
+
+
+def test_more_rounds_make_sure(models, clock, monkeypatch):
+    """Ratios that differ by a fifth of the saving, about: 20 rounds are too few, 60 are enough."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(speed, "_turn", lambda run: (1, run))
+    some = ideal_engine(clock, busy=lambda: 1 + 0.2 * rng.random())
+    many, _ = measure(models, [some], [1])
+    monkeypatch.setattr(speed, "_REPEATS", 1)
+    few, _ = measure(models, [some], [1])
+    assert (few[1].is_sure, many[1].is_sure) == (False, True)
+
+
+def test_other_programs_are_noticed():
+    cores_elsewhere = timing.other_work()
+    subprocess.run([sys.executable, "-c", "for _ in range(10_000_000): pass"], check=True)
+    assert cores_elsewhere() > 0.3
 
 
 def test_what_memory_does_not_hold_is_reported_and_others_go_on(models, clock):
@@ -134,9 +167,9 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def quickly(monkeypatch):
-    monkeypatch.setattr(command, "_ROUNDS", 3)
-    monkeypatch.setattr(command, "_TURN", 0.0)
-    monkeypatch.setattr(command, "_PAUSE", 0.0)
+    monkeypatch.setattr(speed, "_ROUNDS", 3)
+    monkeypatch.setattr(speed, "_TURN", 0.0)
+    monkeypatch.setattr(speed, "_PAUSE", 0.0)
 
 
 def test_all_models_of_a_run(run_folder, quickly, monkeypatch, capsys):

@@ -206,7 +206,7 @@ def test_other_samplings_train_a_supernet(own_run, sampling):
     start.run(tiny_config(**changes), own_run, "supernet")
     losses = [record["loss"] for record in read_records(own_run / "supernet/metrics.jsonl")]
     assert np.isfinite(losses).all()
-    assert (own_run / "supernet/sensitivity.json").exists() == (sampling == "nested")
+    assert (own_run / "supernet/sensitivity.jsonl").exists() == (sampling == "nested")
     assert not (own_run / "search").exists()
 
 

@@ -5,17 +5,22 @@ add up, they make the ranks of least loss inside a budget a knapsack problem wit
 block, which dynamic programming solves for all budgets at once.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from etils import epath
 
 from flora_jax.closed_form.sensitivity import Sensitivity
+from flora_jax.cluster.processes import is_first, wait_for_all
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost
 from flora_jax.flora.filter import hull_options
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet
+from flora_jax.io.json_lines import JsonLines, read_lines
 from flora_jax.models.spec import by_block
 from flora_jax.progress import Progress
 
@@ -53,10 +58,29 @@ def allocate(
     return genes if np.ndim(macs) else genes[0]
 
 
-def full_rank_sensitivity(sensitivity: Sensitivity) -> list[np.ndarray]:
-    """The sensitivity of every choice where all other layers are at full rank; shows progress."""
-    with Progress("sensitivity", total=sensitivity.space.num_blocks, unit="block") as progress:
-        return sensitivity.of_choices(on_block=progress.update)
+def full_rank_sensitivity(
+    sensitivity: Sensitivity, file: epath.Path | None = None
+) -> list[np.ndarray]:
+    """The sensitivity of every choice where all other layers are at full rank; shows progress.
+
+    Args:
+      file: keeps those of each block, as a JSON line, from which an interrupted measure goes on.
+    """
+    lines = [] if file is None else read_lines(file)
+    wait_for_all("sensitivities are read")
+    blocks = [json.loads(line)["layers"] for line in lines]
+    total = sensitivity.space.num_blocks
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if file is not None and is_first() and len(blocks) < total:
+            kept = stack.enter_context(JsonLines(file, lines))
+        progress = stack.enter_context(Progress("sensitivity", total, len(blocks), unit="block"))
+        for block in range(len(blocks), total):
+            blocks.append([layer.tolist() for layer in sensitivity.of_block(block)])
+            if kept is not None:
+                kept.append([{"layers": blocks[-1]}], durable=True)
+            progress.update()
+    return [np.array(layer) for layers in blocks for layer in layers]
 
 
 def allocate_by(

@@ -1,7 +1,7 @@
 """Sensitivity of subnets: their distance from full rank, on images without labels."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -104,10 +104,7 @@ class Sensitivity:
         return self._losses[key]
 
     def of_choices(
-        self,
-        genes: np.ndarray | None = None,
-        reach: int | None = None,
-        on_block: Callable[[], object] = lambda: None,
+        self, genes: np.ndarray | None = None, reach: int | None = None
     ) -> list[np.ndarray]:
         """The change of the loss by each choice of each layer, on one half of the images.
 
@@ -117,24 +114,27 @@ class Sensitivity:
         Args:
           genes: int32 [L], the choices of all other layers; None: full rank.
           reach: choices measured on either side of a layer's own; None: all.
-          on_block: called after each block.
 
         Returns:
           One float64 array [choices] a layer; infinite where it was not measured.
         """
-        space = self.space
+        blocks = range(self.space.num_blocks)
+        return [layer for block in blocks for layer in self.of_block(block, genes, reach)]
+
+    def of_block(
+        self, block: int, genes: np.ndarray | None = None, reach: int | None = None
+    ) -> list[np.ndarray]:
+        """The same of the layers of one block."""
+        space, found = self.space, []
         genes = space.full_rank_genes if genes is None else np.asarray(genes)
-        found: list[np.ndarray] = []
-        for block in range(space.num_blocks):
-            own = slice(LAYERS_PER_BLOCK * block, LAYERS_PER_BLOCK * (block + 1))
-            triples = _one_layer_at_a_time(space.choices[own], genes[own], reach)
-            means = self._means(block, triples, genes, self._to_try)
-            for place, choices in enumerate(space.choices[own]):
-                of_layer = np.full(len(choices), np.inf)
-                is_own = (np.delete(triples - genes[own], place, axis=1) == 0).all(axis=1)
-                of_layer[triples[is_own, place]] = means[is_own] - means[0]
-                found.append(of_layer)
-            on_block()
+        own = slice(LAYERS_PER_BLOCK * block, LAYERS_PER_BLOCK * (block + 1))
+        triples = _one_layer_at_a_time(space.choices[own], genes[own], reach)
+        means = self._means(block, triples, genes, self._to_try)
+        for place, choices in enumerate(space.choices[own]):
+            of_layer = np.full(len(choices), np.inf)
+            is_own = (np.delete(triples - genes[own], place, axis=1) == 0).all(axis=1)
+            of_layer[triples[is_own, place]] = means[is_own] - means[0]
+            found.append(of_layer)
         return found
 
     def _means(

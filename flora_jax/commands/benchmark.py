@@ -1,33 +1,25 @@
-"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and their real saving.
-
-All models of an engine take turns, so that a machine that is busy slows them alike, and each is
-compared with the dense one round by round.
-"""
+"""flora_jax --benchmark=FOLDER: milliseconds of finished models, and their real saving."""
 
 import dataclasses
 import itertools
 import json
-import logging
-import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import numpy as np
 from etils import epath
 
 from flora_jax.commands.classifier import check_is_model, holds_model, spec_as_used
-from flora_jax.commands.engines import Engine, Forward, Prepare, installed_engines, is_out_of_memory
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.io.files import write_json
 from flora_jax.io.paths import absolute, as_text, user_path
 from flora_jax.models.network import Network
-from flora_jax.progress import Progress
 from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.budgets import finished_models
 from flora_jax.runs.workdir import Run, done_stages, has_run
-from flora_jax.timing import describe_device, time_in_turn
+from flora_jax.timing import describe_device, other_work
+from flora_jax.weights.export.engines import installed_engines
+from flora_jax.weights.export.speed import Row, measure
 from flora_jax.weights.folder import load_model
 from flora_jax.weights.hub import is_repository, local_folder
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
@@ -35,35 +27,7 @@ from flora_jax.weights.pretrained import from_pretrained
 
 BENCHMARK_FILE = "benchmark.json"
 BATCH_SIZES = ("1", "8", "64")
-
-_ROUNDS = 20  # at most, of one engine and batch size
-_SECONDS = 10  # after which no further round of these begins
-_TURN = 0.2  # seconds that a model is run in its turn, at least once
-_PAUSE = 0.1  # seconds between two turns, in which threads of the one before stop spinning
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Time of one model for a batch in one engine.
-
-    Attributes:
-      batch: images.
-      ms: milliseconds, the median of all rounds.
-      ratio: to the dense model in the same round, the median.
-      low, high: quartiles of that ratio.
-      macs_share: multiply-adds as a share of the dense model's.
-    """
-
-    engine: str
-    batch: int
-    model: str
-    ms: float
-    ratio: float
-    low: float
-    high: float
-    macs_share: float
+_IDLE = 0.1  # of the cores, that other programs may keep busy
 
 
 def benchmark(
@@ -88,17 +52,28 @@ def benchmark(
     sizes = _batch_sizes(batch_sizes)
     models = _models(folder, against)
     engines, hints = installed_engines()
+    cores_elsewhere = other_work()
     rows, too_large = measure(models, engines, sizes)
+    busy = cores_elsewhere() if jax.default_backend() == "cpu" else 0.0
     found = {
         "machine": ", ".join((describe_device(), *map(str, engines[1:]))),
         "jax": jax.__version__,
         "rows": [dataclasses.asdict(row) for row in rows],
         "out_of_memory": too_large,
+        "busy_cores": round(busy, 2),
     }
     lines = [json.dumps(found)]
     if not as_json:
         macs = {name: model.spec.macs() for name, model in models.items()}
-        lines = [str(found["machine"]), table(rows, macs)]
+        is_idle = busy <= _IDLE * (os.cpu_count() or 1)
+        lines = [str(found["machine"]), table(rows, macs, is_idle)]
+        if not is_idle:
+            lines.append(
+                f"other programs kept {busy:.1f} of {os.cpu_count()} cores busy meanwhile: what is "
+                f"realised cannot be told; measure again on an idle machine"
+            )
+        elif not all(row.is_sure for row in rows):
+            lines.append('"?": the rounds differ too much to tell')
         fits = "{engine}: batches of {batch} do not fit into memory with {model}"
         lines += [fits.format(**each) for each in too_large] + hints
     print("\n".join(lines), flush=True)  # before the file, which may not be writable
@@ -106,44 +81,11 @@ def benchmark(
         write_json(user_path(folder) / BENCHMARK_FILE, found)
 
 
-def measure(
-    models: Mapping[str, Network], engines: Sequence[Engine], batch_sizes: Sequence[int]
-) -> tuple[list[Row], list[dict]]:
-    """Times the models, the first of which is what the others are compared with.
-
-    An engine that cannot take one of them is left out, with a line in the log.
-
-    Returns:
-      The rows, and {"engine", "batch", "model"} of what does not fit into memory. Where that is the
-      first model, there is nothing to compare others with, so that all of this batch are left out.
-    """
-    rows, too_large, reference = list[Row](), list[dict](), next(iter(models))
-    macs = {name: model.spec.macs() for name, model in models.items()}
-    total = len(engines) * len(batch_sizes)
-    with Progress("benchmark", total, unit="measurement") as progress:
-        for engine in engines:
-            try:
-                opened = {name: engine.open(model) for name, model in models.items()}
-            except InputError as error:
-                log.warning("%s is left out: %s", engine.name, error)
-                progress.update(len(batch_sizes))
-                continue
-            for batch in batch_sizes:
-                times = _times(opened, batch)
-                short = [name for name in models if name not in times]
-                too_large += [{"engine": engine.name, "batch": batch, "model": n} for n in short]
-                for name, ms in times.items() if reference in times else ():
-                    low, middle, high = np.percentile(ms / times[reference], (25, 50, 75)).tolist()
-                    share, median = macs[name] / macs[reference], float(np.median(ms))
-                    rows.append(Row(engine.name, batch, name, median, middle, low, high, share))
-                progress.update(1, batch=batch)
-    return rows, too_large
-
-
-def table(rows: Sequence[Row], macs: Mapping[str, int]) -> str:
+def table(rows: Sequence[Row], macs: Mapping[str, int], is_idle: bool = True) -> str:
     """The rows as plain text, a part for each engine and batch size.
 
-    "realised" is the share of the saved multiply-adds that is saved in milliseconds.
+    "realised" is the share of the saved multiply-adds that is saved in milliseconds, "?" where the
+    rounds do not agree or the machine was not idle.
 
     Args:
       macs: multiply-adds of an image, by model.
@@ -155,6 +97,7 @@ def table(rows: Sequence[Row], macs: Mapping[str, int]) -> str:
         lines.append([f"{engine}, batch {batch}", *header])
         for row in group:
             saved = 1 - row.macs_share
+            can_tell = saved > 0 and row.is_sure and is_idle
             line = [
                 f"  {as_text(row.model)}",
                 f"{row.ms:.2f}",
@@ -163,33 +106,10 @@ def table(rows: Sequence[Row], macs: Mapping[str, int]) -> str:
                 f"{row.low:.3f}..{row.high:.3f}",
                 human_count(macs[row.model]),
                 f"{row.macs_share:.3f}",
-                f"{round(100 * (1 - row.ratio) / saved)} %" if saved > 0 else "",
+                f"{round(100 * (1 - row.ratio) / saved)} %" if can_tell else "?" * (saved > 0),
             ]
             lines.append(line)
     return aligned(lines)
-
-
-def _times(opened: Mapping[str, Prepare], batch: int) -> dict[str, np.ndarray]:
-    """Milliseconds of a batch in each round, float64 [rounds], of the models that memory holds."""
-    turns: dict[str, tuple[int, Forward]] = {}
-    for name, prepare in opened.items():
-        try:
-            turns[name] = _turn(prepare(batch))
-        except Exception as error:  # each engine has its own
-            if not is_out_of_memory(error):
-                raise
-    work = {name: run for name, (_, run) in turns.items()}
-    times = time_in_turn(work, _ROUNDS, _PAUSE, warm_up=0, seconds=_SECONDS)
-    return {name: ms / turns[name][0] for name, ms in times.items()}
-
-
-def _turn(run: Forward) -> tuple[int, Forward]:
-    """Warms up, and returns how often a turn runs it, and the turn."""
-    run()
-    started = time.perf_counter()
-    run()
-    count = max(1, math.ceil(_TURN / (time.perf_counter() - started)))
-    return count, lambda: [run() for _ in range(count)]
 
 
 def _batch_sizes(texts: Sequence[str]) -> list[int]:

@@ -6,6 +6,7 @@ what a chain of links holds together. Measured on 3,280 drawings: docs/decisions
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -46,11 +47,19 @@ def copies_across(train: Source, heldout: Source, test: Source) -> tuple[int, in
         split = " ".join(folder.split for folder in folders)
         labels = np.zeros(len(keys), np.int32)
         whole = dataclasses.replace(whole, split=split, keys=keys, labels=labels)
-    group_of = dict(zip(whole.keys, copies_in(whole)[1].tolist(), strict=True))
-    groups = np.array([group_of[key] for key in keys])
     known, searched = sizes[0], sizes[0] + sizes[1]
-    of_heldout = np.isin(groups[known:searched], groups[:known])
+    groups = _groups_of(keys, whole)
+    seen = groups[:searched]
+    if folders[0].split == folders[1].split:  # by what `split_by_content` goes, without others
+        seen = _groups_of(keys[:searched], folders[0])
+    of_heldout = np.isin(seen[known:], seen[:known])
     return int(of_heldout.sum()), int(np.isin(groups[searched:], groups[:searched]).sum())
+
+
+def _groups_of(keys: Sequence[str], folder: ImageFolderSource) -> np.ndarray:
+    """The numbers of the groups, uint64 [n], that these images of a folder belong to."""
+    group_of = dict(zip(folder.keys, copies_in(folder)[1].tolist(), strict=True))
+    return np.array([group_of[key] for key in keys])
 
 
 def _folder_of(source: Source) -> ImageFolderSource | None:

@@ -137,12 +137,19 @@ def image_folder(
         images = index.images[inside]
         keys += [posixpath.normpath(f"{split}/{inside}/{image}") for image in images]
         labels += [classes.index(name) if by_class else 0] * len(images)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in index.left_out.items()) or "nothing"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in index.left_out.items())
     of_classes = f" of {len(classes)} classes" if by_class else ""
-    log.info("%s: %d images%s; left out: %s", place, len(keys), of_classes, kinds)
+    left_out = f"; left out: {kinds}" if kinds else ""
+    _say_once(f"{place}: {len(keys):,} images{of_classes}{left_out}")
     decode = functools.partial(decode_rgb, **decoding)
     numbers = np.array(labels, np.int32)
     return ImageFolderSource(root, split, classes, numbers, keys, index.left_out, decode)
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    """A run opens its folders more than once."""
+    log.info("%s", what)
 
 
 def with_same_classes(opened: Mapping[str, ImageFolderSource]) -> dict[str, ImageFolderSource]:

@@ -35,11 +35,21 @@ _PURPOSES = {"training": "to train on", "held-out": "to search with", "test": "t
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Disjoint sources: to train on, to search with, to report on."""
+    """Disjoint sources: to train with, to choose by, to report on.
+
+    Attributes:
+      copies_kept: what is said of copies that stay together, where they do.
+    """
 
     train: sources.Source
     heldout: sources.Source
     test: sources.Source
+    copies_kept: str = ""
+
+    def __str__(self) -> str:
+        counts = (f"{len(part):,}" for part in (self.train, self.heldout, self.test))
+        text = "{} images to train with, {} to choose by, {} to report on; ".format(*counts)
+        return f"{text}{self.num_classes or 'no'} classes{self.copies_kept}"
 
     @property
     def num_classes(self) -> int:
@@ -113,14 +123,17 @@ def load_splits(
             f"{name} has a single class, {names[0]!r}, of which nothing can be learnt: at least 2 "
             f"are needed, or images:PATH without any"
         )
+    copies_kept = ""
     if "test" not in parts or by_content:
         shares = {"test": (TEST_FRACTION, TEST_SEED), "held-out": (heldout_fraction, seed)}
         missing = {part: share for part, share in shares.items() if part not in parts}
-        parts |= _split_by_content(whole, parts["training"], missing)
+        found, copies_kept = _split_by_content(whole, parts["training"], missing)
+        parts |= found
     if "held-out" not in parts:
         parts["training"], parts["held-out"] = hold_out(parts["training"], heldout_fraction, seed)
     wrap = sources.SkippingSource if on_bad_image == "skip" else lambda source: source
-    return Splits(*(wrap(parts[part]) for part in ("training", "held-out", "test")))
+    training, heldout, test = (wrap(parts[part]) for part in ("training", "held-out", "test"))
+    return Splits(training, heldout, test, copies_kept)
 
 
 def _open(
@@ -164,10 +177,10 @@ def _open(
 
 def _split_by_content(
     folder: sources.Source, chosen: sources.Source, shares: dict[str, tuple[float, int]]
-) -> dict[str, Subset]:
+) -> tuple[dict[str, Subset], str]:
     """Takes parts, by their shares, out of the chosen images of a folder; the rest is "training".
 
-    Images of "test" are decoded at full size.
+    Images of "test" are decoded at full size. Beside them is what to say of copies.
     """
     assert isinstance(folder, ImageFolderSource)  # only a folder may lack a split
     whole = chosen if isinstance(chosen, Subset) else subset(folder, range(len(folder)))
@@ -183,11 +196,8 @@ def _split_by_content(
     found = split_by_content(labels, copies, list(shares.values()))
     parts = dict(zip(("training", *shares), found, strict=True))
     _, sizes = np.unique(copies[1], return_counts=True)
-    counted = (f"{len(indices)} images {_PURPOSES[part]}" for part, indices in parts.items())
-    log.info(
-        "%s is split here: %s; %d groups of near-duplicates, %d images, are kept together",
-        *(folder.folder, ", ".join(counted), (sizes > 1).sum(), sizes[sizes > 1].sum()),
-    )
+    copies = sizes[sizes > 1]
+    copies_kept = f"; {len(copies)} groups of copies, {copies.sum()} images, are kept together"
     subsets = {}
     for part, indices in parts.items():
         if lacking := set(range(len(names))) - set(labels[indices].tolist()):
@@ -198,4 +208,4 @@ def _split_by_content(
             )
         source = folder.with_least_side(None) if part == "test" else folder
         subsets[part] = dataclasses.replace(whole, source=source, indices=whole.indices[indices])
-    return subsets
+    return subsets, copies_kept

@@ -194,7 +194,7 @@ def search(
       first: genes int32 [F, L] that the first generation takes before random ones, in this order,
         as far as the space has them, they lie in a range and fit its population.
       shown: the metric that `scores` gives beside the score.
-      watch: what else gets the best metric of every generation.
+      watch: what else gets the best metric so far, generation by generation.
 
     Returns:
       For each budget the candidate of the highest score inside its range, of those that have seen
@@ -239,14 +239,14 @@ def search(
             parents = [_best(candidates, bounds, settings.parents) for bounds in ranges]
             genes = _propose(space, sampler, ranges, settings, rng, candidates, parents, first)
             if len(genes) == 0:
-                log.info("generation %d: no unseen subnet is left in any range", generation)
+                log.info("search: converged at generation %d, all subnets are seen", generation)
                 break
             members = _scored(races, cost, genes, generation, shown, parents)
             candidates += members
             if lines is not None:
                 lines.append([_record(generation, members)], durable=True)
             wait_for_all("generation is saved")
-            seen_all = [member.metrics[shown] for member in members if member.has_seen_all]
+            seen_all = [each.metrics[shown] for each in candidates if each.has_seen_all]
             best = {f"best_{shown}": max(seen_all)} if seen_all else {}
             share = sum(member.share for member in members) / len(members)
             progress.update(1, **best, images_seen=share)

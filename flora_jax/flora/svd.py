@@ -104,8 +104,8 @@ def factorize(
             parameters[f"{layer.name}.up"] = jnp.asarray(up)
     if calibration is not None and short_of_rank:
         log.info(
-            "%d images leave the second moments of %s short of full rank; shrinkage of %g fills "
-            "them",
+            "%d images are few for what enters %s: the covariance of their tokens is evened out by "
+            "a shrinkage of %g",
             *(calibration.num_images, few(short_of_rank), calibration.shrinkage),
         )
     network = abstract_supernet(space, implementation).network

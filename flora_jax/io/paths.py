@@ -1,10 +1,16 @@
 """Paths as users give them; read without JAX, since the command line needs them first."""
 
 import os
+import re
+import sys
+from collections.abc import Iterable
 
 from etils import epath
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, did_you_mean
+
+_MODEL = "config.pretrained|predict|evaluate|benchmark|against|class_embeddings"
+_NAMED = rf"--?(?:(?:{_MODEL})=|(?:config.data.name|data)=(?:folder|images):)(?!hf:)(.+)"
 
 
 def user_path(path: epath.PathLike) -> epath.Path:
@@ -41,3 +47,14 @@ def absolute(path: epath.PathLike) -> epath.Path:
     if is_url(path):
         return epath.Path(path)
     return epath.Path("/" + os.path.abspath(path).lstrip("/"))  # POSIX keeps two slashes
+
+
+def check_are_there(arguments: Iterable[str]) -> None:
+    """Ends the program where a flag names what is not on disk, before JAX takes its seconds."""
+    for argument in arguments:
+        found = re.fullmatch(_NAMED, argument)
+        path = os.path.expanduser(found[1]) if found else ""
+        if path and not is_url(path) and not os.path.exists(path):
+            folder, name = os.path.split(os.path.abspath(path))
+            others = os.listdir(folder) if os.path.isdir(folder) else ()
+            sys.exit(f"error: {path} is not there{did_you_mean(name, others)}")

@@ -20,11 +20,10 @@ from flora_jax.closed_form.allocate import allocate_by, full_rank_sensitivity
 from flora_jax.closed_form.calibrate import calibrate
 from flora_jax.closed_form.compress import Plans
 from flora_jax.closed_form.sensitivity import Sensitivity
-from flora_jax.cluster.processes import by_the_first, wait_for_all
+from flora_jax.cluster.processes import by_the_first
 from flora_jax.flora.extras.latency import LatencyTable
 from flora_jax.flora.supernet import Supernet
 from flora_jax.flora.svd import factorize
-from flora_jax.io.files import read_json, write_json_once
 from flora_jax.methods import shared
 from flora_jax.methods.slim import slim_where_named
 from flora_jax.models.network import Network
@@ -115,7 +114,7 @@ def allocate_ranks(
     """finds ranks by measured sensitivity, without training"""
     space = supernet.space
     cost = space.macs_cost if latency is None else latency.cost
-    file = step.directory / "sensitivity.json"
+    file = step.directory / "sensitivity.jsonl"
     sensitivity, found = measured_sensitivity(step, supernet, base, settings, file)
     most = [budget.window[1] for budget in budgets_of(spending, dense, latency)]
     return [
@@ -136,10 +135,7 @@ def measured_sensitivity(
     batches = step.images.unseen(settings.images, "allocate")
     normalized = (np.asarray(normalization(jnp.asarray(batch))) for batch in batches)
     sensitivity = Sensitivity(supernet, normalized, reference=base)
-    wait_for_all("sensitivities are looked for")
-    if not file.exists():
-        write_json_once(file, [each.tolist() for each in full_rank_sensitivity(sensitivity)])
-    return sensitivity, [np.array(each) for each in read_json(file)]
+    return sensitivity, full_rank_sensitivity(sensitivity, file)
 
 
 def weigh_factors(

@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 from safetensors import numpy as safetensors
 
-from flora_jax.cluster.processes import by_the_first
+from flora_jax.cluster.processes import by_the_first, is_first
 from flora_jax.evaluation.comparison import baseline_pairs, compare
 from flora_jax.evaluation.evaluate import evaluate_images, top1
 from flora_jax.evaluation.quality import Quality, commonest_share
@@ -14,12 +14,14 @@ from flora_jax.flora.extras.latency import LatencyTable, measure_networks
 from flora_jax.io.files import replacing, write_json_once
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import DATA
-from flora_jax.runs.budgets import finished_models
+from flora_jax.runs.budgets import PROBE, Finished, finished_models
 from flora_jax.runs.checks import warn_of_remembered_images
 from flora_jax.runs.model_files import report_models_once
-from flora_jax.runs.workdir import TEST_IMAGES_FILE, Step
-from flora_jax.timing import median_ratio
+from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, Step
+from flora_jax.timing import median_ratio, other_work
 from flora_jax.weights import folder
+from flora_jax.weights.export.engines import onnx_runtime
+from flora_jax.weights.export.speed import measure
 
 PerImage = dict[str, np.ndarray]
 
@@ -31,6 +33,8 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
     """
     run, images = step.run, step.images
     finished = list(finished_models(run))
+    if "pretrain" in run.settings.stages and (run.folder / PROBE / folder.SPEC_FILE).exists():
+        finished.insert(1, Finished("probe", "probe", PROBE, None))
     dense = None
     if "pretrain" in run.settings.stages:
         dense = folder.load_model(run.folder / "dense")
@@ -53,8 +57,11 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
         entries[name]["against"] = against
         if "dense" in against and run.spec.classifies:
             entries[name]["agreement"] = _agreement(found[name], found["dense"])
-    for name, ms in _milliseconds(run.spec, latency, specs).items():
+    times, timed_in = _milliseconds(run, latency, specs)
+    for name, ms in times.items():
         entries[name]["ms"] = ms
+    if "probe" in entries and "dense" in times:
+        entries["probe"]["ms"] = times["dense"]  # the same network
     result: dict[str, Any] = {}
     for kind, name, _, budget in finished:
         if budget is None or budget.is_only:
@@ -72,6 +79,7 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
             "train": images.splits.train.left_out,
             "test": images.splits.test.left_out,
         },
+        "timed_in": timed_in,
         "test_images": test_set.num_images,
         "skipped_test_images": len(images.splits.test) - test_set.num_images,
     }
@@ -116,10 +124,22 @@ def _agreement(ours: PerImage, theirs: PerImage) -> float:
 
 
 def _milliseconds(
-    dense: Spec, latency: LatencyTable | None, specs: dict[str, Spec]
-) -> dict[str, float]:
-    """Times of the finished models, on the scale of the table that the search used."""
-    if latency is None:
-        return {}
-    times = measure_networks(specs | {"dense": dense}, latency.batch_size, latency.dtype)
-    return {name: latency.dense_ms * median_ratio(times[name], times["dense"]) for name in specs}
+    run: Run, latency: LatencyTable | None, specs: dict[str, Spec]
+) -> tuple[dict[str, float], str]:
+    """Times of the finished models, and what they are times of.
+
+    That is the device of the table that the search used, on its scale, or ONNX Runtime, where it
+    is installed.
+    """
+    if latency is not None:
+        times = measure_networks(specs | {"dense": run.spec}, latency.batch_size, latency.dtype)
+        scaled = {n: latency.dense_ms * median_ratio(times[n], times["dense"]) for n in specs}
+        return scaled, f"JAX, batches of {latency.batch_size}, {latency.dtype}"
+    if (engine := onnx_runtime()) is None or not is_first():
+        return {}, ""
+    models = {n: folder.load_model(run.folder / path) for _, n, path, _ in finished_models(run)}
+    cores_elsewhere = other_work()
+    rows, _ = measure(models, [engine], [1])
+    busy = cores_elsewhere()
+    noise = f", with {busy:.1f} cores busy elsewhere" if busy > 0.2 else ""
+    return {row.model: row.ms for row in rows}, f"{engine}, batch 1{noise}"

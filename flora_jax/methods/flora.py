@@ -143,7 +143,7 @@ def train_supernet(
         space, seed = supernet.space, step.seed_of("supernet/genes")
         sample = sandwich(space, seed)
         if allocation is not None:
-            file = step.directory / "sensitivity.json"
+            file = step.directory / "sensitivity.jsonl"
             _, drops = closed_form.measured_sensitivity(step, supernet, base, allocation, file)
             sample = nested(space, multiplier_path(drops, space.macs_cost), seed)
     return train(

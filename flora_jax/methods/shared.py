@@ -22,6 +22,7 @@ from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
 from flora_jax.runs.budgets import (
     LATENCY_FILE,
+    PROBE,
     budgets_of,
     extracted_kinds,
     read_found,
@@ -63,7 +64,7 @@ def make_dense(
 ) -> Network:
     """reads the dense model's weights, or trains it"""
     if pretrained:
-        model = read_weights(step, spec, pretrained, probe_images)
+        model = read_weights(step, spec, pretrained, probe_images, keeps=recipe is not None)
     else:
         model = create(spec, step.seed_of("create"))
     if recipe is not None:
@@ -80,11 +81,17 @@ def make_dense(
     return model
 
 
-def read_weights(step: Step, spec: Spec, pretrained: str, probe_images: int) -> Network:
+def read_weights(
+    step: Step, spec: Spec, pretrained: str, probe_images: int, keeps: bool = True
+) -> Network:
     """The pretrained model, its classes in the order of the images' where both name the same.
 
-    A classifier that has no weights yet is fitted to some training images.
+    A classifier that has no weights yet is fitted to some training images; the model with this
+    probe is kept beside the training that follows, which can go on from it.
     """
+    place = step.run.folder / PROBE
+    if (place / folder.SPEC_FILE).exists():
+        return folder.load_model(place)
     model, images = from_pretrained(pretrained, spec), step.images
     known, names = read_class_names(pretrained), images.class_names
     if len(known) == len(names) and not has_no_classifier(model):
@@ -106,6 +113,8 @@ def read_weights(step: Step, spec: Spec, pretrained: str, probe_images: int) -> 
     model = fit_classifier(model, ((normalization(jnp.asarray(i)), y) for i, y in batches))
     share = 100 * top1(model, images.heldout_set)
     log.info("new classifier, a linear probe: %.2f %% top-1 held-out", share)
+    if keeps:
+        folder.save_once(model, place)
     return model
 
 

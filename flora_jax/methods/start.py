@@ -66,11 +66,14 @@ def run(
     if redo and stage is None:
         raise InputError("redo needs the stage to do again: --stage=NAME --redo")
     check_stages(this_run, stage)
+    if settings.note:
+        log.info("%s", settings.note)
     if stage == "report":
         _report_what_is_there(this_run)
         return
     check_can_hold_a_run(this_run.folder)
     images = this_run.images = checks.check(settings, done_stages(this_run))
+    log.info("%s", images.splits)
     plan = planned(this_run, script)
     with held(this_run.folder):
         to_redo = stale_steps(this_run, plan) if has_run(this_run.folder) else []

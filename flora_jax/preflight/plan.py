@@ -4,10 +4,13 @@ Times are counted in passes of the dense network over one image, one of which is
 takes its share of the multiply-adds.
 """
 
+import os
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from flora_jax.closed_form.compress import MOMENT_IMAGES
@@ -20,11 +23,17 @@ from flora_jax.runs.budgets import extracted_kinds
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.runs.workdir import Run
+from flora_jax.timing import WARM_UP, other_work
 from flora_jax.training.settings import Recipe
 
 # Passes that an image takes, of a DINOv2 ViT-S/14 at 98 pixels on two CPU cores: three would be the
 # products of a training step, the rest are the optimiser, what lies between products, and decoding.
 _TRAIN, _CALIBRATE = 4.5, 3
+# Compiling, in that of a forward pass: of a training with its looks, of a budget's closed form, of
+# scoring; measured there, too.
+_TRAINING, _FITTING, _SCORING = 12, 8, 3
+_ROUGH = (0.7, 1.4)  # what such counts may be off by
+_QUIET = 0.1  # of the cores, that other programs may keep busy
 _BYTES = 4  # of a parameter
 _REFIT = 2.4  # forward passes of the dense network that a refit takes, at half of its MACs
 _CHECKPOINT = 3  # copies of the parameters in it: themselves and AdamW's two moments
@@ -42,6 +51,7 @@ class Work(NamedTuple):
     epochs: float  # how often each
     steps: int  # of an optimiser, 0 for none
     passes: float  # of the dense network over one image, in all
+    compiling: float = 0  # of programs, in that of the dense network's forward pass
 
 
 def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterator[Work]:
@@ -59,7 +69,8 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
         passes = recipe.epochs * count * (_TRAIN * share + bool(recipe.distill))
         passes += evaluations * heldout * share
         steps = recipe.settings(count).steps if recipe.epochs else 0
-        return Work(stage, what, count, recipe.epochs, number * steps, number * passes)
+        compiling = _TRAINING * number if steps else 0
+        return Work(stage, what, count, recipe.epochs, number * steps, number * passes, compiling)
 
     for stage in steps:
         if stage == "pretrain" and settings.trains_dense:
@@ -71,28 +82,40 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
             yield training(stage, "retraining", settings.slim.retrain, 1, num_train)
         elif stage == "calibrate":
             number = min(settings.calibration.images, num_train)
-            yield Work(stage, "second moments", number, 1, 0, _CALIBRATE * number)
+            yield Work(stage, "covariances", number, 1, 0, _CALIBRATE * number, 1)
         elif stage == "filter":
             part = round(num_train * settings.filter.train_fraction)
             recipe, blocks = settings.filter.train, space.num_blocks
             yield training(stage, f"{blocks} local supernets", recipe, 1, part, blocks)
             triples = sum(len(kept) for kept in space.kept)
-            yield Work(stage, f"{triples} triples scored", heldout, 1, 0, triples * heldout / 2)
+            yield Work(
+                stage, f"{triples} triples scored", heldout, 1, 0, triples * heldout / 2, _SCORING
+            )
         elif stage == "compress":
             number = min(settings.compression.images, num_train)
             moments = min(number, MOMENT_IMAGES)
             passes = _CALIBRATE * moments + len(budgets) * _REFIT * number
-            yield Work(stage, f"fitted at {len(budgets)} budgets", number, 1, 0, passes)
+            yield Work(
+                stage,
+                f"fitted at {len(budgets)} budgets",
+                number,
+                1,
+                0,
+                passes,
+                _FITTING * len(budgets),
+            )
         elif stage == "allocate":
             number = min(settings.allocation.images, num_train + heldout)
             # Half of the images: half a network for each choice, and some rounds of neighbours.
             networks = sum(map(len, space.choices)) / 2 + len(budgets) * _ROUNDS * space.num_layers
-            yield Work(stage, "sensitivities and exchanges", number, 1, 0, number / 2 * networks)
+            yield Work(
+                stage, "sensitivities and exchanges", number, 1, 0, number / 2 * networks, _SCORING
+            )
         elif stage == "search":
             found = settings.search.generations * settings.search.population
             passes = found * heldout * sum(budgets)
             what = f"{found * len(budgets)} subnets scored"
-            yield Work(stage, what, heldout, 1, 0, passes)
+            yield Work(stage, what, heldout, 1, 0, passes, _SCORING)
         elif stage == "finetune":
             for share in budgets:
                 number, what = len(kinds), f"{', '.join(kinds)} at {share:.2f}"
@@ -102,7 +125,7 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
         elif stage == "evaluate":
             models = 1 + len(kinds) * len(budgets)
             test = len(images.splits.test)
-            yield Work(stage, f"{models} models", test, 1, 0, models * test)
+            yield Work(stage, f"{models} models", test, 1, 0, models * test, models)
         else:
             yield Work(stage, ", ".join(settings.export if stage == "export" else ()), 0, 0, 0, 0)
 
@@ -126,17 +149,25 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
     assert images is not None
     spec, work = network_spec(settings), list(work_of(settings, images, steps))
     batch = min(_MOST_IMAGES, settings.data.eval_batch_size)
-    ms = np.median(measure_networks({"dense": spec}, batch, rounds=5)["dense"]) / batch
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed as if for once
+    cores_elsewhere, started = other_work(), time.perf_counter()
+    rounds = measure_networks({"dense": spec}, batch, rounds=5)["dense"]
+    busy, ms = cores_elsewhere(), np.percentile(rounds, (0, 50, 100)) / batch
+    compiling = max(time.perf_counter() - started - (WARM_UP * rounds[0] + rounds.sum()) / 1000, 0)
     longest = max(map(len, steps))
-    rows, total = [["stage", "images", "epochs", "steps", "minutes"]], 0.0
+    rows, to_do = [["stage", "images", "epochs", "steps", "minutes"]], []
     for each in work:
-        minutes = 0.0 if each.stage in done else each.passes * ms / 60_000
-        total += minutes
+        to_do += [each] if each.stage not in done else []
         numbers = [f"{each.images:,}" if each.images else ""]
         numbers += [f"{each.epochs:g}", f"{each.steps:,}"] if each.steps else ["", ""]
-        time = "done" if each.stage in done else f"{minutes:.1f}"
-        rows.append([f"{each.stage:<{longest}}  {each.what}", *numbers, time])
-    splits, needed, free = images.splits, bytes_of(settings, spec), ""
+        minutes = (each.passes * ms[1] / 1000 + each.compiling * compiling) / 60
+        shown = "done" if each.stage in done else f"{minutes:.1f}"
+        rows.append([f"{each.stage:<{longest}}  {each.what}", *numbers, shown])
+    compiled = sum(each.compiling for each in to_do) * compiling / 60
+    low, middle, high = sum(each.passes for each in to_do) * ms / 60_000 + compiled
+    is_idle = busy <= _QUIET * (os.cpu_count() or 1)
+    beside = f"other programs keep {busy:.1f} of {os.cpu_count()} cores busy"
+    needed, free = bytes_of(settings, spec), ""
     if not is_url(run.folder):
         parents = run.folder.absolute().parents
         there = next(place for place in (run.folder, *parents) if place.exists())
@@ -145,11 +176,11 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
         [
             aligned(rows),
             "",
-            f"{len(splits.train):,} images to train with, {len(splits.heldout):,} to choose by, "
-            f"{len(splits.test):,} to report on; {splits.num_classes or 'no'} classes",
+            str(images.splits),
             f"dense: {human_count(spec.macs())} multiply-adds, {human_count(spec.num_params())} "
-            f"parameters, {ms:.3g} ms an image on this device",
-            f"about {total:.0f} minutes, apart from compiling, and "
+            f"parameters, {ms[1]:.3g} ms an image on this device{'' if is_idle else f', while {beside}'}",
+            f"about {middle:.0f} minutes ({_ROUGH[0] * low:.0f} to {_ROUGH[1] * high:.0f}), of which "
+            f"compiling {compiled:.1f} where no run has done it before",
             f"{size_text(needed)} on disk at most{free}",
         ]
     )

@@ -66,6 +66,7 @@ class ReportData:
     unfinished: str = ""  # the stages that are done and those that are not
     conclusions: Sequence[str] = ()
     models: Rows = ()  # the table of models
+    timed_in: str = ""  # what its milliseconds are of
     metric: Metric = TOP1  # that models are shown by
     cost: str = "macs"  # of budgets; or "ms", milliseconds
     # {model: (cost, quality on the test images)}, top-1 in 0..1.
@@ -110,10 +111,11 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
     defaults, here = Settings().to_config(), run.settings.to_config()
     return ReportData(
         name=as_text(run.folder.name),
-        about=_about(run),
+        about=" ".join(filter(None, (_about(run), run.settings.note))),
         unfinished=_unfinished(run.settings.stages, done),
         conclusions=table.conclusions(result) if result else (),
         models=table.comparison_rows(result) if result else _costs(run),
+        timed_in=tested.get("timed_in", ""),
         **_trade_off(run, result),
         **_curves(run),
         slimming=_slimming(run, images),

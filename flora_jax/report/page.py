@@ -54,7 +54,7 @@ def _sections(data: ReportData) -> list[Section]:
     pairs = data.confusions
     examples = [("" if pair.image is None else thumbnail(pair.image), pair) for pair in pairs]
     return [
-        Section("Models", rows=data.models),
+        Section("Models", data.timed_in and f"ms: {data.timed_in}", data.models),
         Section("Plots", panels=_figures(panels_of(data))),
         Section("What slimming leaves", panels=_figures(slimmed)),
         Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),

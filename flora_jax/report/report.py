@@ -37,7 +37,8 @@ def _show_once(folder: epath.Path, data: ReportData, files: dict[str, bytes]) ->
     if data.unfinished:
         print(f"\n{data.unfinished}")
     if data.models:
-        print(f"\n{aligned(data.models)}\n")
+        about = f"ms: {data.timed_in}\n" if data.timed_in else ""
+        print(f"\n{aligned(data.models)}\n{about}")
     if data.skipped_images:
         print(f"{data.skipped_images} test images could not be decoded and count for no model.\n")
     for name, content in files.items():

@@ -8,7 +8,7 @@ from flora_jax.evaluation.quality import QUALITIES, RELATIVE_ERROR, TOP1, Metric
 
 DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
-_FIRST_ROWS = ("dense", "slim", "uniform", "allocated", "subnet")
+_FIRST_ROWS = ("dense", "probe", "slim", "uniform", "allocated", "subnet")
 _OPTIONAL_COLUMNS = ("95 % interval", "against uniform (95 %)", "agreement", "relative error")
 
 
@@ -67,10 +67,10 @@ def comparison_rows(result: Mapping) -> list[list[str]]:
         and "agreement" are where some entry has them. Entries and keys of another form are ignored.
 
     Returns:
-      The titles of the columns, then the cells of each model: dense, slim, uniform, allocated,
-      subnet, then the others in the order given. "change" and its interval are in percentage points
-      of top-1, or of the cosine, as is the difference to uniform; "agreement" is how often a model
-      predicts the same class as the dense one.
+      The titles of the columns, then the cells of each model: dense, probe, slim, uniform,
+      allocated, subnet, then the others in the order given. "change" and its interval are in
+      percentage points of top-1, or of the cosine, as is the difference to uniform; "agreement" is
+      how often a model predicts the same class as the dense one.
 
     Raises:
       ValueError: no entry has all its numbers.
@@ -89,7 +89,8 @@ def conclusions(result: Mapping) -> list[str]:
     """What came of a run, a sentence for each of its smallest models. As `comparison_rows`."""
     metric, models = _complete(result)
     first = next(iter(models))
-    kind = next((k for k in map(kind_of, reversed(models)) if k in _FIRST_ROWS), kind_of(first))
+    kinds = [kind for kind in map(kind_of, reversed(models)) if kind != "probe"]
+    kind = next((kind for kind in kinds if kind in _FIRST_ROWS), kind_of(first))
     return [
         _conclusion(metric, name, model, first, models[first])
         for name, model in models.items()

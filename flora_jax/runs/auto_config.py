@@ -30,7 +30,7 @@ from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 log = logging.getLogger(__name__)
 
 # Epochs and learning rate of each training that the rules pass through (docs/decisions.md).
-_MEASURED = {"pretrain": (8.0, 3e-4), "supernet": (8.0, 3e-4), "finetune": (12.0, 4e-3)}
+_MEASURED = {"pretrain": (8.0, 1e-2), "supernet": (8.0, 3e-4), "finetune": (12.0, 4e-3)}
 _MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4)}
 _STAGES = ("pretrain", "compress", "finetune", "evaluate", "report")
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
@@ -71,9 +71,9 @@ def closed(config: Mapping) -> dict[str, Any]:
     """
     values = _as_dict(config)
     size = values.pop("image_size")
-    for name, example in (("pretrained", "FOLDER"), ("data.name", "folder:PATH")):
-        if not _get(values, name):
-            raise InputError(f"nothing to start from: give --config.{name}={example}")
+    needed = {"pretrained": "FOLDER", "data.name": "folder:PATH"}
+    if missing := [f"--config.{n}={to}" for n, to in needed.items() if not _get(values, n)]:
+        raise InputError(f"nothing to start from: give {' and '.join(missing)}")
     weights, preprocessing = _read_weights(values["pretrained"], values["model"])
     num_images, class_names = _count(values["data"])
     if keeps_outputs := not weights.classifies and weights.num_classes > 0:
@@ -109,14 +109,16 @@ def closed(config: Mapping) -> dict[str, Any]:
         found[f"{name}.batch_size"] = batch
         found[f"{name}.epochs"] = _epochs(epochs, num_train)
         found[f"{name}.learning_rate"] = _learning_rate(rate, batch)
-    log.info("%s: %s", values["pretrained"], _what(spec))
-    if spec.classifies:
-        log.info("  its classifier %s", "stays" if has_classifier else "is trained first")
-    elif keeps_outputs:
-        log.info("  it stays, whatever the classes of the images; --config=transfer changes that")
     chosen = {name: value for name, value in found.items() if _get(values, name) is None}
     for name, value in chosen.items():
         _set(values, name, value)
+    log.info("%s: %s", values["pretrained"], _what(spec))
+    if spec.classifies:
+        new = "is a linear probe of its features, "
+        new += "then trained" if values["train_pretrained"] else "which --config=yours trains on"
+        log.info("  its classifier %s", "stays" if has_classifier else new)
+    elif keeps_outputs:
+        log.info("  it stays, whatever the classes of the images; --config=transfer changes that")
     trained = set(values["stages"]) - (set() if values["train_pretrained"] else {"pretrain"})
     for name, value in chosen.items():
         if name.partition(".")[0] not in {*measured} - trained:

@@ -82,6 +82,7 @@ class Found:
     chosen: str = SEARCHED
 
 
+PROBE = "pretrain/probe"  # the dense model before it was trained, where its classifier is new
 ALLOCATION_FILE, WINNERS_FILE = "allocate/genes.json", "search/best.json"
 
 

@@ -265,7 +265,9 @@ def _of_copies(settings: Settings, images: Images):
     """Images that models are chosen by or reported on, and know."""
     heldout, test = images.copies or (0, 0)
     if heldout:
-        can_avoid = settings.data.name.startswith("folder:") and not settings.data.heldout_split
+        data = settings.data
+        can_avoid = data.name.startswith("folder:") and not data.heldout_split
+        can_avoid &= data.heldout_by != "content"
         advice = "; data.heldout_by='content' avoids it" if can_avoid else ""
         yield (
             f"{heldout} of the {len(images.splits.heldout)} held-out images are copies of training "

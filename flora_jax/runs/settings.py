@@ -203,9 +203,12 @@ def _check_windows(name: str, value) -> None:
     windows = _windows(value)
     for window in windows:
         if len(window) != 2 or any(isinstance(end, str) for end in window):
+            most = window[0]
+            is_one = len(window) == 1 and isinstance(most, int | float) and 0 < most <= 1
+            hint = f"; for at most {most:g} give ({0.9 * most:.3g}, {most:g})" if is_one else ""
             raise InputError(
                 f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), or several "
-                f"of them, got {value}"
+                f"of them, got {value}{hint}"
             )
         low, high = window
         if not 0 < low < high <= 1:
@@ -377,6 +380,7 @@ class Settings:
       model: the dense network.
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads, on disk or as
         `hf:owner/name` of the Hugging Face hub; empty: train from scratch.
+      note: what whoever reads log, report or card should know of the run.
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
       probe_images: training images that the classifier of new classes is fitted to, a linear probe
         of the pretrained features, before any training; 0: it starts with zeros.
@@ -404,6 +408,7 @@ class Settings:
     model: Spec = deit("base")
     data: DataSettings = DataSettings()
     pretrained: str = ""
+    note: str = without_effect("")
     train_pretrained: bool = False
     probe_images: int = 10_000
     refuse_near_chance: bool = True

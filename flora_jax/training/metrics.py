@@ -73,7 +73,8 @@ class MetricsFile:
         """Writes what was read, and beside its last step what evaluators have found.
 
         Returns:
-          What a progress display has room for: the mean loss, the last step's other values, and of
+          What a progress display has room for: the mean loss, the last step's other values, the
+          learning rate for 512 images as in a recipe, and of
           what was found the accuracies or cosines where there are any.
         """
         self._records[-1] |= found
@@ -82,7 +83,8 @@ class MetricsFile:
         self._watch(self._records)
         loss = float(np.mean([record["loss"] for record in self._records]))
         last = self._records[-1]
-        shown = {"loss": loss, "lr": last["learning_rate"], "images/s": last["images_per_second"]}
+        rate = last["learning_rate"] * 512 / self._settings.batch_size  # as a recipe states it
+        shown = {"loss": loss, "rate": rate, "images/s": last["images_per_second"]}
         self._records, self._since = [], self._clock()
         return shown | ({name: v for name, v in found.items() if _is_shown(name)} or found)
 

@@ -51,6 +51,14 @@ def installed_engines() -> tuple[list[Engine], list[str]]:
     return engines, hints
 
 
+def onnx_runtime() -> Engine | None:
+    """ONNX Runtime in float32, where it is installed."""
+    try:
+        return _onnx_runtime("ONNX Runtime")[0]
+    except ImportError:
+        return None
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """True for an error by which an engine, or NumPy, says that memory does not suffice."""
     text = str(error).lower()
