@@ -166,7 +166,8 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
     compiled = sum(each.compiling for each in to_do) * compiling / 60
     low, middle, high = sum(each.passes for each in to_do) * ms / 60_000 + compiled
     is_idle = busy <= _QUIET * (os.cpu_count() or 1)
-    beside = f"other programs keep {busy:.1f} of {os.cpu_count()} cores busy"
+    beside = f", while other programs keep {busy:.1f} of {os.cpu_count()} cores busy"
+    least, most = _ROUGH[0] * low, _ROUGH[1] * high
     needed, free = bytes_of(settings, spec), ""
     if not is_url(run.folder):
         parents = run.folder.absolute().parents
@@ -178,9 +179,9 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
             "",
             str(images.splits),
             f"dense: {human_count(spec.macs())} multiply-adds, {human_count(spec.num_params())} "
-            f"parameters, {ms[1]:.3g} ms an image on this device{'' if is_idle else f', while {beside}'}",
-            f"about {middle:.0f} minutes ({_ROUGH[0] * low:.0f} to {_ROUGH[1] * high:.0f}), of which "
-            f"compiling {compiled:.1f} where no run has done it before",
+            f"parameters, {ms[1]:.3g} ms an image on this device{'' if is_idle else beside}",
+            f"about {middle:.0f} minutes ({least:.0f} to {most:.0f}), of which compiling "
+            f"{compiled:.1f} where no run has done it before",
             f"{size_text(needed)} on disk at most{free}",
         ]
     )

@@ -203,9 +203,9 @@ def _check_windows(name: str, value) -> None:
     windows = _windows(value)
     for window in windows:
         if len(window) != 2 or any(isinstance(end, str) for end in window):
-            most = window[0]
-            is_one = len(window) == 1 and isinstance(most, int | float) and 0 < most <= 1
-            hint = f"; for at most {most:g} give ({0.9 * most:.3g}, {most:g})" if is_one else ""
+            hint = ""
+            if len(window) == 1 and isinstance(window[0], int | float) and 0 < window[0] <= 1:
+                hint = f"; for at most {window[0]:g} give ({0.9 * window[0]:.3g}, {window[0]:g})"
             raise InputError(
                 f"{name} must be one window (low, high) of shares, such as (0.45, 0.5), or several "
                 f"of them, got {value}{hint}"
