@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax as flora
 from flora_jax.closed_form.allocate import (
     best_within,
+    full_rank_sensitivity,
     least_loss,
     multiplier_path,
     nearly_uniform,
@@ -89,6 +91,30 @@ def test_sensitivities_are_those_of_the_whole_network(supernet, tiny_images, mea
                 expected = jnp.sum((logits - dense) ** 2, -1) / jnp.sum(dense**2, -1)
             np.testing.assert_allclose(sensitivities[layer][gene], expected.mean(), atol=1e-5)
             np.testing.assert_allclose(sensitivity.loss(genes), expected.mean(), atol=1e-5)
+
+
+def test_an_interrupted_measure_goes_on_behind_its_last_block(
+    supernet, tiny_images, tmp_path, monkeypatch
+):
+    sensitivity, file = Sensitivity(supernet, tiny_images), epath.Path(tmp_path / "kept.jsonl")
+    of_block, measured, expected = sensitivity.of_block, [], sensitivity.of_choices()
+
+    def interrupted(block):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(block)
+        return of_block(block)
+
+    monkeypatch.setattr(sensitivity, "of_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        full_rank_sensitivity(sensitivity, file)
+    with file.open("ab") as lines:
+        lines.write(b'{"layers": [[0.0, ')  # what a kill leaves behind
+    monkeypatch.setattr(sensitivity, "of_block", lambda b: measured.append(b) or of_block(b))
+    for _ in range(2):  # the second time nothing is left to do
+        for layer, of_layer in zip(full_rank_sensitivity(sensitivity, file), expected, strict=True):
+            np.testing.assert_array_equal(layer, of_layer)
+    assert measured == [*range(supernet.space.num_blocks)]
 
 
 def test_another_reference(supernet, tiny_model, tiny_images):

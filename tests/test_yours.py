@@ -9,9 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as flora
-from flora_jax.configs import yours
+from flora_jax.configs import minutes, yours
 from flora_jax.configs.common import IMPROVED_STAGES
-from flora_jax.methods import start
+from flora_jax.methods import shared, start
+from flora_jax.models import functional
 from flora_jax.preflight.plan import plan
 from flora_jax.runs import auto_config
 from flora_jax.runs.auto_config import settings_of
@@ -190,6 +191,41 @@ def test_the_plan_lists_what_the_run_does(weights, pictures, tmp_path):
     assert "on disk at most" in lines[-1]
 
 
+def test_minutes_begin_with_the_same_two_flags(weights, pictures, caplog):
+    config = minutes.get_config()
+    caplog.set_level("INFO", "flora_jax")
+    config.pretrained, config.data.name = str(weights), f"folder:{pictures}"
+    settings = settings_of(config)
+    assert settings.model == dataclasses.replace(modern.SPECS["hf_dinov2"], num_classes=3)
+    assert settings.data.mean == (0.4, 0.5, 0.6)
+    assert not settings.train_pretrained
+    assert (settings.finetune.epochs, settings.budget.macs) == (1.0, (0.55, 0.6))
+    assert "a linear probe of its features, which --config=yours trains on" in caplog.text
+    config.data.name = f"images:{pictures}"
+    assert settings_of(config).model.num_classes == 0
+
+
+@pytest.mark.filterwarnings("ignore:the weights have no classifier")
+def test_an_interrupted_training_goes_on_with_its_probe(weights, pictures, tmp_path, monkeypatch):
+    config = config_of(weights, pictures, stages=("pretrain",))
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shared, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start.run(config, tmp_path)
+    probe = flora.load(tmp_path / "pretrain/probe")
+    monkeypatch.setattr(shared, "fit_classifier", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr(shared, "train", lambda model, *arguments, **options: model)
+    start.run(config, tmp_path)
+    for ours, theirs in zip(
+        *(functional.split(model)[1].values() for model in (probe, flora.load(tmp_path / "dense"))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.slow
 def test_from_pictures_to_a_subnet_in_one_command(weights, pictures, tmp_path):
     done = run_flora(
@@ -203,6 +239,7 @@ def test_from_pictures_to_a_subnet_in_one_command(weights, pictures, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert set(result) == {"dense", "subnet", "data"}
+    assert set(result) == {"dense", "probe", "subnet", "data"}
+    assert result["probe"]["macs"] == result["dense"]["macs"]
     assert result["dense"]["top1"] > 0.9
     assert result["subnet"]["macs"] < 0.8 * result["dense"]["macs"]
