@@ -19,7 +19,8 @@ from flora_jax.errors import InputError, MissingPackageError
 from flora_jax.io.files import write_json
 from flora_jax.methods import export as stage
 from flora_jax.methods import start
-from flora_jax.report.card import base_model, dataset_name
+from flora_jax.report.card import base_model, card_of, dataset_name
+from flora_jax.runs.budgets import models_to_hand_out
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import Run, Step, planned, stale_steps
@@ -121,6 +122,17 @@ def test_the_code_of_the_card_runs_as_it_is_written(exported, subnets, monkeypat
     for module in ("model", "preprocess"):
         sys.modules.pop(module)
     (folder / "picture.jpg").unlink()
+
+
+def test_the_card_of_a_closed_form_speaks_of_it(tmp_path, subnets):
+    model = subnets["extract/subnet_0.5"]
+    closed_form = ("pretrain", "compress", "finetune", "report")
+    run = run_in(tmp_path, {"subnet_0.5": model, "subnet_0.75": model}, stages=closed_form)
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, export=("timm",)))
+    card = card_of(run, models_to_hand_out(run)[0], model.spec, NAMES)
+    assert "were chosen together, for 0.4 to 0.5 of the dense model's MACs, cut, and" in card
+    assert "FLORA" not in card
+    assert '"pruned"' in card
 
 
 def test_the_card_says_what_was_measured_and_how_it_was_made(exported):

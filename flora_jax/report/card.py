@@ -136,7 +136,8 @@ def _front_matter(
     is_compressed = spec != dataclasses.replace(spec, blocks=())
     tags = ["vision-transformer", *["compressed"] * is_compressed]
     tags += ["vit-slim"] * (found.kind == "slim" or "slim" in run.settings.stages)
-    tags += ["flora", "low-rank"] * (found.kind == "subnet")
+    if found.kind == "subnet":
+        tags += ["pruned"] if run.settings.cuts_by == "compress" else ["flora", "low-rank"]
     fields: dict[str, Any] = {"library_name": "flora_jax", "pipeline_tag": task, "tags": tags}
     if weights := base_model(run.settings.pretrained):
         fields["base_model"] = weights

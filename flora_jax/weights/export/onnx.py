@@ -28,7 +28,7 @@ from flora_jax.weights.export.checks import (
 from flora_jax.weights.export.onnx_networks import Graph, network
 
 log = logging.getLogger(__name__)
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 3e-1}  # its accuracy is measured, too
 
 
 def export_onnx(
