@@ -24,6 +24,7 @@ _DESCRIPTIONS = (
     *("preprocessing.json", "classes.json"),
 )
 _SAFETENSORS = (WEIGHTS_FILE, "model-*.safetensors", "model.safetensors.index.json")
+_EXPORTED = ("pytorch", "timm")  # folders of an export that hold weights
 _PYTORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _LOGIN = "hf auth login, or the variable HF_TOKEN"
@@ -43,8 +44,9 @@ def local_folder(path: epath.PathLike) -> epath.Path:
     """A path as a user gives it; for `hf:owner/name`, the folder that it was downloaded to.
 
     Of a repository only its descriptions and its safetensors are downloaded, or its PyTorch files
-    where there are no safetensors, once a process; the commit goes into the log. Without network
-    the cache of an earlier download answers.
+    where there are no safetensors, once a process; the commit goes into the log. Of an export of
+    ours it is the folder inside that holds weights. Without network the cache of an earlier
+    download answers.
 
     Raises:
       MissingPackageError: a repository, and huggingface_hub is not installed.
@@ -93,7 +95,13 @@ def uploaded(folder: epath.Path, name: str) -> str:
 @functools.cache
 def _downloaded(name: str, revision: str | None) -> epath.Path:
     asked = PREFIX + name + (f"@{revision}" if revision else "")
-    folder = _snapshot(asked, name, revision, (*_DESCRIPTIONS, *_SAFETENSORS))
+    files = (*_DESCRIPTIONS, *_SAFETENSORS)
+    exported = (f"{inside}/{file}" for inside in _EXPORTED for file in files)
+    folder = _snapshot(asked, name, revision, (*files, *exported))
+    for place in (folder / inside for inside in _EXPORTED):
+        if (place / WEIGHTS_FILE).exists() and not (folder / WEIGHTS_FILE).exists():
+            log.info("%s is commit %s, in %s", asked, folder.name, place)
+            return place
     if not any((folder / file).exists() for file in (_SAFETENSORS[0], _SAFETENSORS[-1])):
         folder = _snapshot(asked, name, revision, (*_DESCRIPTIONS, *_PYTORCH))
     log.info("%s is commit %s, in %s", asked, folder.name, folder)

@@ -11,8 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import flora_jax as flora
+from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, MissingFileError, MissingPackageError, StorageError
 from flora_jax.weights import hub, layouts
+from flora_jax.weights.export import pytorch
+from flora_jax.weights.export.timm import export_timm_folder
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.weights import VIT, assert_same, random_model, written
 from tests.pretrained.test_beside import HUGGING_FACE_VIT
 
@@ -39,14 +43,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if "/revision/" in path:
             return self.answer(200, json.dumps({"id": "owner/vit", "sha": COMMIT}).encode())
-        files = {p.name: p.read_bytes() for p in self.server.folder.iterdir()}
+        paths = [path for path in self.server.folder.rglob("*") if path.is_file()]
+        files = {str(p.relative_to(self.server.folder)): p.read_bytes() for p in paths}
         if "/tree/" in path:
             entries = [
                 {"type": "file", "path": name, "size": len(content), "oid": f"{name}-1"}
                 for name, content in files.items()
             ]
             return self.answer(200, json.dumps(entries).encode())
-        name = path.rpartition("/")[2]
+        name = path.partition("/resolve/")[2].partition("/")[2]
         if name not in files:  # the package asks for other things too
             return self.answer(404, b"")
         if self.command == "GET":
@@ -117,6 +122,24 @@ def test_a_repository_is_read_like_its_folder(server, vit, monkeypatch, caplog):
         flora.from_pretrained("hf:owner/other", VIT)
     (next(hub.local_folder("hf:owner/vit").parents[1].glob("trees/*"))).write_text("{}")
     assert hub.local_folder(f"hf:owner/vit@{COMMIT}").name == COMMIT
+
+
+@pytest.mark.parametrize("kind", ["pytorch", "timm"])
+def test_what_an_export_has_pushed_is_read_back(server, vit, kind, monkeypatch):
+    """Its weights lie in a folder inside, beside files that nobody needs to read it."""
+    for path in server.folder.iterdir():
+        path.unlink()
+    (server.folder / "model.onnx").write_bytes(b"large")
+    if kind == "timm":
+        (server.folder / kind).mkdir()
+        export_timm_folder(vit, server.folder / kind)
+    else:
+        monkeypatch.setattr(pytorch, "_check_computes_the_same", lambda *_: None)
+        flora.export_torch(vit, server.folder / kind)
+    save_preprocessing(server.folder / kind, Preprocessing(VIT.image_size))
+    assert_same(flora.from_pretrained("hf:owner/vit", flora.read_spec("hf:owner/vit")), vit)
+    assert flora.read_preprocessing("hf:owner/vit") == Preprocessing(VIT.image_size)
+    assert "model.onnx" not in server.fetched
 
 
 def test_pytorch_files_where_there_are_no_others(server):

@@ -1,4 +1,4 @@
-"""Programs that run a finished model: JAX, and where installed ONNX Runtime and PyTorch."""
+"""Programs that run a finished model: JAX, and where installed ONNX Runtime, OpenVINO, PyTorch."""
 
 import dataclasses
 import functools
@@ -42,7 +42,11 @@ class Engine:
 def installed_engines() -> tuple[list[Engine], list[str]]:
     """The engines that can run here, and for each of the others a line how to get it."""
     engines, hints = [Engine("JAX", jax.__version__, _in_jax)], []
-    others = (("ONNX Runtime", "onnx", _onnx_runtime), ("PyTorch", "torch", _pytorch))
+    others = (
+        ("ONNX Runtime", "onnx", _onnx_runtime),
+        ("OpenVINO", "openvino", _openvino),
+        ("PyTorch", "torch", _pytorch),
+    )
     for name, extra, find in others:
         try:
             engines += find(name)
@@ -108,6 +112,39 @@ def _in_onnx_runtime(device: str, dtype: str, network: Network) -> Prepare:
         images = _images(network.spec, batch_size)
         inputs = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)}
         return lambda: session.run_with_ort_values(None, inputs)
+
+    return prepare
+
+
+def _openvino(name: str) -> list[Engine]:
+    """On the CPU, in float32 and from files of 16 and 8 bits, for one image at a time as fast as it
+    can."""
+    import onnx  # noqa: F401
+    import openvino
+
+    version = f"{openvino.__version__.partition('-')[0]} (cpu)"
+    dtypes = {name: "float32", f"{name} float16": "float16", f"{name} int8": "int8"}
+    return [
+        Engine(engine, version, functools.partial(_in_openvino, dtype))
+        for engine, dtype in dtypes.items()
+    ]
+
+
+def _in_openvino(dtype: str, network: Network) -> Prepare:
+    import openvino
+
+    # Else it computes in bfloat16 where a CPU can.
+    options = {"PERFORMANCE_HINT": "LATENCY"} | (
+        {"INFERENCE_PRECISION_HINT": "f32"} if dtype != "float16" else {}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.onnx")
+        export_onnx(network, path, dtype)
+        compiled = openvino.Core().compile_model(path, "CPU", options)
+
+    def prepare(batch_size: int) -> Forward:
+        images = _images(network.spec, batch_size)
+        return lambda: compiled([images])
 
     return prepare
 
