@@ -34,6 +34,7 @@ _MEASURED = {"pretrain": (8.0, 1e-2), "supernet": (8.0, 3e-4), "finetune": (12.0
 _MEASURED_ON_FEATURES = _MEASURED | {"supernet": (16.0, 3e-4)}
 _STAGES = ("pretrain", "compress", "finetune", "evaluate", "report")
 _OF_THE_PICTURES = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+_DECODING = ("max_megapixels", "background", "exif_orientation")
 _MOST_THREADS = 16
 _MEASURED_IMAGES, _MEASURED_BATCH = 2000, 64
 _FEWEST_EPOCHS, _MOST_EPOCHS = 5.0, 40.0
@@ -150,6 +151,7 @@ def _count(data: Mapping) -> tuple[int, tuple[str, ...]]:
         test_split=data["test_split"] or None,
         heldout_split=data["heldout_split"] or None,
         classes=tuple(data["classes"]),
+        **{name: data[name] for name in _DECODING},  # as the run does, so copies are sought once
     )
     return len(splits.train) + len(splits.heldout), splits.class_names
 
