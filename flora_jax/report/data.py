@@ -91,7 +91,9 @@ class ReportData:
     classes: Rows = ()  # the table of accuracies by class
     confused: str = ""  # the model that confusions are of
     confusions: Sequence[Confusion] = ()
-    recipe: Rows = ()  # (setting, its default, its value here)
+    # {setting: value} of those that the command line has set
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    recipe: Rows = ()  # (setting, its default, its value here) of the others
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)  # {stage: seconds}
     images: Mapping[str, object] = dataclasses.field(default_factory=dict)  # {what: value}
     skipped_images: int = 0  # of the test images, those that could not be decoded
@@ -108,7 +110,10 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
     path, benchmark = run.folder / "result.json", run.folder / _BENCHMARK_FILE
     result = read_json(path) if path.exists() else {}
     tested, done = result.get(table.DATA, {}), done_stages(run)
-    defaults, here = Settings().to_config(), run.settings.to_config()
+    changed = [  # "-" for what is not there
+        ["-" if cell is None else str(cell) or '""' for cell in row]
+        for row in differences(Settings().to_config(), run.settings.to_config())
+    ]
     return ReportData(
         name=as_text(run.folder.name),
         about=" ".join(filter(None, (_about(run), run.settings.note))),
@@ -121,10 +126,8 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
         slimming=_slimming(run, images),
         benchmark=read_json(benchmark) if benchmark.exists() else {},
         **_classes(run, images, tested.get("classes", ())),
-        recipe=[  # "-" for what is not there
-            ["-" if cell is None else str(cell) or '""' for cell in row]
-            for row in differences(defaults, here)
-        ],
+        given={name: now for name, _, now in changed if name in run.settings.given},
+        recipe=[row for row in changed if row[0] not in (*run.settings.given, "given")],
         stages={name: of["seconds"] for name, of in done.items()},
         images=_images(run, images, tested),
         skipped_images=tested.get("skipped_test_images", 0),

@@ -60,8 +60,9 @@ def _sections(data: ReportData) -> list[Section]:
         Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
         Section("Accuracy by class, on the test images", rows=data.classes),
         Section(f"What the {data.confused} confuses most", examples=examples),
+        Section("What was set", facts=data.given),
         Section(
-            f"Settings that differ from the defaults ({len(data.recipe)})",
+            f"Other settings that differ from the defaults ({len(data.recipe)})",
             rows=[("setting", "default", "here"), *data.recipe],
             is_folded=True,
         ),

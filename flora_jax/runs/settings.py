@@ -380,6 +380,7 @@ class Settings:
       model: the dense network.
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads, on disk or as
         `hf:owner/name` of the Hugging Face hub; empty: train from scratch.
+      given: the fields that a command line has set, which a report shows first.
       note: what whoever reads log, report or card should know of the run.
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
       probe_images: training images that the classifier of new classes is fitted to, a linear probe
@@ -409,6 +410,7 @@ class Settings:
     data: DataSettings = DataSettings()
     pretrained: str = ""
     note: str = without_effect("")
+    given: tuple[str, ...] = without_effect(())
     train_pretrained: bool = False
     probe_images: int = 10_000
     refuse_near_chance: bool = True
