@@ -61,6 +61,9 @@ KINDS = {
     "hf-vit": Kind("ViT", "ViTForImageClassification", _HF_TINY),
     "hf-deit": Kind("DeiT", "DeiTForImageClassification", _HF_TINY),
     "hf-deit-distilled": Kind("DeiT distilled", "DeiTForImageClassificationWithTeacher", _HF_TINY),
+    "hf-beit": Kind(
+        "BEiT", "BeitForImageClassification", _HF_TINY, {"use_relative_position_bias": True}
+    ),
     "hf-dinov2": Kind("DINOv2", "Dinov2Model", _HF_TINY | _14),
     "hf-dinov2-registers": Kind("DINOv2 + registers", "Dinov2WithRegistersModel", _HF_TINY | _14),
     "hf-dinov2-classifier": Kind(
@@ -86,6 +89,12 @@ KINDS = {
         "DINOv2 + registers", "vit_base_patch14_reg4_dinov2", _TIMM_TINY | {"img_size": 56}
     ),
     "timm-dinov3": Kind("DINOv3", "vit_base_patch16_dinov3", _TIMM_TINY | {"img_size": 64}),
+    "timm-beitv2": Kind("BEiT v2", "beitv2_base_patch16_224", _TIMM_TINY),
+    "timm-pe": Kind("Perception Encoder", "vit_pe_core_base_patch16_224", _TIMM_TINY),
+    "timm-eva02": Kind("EVA-02", "eva02_base_patch14_224", _TIMM_TINY | {"img_size": 56}),
+    "timm-eva02-tiny": Kind(
+        "EVA-02 Ti, S", "eva02_tiny_patch14_224", _TIMM_TINY | {"img_size": 56}
+    ),
     "timm-clip": Kind("CLIP", "vit_base_patch16_clip_224", _TIMM_TINY),
     "timm-siglip": Kind("SigLIP", "vit_base_patch16_siglip_224", _TIMM_TINY),
     "timm-siglip-gap": Kind("SigLIP, mean", "vit_base_patch16_siglip_gap_224", _TIMM_TINY),

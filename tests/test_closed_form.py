@@ -62,6 +62,9 @@ SPECS = {
         qkv_bias=True,
         k_bias=False,
     ),
+    "normed MLP": flora.ViTSpec(
+        **TINY, depth=1, pool="mean", gated_mlp=True, activation="silu", mlp_norm=True
+    ),
     "registers": flora.ViTSpec(**TINY | {"num_classes": 0}, depth=2, num_registers=4),
 }
 COMPILED_LONG = {"swin", "tiny_vit"}

@@ -29,6 +29,7 @@ FUNCTIONS = {".bin": flora.export_stablehlo, ".onnx": flora.export_onnx}
 # One of each kind that differs in what is computed.
 KINDS = (
     *("timm_deit3", "timm_dinov2_registers", "timm_dinov3", "timm_dinov3_swiglu", "timm_clip"),
+    *("timm_eva02", "timm_beitv2", "timm_pe"),
     *("timm_siglip", "timm_siglip_gap", "hf_dinov2_classifier", "hf_dinov3", "hf_siglip"),
 )
 

@@ -15,6 +15,8 @@ from flora_jax.models import functional
 from flora_jax.models.network import Loop
 from flora_jax.weights.export.timm import export_timm
 from flora_jax.weights.load_parameters import NotFiniteWarning
+from flora_jax.weights.metadata.spec import spec_of_config
+from flora_jax.weights.resample import resample_relative_position_table
 from flora_jax.weights.state_dict import read_state_dict
 from tests.helpers import modern
 from tests.helpers.networks import logits, random_model, size
@@ -93,15 +95,19 @@ def test_costs(name, count_macs):
     program = jax.make_jaxpr(lambda p, x: functional.merge(structure, p)(x))(parameters, image)
     tokens = spec.num_tokens
     normalised = 2 * spec.depth * tokens + spec.pre_norm * tokens
-    normalised += 1 if spec.pool == "token" else tokens + (spec.pool == "attention")
-    assert flora.macs(spec) == count_macs(program) + normalised * spec.embed_dim
+    if spec.pool == "token" or spec.normalises_pooled:
+        normalised += 1
+    else:
+        normalised += tokens + (spec.pool == "attention")
+    of_mlps = spec.mlp_norm * spec.depth * tokens * spec.mlp_dim
+    assert flora.macs(spec) == count_macs(program) + normalised * spec.embed_dim + of_mlps
 
     stored = {
         n: a.size
         for n, a in modern.arrays(name).items()
-        if "mask_token" not in n and "pooler" not in n
+        if "mask_token" not in n and "pooler.dense" not in n
     }
-    folded = [n for n in stored if "lambda1" in n or "gamma" in n]
+    folded = [n for n in stored if "lambda" in n or "gamma" in n]
     # DINOv2 stores the class token's position, which reading adds to the token.
     positions = spec.embed_dim if name == "hf_dinov2_registers" else 0
     expected = sum(stored.values()) - sum(stored[n] for n in folded) - positions
@@ -188,8 +194,10 @@ def test_values_of_rows_that_share_them(name, ending):
         flora.from_state_dict(arrays, modern.SPECS[name])
 
 
-def test_a_subnet_of_a_scaled_network_is_exported_and_read(tmp_path):
-    model = modern.model("timm_dinov3_swiglu")
+@pytest.mark.parametrize("name", ["timm_dinov3_swiglu", "timm_eva02", "timm_pe", "timm_beitv2"])
+def test_a_subnet_is_exported_and_read(name, tmp_path):
+    """Scales are folded, rotary pairs put in another order, biases without a key's."""
+    model = modern.model(name)
     space = flora.RankSpace.regular(model.spec, ratios=(1 / 3, 1))
     subnet = flora.extract(flora.factorize(model, space), np.arange(space.num_layers) % 2)
     export_timm(subnet, tmp_path / "x.safetensors")
@@ -271,6 +279,85 @@ def test_a_network_without_a_classifier():
     evaluation_set = flora.EvaluationSet(batches, flora.Normalization())
     with pytest.raises(ValueError, match=r"top1 needs a classifier, .* num_classes is 0"):
         flora.top1(model, evaluation_set)
+
+
+def test_gates_on_both_sides_of_a_norm_are_folded():
+    gated, images = gated_model(modern.shallow("timm_eva02", depth=2)), modern.images("timm_eva02")
+    whole = slim.threshold(gated, attn=1, mlp=1)
+    expected = logits(gated, images)
+    assert abs(expected - logits(random_model(gated.spec), images)).max() > 1e-2
+    np.testing.assert_allclose(logits(slim.extract(gated, whole), images), expected, **TOLERANCE)
+
+
+def test_names_of_the_release_of_eva02():
+    names = {"q_proj.bias": "q_bias", "v_proj.bias": "v_bias", "fc1_g": "w1", "fc1_x": "w2"}
+    names |= {"mlp.norm": "mlp.ffn_ln", "mlp.fc2": "mlp.w3"}
+    released = {f"{at}rope.freqs_cos": np.ones(2) for at in ("", "blocks.0.attn.")}
+    for name, array in modern.arrays("timm_eva02").items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        released[name] = array
+    model = flora.from_state_dict(released, modern.SPECS["timm_eva02"])
+    assert_same(model, modern.model("timm_eva02"))
+
+
+def test_a_table_that_all_blocks_share():
+    arrays = modern.arrays("timm_beitv2")
+    table = "relative_position_bias_table"
+    shared = {n: a for n, a in arrays.items() if not n.endswith(table)}
+    shared[f"rel_pos_bias.{table}"] = arrays[f"blocks.1.attn.{table}"]
+    model = flora.from_state_dict(shared, modern.SPECS["timm_beitv2"])
+    expected = {
+        n: arrays[f"blocks.1.attn.{table}"] if n.endswith(table) else a for n, a in arrays.items()
+    }
+    assert_same(model, flora.from_state_dict(expected, modern.SPECS["timm_beitv2"]))
+
+
+def test_relative_positions_of_another_grid():
+    """Those of patches are interpolated as Swin's, those of the class token stay."""
+    larger = dataclasses.replace(modern.SPECS["timm_beitv2"], image_size=48)
+    model = flora.from_state_dict(modern.arrays("timm_beitv2"), larger)
+    for i, block in enumerate(model.blocks):
+        given = modern.arrays("timm_beitv2")[f"blocks.{i}.attn.relative_position_bias_table"]
+        expected = resample_relative_position_table(given[:-3], 6)
+        found = block.attn.relative_position_bias_table
+        np.testing.assert_array_equal(found, np.concatenate([expected, given[-3:]]))
+
+
+@pytest.mark.parametrize("changes", [{"num_registers": 1}, {"distilled": True, "pool": "token"}])
+def test_relative_positions_know_one_token_before_the_patches(changes):
+    with pytest.raises(ValueError, match="relative_positions=True is of the patches and a class"):
+        dataclasses.replace(modern.SPECS["timm_beitv2"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("eva02_large_patch14_448.mim_in22k_ft_in1k", {"image_size": 448, "mlp_dim": 2730}),
+        ("eva02_small_patch14_336.mim_in22k_ft_in1k", {"mlp_norm": False, "rope_grid": 16}),
+        ("beit_large_patch16_512.in22k_ft_in22k_in1k", {"num_relative_positions": 63**2 + 3}),
+        ("vit_pe_core_large_patch14_336.fb", {"rope_grid": 24, "outputs": "embedding"}),
+        ("vit_pe_core_gigantic_patch14_448.fb", {"rope_offset": 0, "mlp_dim": 8960}),
+    ],
+)
+def test_what_a_name_of_timm_says(architecture, fields):
+    size = int(architecture.partition(".")[0].rpartition("_")[2])
+    config = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, size, size]}}
+    spec = spec_of_config(config | {"num_classes": 1024})
+    assert {name: getattr(spec, name) for name in fields} == fields
+
+
+def test_towers_that_are_not_read():
+    for name in ("eva02_base_patch16_clip_224", "vit_pe_spatial_base_patch16_512"):
+        with pytest.raises(
+            ValueError, match=f"unknown kind of eva02: 'clip_224'|{name!r} is not a"
+        ):
+            spec_of_config({"architecture": name})
+
+
+def test_a_norm_of_hidden_units_needs_a_gate():
+    with pytest.raises(ValueError, match="mlp_norm=True needs gated_mlp=True"):
+        dataclasses.replace(modern.SPECS["timm_deit3"], mlp_norm=True)
 
 
 def test_registers_stay():

@@ -86,6 +86,16 @@ def test_hugging_face_vit(transformers, tmp_path, size, qkv_bias, distilled):
             {"use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 4},
         ),
         ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
+        (
+            "BeitModel",
+            "BeitConfig",
+            {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
+        ),
+        (
+            "BeitForImageClassification",
+            "BeitConfig",
+            {"use_absolute_position_embeddings": True, "use_mask_token": True},
+        ),
     ],
 )
 def test_hugging_face_of_today(transformers, tmp_path, model, config, options):
@@ -140,6 +150,12 @@ def test_hugging_face_swin(transformers, tmp_path, size):
         ("vit_base_patch16_siglip_224", {}),
         ("deit3_small_patch16_224", {}),
         ("vit_base_patch16_clip_quickgelu_224", {}),
+        ("eva02_small_patch14_336", {}),
+        ("eva02_base_patch14_224", {"num_classes": 10}),
+        ("eva02_large_patch14_224", {"depth": 1}),
+        ("beitv2_base_patch16_224", {}),
+        ("vit_pe_core_small_patch16_384", {}),
+        ("vit_pe_core_gigantic_patch14_448", {"depth": 1}),
     ],
 )
 def test_full_size_models_of_timm(tmp_path, name, options):

@@ -277,7 +277,9 @@ def _cut_units(own: Arrays, block: BlockSpec, kept: np.ndarray) -> None:
     columns = np.concatenate([kept + part * block.mlp_dim for part in range(parts)])
     own["mlp.fc1.kernel"] = own["mlp.fc1.kernel"][:, columns]
     own["mlp.fc1.bias"] = own["mlp.fc1.bias"][columns]
-    own["mlp.fc2.kernel"] = own["mlp.fc2.kernel"][kept]
+    for name in ("mlp.fc2.kernel", "mlp.norm.scale", "mlp.norm.bias"):
+        if name in own:
+            own[name] = own[name][kept]
 
 
 def _by_head(own: Arrays, block: BlockSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,19 @@ class LayerNorm(nnx.Module):
         return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
+class PartialLayerNorm(LayerNorm):
+    """A LayerNorm of x [M, D], some of whose `uncut` features have left: they count as zeros."""
+
+    def __init__(self, features: int, uncut: int, epsilon: float):
+        super().__init__(features, epsilon)
+        self.num_left = uncut - features
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (jnp.pad(p[...], (0, self.num_left)) for p in (self.scale, self.bias))
+        whole = jnp.pad(x, ((0, 0), (0, self.num_left)))
+        return _layer_norm(whole, scale, bias, self.epsilon)[:, : x.shape[-1]]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _layer_norm(x, scale, bias, epsilon):
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
@@ -165,15 +178,20 @@ class Mlp(nnx.Module):
     """x [B*N, D] -> fc2(activation(fc1(x))) [B*N, D].
 
     A gated one (SwiGLU, Shazeer 2020) has an fc1 twice as wide, whose first half is the gate: it
-    computes fc2(activation(gate) * value).
+    computes fc2(activation(gate) * value). A `norm` is of what enters fc2.
     """
 
     def __init__(
-        self, fc1: nnx.Module, fc2: nnx.Module, activation: str = "gelu", is_gated: bool = False
+        self,
+        fc1: nnx.Module,
+        fc2: nnx.Module,
+        activation: str = "gelu",
+        is_gated: bool = False,
+        norm: nnx.Module | None = None,
     ):
         self.fc1: Any = fc1
         self.fc2: Any = fc2
-        self.activation, self.is_gated = activation, is_gated
+        self.activation, self.is_gated, self.norm = activation, is_gated, norm
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.hidden(x))
@@ -181,10 +199,15 @@ class Mlp(nnx.Module):
     def hidden(self, x: jax.Array) -> jax.Array:
         """The hidden units, [B*N, hidden]."""
         hidden, activate = self.fc1(x), ACTIVATIONS[self.activation]
-        if self.is_gated:
-            gate, value = jnp.split(hidden, 2, axis=-1)
-            return activate(gate) * value
-        return activate(hidden)
+        if not self.is_gated:
+            return activate(hidden)
+        gate, value = jnp.split(hidden, 2, axis=-1)
+        hidden = activate(gate) * value
+        if self.norm is None:
+            return hidden
+        # A gate of fc2 (ViT-Slim) keeps a closed unit out of the norm's statistics as well.
+        closing = getattr(self.fc2, "gate", None)
+        return self.norm(hidden if closing is None else hidden * closing[None])
 
 
 class Attention(nnx.Module):

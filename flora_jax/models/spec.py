@@ -151,10 +151,11 @@ class Spec(abc.ABC):
     in_channels: int
     num_classes: int
     outputs: str
-    qkv_bias: bool = True  # these five are fields of some families only
+    qkv_bias: bool = True  # these six are fields of some families only
     k_bias: bool = True
     head_bias: bool = True
     gated_mlp: bool = False
+    mlp_norm: bool = False
     rope_theta: float | None = None
     blocks: tuple[BlockSpec, ...]
 
@@ -296,6 +297,7 @@ class Spec(abc.ABC):
         for block, into in zip(self.blocks, self.block_inputs, strict=True):
             attending = into.attending_tokens
             total += (attending + into.tokens) * into.width  # the two norms
+            total += self.mlp_norm * into.tokens * block.mlp_dim
             # q @ k and attention @ v
             total += 2 * attending * into.attended_tokens * block.attention_dim
             total += attending * block.attention_dim * into.width  # output projection
@@ -307,6 +309,7 @@ class Spec(abc.ABC):
         total = self._params_around_blocks()
         for block, into in zip(self.blocks, self.block_inputs, strict=True):
             total += 4 * into.width  # the two norms
+            total += self.mlp_norm * 2 * block.mlp_dim
             total += (block.attention_dim + 1) * into.width  # output projection
         for layer, rank in zip(self.layers, self.ranks, strict=True):
             total += layer.num_weights(rank) + layer.bias_features

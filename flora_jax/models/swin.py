@@ -11,7 +11,7 @@ from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images
 from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
 from flora_jax.models.swin_spec import Stage, SwinSpec
-from flora_jax.models.windows import WindowAttention, Windows
+from flora_jax.models.windows import WindowAttention, Windows, relative_position_index
 
 _HIDDEN = -100.0  # as published: the logit added between tokens that are no neighbours
 
@@ -36,14 +36,6 @@ class ShiftedWindowAttention(WindowAttention):
             mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
             bias = bias + mask[:, None].astype(bias.dtype)
         return bias
-
-
-@functools.lru_cache
-def relative_position_index(window_size: int) -> np.ndarray:
-    """[T, T]: the row of the table that holds the bias between two tokens of a window."""
-    row, column = np.divmod(np.arange(window_size**2), window_size)
-    rows, columns = row[:, None] - row, column[:, None] - column
-    return (rows + window_size - 1) * (2 * window_size - 1) + columns + window_size - 1
 
 
 @functools.lru_cache

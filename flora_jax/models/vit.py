@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +17,7 @@ from flora_jax.models.layers import (
     Linear,
     MakeLinear,
     Mlp,
+    PartialLayerNorm,
     attend,
     check_images,
     merge_heads,
@@ -25,18 +27,19 @@ from flora_jax.models.layers import (
 from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
 from flora_jax.models.spec import BlockSpec, LinearShape
 from flora_jax.models.vit_spec import ViTSpec
+from flora_jax.models.windows import relative_position_index
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
     """Turns each pair (i, i + d/2) of a query's or key's dimensions by its patch's position.
 
-    The first half of an uncut head's pairs turns with y, the second with x, both in [-1, 1] from
-    edge to edge; their periods grow geometrically from 1 towards theta. Tokens before those of the
-    patches are not turned.
+    The first half of an uncut head's pairs turns with y, the second with x; their periods grow
+    geometrically towards theta. Tokens before those of the patches are not turned.
 
     Attributes:
       grid_size: patches a side.
+      length, offset: of the ViTSpec's `rope_grid` and `rope_offset`.
       head_dim: of the uncut head, a multiple of 4.
       num_prefix_tokens: before the patches.
       tokens: numbers of the tokens that there are, counted in the uncut image; None for all.
@@ -47,6 +50,8 @@ class Rotary:
     grid_size: int
     head_dim: int
     num_prefix_tokens: int
+    length: float | None = None
+    offset: float = 0
     tokens: tuple[int, ...] | None = None
     pairs: tuple[tuple[int, ...], ...] | None = None
 
@@ -63,9 +68,12 @@ class Rotary:
 def tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine, float32 [H, N, d]; [1, N, d] where all heads are alike."""
     periods = rotary.theta ** (np.arange(rotary.head_dim // 4) / (rotary.head_dim // 4))
-    places = (np.arange(rotary.grid_size) + 0.5) / rotary.grid_size * 2 - 1
+    if rotary.length is None:
+        places = 2 * np.pi * ((np.arange(rotary.grid_size) + 0.5) / rotary.grid_size * 2 - 1)
+    else:
+        places = (np.arange(rotary.grid_size) + rotary.offset) / rotary.grid_size * rotary.length
     grid = np.stack(np.meshgrid(places, places, indexing="ij"), -1).reshape(-1, 2)  # y, x
-    angles = (2 * np.pi * grid[:, :, None] / periods).reshape(len(grid), -1)
+    angles = (grid[:, :, None] / periods).reshape(len(grid), -1)
     angles = np.concatenate([np.zeros((rotary.num_prefix_tokens, angles.shape[1])), angles])
     if rotary.tokens is not None:
         angles = angles[np.array(rotary.tokens)]
@@ -82,7 +90,8 @@ class SelfAttention(Attention):
     key and value are qkv's bias. One constant of that key and value stands for them, with
     log(num_left) added to its logit, which is exact.
 
-    Positions that are `rotary` turn queries and keys.
+    Positions that are `rotary` turn queries and keys. A table of `num_relative` ones holds a bias
+    for each distance of two patches, then from the class token, to it, and its own (BEiT).
     """
 
     def __init__(
@@ -93,12 +102,17 @@ class SelfAttention(Attention):
         rotary: Rotary | None,
         linear: MakeLinear,
         *,
+        num_relative: int = 0,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim = block.num_heads, block.head_dim
         self.num_tokens, self.num_left, self.rotary = qkv.tokens, num_left, rotary
         self.qkv = linear(qkv, block.ranks[0], rngs=rngs)
         self.proj = Linear(block.attention_dim, qkv.in_features, rngs=rngs)
+        init, shape = nnx.initializers.truncated_normal(0.02), (num_relative, block.num_heads)
+        self.relative_position_bias_table = (
+            Undecayed(init(rngs.params(), shape)) if num_relative else None
+        )
 
     def context(self, x: jax.Array) -> jax.Array:
         query, key, value = split_heads(self.qkv(x), self.num_tokens, self.num_heads)
@@ -108,6 +122,9 @@ class SelfAttention(Attention):
         if self.num_left:
             key, value = self._with_constant(key, 1), self._with_constant(value, 2)
             bias[..., -1] = np.log(self.num_left)
+        elif (table := self.relative_position_bias_table) is not None:
+            by_pair = table[distance_index(self.num_tokens - 1)]
+            return merge_heads(attend(query, key, value, by_pair.transpose(2, 0, 1)[None]))
         return merge_heads(attend(query, key, value, bias))
 
     def _with_constant(self, tokens: jax.Array, part: int) -> jax.Array:
@@ -117,6 +134,16 @@ class SelfAttention(Attention):
             bias = whole_bias(self.qkv.bias[...], 3 * self.num_heads * self.head_dim)
             constant += bias.reshape(3, 1, self.num_heads, 1, self.head_dim)[part]
         return jnp.concatenate([tokens, constant], axis=2)
+
+
+@functools.lru_cache
+def distance_index(num_patches: int) -> np.ndarray:
+    """[N, N]: the row of a table of relative positions for two tokens, the class token first."""
+    grid_size = math.isqrt(num_patches)
+    index = np.pad(relative_position_index(grid_size), ((1, 0), (1, 0)))
+    last = (2 * grid_size - 1) ** 2
+    index[0, :], index[:, 0], index[0, 0] = last, last + 1, last + 2
+    return index
 
 
 class TokenSelection(nnx.Module):
@@ -137,14 +164,14 @@ class AttentionPool(nnx.Module):
     """
 
     def __init__(self, spec: ViTSpec, *, rngs: nnx.Rngs):
-        width, self.num_heads = spec.embed_dim, spec.num_heads
+        width, self.num_heads = spec.embed_dim, spec.pool_num_heads or spec.num_heads
         init = nnx.initializers.normal(width**-0.5)
         self.latent = Undecayed(init(rngs.params(), (1, width)))
         self.q = Linear(width, width, rngs=rngs)
         self.kv = Linear(width, 2 * width, rngs=rngs)
         self.proj = Linear(width, width, rngs=rngs)
         self.norm = LayerNorm(width, spec.layer_norm_eps)
-        hidden = spec.mlp_dim
+        hidden = spec.pool_mlp_dim
         fc1, fc2 = Linear(width, hidden, rngs=rngs), Linear(hidden, width, rngs=rngs)
         self.mlp = Mlp(fc1, fc2, spec.activation)
 
@@ -246,12 +273,17 @@ def _blocks(
     ):
         num_left = spec.num_tokens - len(tokens)
         rotary = _rotary(spec, block, tokens)
-        attention = SelfAttention(layers.qkv, num_left, block, rotary, linear, rngs=rngs)
+        attention = SelfAttention(
+            *(layers.qkv, num_left, block, rotary, linear),
+            num_relative=spec.num_relative_positions,
+            rngs=rngs,
+        )
         mlp = Mlp(
             linear(layers.fc1, block.ranks[1], rngs=rngs),
             linear(layers.fc2, block.ranks[2], rngs=rngs),
             spec.activation,
             spec.gated_mlp,
+            _mlp_norm(spec, block),
         )
         selection = None
         if tokens != before:
@@ -259,6 +291,12 @@ def _blocks(
             selection = TokenSelection(len(before), tuple(positions))
         yield make_block(into, attention, mlp, spec.layer_norm_eps, selection)
         before = tokens
+
+
+def _mlp_norm(spec: ViTSpec, block: BlockSpec) -> LayerNorm | None:
+    if not spec.mlp_norm:
+        return None
+    return PartialLayerNorm(block.mlp_dim, spec.mlp_dim, spec.layer_norm_eps)
 
 
 def _rotary(spec: ViTSpec, block: BlockSpec, tokens: tuple[int, ...]) -> Rotary | None:
@@ -269,6 +307,8 @@ def _rotary(spec: ViTSpec, block: BlockSpec, tokens: tuple[int, ...]) -> Rotary 
         grid_size=spec.image_size // spec.patch_size,
         head_dim=spec.embed_dim // spec.num_heads,
         num_prefix_tokens=spec.num_prefix_tokens,
+        length=spec.rope_grid,
+        offset=spec.rope_offset,
         tokens=None if len(tokens) == spec.num_tokens else tokens,
         pairs=block.rotary_pairs,
     )

@@ -30,12 +30,20 @@ class ViTSpec(Spec):
       positions: learned ones, for "all" tokens, for the "patches" alone, or "none".
       rope_theta: the longest period of rotary positions, which turn the patches' queries and keys
         (DINOv3: 100); None for no such positions.
+      rope_grid, rope_offset: rotary positions are counted: the first patch of a row or column is at
+        rope_offset, and a side is rope_grid long (EVA-02: 0 and 16, the patches of pretraining).
+        None: they go from -2 pi to 2 pi.
       pre_norm: a norm before the first block (CLIP).
       patch_bias, qkv_bias, k_bias, head_bias: whether the patch embedding, qkv, in it the key, and
         the head have one.
       activation: of the MLPs: "gelu", "gelu_tanh", "quick_gelu" or "silu".
       gated_mlp: the activation of one product gates another (SwiGLU, where it is "silu"); fc1 is
         both, gate first.
+      pool_num_heads, pool_mlp_ratio: of the pool by "attention"; None: as those of the blocks.
+      relative_positions: a learned bias of each block's attention for each distance of two patches,
+        and three that the class token has part in (BEiT).
+      mlp_norm: a norm of a gated MLP's hidden units (EVA-02). Units that have left count as zeros
+        in it.
       fc_norm: with pool "mean": normalise the mean, and not every token before it.
       layer_scale: files of other libraries scale the outputs of each block's halves. Reading folds
         that into the weights, whatever this field says; True: writing gives scales of one.
@@ -79,6 +87,12 @@ class ViTSpec(Spec):
     layer_scale: bool = later(False)
     outputs: str = later("classes")
     head_bias: bool = later(True)
+    rope_grid: float | None = later(None)
+    rope_offset: float = later(0)
+    mlp_norm: bool = later(False)
+    relative_positions: bool = later(False)
+    pool_num_heads: int | None = later(None)
+    pool_mlp_ratio: float | None = later(None)
 
     def __post_init__(self):
         hold_plain_values(self)
@@ -94,6 +108,13 @@ class ViTSpec(Spec):
         check_known(self, "positions", POSITIONS)
         check_known(self, "activation", tuple(ACTIVATIONS))
         self._check_pool()
+        if self.relative_positions and (not self.class_token or self.num_prefix_tokens > 1):
+            raise InputError(
+                "relative_positions=True is of the patches and a class token: it needs "
+                "class_token=True, and neither registers nor distilled=True"
+            )
+        if self.mlp_norm and not self.gated_mlp:
+            raise InputError("mlp_norm=True needs gated_mlp=True: only such an MLP has a norm here")
         if not self.blocks or self.rope_theta is not None or self.pool == "attention":
             check_multiple(self, "embed_dim", "num_heads")
         if not self.blocks:
@@ -130,6 +151,11 @@ class ViTSpec(Spec):
                 f"pool {self.pool!r} needs class_token=True; without it choose pool 'mean' or "
                 f"'attention'"
             )
+        for name in ("pool_num_heads", "pool_mlp_ratio"):
+            if getattr(self, name) is not None:
+                check_at_least(self, 1, name)
+        if self.pool_num_heads is not None:
+            check_multiple(self, "embed_dim", "pool_num_heads")
         if self.distilled and self.pool != "token":
             raise InputError("distilled=True classifies its two tokens: pool must be 'token'")
 
@@ -140,6 +166,9 @@ class ViTSpec(Spec):
                 raise InputError("blocks have rotary_pairs, but rope_theta is None")
             return
         check_at_least(self, 1, "rope_theta")
+        check_at_least(self, 0, "rope_offset")
+        if self.rope_grid is not None:
+            check_at_least(self, 1, "rope_grid")
         if head_dim % 4:
             raise InputError(
                 f"rotary positions need heads of a width that 4 divides, but embed_dim "
@@ -164,6 +193,8 @@ class ViTSpec(Spec):
             return "the mean over all patches needs every one of them to the end"
         if self.pool == "attention":
             return "the pool attends to every patch at the end"
+        if self.relative_positions:
+            return "each token that left would have another bias, by its distance"
         if self.rope_theta is not None and self.qkv_bias and self.k_bias:
             return (
                 "rotary positions turn the keys' bias, so the tokens that leave are not all alike; "
@@ -175,6 +206,11 @@ class ViTSpec(Spec):
     def mlp_dim(self) -> int:
         """Hidden units of an uncut MLP."""
         return round(self.mlp_ratio * self.embed_dim)
+
+    @property
+    def pool_mlp_dim(self) -> int:
+        """Hidden units of the attention pool's MLP."""
+        return round((self.pool_mlp_ratio or self.mlp_ratio) * self.embed_dim)
 
     @property
     def normalises_pooled(self) -> bool:
@@ -215,6 +251,12 @@ class ViTSpec(Spec):
         return {"all": self.num_embedded_tokens, "patches": num_patches, "none": 0}[self.positions]
 
     @property
+    def num_relative_positions(self) -> int:
+        """Distances of two tokens that have a bias of their own, of each head."""
+        side = 2 * (self.image_size // self.patch_size) - 1
+        return (side**2 + 3) * self.relative_positions
+
+    @property
     def block_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Numbers of the tokens that each block works on."""
         every = tuple(range(self.num_tokens))
@@ -246,7 +288,7 @@ class ViTSpec(Spec):
             total += 2 * self.num_tokens * width * width  # keys and values
             total += 2 * self.num_tokens * width  # of one query, and the mean of the values
             total += 2 * width * width + width  # query and projection, norm
-            total += 2 * width * self.mlp_dim
+            total += 2 * width * self.pool_mlp_dim
         return total + num_heads * self.pooled_dim * self.num_classes
 
     def _params_around_blocks(self) -> int:
@@ -254,9 +296,10 @@ class ViTSpec(Spec):
         total = (self.in_channels * self.patch_size**2 + self.patch_bias) * width
         total += (self.num_prefix_tokens + self.num_positions) * width
         total += (1 + self.pre_norm) * 2 * width
+        total += self.num_relative_positions * sum(block.num_heads for block in self.blocks)
         if self.pool == "attention":
             total += width + 4 * (width + 1) * width + 2 * width  # latent, q, kv, proj, norm
-            total += (width + 1) * self.mlp_dim + (self.mlp_dim + 1) * width
+            total += (width + 1) * self.pool_mlp_dim + (self.pool_mlp_dim + 1) * width
         return total + num_heads * (self.pooled_dim + self.head_bias) * self.num_classes
 
 

@@ -2,9 +2,11 @@
 
 import abc
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flora_jax.models.layers import Attention, Linear, MakeLinear, attend, merge_heads, split_heads
@@ -97,3 +99,11 @@ class WindowAttention(Attention):
         query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
         mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
         return merge_heads(mixed)
+
+
+@functools.lru_cache
+def relative_position_index(window_size: int) -> np.ndarray:
+    """[T, T]: the row of the table that holds the bias between two tokens of a window."""
+    row, column = np.divmod(np.arange(window_size**2), window_size)
+    rows, columns = row[:, None] - row, column[:, None] - column
+    return (rows + window_size - 1) * (2 * window_size - 1) + columns + window_size - 1

@@ -186,6 +186,9 @@ def _fold(parameters, name: str, block: BlockSpec, attn_gate, mlp_gate, token_ga
     if f"{name}.attn.qkv.bias" in parameters:  # that of the key may be missing
         factors["attn.qkv.bias"] = per_column[: len(parameters[f"{name}.attn.qkv.bias"])]
     factors["mlp.fc2.kernel"] = mlp_gate[:, None]
+    if f"{name}.mlp.norm.scale" in parameters:  # before which it multiplies the value
+        gate_and_value = np.concatenate([np.ones_like(mlp_gate), mlp_gate])
+        factors |= {"mlp.fc1.kernel": gate_and_value, "mlp.fc1.bias": gate_and_value}
     for norm in ("norm1", "norm2"):
         factors |= {f"{norm}.scale": token_gate, f"{norm}.bias": token_gate}
     for part, factor in factors.items():
@@ -229,3 +232,10 @@ def _cut_mlp(parameters, name: str, mlp_dim: int, mask) -> None:
     parameters[f"{name}.fc1.bias"] = parameters[f"{name}.fc1.bias"][columns]
     fc2 = parameters[f"{name}.fc2.kernel"][order]
     parameters[f"{name}.fc2.kernel"] = np.where(mask[order, None], fc2, 0)
+    if f"{name}.norm.scale" in parameters:  # in which what fills up counts as zero
+        stays = np.concatenate([np.ones(mlp_dim, bool), mask[order]])
+        for part in ("kernel", "bias"):
+            array = parameters[f"{name}.fc1.{part}"]
+            parameters[f"{name}.fc1.{part}"] = np.where(stays, array, 0)
+        for part in ("scale", "bias"):
+            parameters[f"{name}.norm.{part}"] = parameters[f"{name}.norm.{part}"][order]

@@ -53,7 +53,10 @@ class GatedQkv(Linear):
 
 
 class GatedFc2(Linear):
-    """fc2 whose input, the hidden units after GELU, is multiplied per unit."""
+    """fc2 whose input, the hidden units after GELU, is multiplied per unit.
+
+    Where these are normalised, their gates multiply them before, too (`Mlp.hidden`).
+    """
 
     def __init__(self, layer: LinearShape, *, rngs: nnx.Rngs):
         super().__init__(layer.in_features, layer.out_features, rngs=rngs)

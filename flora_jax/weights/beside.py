@@ -19,7 +19,10 @@ from flora_jax.weights.metadata.spec import CONFIG_FILE, read_config
 
 log = logging.getLogger(__name__)
 
-_FACTS = ("num_heads", "layer_norm_eps", "activation", "rope_theta")
+_FACTS = (
+    *("num_heads", "layer_norm_eps", "activation", "rope_theta", "rope_grid", "rope_offset"),
+    "pool_num_heads",
+)
 _OF_THE_CLASSIFIER = ("pool", "fc_norm")
 
 

@@ -21,7 +21,7 @@ _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?)\d*([._-]|$)", re.IGNOR
 # network for texts.
 _NO_WEIGHT = re.compile(
     r"(^|\.)((relative_position_index|attention_bias_idxs|attn_mask|position_ids|num_batches_tracked|n_averaged"
-    r"|mask_token|logit_scale|logit_bias|rope_embed\.periods|qkv\.bias_mask)$"
+    r"|mask_token|logit_scale|logit_bias|rope_embed\.periods|rope\.freqs_(cos|sin)|qkv\.bias_mask)$"
     r"|(pooler\.dense|text_model|text_projection|visual_projection|local_cls_norm)\.)"
     r"|(^|\.)visual\.head\.|^proj$"  # OpenCLIP's last projection
 )
@@ -32,12 +32,16 @@ _CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(?=\d+\.)")
 
 
 class Layout(NamedTuple):
-    """The names of a family's weights in one library; `signature` is in one name of each file."""
+    """The names of a family's weights in one library.
+
+    `signature` is in one name of each file, `lacks` in none.
+    """
 
     title: str
     family: str
     table: Callable[..., Table]
     signature: str
+    lacks: str = "$^"
 
     def offset(self, spec: Spec, keys: Collection[str]) -> float | None:
         """How the library of the weights interpolates positions, as `resample_pos_embed` takes it.
@@ -64,7 +68,10 @@ LAYOUTS = [
     ),
     Layout("flora_jax TinyViT", "tiny_vit", layouts.own, rf"{_BLOCKS}attn\.attention_biases$"),
     Layout("timm Swin", "swin", layouts.timm_swin, rf"layers\.\d+\.{_BLOCKS}"),
-    Layout("flora_jax Swin", "swin", layouts.own, rf"{_BLOCKS}attn\.relative_position_bias_table$"),
+    Layout(
+        *("flora_jax Swin", "swin", layouts.own),
+        *(rf"{_BLOCKS}attn\.relative_position_bias_table$", "cls_token$"),
+    ),
     Layout("flora_jax ViT", "vit", layouts.own, rf"{_BLOCKS}attn\.proj\.kernel$"),
     Layout("OpenCLIP ViT", "vit", layouts.open_clip_vit, rf"transformer\.res{_BLOCKS}"),
     Layout("timm ViT", "vit", layouts.timm_vit, _BLOCKS),
@@ -77,8 +84,11 @@ def detect(keys: Collection[str], spec: Spec) -> Layout:
     Raises:
       InputError: none of LAYOUTS, or one of another family than the spec's.
     """
-    signatures = {layout: re.compile(rf"(^|\.)({layout.signature})") for layout in LAYOUTS}
-    found = (layout for layout, signature in signatures.items() if any(map(signature.search, keys)))
+
+    def have(pattern: str) -> bool:
+        return any(map(re.compile(rf"(^|\.)({pattern})").search, keys))
+
+    found = (each for each in LAYOUTS if have(each.signature) and not have(each.lacks))
     layout = next(found, None)
     if layout is None:
         expected = [source for row in layouts.timm(spec) for source in row.sources]

@@ -21,6 +21,7 @@ from flora_jax.weights.name_map import (
     TRANSPOSED,
     WITHOUT_KEY,
     Change,
+    InterleavedRow,
     Kind,
     Names,
     Row,
@@ -53,7 +54,7 @@ def _alike(kind: Kind, *names: str) -> Names:
     return [(name, name, kind) for name in names]
 
 
-# timm's ViT, DeiT and EVA, and the releases of DeiT, DINOv2 and DINOv3.
+# timm's ViT, DeiT, EVA and BEiT, and the releases of DeiT, DINOv2, DINOv3 and EVA-02.
 _TIMM_VIT: Names = [
     *_alike(token, "cls_token", "dist_token", "pos_embed", "attn_pool.latent"),
     ("reg_token", "reg_token|register_tokens|storage_tokens", token),
@@ -62,7 +63,10 @@ _TIMM_VIT: Names = [
     ("norm", "{norm}", norm),
     *_alike(linear, "attn_pool.q", "attn_pool.kv", "attn_pool.proj", "head", "head_dist"),
     *_alike(linear, "attn_pool.mlp.fc1", "attn_pool.mlp.fc2", *_BLOCK_LINEARS),
+    (".attn.qkv", ".attn.[q_proj k_proj v_proj]", linear),
+    (f".attn.{_BIAS_TABLE}", f".attn.{_BIAS_TABLE}|rel_pos_bias.{_BIAS_TABLE}", array),
     (".mlp.fc1", ".mlp.[fc1_g fc1_x]|.mlp.[w1 w2]|.mlp.w12", linear),  # gated
+    (".mlp.norm", ".mlp.norm|.mlp.ffn_ln", norm),
     (".mlp.fc2", ".mlp.fc2|.mlp.w3", linear),
     (".attn.proj.gamma", ".ls1.gamma|.gamma_1", layer_scale),
     (".mlp.fc2.gamma", ".ls2.gamma|.gamma_2", layer_scale),
@@ -98,9 +102,9 @@ _TIMM_TINY_VIT: Names = [
     ("head", "head.fc", linear),
 ]
 
-# transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP: {at} stands before the encoder's names.
-# It writes the names of its version 4, which are the first, to every file; version 5 has others in
-# memory.
+# transformers' ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP and SigLIP: {at} stands before the encoder's
+# names. It writes the names of its version 4, which are the first, to every file; version 5 has
+# others in memory.
 _HUGGING_FACE_VIT: Names = [
     ("cls_token", "{at}embeddings.cls_token", token),
     ("cls_token", "{at}embeddings.class_embedding", vector),
@@ -111,7 +115,7 @@ _HUGGING_FACE_VIT: Names = [
     ("patch_embed.proj", "{at}embeddings.patch_embeddings.projection", patches),
     ("patch_embed.proj", "{at}embeddings.patch_embeddings|{at}embeddings.patch_embedding", patches),
     ("norm_pre", "{at}pre_layrnorm", norm),
-    ("norm", "{at}layernorm|{at}norm|{at}post_layernorm", norm),
+    ("norm", "{at}layernorm|{at}norm|{at}post_layernorm|{at}pooler.layernorm", norm),
     ("attn_pool.latent", "{at}head.probe", token),
     ("attn_pool.q", "{at}head.attention", query),
     ("attn_pool.kv", "{at}head.attention", key_and_value),
@@ -125,12 +129,16 @@ _HUGGING_FACE_VIT: Names = [
     (".attn.qkv", ".attention.attention.[query key value]", linear),
     (".attn.qkv", ".attention.[q_proj k_proj v_proj]|.self_attn.[q_proj k_proj v_proj]", linear),
     (".attn.proj", ".attention.output.dense|.attention.o_proj|.self_attn.out_proj", linear),
-    (".attn.proj.gamma", ".layer_scale1.lambda1", layer_scale),
+    (f".attn.{_BIAS_TABLE}", f".attention.attention.relative_position_bias.{_BIAS_TABLE}", array),
+    (f".attn.{_BIAS_TABLE}", f".relative_position_bias.{_BIAS_TABLE}", array),
+    (f".attn.{_BIAS_TABLE}", f"{{at}}encoder.relative_position_bias.{_BIAS_TABLE}", array),
+    (f".attn.{_BIAS_TABLE}", f"{{at}}shared_position_bias.{_BIAS_TABLE}", array),
+    (".attn.proj.gamma", ".layer_scale1.lambda1|.lambda_1", layer_scale),
     (".norm2", ".layernorm_after|.norm2|.layer_norm2", norm),
     (".mlp.fc1", ".intermediate.dense|.mlp.fc1|.mlp.weights_in", linear),
     (".mlp.fc1", ".mlp.[gate_proj up_proj]|.mlp.up_proj", linear),
     (".mlp.fc2", ".output.dense|.mlp.fc2|.mlp.down_proj|.mlp.weights_out", linear),
-    (".mlp.fc2.gamma", ".layer_scale2.lambda1", layer_scale),
+    (".mlp.fc2.gamma", ".layer_scale2.lambda1|.lambda_2", layer_scale),
 ]
 
 # transformers' Swin.
@@ -188,28 +196,54 @@ def own(spec: Spec, keys: Collection[str] = ()) -> Table:
 
 
 def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    if not keys:  # a file to write: EVA, which runs DINOv3 in timm, has other names than its ViT
-        is_eva = spec.rope_theta is not None
-        scales = ("gamma_1", "gamma_2") if is_eva else ("ls1.gamma", "ls2.gamma")
-        parted = is_eva and spec.gated_mlp and not any(spec.ranks)
-        written = (*scales * spec.layer_scale, *["mlp.fc1_g.weight"] * parted)
+    if (
+        not keys
+    ):  # a file to write: BEiT and EVA, which runs DINOv3 in timm, have names of their own
+        is_eva, is_dense = spec.rope_theta is not None, not any(spec.ranks)
+        scales = (
+            ("gamma_1", "gamma_2")
+            if is_eva or spec.relative_positions
+            else ("ls1.gamma", "ls2.gamma")
+        )
+        parted = is_eva and spec.gated_mlp and (spec.mlp_norm or spec.rope_grid is None)
+        written = (
+            *scales * spec.layer_scale,
+            *["mlp.fc1_g.weight"] * (parted and is_dense),
+            *["attn.q_proj.weight"] * (spec.mlp_norm and is_dense),
+        )
         keys = [f"blocks.0.{name}" for name in written]
     last_norm = "fc_norm" if spec.normalises_pooled else "norm"
     rows = name_map(spec, _TIMM_VIT, keys, layer="blocks.{block}", norm=last_norm)
     if not spec.k_bias:
-        rows = [_without_key(row, is_masked="storage_tokens" in keys) for row in rows]
+        rows = [_without_key(row, keys) for row in rows]
+    if spec.rope_grid is not None:
+        rows = [_interleaved(row, spec) for row in rows]
     return _positions_first(spec, rows)
 
 
-def _without_key(row: Row, is_masked: bool) -> Row:
+def _without_key(row: Row, keys: Collection[str]) -> Row:
     """The bias of qkv where the key has none; DINOv3's release has one, and masks it out."""
-    (source, *_) = row.sources
-    layer = source.removesuffix("qkv.bias")
-    if layer == source:
+    layer, _, parameter = row.sources[0].rpartition("attn.")
+    if parameter == "q_proj.bias" and f"{layer}attn.q_bias" not in keys:
+        return dataclasses.replace(row, sources=row.sources[::2])
+    if parameter not in ("qkv.bias", "q_proj.bias"):
         return row
-    if is_masked:
+    if "storage_tokens" in keys:
         return Row(row.target, row.sources, WITHOUT_KEY)
-    return Row(row.target, (f"{layer}q_bias", f"{layer}v_bias"))
+    return Row(row.target, (f"{layer}attn.q_bias", f"{layer}attn.v_bias"))
+
+
+def _interleaved(row: Row, spec: ViTSpec) -> Row:
+    """qkv's rows of EVA; Perception Encoder, with a norm before the blocks, turns x before y."""
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(?!down)\w+", row.target)
+    if match is None:
+        return row
+    block = spec.blocks[int(match[1])]
+    pairs = np.arange(block.head_dim // 2)
+    if spec.pre_norm and block.rotary_pairs is None:
+        pairs = np.roll(pairs, len(pairs) // 2)
+    order = tuple(pairs.tolist())
+    return InterleavedRow(row.target, row.sources, row.change, block.num_heads, order)
 
 
 def _positions_first(spec: ViTSpec, rows: Table) -> Table:
@@ -269,7 +303,8 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
     at, keys = _encoder(keys, "deit." if spec.distilled else "vit.")
     pattern = re.compile(re.escape(at) + _FIRST_NORM)
     first = next(filter(None, map(pattern.match, keys)), None)
-    if spec.pool != "token" and first and first[2] == "layernorm_before":
+    is_of_tokens = first and first[2] == "layernorm_before" and f"{at}layernorm.weight" in keys
+    if spec.pool != "token" and is_of_tokens:
         raise InputError(f"pool is {spec.pool!r} in the spec, and 'token' in the file")
     classifier = "cls_classifier" if spec.distilled else "classifier"
     rows = name_map(

@@ -200,6 +200,10 @@ def _resampled(
 ) -> np.ndarray:
     """Positions [n, D] taken to the number that the spec has, float32 of this shape."""
     try:
+        if row.target.endswith(_BIAS_TABLE) and isinstance(spec, ViTSpec):
+            table, of_class_token = np.split(array, [-3])
+            table = resample_relative_position_table(table, (math.isqrt(shape[0] - 3) + 1) // 2)
+            return np.concatenate([table, of_class_token])
         if row.target.endswith(_BIAS_TABLE):
             return resample_relative_position_table(array, (math.isqrt(shape[0]) + 1) // 2)
         if row.target.endswith(_DISTANCE_TABLE):

@@ -107,6 +107,33 @@ class ScaledRow(Row):
         return own._parts(array) | {self.sources[-1]: np.ones(array.shape[-1], array.dtype)}
 
 
+@dataclasses.dataclass(frozen=True)
+class InterleavedRow(Row):
+    """qkv, where a file has both dimensions of a rotary pair side by side: (2i, 2i+1).
+
+    `pairs` are their numbers there for those of a head here, where they are (i, i + d/2).
+    """
+
+    num_heads: int = 1
+    pairs: tuple[int, ...] = ()
+
+    def _whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return self._ordered(super()._whole(arrays), self._order)
+
+    def _parts(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        return super()._parts(self._ordered(array, np.argsort(self._order)))
+
+    @property
+    def _order(self) -> np.ndarray:
+        return np.concatenate([2 * np.array(self.pairs), 2 * np.array(self.pairs) + 1])
+
+    def _ordered(self, array: np.ndarray, order: np.ndarray) -> np.ndarray:
+        by_head = array.reshape(*array.shape[:-1], -1, len(order))
+        turned, values = by_head[..., order], slice(-self.num_heads, None)
+        turned[..., values, :] = by_head[..., values, :]
+        return turned.reshape(array.shape)
+
+
 class WithPosition(Row):
     """A class token whose position is stored with those of the patches, and is added to it.
 
@@ -326,6 +353,7 @@ def _absent(spec: Spec) -> re.Pattern:
     """The beginnings of names of what this spec lacks and others of its family have."""
     options: dict[str, object] = {
         r"blocks\.\d+\.attn\.qkv\.bias": spec.qkv_bias,
+        r"blocks\.\d+\.mlp\.norm": spec.mlp_norm,
         r"head(_dist)?\.": spec.num_classes,
         r"head(_dist)?\.bias": spec.head_bias,
     }
@@ -337,6 +365,7 @@ def _absent(spec: Spec) -> re.Pattern:
             "pos_embed": spec.num_positions,
             r"patch_embed\.proj\.bias": spec.patch_bias,
             "norm_pre": spec.pre_norm,
+            r"blocks\.\d+\.attn\.relative_position_bias_table": spec.relative_positions,
             "attn_pool": spec.pool == "attention",
         }
     elif isinstance(spec, SwinSpec):

@@ -58,6 +58,8 @@ NETWORKS = {
     "low rank, gated": lambda: low_rank(modern.model("timm_dinov3_swiglu")),
     "slim, tokens stay": lambda: slimmed(modern.shallow("timm_siglip_gap", 1)),
     "slim, rotary": lambda: slimmed(modern.shallow("hf_dinov3", 2)),
+    "slim, normed MLP": lambda: slimmed(modern.shallow("timm_eva02", 2)),
+    "slim, relative positions": lambda: slimmed(modern.shallow("timm_beitv2", 2)),
     "slim, registers": lambda: slimmed(modern.shallow("timm_dinov2_registers", 2)),
     "low rank on slim": lambda: low_rank(slimmed(TINY_VIT)),
     "swin": lambda: random_model(_like(SHIFTED_SWIN, qkv_bias=False)),

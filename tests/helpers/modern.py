@@ -30,8 +30,35 @@ _DINOV3 = _like(
     fc_norm=False,
     qkv_bias=False,
 )
+_EVA02 = _like(
+    MICRO,
+    image_size=42,
+    patch_size=14,
+    rope_theta=10000.0,
+    rope_grid=16,
+    k_bias=False,
+    gated_mlp=True,
+    activation="silu",
+    mlp_ratio=8 / 3,
+    pool="mean",
+)
+_BEIT = _like(
+    MICRO, positions="none", relative_positions=True, k_bias=False, pool="mean", layer_scale=True
+)
 _CLIP = _like(MICRO, pre_norm=True, patch_bias=False, activation="quick_gelu", layer_norm_eps=1e-5)
 _SIGLIP = _like(MICRO, class_token=False, pool="attention", num_classes=0)
+
+_PE = _like(
+    MICRO,
+    pre_norm=True,
+    patch_bias=False,
+    layer_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_grid=14,
+    rope_offset=1,
+    pool="attention",
+    pool_num_heads=8,
+)
 
 TINY_VIT = flora.TinyViTSpec(
     image_size=64,
@@ -48,10 +75,15 @@ SPECS = {
     "timm_dinov2_registers": _DINOV2_REGISTERS,
     "timm_dinov3": _DINOV3,
     "timm_dinov3_swiglu": _like(_DINOV3, gated_mlp=True, activation="silu"),
+    "timm_eva02": _like(_EVA02, mlp_norm=True),
+    "timm_eva02_packed": _EVA02,
+    "timm_beitv2": _BEIT,
+    "timm_pe": _PE,
     "timm_clip": _CLIP,
     "timm_siglip": _SIGLIP,
     "timm_siglip_gap": _like(MICRO, class_token=False, pool="mean", fc_norm=False),
     "timm_augreg_no_head": _like(MICRO, num_classes=0),
+    "hf_beit": _like(_BEIT, layer_norm_eps=1e-12),
     "hf_clip": _like(_CLIP, num_classes=0),
     "hf_deit_one_head": _like(MICRO, num_registers=1, layer_norm_eps=1e-12),
     "hf_dinov2": _DINOV2,

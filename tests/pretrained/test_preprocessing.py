@@ -43,6 +43,10 @@ PROCESSORS = {
         {"feature_extractor_type": "DeiTFeatureExtractor", "size": 110, "crop_size": 98},
         Preprocessing(98, STANDARD, STANDARD, 98 / 110, "squash_center", "bicubic"),
     ),
+    "beit": (
+        {"feature_extractor_type": "BeitFeatureExtractor", "do_center_crop": False, "size": 90},
+        Preprocessing(90, STANDARD, STANDARD, 0.875, "squash", "bicubic"),
+    ),
     "dinov3": (
         {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": [80, 80]},
         Preprocessing(80, *IMAGENET, 0.875, "squash", "bilinear"),
@@ -90,7 +94,7 @@ def test_processor_beside_that_of_texts(tmp_path):
     assert flora.read_preprocessing(tmp_path).crop_mode == "squash"
 
 
-@pytest.mark.parametrize("name", ["vit", "clip_before_2022", "dinov2", "deit", "siglip"])
+@pytest.mark.parametrize("name", ["vit", "clip_before_2022", "dinov2", "deit", "beit", "siglip"])
 def test_pixels_are_those_of_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers", reason="compares with image processors")
     written(tmp_path, preprocessor_config=PROCESSORS[name][0], config={"model_type": "vit"})

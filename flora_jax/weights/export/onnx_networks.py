@@ -13,13 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.errors import InputError
-from flora_jax.models.layers import LayerNorm, Linear, LowRankLinear, Mlp, whole_bias
+from flora_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    LowRankLinear,
+    Mlp,
+    PartialLayerNorm,
+    whole_bias,
+)
 from flora_jax.models.network import Block, Network, PatchEmbed
 from flora_jax.models.swin import (
     PatchMerging,
     ShiftedWindowAttention,
     Swin,
-    relative_position_index,
     shift_mask,
 )
 from flora_jax.models.tiny_vit import (
@@ -30,8 +36,16 @@ from flora_jax.models.tiny_vit import (
     PointDepthPoint,
     TinyViT,
 )
-from flora_jax.models.vit import AttentionPool, Rotary, SelfAttention, TokenSelection, ViT, tables
-from flora_jax.models.windows import WindowAttention, Windows
+from flora_jax.models.vit import (
+    AttentionPool,
+    Rotary,
+    SelfAttention,
+    TokenSelection,
+    ViT,
+    distance_index,
+    tables,
+)
+from flora_jax.models.windows import WindowAttention, Windows, relative_position_index
 
 # Gelu came with 20, and nothing newer is needed: the lowest that has every operation is what most
 # runtimes take (ONNX Runtime from 1.17).
@@ -175,12 +189,25 @@ def _norm(graph: Graph, norm: LayerNorm, x: Value) -> Value:
     return graph.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.epsilon)
 
 
+def _partial_norm(graph: Graph, norm: PartialLayerNorm, x: Value) -> Value:
+    if not norm.num_left:
+        return _norm(graph, norm, x)
+    size, uncut = len(norm.scale), len(norm.scale) + norm.num_left
+    whole = graph.node("Pad", x, [0, 0, 0, 0, 0, norm.num_left])
+    ones = np.ones(uncut, np.float32)
+    normal = graph.node("LayerNormalization", whole, ones, axis=-1, epsilon=norm.epsilon)
+    normal = graph.node("Slice", normal, [0], [size], [2])
+    scaled = graph.node("Mul", normal, graph.parameter("scale", norm.scale))
+    return graph.node("Add", scaled, graph.parameter("bias", norm.bias))
+
+
 def _mlp(graph: Graph, mlp: Mlp, x: Value) -> Value:
     hidden, activate = _inside(graph, mlp, "fc1", x), _ACTIVATIONS[mlp.activation]
     if not mlp.is_gated:
         return _inside(graph, mlp, "fc2", activate(graph, hidden))
     gate, value = graph.nodes("Split", 2, hidden, axis=-1, num_outputs=2)
-    return _inside(graph, mlp, "fc2", graph.node("Mul", activate(graph, gate), value))
+    hidden = graph.node("Mul", activate(graph, gate), value)
+    return _inside(graph, mlp, "fc2", _inside(graph, mlp, "norm", hidden))
 
 
 def _gelu(graph: Graph, x: Value, approximate: str = "none") -> Value:
@@ -291,7 +318,9 @@ def _attention(graph: Graph, attention: SelfAttention, x: Value) -> Value:
     query, key, value = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape)
     if attention.rotary is not None:
         query, key = (_turned(graph, attention.rotary, part) for part in (query, key))
-    biases = []
+    biases: list[Any] = []
+    if attention.relative_position_bias_table is not None:
+        biases.append(_table_bias(graph, attention, distance_index(attention.num_tokens - 1)))
     if attention.num_left:
         _, key_left, value_left = _constants(attention)
         key = graph.node("Concat", key, _for_each_image(graph, x, key_left), axis=2)
@@ -322,13 +351,17 @@ def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
 
 def _shifted_attention(graph: Graph, attention: ShiftedWindowAttention, x: Value) -> Value:
     windows = attention.windows
-    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
-    by_pair = graph.node("Gather", table, relative_position_index(windows.window_size), axis=0)
-    biases: list[Any] = [graph.node("Transpose", by_pair, perm=[2, 0, 1])]
+    index = relative_position_index(windows.window_size)
+    biases: list[Any] = [_table_bias(graph, attention, index)]
     if windows.shift:
         mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
         biases.append(mask[:, None])
     return _window_attention(graph, attention, biases, x)
+
+
+def _table_bias(graph: Graph, attention: Any, index: np.ndarray) -> Value:
+    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
+    return graph.node("Transpose", graph.node("Gather", table, index, axis=0), perm=[2, 0, 1])
 
 
 def _mirrored_attention(graph: Graph, attention: MirroredWindowAttention, x: Value) -> Value:
@@ -499,6 +532,7 @@ _MODULES: dict[type, Callable[[Graph, Any, Value], Value]] = {
     Linear: _linear,
     LowRankLinear: _linear,
     LayerNorm: _norm,
+    PartialLayerNorm: _partial_norm,
     Mlp: _mlp,
     Block: _block,
     SelfAttention: _attention,

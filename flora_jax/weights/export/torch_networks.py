@@ -30,6 +30,8 @@ class Spec(SimpleNamespace):
     num_registers, positions, rope_theta, rotary_pairs = 0, "all", None, None
     pre_norm, patch_bias, activation, gated_mlp, fc_norm = False, True, "gelu", False, True
     outputs, head_bias = "classes", True
+    rope_grid, rope_offset, mlp_norm, relative_positions = None, 0, False, False
+    pool_num_heads, pool_mlp_ratio = None, None
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -80,6 +82,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, spec.layer_norm_eps)
         gated = spec.gated_mlp
         self.mlp = Mlp(width, block.mlp_dim, spec.activation, gated, block.ranks[1:])
+        if spec.mlp_norm:
+            uncut = round(spec.mlp_ratio * width)
+            self.mlp.norm = PartialLayerNorm(block.mlp_dim, uncut, spec.layer_norm_eps)
 
     def forward(self, x):
         x = self.downsample(x)
@@ -104,7 +109,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width, hidden, activation, gated=False, ranks=(None, None)):
         super().__init__()
-        self.activation, self.gated = activation, gated
+        self.activation, self.gated, self.norm = activation, gated, nn.Identity()
         self.fc1 = linear(width, 2 * hidden if gated else hidden, ranks[0])
         self.fc2 = linear(hidden, width, ranks[1])
 
@@ -113,7 +118,22 @@ class Mlp(nn.Module):
         if not self.gated:
             return self.fc2(activate(x))
         gate, value = x.chunk(2, dim=-1)
-        return self.fc2(activate(gate) * value)
+        return self.fc2(self.norm(activate(gate) * value))
+
+
+class PartialLayerNorm(nn.LayerNorm):
+    """A norm of features, some of whose `uncut` ones have left: they count as zeros."""
+
+    def __init__(self, features, uncut, epsilon):
+        super().__init__(features, epsilon)
+        self.left = uncut - features
+
+    def forward(self, x):
+        if not self.left:
+            return super().forward(x)
+        whole, size = F.pad(x, (0, self.left)), x.shape[-1]
+        normal = F.layer_norm(whole, whole.shape[-1:], eps=self.eps)[..., :size]
+        return normal * self.weight + self.bias
 
 
 def embedding(number, width):
@@ -221,6 +241,19 @@ class Attention(nn.Module):
         self.rotary = None if spec.rope_theta is None else Rotary(spec, block, tokens, num_left)
         bias = torch.tensor([[0.0] * len(tokens) + [math.log(num_left)]]) if num_left else None
         self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("distance", None, persistent=False)
+        if spec.relative_positions:
+            self._add_table(spec.image_size // spec.patch_size)
+
+    def _add_table(self, side):
+        """Biases by the distance of two patches, from the class token, to it, and its own."""
+        last = (2 * side - 1) ** 2
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(last + 3, self.num_heads))
+        place = torch.cartesian_prod(*[torch.arange(side)] * 2)
+        index = ShiftedWindowAttention.index_of(place[:, None] - place, side)
+        index = F.pad(index, (1, 0, 1, 0))
+        index[0, :], index[:, 0], index[0, 0] = last, last + 1, last + 2
+        self.register_buffer("distance", index, persistent=False)
 
     def forward(self, x):
         num_tokens = x.shape[1]
@@ -229,22 +262,30 @@ class Attention(nn.Module):
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        return self.proj(attend(query[:, :, :num_tokens], key, value, self.bias))
+        bias = self.bias
+        if self.distance is not None:
+            bias = self.relative_position_bias_table[self.distance].permute(2, 0, 1)
+        return self.proj(attend(query[:, :, :num_tokens], key, value, bias))
 
 
 class Rotary(nn.Module):
     """Turns the pairs (i, i + d/2) of queries or keys [B, H, N, d] by their patches' places.
 
     The first half of a head's pairs turns with y, the second with x; other tokens do not turn.
+    A side goes from -2 pi to 2 pi, or is rope_grid long from rope_offset on.
     """
 
     def __init__(self, spec, block, tokens, num_left):
         super().__init__()
         side, half = spec.image_size // spec.patch_size, spec.embed_dim // spec.num_heads // 4
         periods = spec.rope_theta ** (torch.arange(half, dtype=torch.float64) / half)
-        places = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1
+        places = torch.arange(side, dtype=torch.float64)
+        if spec.rope_grid is None:
+            places = 2 * math.pi * ((places + 0.5) / side * 2 - 1)
+        else:
+            places = (places + spec.rope_offset) / side * spec.rope_grid
         places = torch.cartesian_prod(places, places)  # y, x of each patch
-        angles = (2 * math.pi * places[:, :, None] / periods).flatten(1)
+        angles = (places[:, :, None] / periods).flatten(1)
         num_prefix = spec.class_token + spec.distilled + spec.num_registers
         angles = F.pad(angles, (0, 0, num_prefix, 1))[[*tokens, -1] if num_left else tokens]
         if block.rotary_pairs is not None:  # those of each head that are left
@@ -263,12 +304,13 @@ class AttentionPool(nn.Module):
 
     def __init__(self, spec):
         super().__init__()
-        self.num_heads, width = spec.num_heads, spec.embed_dim
+        self.num_heads, width = spec.pool_num_heads or spec.num_heads, spec.embed_dim
         self.latent = embedding(1, width)
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, spec.layer_norm_eps)
-        self.mlp = Mlp(width, round(spec.mlp_ratio * width), spec.activation)
+        ratio = spec.pool_mlp_ratio or spec.mlp_ratio
+        self.mlp = Mlp(width, round(ratio * width), spec.activation)
 
     def forward(self, tokens):
         latent = self.latent.expand(tokens.shape[0], -1, -1)

@@ -59,6 +59,23 @@ def _deit(config: Fields) -> ViTSpec:
     return dataclasses.replace(_vit(config), blocks=(), **own)
 
 
+def _beit(config: Fields) -> ViTSpec:
+    """A table of biases that all blocks share becomes one of each."""
+    shared, own = (config.flag(f"use_{w}relative_position_bias", False) for w in ("shared_", ""))
+    if shared and own:
+        raise InputError("relative position biases are shared and of each block: one of them here")
+    has_positions = config.flag("use_absolute_position_embeddings", False)
+    return ViTSpec(
+        **_plain(config, layer_norm_eps=1e-12),
+        **_head(config),
+        k_bias=False,
+        pool="mean" if config.flag("use_mean_pooling", True) else "token",
+        positions="all" if has_positions else "none",
+        relative_positions=shared or own,
+        layer_scale=config.number("layer_scale_init_value", 0.1) > 0,
+    )
+
+
 def _dinov2(config: Fields) -> ViTSpec:
     fields = _plain(config, layer_norm_eps=1e-6, patch_size=14)
     mlp_ratio = fields["mlp_ratio"] = config.number("mlp_ratio", 4)
@@ -148,6 +165,7 @@ def _swin(config: Fields) -> SwinSpec:
 _READERS: dict[str, Callable[[Fields], Spec]] = {
     "vit": _vit,
     "deit": _deit,
+    "beit": _beit,
     "dinov2": _dinov2,
     "dinov2_with_registers": _dinov2,
     "dinov3_vit": _dinov3,

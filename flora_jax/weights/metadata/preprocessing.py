@@ -35,6 +35,7 @@ _CLIP = _CROPPED | _OPENAI | {"size": {"shortest_edge": 224}}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _SQUARE | _STANDARD | {"resample": _BILINEAR},
     "DeiTImageProcessor": _SQUARE | _STANDARD | _CROPPED | {"size": {"height": 256, "width": 256}},
+    "BeitImageProcessor": _SQUARE | _STANDARD | {"crop_size": _224, "resample": _BICUBIC},
     "SiglipImageProcessor": _STANDARD | {"size": _224, "resample": _BICUBIC},
     "DINOv3ViTImageProcessor": _SQUARE | _IMAGENET | {"resample": _BILINEAR},
     "CLIPImageProcessor": _CLIP,
@@ -42,7 +43,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Of a file that does not name one, by the beginning of the network's model_type.
 _PROCESSORS = {"vit": "ViT", "swin": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}
-_PROCESSORS |= {"dinov2": "Bit", "dinov3": "DINOv3ViT"}
+_PROCESSORS |= {"beit": "Beit", "dinov2": "Bit", "dinov3": "DINOv3ViT"}
 
 
 def read_preprocessing(folder: epath.PathLike) -> Preprocessing | None:

@@ -29,6 +29,7 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {  # width, depth, heads, MLP r
     "gigantic": (1664, 48, 16, 64 / 13),
     "7b": (4096, 40, 32, 2),
 }
+_FAMILIES = "vit_pe_core|vit|deit|deit3|eva02|beit|beitv2"  # of ViTs
 _PROJECTIONS = (512, 640, 768, 1024, 1280)  # the widths of CLIP's joint spaces
 _OF_CLIP = re.compile(r"openai|laion|datacomp|dfn|metaclip|tinyclip")
 _POOLS = {"token": "token", "avg": "mean", "map": "attention"}
@@ -52,8 +53,13 @@ _OF_VIT = (
     | _as(Fields.size, "embed_dim", "depth", "num_heads")
     | _as(Fields.count, reg_tokens="num_registers", num_reg_tokens="num_registers")
     | _as(Fields.flag, "qkv_bias", "class_token", "pre_norm", swiglu_mlp="gated_mlp")
+    | _as(Fields.flag, scale_mlp="mlp_norm", use_rel_pos_bias="relative_positions")
     | _as(Fields.text, act_layer="activation")
-    | _as(Fields.number, "layer_norm_eps")
+    | _as(Fields.flag, use_pre_transformer_norm="pre_norm")
+    | _as(Fields.number, "layer_norm_eps", rope_temperature="rope_theta")
+    | _as(Fields.number, rope_grid_offset="rope_offset", attn_pool_mlp_ratio="pool_mlp_ratio")
+    | _as(Fields.size, attn_pool_num_heads="pool_num_heads")
+    | _as(Fields.side, ref_feat_shape="rope_grid")
 )
 # Those of a ViT that say something of a spec together with others.
 _ALSO_OF_VIT = {
@@ -74,7 +80,7 @@ _OF_TINY_VIT = (
 # Arguments of training, or of other sizes at run time, which change no network.
 _WITHOUT_EFFECT = re.compile(
     r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
-    r"|rope_(shift|jitter|rescale)_coords|fused_attn|pretrained.*|checkpoint_path"
+    r"|rope_(shift|jitter|rescale)_coords|fused_attn|qkv_fused|pretrained.*|checkpoint_path"
 )
 
 
@@ -104,8 +110,9 @@ def spec_of_config(config: Fields) -> Spec:
             return dataclasses.replace(spec, outputs=_outputs(config, spec.num_classes))
     raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
-        f"are vit_*, deit_*, deit3_* and swin_* with plain blocks, and tiny_vit_*; such as "
-        f"vit_base_patch16_224, vit_base_patch14_dinov2, vit_base_patch16_siglip_224"
+        f"are vit_*, vit_pe_core_*, deit_*, deit3_*, eva02_*, beit_*, beitv2_* and swin_* with "
+        f"plain blocks, and tiny_vit_*, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
+        f"vit_base_patch16_siglip_224"
     )
 
 
@@ -121,7 +128,8 @@ def _outputs(config: Fields, number: int) -> str:
     is_trained = "_ft" in tag or published != number or "problem_type" in config
     is_trained |= any("label_names" in place for place in (config, pretrained))
     is_of_clip = _OF_CLIP.match(tag) or number in _PROJECTIONS
-    return "embedding" if "_clip_" in name and is_of_clip and not is_trained else config.problem()
+    has_texts = re.search("_clip_|_pe_core_", name) and is_of_clip
+    return "embedding" if has_texts and not is_trained else config.problem()
 
 
 def _read(
@@ -137,8 +145,11 @@ def _read(
 def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
     family, size, distilled, patch_size, variant = match.groups()
     defaults = _defaults(family, size, variant) | {"patch_size": int(patch_size)}
-    rope_theta, k_bias = defaults.pop("rope_theta", None), defaults.pop("k_bias", True)
+    k_bias = defaults.pop("k_bias", True)
     given, fields = _read(match[0], defaults | arguments, _OF_VIT, _ALSO_OF_VIT)
+    width, ratio = fields["embed_dim"], fields["mlp_ratio"]
+    if round(width * ratio) != int(width * ratio):
+        fields["mlp_ratio"] = int(width * ratio) / width
     pool = given.text("global_pool", "token")
     if pool not in _POOLS:
         raise InputError(unknown("global_pool", pool, _POOLS))
@@ -152,7 +163,6 @@ def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
         **fields,
         distilled=distilled is not None,
         k_bias=k_bias,
-        rope_theta=rope_theta,
         pool=_POOLS[pool],
         fc_norm=fc_norm or pool != "avg",
         positions=positions if given.flag("use_abs_pos_emb", True) else "none",
@@ -162,7 +172,7 @@ def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
 
 
 def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
-    """What the name says, as timm's arguments, and `rope_theta` and `k_bias`, which are none."""
+    """What the name says, as timm's arguments, and `k_bias`, which is none."""
     if size not in _SIZES:
         raise InputError(unknown(f"size of {family}", size, _SIZES))
     width, depth, num_heads, mlp_ratio = _SIZES[size]
@@ -174,6 +184,40 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
         "mlp_ratio": mlp_ratio,
         "img_size": int(image_sizes[-1]) if image_sizes else 224,
     }
+    if family in ("eva02", "beit", "beitv2", "vit_pe_core") and not variant.isdecimal():
+        raise InputError(f"unknown kind of {family}: {variant!r} in its architecture's name")
+    if family in ("beit", "beitv2"):
+        return found | {
+            "k_bias": False,
+            "use_abs_pos_emb": False,
+            "use_rel_pos_bias": True,
+            "init_values": 0.1,
+            "global_pool": "avg",
+        }
+    if family == "vit_pe_core":
+        found |= {
+            "pre_norm": True,
+            "rope_temperature": 10000.0,
+            "ref_feat_shape": {"base": 14, "gigantic": 32}.get(size, 24),
+            "rope_grid_offset": 1.0,
+            "layer_norm_eps": 1e-5,
+            "global_pool": "map",
+            "attn_pool_num_heads": 8,
+        }
+        if size == "gigantic":
+            found |= {"embed_dim": 1536, "depth": 50, "mlp_ratio": 8960 / 1536}
+            found |= {"class_token": False, "rope_grid_offset": 0.0, "attn_pool_mlp_ratio": 4.0}
+        return found
+    if family == "eva02":
+        return found | {
+            "mlp_ratio": 8 / 3,
+            "k_bias": False,
+            "rope_temperature": 10000.0,
+            "ref_feat_shape": 16,
+            "global_pool": "avg",
+            "swiglu_mlp": True,
+            "scale_mlp": size in ("base", "large"),
+        }
     if family == "deit3":
         return found | {"no_embed_class": True, "init_values": 1e-6}
     if match := re.fullmatch(r"(?:reg(\d+)_)?dinov2", variant):
@@ -190,7 +234,7 @@ def _defaults(family: str, size: str, variant: str) -> dict[str, Any]:
             "qkv_bias": match[1] is not None,
             "k_bias": match[1] is None,
             "init_values": 1e-5,
-            "rope_theta": 100.0,
+            "rope_temperature": 100.0,
             "use_abs_pos_emb": False,
             "reg_tokens": 4,
             "fc_norm": False,
@@ -239,5 +283,5 @@ def _without(arguments: dict[str, Any], title: str, **only: Any) -> dict[str, An
 _READERS: dict[str, Callable[[re.Match, dict[str, Any]], Spec]] = {
     r"swin_([a-z]+)_patch(\d+)_window(\d+)_(\d+)": _swin,
     r"tiny_vit_(\d+m)_(\d+)": _tiny_vit,
-    r"(vit|deit3?)_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)": _vit,
+    rf"({_FAMILIES})_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)": _vit,
 }
