@@ -1,23 +1,26 @@
 # make demo: compresses a vision transformer trained on real images.  make test: the test suite.
 # make check: what to run before every commit, some minutes.
-# All set themselves up in .venv; they need python3 (3.11 or newer), git and make.
+# All set themselves up in .venv; they need python3 (3.11 or newer), git and make. PYTHON=python3.13
+# VENV=.venv-3.13 is another Python beside it, with the newer JAX that constraints.txt has for it.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 SEED ?= 0
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: setup constraints demo docs lint check test faults
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: requirements.txt constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# The newest versions inside the ranges of requirements.txt and pyproject.toml; run the tests after.
+# The newest versions inside the ranges of requirements.txt and pyproject.toml, each for the Pythons
+# that it runs on: 3.11 ends at jax 0.10.2. Run the tests on both after.
 constraints: setup
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--no-annotate --no-emit-index-url --custom-compile-command "make constraints" \

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -152,6 +153,7 @@ def test_the_card_says_what_was_measured_and_how_it_was_made(exported):
     assert "the budget is 0.7 to 0.75 of the dense model's MACs" in text
     if HAS_ONNX:  # the file was measured
         assert "| top-1 % of `model_float16.onnx` | 87.50 |  |" in text
+    assert f"pillow`). JAX {jax.__version__} wrote it; `jax.export` [promises]" in text
     assert "naïve: café" in text
     assert "allocated by measured sensitivity" in text
     assert "evolution" not in text

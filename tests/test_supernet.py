@@ -143,7 +143,7 @@ def test_factorize_errors(tiny_model, micro_space, tiny_space):
 def test_traced_genes(supernet, tiny_images):
     traced = jax.jit(lambda genes: supernet(tiny_images, genes))
     for genes in (np.zeros(6, np.int32), np.array([2, 0, 1, 1, 2, 0])):
-        np.testing.assert_allclose(traced(genes), supernet(tiny_images, genes), atol=1e-6)
+        np.testing.assert_allclose(traced(genes), supernet(tiny_images, genes), atol=4e-6)
     with pytest.raises(ValueError, match=r"shape \(7,\), expected \(6,\)"):
         traced(np.zeros(7, np.int32))
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jinja2
 
 from flora_jax.data.preprocessing import Preprocessing
@@ -96,6 +97,7 @@ def card_of(
         exports=EXPORTS,
         files=[[*of] for _, of in itertools.groupby(sorted(settings.export), _program)],
         meaning=outputs_title(spec) if spec.num_classes else "features",
+        jax_version=jax.__version__,
         human_count=human_count,
     )
 

@@ -28,8 +28,11 @@ def export_stablehlo(
 
     `jax.export.deserialize(pathlib.Path(path).read_bytes()).call(images)` needs JAX alone. It takes
     float32 [B, H, W, C], normalised, and gives what the model does, compiled with its weights as
-    constants: float32 logits [B, num_classes], or features [B, D] without a classifier. JAX reads
-    such files for at least six months after the version that wrote them.
+    constants: float32 logits [B, num_classes], or features [B, D] without a classifier.
+
+    What reads it for sure is the version of JAX that wrote it, those released up to six months
+    after it, and up to three weeks before: `jax.export` promises no more, see
+    https://docs.jax.dev/en/latest/501/export.html#compatibility-guarantees. Keep the model, too.
 
     Args:
       images: float32 [B, H, W, C], normalised, on which the program is compared with the model;
