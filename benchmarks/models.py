@@ -80,6 +80,11 @@ KINDS = {
         "SwinForImageClassification",
         _SWIN_TINY | {"image_size": 64, "patch_size": 4, "window_size": 4},
     ),
+    "hf-swin-v2": Kind(
+        "Swin V2",
+        "Swinv2ForImageClassification",
+        _SWIN_TINY | {"image_size": 64, "patch_size": 4, "window_size": 4},
+    ),
     "timm-augreg": Kind("ViT, AugReg", "vit_base_patch16_224", _TIMM_TINY),
     "timm-deit": Kind("DeiT", "deit_base_patch16_224", _TIMM_TINY),
     "timm-deit-distilled": Kind("DeiT distilled", "deit_base_distilled_patch16_224", _TIMM_TINY),
@@ -99,6 +104,7 @@ KINDS = {
     "timm-siglip": Kind("SigLIP", "vit_base_patch16_siglip_224", _TIMM_TINY),
     "timm-siglip-gap": Kind("SigLIP, mean", "vit_base_patch16_siglip_gap_224", _TIMM_TINY),
     "timm-swin": Kind("Swin", "swin_tiny_patch4_window7_224", _SWIN_TINY | {"img_size": 56}),
+    "timm-swin-v2": Kind("Swin V2", "swinv2_tiny_window8_256", _SWIN_TINY | {"img_size": 64}),
     "timm-tiny-vit": Kind(
         "TinyViT",
         "tiny_vit_21m_224",

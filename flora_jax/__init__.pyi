@@ -25,6 +25,7 @@ from .models.spec import macs as macs
 from .models.spec import num_params as num_params
 from .models.swin_spec import SwinSpec as SwinSpec
 from .models.swin_spec import swin as swin
+from .models.swin_spec import swin_v2 as swin_v2
 from .models.tiny_vit_spec import TinyViTSpec as TinyViTSpec
 from .models.tiny_vit_spec import tiny_vit as tiny_vit
 from .models.vit_spec import ViTSpec as ViTSpec

@@ -31,6 +31,7 @@ from tests.helpers.networks import (
     TINY,
     TINY_HYBRID,
     TINY_SWIN,
+    TINY_SWIN_V2,
     images_of,
     logits,
     random_model,
@@ -43,6 +44,7 @@ ONE_BLOCK = dataclasses.replace(VIT, depth=1, blocks=())
 SPECS = {
     "vit": VIT,
     "swin": TINY_SWIN,
+    "swin_v2": dataclasses.replace(TINY_SWIN_V2, depths=(1, 1), blocks=()),
     "tiny_vit": dataclasses.replace(
         TINY_HYBRID,
         embed_dims=(8, 16),
@@ -67,7 +69,7 @@ SPECS = {
     ),
     "registers": flora.ViTSpec(**TINY | {"num_classes": 0}, depth=2, num_registers=4),
 }
-COMPILED_LONG = {"swin", "tiny_vit"}
+COMPILED_LONG = {"swin", "swin_v2", "tiny_vit"}
 
 
 def kinds(names, slow):
@@ -107,7 +109,7 @@ def reduced_to(model, images, shapes):
 def golden(name):
     """A network with weights of its library, and images."""
     if name not in ("flora_deit", "flora_swin"):
-        spec = modern.SPECS.get(name, modern.TINY_VIT)
+        spec = (modern.SPECS | modern.SWINS_V2).get(name, modern.TINY_VIT)
         return flora.from_state_dict(modern.arrays(name), spec), modern.images(name)
     with np.load(DATA / f"{name}_micro.npz") as archive:
         weights = {k.removeprefix("sd/"): archive[k] for k in archive if k.startswith("sd/")}
@@ -118,7 +120,9 @@ def golden(name):
 # Not those that differ from another in their classifier, activation or eps alone.
 ALIKE = {"timm_augreg_no_head", "timm_clip", "hf_siglip", "hf_vit_no_head"}
 GOLDENS = [
-    n for n in (*modern.SPECS, "timm_tiny_vit", "flora_deit", "flora_swin") if n not in ALIKE
+    n
+    for n in (*modern.SPECS, "timm_tiny_vit", "flora_deit", "flora_swin", "timm_swin_v2")
+    if n not in ALIKE
 ]
 DISTINCT = {"timm_dinov2_registers", "timm_dinov3_swiglu", "timm_siglip", "hf_dinov3", "flora_deit"}
 
@@ -536,9 +540,13 @@ def test_networks_cost_what_they_may():
     assert_same(alone, small, atol=1e-6)
 
 
-def test_losses_of_head_dimensions_are_those_of_the_cut_network():
+@pytest.mark.parametrize("name", ["vit", "swin_v2"])
+def test_losses_of_head_dimensions_are_those_of_the_cut_network(name):
     """Of the block alone, for each token by its size behind the block, the mean taken off."""
     spec = dataclasses.replace(ONE_BLOCK, class_token=False, pool="mean", blocks=())
+    if name == "swin_v2":
+        one_stage = {"depths": (1,), "num_heads": (2,), "pretrained_window_sizes": (2,)}
+        spec = dataclasses.replace(TINY_SWIN_V2, **one_stage, blocks=())
     model, images = random_model(spec), images_of(spec, 8)
     orders = reduce.importance(model, flora.calibrate(model, images))
     losses = compress.choice_losses(model, orders, images)[0].heads

@@ -138,6 +138,16 @@ def test_hugging_face_swin(transformers, tmp_path, size):
     assert_parity(reference, spec, tmp_path, count=3 if size == "micro" else 1)
 
 
+@pytest.mark.parametrize("image_size", [64, 256])
+def test_hugging_face_swin_v2(transformers, tmp_path, image_size):
+    """The spec comes from config.json; at 256 it is the most downloaded Swin V2."""
+    options = _SWIN_STAGES if image_size == 64 else {"window_size": 8}
+    config = transformers.Swinv2Config(**options, image_size=image_size, num_labels=10)
+    reference = transformers.Swinv2ForImageClassification(config)
+    spec = spec_of_config(config.to_dict() | {"architectures": [type(reference).__name__]})
+    assert_parity(reference, spec, tmp_path, count=1)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -145,6 +155,8 @@ def test_hugging_face_swin(transformers, tmp_path, size):
         ("deit_tiny_distilled_patch16_224", {}),
         ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
         ("swin_tiny_patch4_window7_224", {}),
+        ("swinv2_tiny_window8_256", {}),  # some windows need padding
+        ("swinv2_base_window12to16_192to256", {"img_size": 256}),
         ("vit_small_patch14_reg4_dinov2", {}),
         ("vit_small_patch16_dinov3", {}),
         ("vit_base_patch16_siglip_224", {}),

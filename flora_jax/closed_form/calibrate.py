@@ -304,7 +304,7 @@ def layer_inputs(network: Network, images: jax.Array) -> Iterator[tuple[str, jax
         x = block.convolved(block.after_attention(x, block.attn.proj(context)))
         yield f"blocks.{number}.mlp.fc1", (enters := block.mlp_input(x))
         yield f"blocks.{number}.mlp.fc2", (hidden := block.mlp.hidden(enters))
-        x = x + block.mlp.fc2(hidden)
+        x = block.after_mlp(x, block.mlp.fc2(hidden))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

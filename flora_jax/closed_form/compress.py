@@ -29,6 +29,7 @@ from flora_jax.closed_form.reduce import (
     of_one_block,
     reduced,
     reduced_spec,
+    scaled_logits,
     turned_qkv,
     unit_step,
 )
@@ -185,13 +186,13 @@ def choice_losses(
         block_structure = functional.split(module)[0]
         shared = replicate((of_block, stacked), mesh)
         x, sums = _try(block_structure, mesh, spec.num_read_tokens, *shared, x, mask)
-        count, inverse, *of_errors = (np.asarray(s, float) for s in sums)
+        count, inverse, of_mlp, *of_errors = (np.asarray(s, float) for s in sums)
         square, weighed, total = of_errors
         mean = total / count
         of_heads = square - 2 * (mean * weighed).sum(1) + (mean**2).sum(1) * inverse
         of_units = dict(zip(units.left.tolist(), units.loss.tolist(), strict=True))
         left = np.array([of_units[width] for width in mlp_dims(block)])
-        found.append(Losses(np.append(of_heads, 0.0) / count, left * inverse / count))
+        found.append(Losses(np.append(of_heads, 0.0) / count, left * of_mlp / count))
     return found
 
 
@@ -199,9 +200,10 @@ def _with_head_dim(own, block: BlockSpec, heads: Heads, width: int) -> dict[str,
     """qkv with all but the leading dimensions set to zero, in the shape of the uncut."""
     kept = heads.leading(width)
     query = heads.query[..., kept] @ heads.key[..., kept].swapaxes(1, 2)
-    key = np.broadcast_to(np.eye(block.head_dim), query.shape)
+    whole = np.broadcast_to(np.eye(block.head_dim), query.shape)
+    key = whole if heads.lengths is None else query  # a cosine divides by the lengths of both
     value = heads.value[..., :width] @ heads.back[:, :width]
-    return turned_qkv(own, block, (query, key, value))
+    return turned_qkv(own, block, (query, key, value)) | scaled_logits(own, heads, width)
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -219,8 +221,9 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
     With a weight w and the size u = 1 / |output - mean|^2 of each token, and e its error:
 
     Returns:
-      the output [B*N, D], the sums of w and of w u, and for each of K kernels of qkv in `tries` the
-      sums of w u |e|^2 [K], of w u e and of w e [K, D].
+      the output [B*N, D], the sums of w, of w u and of w u over the square that a norm behind the
+      MLP divides by, and for each of K kernels of qkv in `tries` the sums of w u |e|^2 [K], of
+      w u e and of w e [K, D].
     """
 
     def on_one_device(parameters, tries, x, mask):
@@ -232,11 +235,14 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
             return own.after_attention(entered, own.attn(own.attention_input(entered)))
 
         whole = attended({})
-        out = block.mlp_half(block.convolved(whole))
+        convolved = block.convolved(whole)
+        made = block.mlp(block.mlp_input(convolved))
+        out = block.after_mlp(convolved, made)
         w = token_weights(mask, len(whole), num_read)
         mean = jax.lax.psum(w @ out, AXES) / jax.lax.psum(w.sum(), AXES)
         size = ((out - mean[None]) ** 2).sum(1)
         wu = w / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+        of_mlp = wu / (made.var(1) + block.norm2.epsilon) if block.post_norm else wu
 
         def sums(own):
             error = attended(own) - whole
@@ -244,7 +250,7 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
 
         errors = (jnp.zeros(0), *(jnp.zeros((0, x.shape[-1])),) * 2)
         errors = jax.lax.map(sums, tries) if tries else errors
-        return out, jax.lax.psum((w.sum(), wu.sum(), *errors), AXES)
+        return out, jax.lax.psum((w.sum(), wu.sum(), of_mlp.sum(), *errors), AXES)
 
     shared = on_each_device(on_one_device, mesh, (WHOLE, WHOLE, SPLIT, SPLIT), (SPLIT, WHOLE))
     return shared(parameters, tries, x, mask)

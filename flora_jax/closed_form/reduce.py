@@ -8,7 +8,11 @@ Gq = E[q q^T], Gk = cov(k) (softmax ignores the mean of k) and U, s, V = svd(Gq^
 are the r dimensions of least error in the logits, the sum of s^2 beyond r. With Gc the covariance
 of what a head gives and U, s = svd(Gc^1/2 proj), v' = v Gc^-1/2 U_r leaves the least error behind
 proj. Positions that turn queries and keys allow no such A: there the pairs of dimensions of most
-energy stay.
+energy stay. Where logits are cosines (Swin V2) only a rotation A of both leaves attention as it is:
+there the leading dimensions are those of most energy in the mean of Gq and E[k k^T], each at trace
+1, and the head's scale is multiplied by the share of their lengths that stays, which the cosine of
+what is left would otherwise have in excess. Where a norm follows proj or fc2, errors are weighed by
+its scale.
 
 MLP. Units are taken out in small groups, each time those whose loss the others mend best:
 |fc2 row|^2 over the unit's entry in the inverse covariance (optimal brain surgeon), after which
@@ -31,6 +35,7 @@ from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.network import Network
 from flora_jax.models.spec import BlockSpec, Spec
+from flora_jax.models.swin import LARGEST_LOG_SCALE
 
 _FLOOR = 1e-6  # of a covariance's eigenvalues, as a share of the largest
 _MLP_RIDGE = 0.02  # share of the units' mean variance: few images tell little about their mending
@@ -49,7 +54,8 @@ class Heads(NamedTuple):
 
     `query`, `key` and `value` multiply what a head had, `back` undoes `value`: the leading r
     columns of the three, and rows of `back`, are a reduction to r. `pairs` are the rotary pairs in
-    that order, int [H, d/2], where there are any.
+    that order, int [H, d/2], where there are any; `lengths` [H, d], where logits are cosines, the
+    share of the length of query times that of key that the leading 1..d keep.
     """
 
     query: np.ndarray
@@ -57,6 +63,7 @@ class Heads(NamedTuple):
     value: np.ndarray
     back: np.ndarray
     pairs: np.ndarray | None
+    lengths: np.ndarray | None
 
     def leading(self, width: int) -> np.ndarray:
         """Numbers of the `width` leading dimensions of query and key; rotary ones come in pairs."""
@@ -91,7 +98,8 @@ def importance(model: Network, calibration: Calibration) -> list[tuple[Heads, Un
         own, block = of_one_block(parameters, number), spec.blocks[number]
         heads = order_heads(own, spec, block, calibration, f"blocks.{number}")
         covariance = calibration.covariance_of(f"blocks.{number}.mlp.fc2")
-        return heads, order_units(covariance, own["mlp.fc2.kernel"], unit_step(block.mlp_dim))
+        fc2 = own["mlp.fc2.kernel"] * (own["norm2.scale"][None] if spec.post_norm else 1)
+        return heads, order_units(covariance, fc2, unit_step(block.mlp_dim))
 
     # A thread a block: LAPACK's own threads stall one another on a busy machine.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,16 +168,22 @@ def order_heads(
     kernels, biases = _by_head(own, block)
     of_context = calibration.covariance_of(f"{name}.attn.proj")
     proj = own["attn.proj.kernel"].astype(float).reshape(block.num_heads, block.head_dim, -1)
-    query, key, value, back, pairs = [], [], [], [], []
+    if spec.post_norm:
+        proj = proj * own["norm1.scale"][None, None]
+    query, key, value, back, pairs, lengths = [], [], [], [], [], []
     for head in range(block.num_heads):
         (w_q, w_k, _), (b_q, _, _) = kernels[:, head], biases[:, head]
         mean_q = mean @ w_q + b_q
         moment_q = w_q.T @ covariance @ w_q + np.outer(mean_q, mean_q)
         covariance_k = w_k.T @ covariance @ w_k
-        if spec.rope_theta is None:
+        mean_k = mean @ w_k + biases[1, head]
+        if spec.cosine_attention:
+            a_q, kept = _turn(moment_q, covariance_k + np.outer(mean_k, mean_k))
+            a_k = a_q
+            lengths.append(kept)
+        elif spec.rope_theta is None:
             a_q, a_k = _match(moment_q, covariance_k)
         else:
-            mean_k = mean @ w_k + biases[1, head]
             energy_k = np.diag(covariance_k) + mean_k**2
             order = _by_energy(np.diag(moment_q), energy_k)
             a_q = a_k = np.eye(block.head_dim)[:, np.concatenate([order, order + len(order)])]
@@ -187,6 +201,7 @@ def order_heads(
         np.stack(value),
         np.stack(back),
         np.stack(pairs) if pairs else None,
+        np.stack(lengths) if lengths else None,
     )
 
 
@@ -196,6 +211,15 @@ def _match(moment_q: np.ndarray, covariance_k: np.ndarray) -> tuple[np.ndarray, 
     u, s, vt = np.linalg.svd(root_q @ root_k)
     half = np.sqrt(np.maximum(s, s.max() * _FLOOR**2))
     return inverse_q @ u * half, inverse_k @ vt.T * (s / half)
+
+
+def _turn(moment_q: np.ndarray, moment_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A rotation [d, d] for queries and keys, most energy first, and the lengths that stay [d]."""
+    tiny = np.finfo(np.float32).tiny
+    shares = [moment / max(np.trace(moment), tiny) for moment in (moment_q, moment_k)]
+    turn = np.linalg.eigh(sum(shares))[1][:, ::-1]
+    kept = [np.cumsum(np.diag(turn.T @ share @ turn)) for share in shares]
+    return turn, np.sqrt(np.maximum(kept[0] * kept[1], tiny))
 
 
 def _by_energy(energy_q: np.ndarray, energy_k: np.ndarray) -> np.ndarray:
@@ -246,7 +270,7 @@ def _cut_heads(own: Arrays, block: BlockSpec, cut: BlockSpec, heads: Heads) -> B
     # Attention divides logits by the root of the head's width, which must stay that of the uncut.
     scale = math.sqrt(width / block.head_dim)
     turns = (heads.query[..., kept] * scale, heads.key[..., kept], heads.value[..., :width])
-    own |= turned_qkv(own, block, turns)
+    own |= turned_qkv(own, block, turns) | scaled_logits(own, heads, width)
     proj = own["attn.proj.kernel"]
     cut_proj = heads.back[:, :width] @ proj.reshape(number, block.head_dim, -1)
     own["attn.proj.kernel"] = cut_proj.reshape(number * width, -1).astype(proj.dtype)
@@ -270,6 +294,15 @@ def turned_qkv(own: Arrays, block: BlockSpec, turns: Sequence[np.ndarray]) -> Ar
         parts = [0, 1, 2] if len(stored) == 3 * block.attention_dim else [0, 2]
         turned["attn.qkv.bias"] = bias[parts].ravel().astype(stored.dtype)
     return turned
+
+
+def scaled_logits(own: Arrays, heads: Heads, width: int) -> Arrays:
+    """The scale of cosines of the `width` leading dimensions, where logits are cosines."""
+    if heads.lengths is None:
+        return {}
+    whole = own["attn.logit_scale"]
+    scale = np.minimum(whole.astype(float), LARGEST_LOG_SCALE)
+    return {"attn.logit_scale": (scale + np.log(heads.lengths[:, width - 1])).astype(whole.dtype)}
 
 
 def _cut_units(own: Arrays, block: BlockSpec, kept: np.ndarray) -> None:

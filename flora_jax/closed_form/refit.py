@@ -10,8 +10,11 @@ nearest to W in the norm of cov(x') + a I (reduced-rank regression). The target 
 what they give in the dense network. That of proj and fc2 is what is missing in the residual stream,
 the dense stream behind them minus the smaller one before them, so that errors of earlier layers are
 mended and not carried on (anchored; AA-SVD, arXiv 2604.02119). Layers that are not reduced are
-fitted as well. Where a class token is what is read in the end, it weighs half as much as all other
-tokens together (docs/decisions.md).
+fitted as well. Where a norm stands behind a half of a block (Swin V2), the targets are the dense
+network's values before it, moved so that the norm makes of them what is missing, and the norm is
+fitted too: each of its values becomes the regression of what is missing on what it normalises.
+Where a class token is what is read in the end, it weighs half as much as all other tokens together
+(docs/decisions.md).
 """
 
 import dataclasses
@@ -45,7 +48,7 @@ from flora_jax.io.files import replacing
 from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
-from flora_jax.models.layers import LowRankLinear
+from flora_jax.models.layers import LayerNorm, LowRankLinear
 from flora_jax.models.network import Block, Network
 from flora_jax.models.spec import Rank, Spec
 from flora_jax.progress import Progress
@@ -54,6 +57,7 @@ from flora_jax.training.losses import READ_SHARE
 log = logging.getLogger(__name__)
 
 RIDGE = 0.1  # docs/decisions.md
+_DAMPING = 0.1  # of what a norm hardly shows, as a share of its mean square scale
 HOST_BYTES = 2**31  # of hidden states; more of them lie in a file
 Arrays = dict[str, np.ndarray]
 
@@ -235,9 +239,11 @@ def _enter(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams,
 
 def _attend(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
     x, small_x = streams
-    after = dense.after_attention(x, dense.attn(dense.attention_input(x)))
+    made = dense.attn(dense.attention_input(x))
+    after = dense.after_attention(x, made)
     context = small.attn.context(small.attention_input(small_x))
     rows = Rows(context, small.cut(stay(after) - small_x))
+    rows = _before_norm(rows, dense.norm1, made) if dense.post_norm else rows
     return Streams(dense.convolved(after), small_x), rows
 
 
@@ -249,8 +255,39 @@ def _mix(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, R
 
 
 def _hide(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
-    after, x = dense.mlp_half(streams.dense), streams.small
-    return Streams(after, x), Rows(small.mlp.hidden(small.mlp_input(x)), stay(after) - x)
+    made, x = dense.mlp(dense.mlp_input(streams.dense)), streams.small
+    after = dense.after_mlp(streams.dense, made)
+    rows = Rows(small.mlp.hidden(small.mlp_input(x)), stay(after) - x)
+    rows = _before_norm(rows, dense.norm2, made) if dense.post_norm else rows
+    return Streams(after, x), rows
+
+
+def _before_norm(rows: Rows, norm: LayerNorm, made: jax.Array) -> Rows:
+    """The rows for a layer that a norm follows, `made` what it gives in the dense network [M, out].
+
+    The target is that, and what the norm makes of it is moved towards what is missing; least where
+    the norm's own scale is so small that it hardly could.
+    """
+    scale, size = norm.scale[...][None], jnp.sqrt(made.var(-1) + norm.epsilon)
+    move = scale / (scale**2 + _DAMPING * (scale**2).mean())
+    target = made + size[:, None] * move * (rows.target - norm(made))
+    return rows._replace(target=target)
+
+
+def _norm_attended(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    assert small.windows is not None  # as in every network of such blocks
+    made = small.windows.join(small.attn(small.attention_input(streams.small)))
+    return streams, _around_norm(small.norm1, made, stay(streams.dense) - streams.small)
+
+
+def _norm_hidden(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
+    made = small.mlp(small.mlp_input(streams.small))
+    return streams, _around_norm(small.norm2, made, stay(streams.dense) - streams.small)
+
+
+def _around_norm(norm: LayerNorm, made: jax.Array, missing: jax.Array) -> Rows:
+    centred = made - made.mean(-1, keepdims=True)
+    return Rows(centred * jax.lax.rsqrt(made.var(-1, keepdims=True) + norm.epsilon), missing)
 
 
 def _leave(dense: Block, small: Block, streams: Streams, stay) -> tuple[Streams, Rows]:
@@ -263,6 +300,10 @@ _PASSES = {  # by the layer whose rows they give; the parts of a block that they
     "attn.proj": (_attend, "attention"),
     "mlp.fc1": (_mix, "attention"),
     "mlp.fc2": (_hide, "mlp"),
+}
+_NORMS = {  # those behind a layer, with the pass that gives their rows
+    "attn.proj": ("norm1", _norm_attended, "attention"),
+    "mlp.fc2": ("norm2", _norm_hidden, "mlp"),
 }
 _Sums = dict[str, np.ndarray]
 
@@ -299,7 +340,23 @@ def _fit_block(
         is_target = leaf in ("attn.proj", "mlp.fc2")
         fitted = fit_layer(sums, functional.split(was)[1], is_target, ridge, rank, into)
         setattr(getattr(block, half), own, functional.with_parameters(becomes, fitted))
+        if block.post_norm and leaf in _NORMS:
+            norm, one_pass, part = _NORMS[leaf]
+            sums = states.advance(one_pass, dense, block, tokens, part)
+            _fit_norm(sums, getattr(block, norm), ridge)
     return block
+
+
+def _fit_norm(sums: Mapping[str, np.ndarray], norm: LayerNorm, ridge: float) -> None:
+    """Fits scale and bias, value by value, to sums over what they multiply and what is missing."""
+    mean_x, mean_t = sums["x"] / sums["count"], sums["t"] / sums["count"]
+    variance, across = (
+        np.diag(sums[name]) / sums["count"] - mean_x * mean
+        for name, mean in (("xx", mean_x), ("xt", mean_t))
+    )
+    scale = (across + ridge * np.asarray(norm.scale[...], float)) / (variance + ridge)
+    norm.scale[...] = jnp.asarray(scale, norm.scale.dtype)
+    norm.bias[...] = jnp.asarray(mean_t - scale * mean_x, norm.bias.dtype)
 
 
 def fit_layer(

@@ -64,7 +64,8 @@ def make_dense(
 ) -> Network:
     """reads the dense model's weights, or trains it"""
     if pretrained:
-        model = read_weights(step, spec, pretrained, probe_images, keeps=recipe is not None)
+        kept = None if recipe is None else step.run.folder / PROBE
+        model = read_weights(step, spec, pretrained, probe_images, kept)
     else:
         model = create(spec, step.seed_of("create"))
     if recipe is not None:
@@ -82,16 +83,19 @@ def make_dense(
 
 
 def read_weights(
-    step: Step, spec: Spec, pretrained: str, probe_images: int, keeps: bool = True
+    step: Step,
+    spec: Spec,
+    pretrained: str,
+    probe_images: int,
+    kept: epath.Path | None = None,
 ) -> Network:
     """The pretrained model, its classes in the order of the images' where both name the same.
 
     A classifier that has no weights yet is fitted to some training images; the model with this
-    probe is kept beside the training that follows, which can go on from it.
+    probe is kept, for a training that goes on from it.
     """
-    place = step.run.folder / PROBE
-    if (place / folder.SPEC_FILE).exists():
-        return folder.load_model(place)
+    if kept is not None and (kept / folder.SPEC_FILE).exists():
+        return folder.load_model(kept)
     model, images = from_pretrained(pretrained, spec), step.images
     known, names = read_class_names(pretrained), images.class_names
     if len(known) == len(names) and not has_no_classifier(model):
@@ -113,8 +117,8 @@ def read_weights(
     model = fit_classifier(model, ((normalization(jnp.asarray(i)), y) for i, y in batches))
     share = 100 * top1(model, images.heldout_set)
     log.info("new classifier, a linear probe: %.2f %% top-1 held-out", share)
-    if keeps:
-        folder.save_once(model, place)
+    if kept is not None:
+        folder.save_once(model, kept)
     return model
 
 

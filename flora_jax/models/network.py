@@ -21,10 +21,11 @@ _PERIODS = (1, 2)  # Swin shifts the windows of every other block
 
 
 class Block(nnx.Module):
-    """Pre-norm block, in two halves so that a search can score them apart. x [B*N, D].
+    """A block in two halves, so that a search can score them apart. x [B*N, D].
 
-    A stage's first block may begin with a `downsample` of all tokens. Where attention stays inside
-    `windows`, it sees the tokens window by window. A `local_conv` follows it in hybrids.
+    A norm stands before each half, or behind it: `post_norm`, of Swin V2. A stage's first block may
+    begin with a `downsample` of all tokens. Where attention stays inside `windows`, it sees the
+    tokens window by window. A `local_conv` follows it in hybrids.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Block(nnx.Module):
         downsample: nnx.Module | None = None,
         windows: Windows | None = None,
         local_conv: nnx.Module | None = None,
+        post_norm: bool = False,
     ):
         self.downsample, self.windows, self.local_conv = downsample, windows, local_conv
+        self.post_norm = post_norm
         self.norm1 = LayerNorm(into.width, epsilon)
         self.attn = attention
         self.norm2 = LayerNorm(into.width, epsilon)
@@ -56,24 +59,30 @@ class Block(nnx.Module):
         return x if self.windows is None else self.windows.cut(x)
 
     def attention_input(self, x: jax.Array) -> jax.Array:
-        return self.normalised(self.norm1, self.cut(x))
+        x = self.cut(x)
+        return x if self.post_norm else self.normalised(self.norm1, x)
 
     def after_attention(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         """Adds what the attention made, as it comes out, to the residual stream."""
-        return x + (mixed if self.windows is None else self.windows.join(mixed))
+        mixed = mixed if self.windows is None else self.windows.join(mixed)
+        return x + (self.normalised(self.norm1, mixed) if self.post_norm else mixed)
 
     def convolved(self, x: jax.Array) -> jax.Array:
         return x if self.local_conv is None else self.local_conv(x)
 
     def mlp_input(self, x: jax.Array) -> jax.Array:
-        return self.normalised(self.norm2, x)
+        return x if self.post_norm else self.normalised(self.norm2, x)
+
+    def after_mlp(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Adds what the MLP made to the residual stream."""
+        return x + (self.normalised(self.norm2, mixed) if self.post_norm else mixed)
 
     def attention_half(self, x: jax.Array) -> jax.Array:
         x = self.entered(x)
         return self.convolved(self.after_attention(x, self.attn(self.attention_input(x))))
 
     def mlp_half(self, x: jax.Array) -> jax.Array:
-        return x + self.mlp(self.mlp_input(x))
+        return self.after_mlp(x, self.mlp(self.mlp_input(x)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.mlp_half(self.attention_half(x))

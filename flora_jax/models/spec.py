@@ -151,8 +151,10 @@ class Spec(abc.ABC):
     in_channels: int
     num_classes: int
     outputs: str
-    qkv_bias: bool = True  # these six are fields of some families only
+    qkv_bias: bool = True  # these eight are fields of some families only
     k_bias: bool = True
+    post_norm: bool = False
+    cosine_attention: bool = False
     head_bias: bool = True
     gated_mlp: bool = False
     mlp_norm: bool = False
@@ -290,13 +292,15 @@ class Spec(abc.ABC):
     def macs(self) -> int:
         """Multiply-adds for one image: of every product, and one for each value of a norm.
 
-        Biases, activations, gates, softmax and the turning by rotary positions count nothing.
-        Tokens that pad windows count as all others.
+        Biases, activations, gates, softmax, the turning by rotary positions, the lengths that a
+        cosine divides by, and what depends on weights alone count nothing. Tokens that pad windows
+        count as all others.
         """
         total = self._macs_around_blocks()
         for block, into in zip(self.blocks, self.block_inputs, strict=True):
             attending = into.attending_tokens
-            total += (attending + into.tokens) * into.width  # the two norms
+            normalised = into.tokens if self.post_norm else attending
+            total += (normalised + into.tokens) * into.width  # the two norms
             total += self.mlp_norm * into.tokens * block.mlp_dim
             # q @ k and attention @ v
             total += 2 * attending * into.attended_tokens * block.attention_dim

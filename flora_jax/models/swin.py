@@ -1,19 +1,21 @@
-"""Swin Transformer (Liu et al. 2021) as NNX modules built from a SwinSpec."""
+"""Swin Transformer (Liu et al. 2021), and its version 2 (2022), as NNX modules of a SwinSpec."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flora_jax.models.functional import Undecayed
 from flora_jax.models.layers import LayerNorm, Linear, MakeLinear, Mlp, check_images
 from flora_jax.models.network import Block, Network, PatchEmbed, make_classifier
-from flora_jax.models.swin_spec import Stage, SwinSpec
+from flora_jax.models.swin_spec import POSITION_DIM, Stage, SwinSpec
 from flora_jax.models.windows import WindowAttention, Windows, relative_position_index
 
 _HIDDEN = -100.0  # as published: the logit added between tokens that are no neighbours
+LARGEST_LOG_SCALE, _LARGEST_BIAS = np.log(100.0), 16.0  # of cosines and positions, as published
 
 
 class ShiftedWindowAttention(WindowAttention):
@@ -28,19 +30,84 @@ class ShiftedWindowAttention(WindowAttention):
         init = nnx.initializers.truncated_normal(0.02)
         self.relative_position_bias_table = Undecayed(init(rngs.params(), table))
 
+    def table(self) -> jax.Array:
+        """The bias of each relative position, [(2w-1)^2, H]."""
+        return self.relative_position_bias_table[...]
+
     def bias(self) -> jax.Array:
-        windows = self.windows
-        index = relative_position_index(windows.window_size)
-        bias = self.relative_position_bias_table[index].transpose(2, 0, 1)[None]
-        if windows.shift:
-            mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
-            bias = bias + mask[:, None].astype(bias.dtype)
+        index = relative_position_index(self.windows.window_size)
+        bias = self.table()[index].transpose(2, 0, 1)[None]
+        if self.windows.shift:
+            bias = bias + shift_mask(self.windows)[:, None].astype(bias.dtype)
         return bias
 
 
+class PositionMlp(nnx.Module):
+    """Relative positions [M, 2] on a logarithmic scale -> a value of each head [M, H]."""
+
+    def __init__(self, num_heads: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(2, POSITION_DIM, rngs=rngs)
+        self.fc2 = Linear(POSITION_DIM, num_heads, bias_features=0, rngs=rngs)
+        for layer in (self.fc1, self.fc2):
+            layer.kernel = Undecayed(layer.kernel[...])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.relu(self.fc1(x)))
+
+
+class CosineWindowAttention(ShiftedWindowAttention):
+    """Attention by the cosine of query and key, with a bias that is continuous in position.
+
+    The logits are the cosine times a learned scale of each head, of at most 100 (Swin V2 section
+    3.2), and 16 sigmoid(MLP(relative position)) (section 3.3), where `pretrained_window` is the
+    window whose corners the MLP knows as its farthest positions.
+    """
+
+    def __init__(self, *arguments, pretrained_window: int, rngs: nnx.Rngs):
+        super().__init__(*arguments, rngs=rngs)
+        self.pretrained_window = pretrained_window
+
+    def make_table(self, rngs: nnx.Rngs) -> None:
+        self.logit_scale = Undecayed(jnp.full(self.num_heads, np.log(10.0)))
+        self.cpb_mlp = PositionMlp(self.num_heads, rngs=rngs)
+
+    def scale(self) -> jax.Array:
+        """What multiplies the cosines of each head, [H]."""
+        return jnp.exp(jnp.minimum(self.logit_scale[...], LARGEST_LOG_SCALE))
+
+    def table(self) -> jax.Array:
+        positions = log_positions(self.windows.window_size, self.pretrained_window)
+        bias = self.cpb_mlp(jnp.asarray(positions, self.logit_scale.dtype))
+        return _LARGEST_BIAS * jax.nn.sigmoid(bias)
+
+    def compared(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = self.scale() * query.shape[-1] ** 0.5  # by which attention divides
+        return _unit(query) * scale[None, None, :, None, None], _unit(key)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors [..., d] at length 1; one of zeros, as of what pads windows, has no direction."""
+    wide = x.astype(jnp.float32)
+    square = (wide * wide).sum(-1, keepdims=True)
+    is_zero = square < 1e-24
+    inverse = jnp.where(is_zero, 0, jax.lax.rsqrt(jnp.where(is_zero, 1, square)))
+    return (wide * inverse).astype(x.dtype)
+
+
 @functools.lru_cache
-def shift_mask(grid_size: int, window_size: int, shift: int) -> np.ndarray:
+def log_positions(window_size: int, pretrained_window: int) -> np.ndarray:
+    """float32 [(2w-1)^2, 2]: relative rows and columns, farthest at 1.06 in the known window."""
+    apart = 8 * np.arange(1 - window_size, window_size) / max(pretrained_window - 1, 1)
+    stretched = np.sign(apart) * np.log2(abs(apart) + 1) / np.log2(8)
+    grid = np.stack(np.meshgrid(stretched, stretched, indexing="ij"), -1)
+    return grid.reshape(-1, 2).astype(np.float32)
+
+
+@functools.lru_cache
+def shift_mask(of_map: Windows) -> np.ndarray:
     """float32 [windows, T, T]: 0 between neighbours, _HIDDEN between tokens met by wrapping."""
+    window_size, shift = of_map.window_size, of_map.shift
+    grid_size = of_map.grid_size + of_map.padding
     position = np.arange(grid_size)
     region = (position >= grid_size - window_size).astype(int) + (position >= grid_size - shift)
     regions = 3 * region[:, None] + region
@@ -53,13 +120,14 @@ def shift_mask(grid_size: int, window_size: int, shift: int) -> np.ndarray:
 class PatchMerging(nnx.Module):
     """Each 2 x 2 patches become one of twice the width. x [B*N, C] -> [B*N/4, 2C]."""
 
-    def __init__(self, stage: Stage, epsilon: float, *, rngs: nnx.Rngs):
-        self.grid_size = stage.grid_size
-        self.norm = LayerNorm(4 * stage.width, epsilon)
+    def __init__(self, stage: Stage, epsilon: float, post_norm: bool, *, rngs: nnx.Rngs):
+        self.grid_size, self.post_norm = stage.grid_size, post_norm
+        self.norm = LayerNorm((2 if post_norm else 4) * stage.width, epsilon)
         self.reduction = Linear(4 * stage.width, 2 * stage.width, bias_features=0, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.reduction(self.norm(self.side_by_side(x)))
+        x = self.side_by_side(x)
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
     def side_by_side(self, x: jax.Array) -> jax.Array:
         """Puts four patches into one row: [B*N, C] -> [B*N/4, 4C]."""
@@ -112,18 +180,26 @@ def _blocks(
     """The blocks of all stages; the first of each later stage merges patches."""
     blocks = zip(spec.blocks, spec.block_layers, spec.block_inputs, strict=True)
     before, epsilon = None, spec.layer_norm_eps
-    for stage in spec.stages:
+    pretrained = spec.pretrained_window_sizes or (0,) * len(spec.stages)
+    for stage, known_window in zip(spec.stages, pretrained, strict=True):
+        make_attention: Callable[..., ShiftedWindowAttention] = ShiftedWindowAttention
+        if spec.cosine_attention:
+            known_window = known_window or stage.window_size
+            make_attention = functools.partial(
+                CosineWindowAttention, pretrained_window=known_window
+            )
         for i in range(stage.depth):
             block, layers, into = next(blocks)
             shift = stage.shift if i % 2 else 0
             windows = Windows(stage.grid_size, stage.window_size, shift)
-            attention = ShiftedWindowAttention(windows, layers.qkv, block, linear, rngs=rngs)
+            attention = make_attention(windows, layers.qkv, block, linear, rngs=rngs)
             merging = None
             if i == 0 and before is not None:
-                merging = PatchMerging(before, epsilon, rngs=rngs)
+                merging = PatchMerging(before, epsilon, spec.post_norm, rngs=rngs)
             mlp = Mlp(
                 linear(layers.fc1, block.ranks[1], rngs=rngs),
                 linear(layers.fc2, block.ranks[2], rngs=rngs),
             )
-            yield make_block(into, attention, mlp, epsilon, merging, windows)
+            parts = (attention, mlp, epsilon, merging, windows)
+            yield make_block(into, *parts, post_norm=spec.post_norm)
         before = stage

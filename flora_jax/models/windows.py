@@ -68,7 +68,7 @@ class Windows:
 class WindowAttention(Attention):
     """Self-attention inside windows of T tokens. x [B*N, D], window by window, as it comes out.
 
-    A family says what is added to the logits of each pair of tokens.
+    A family says what is added to the logits of each pair of tokens, and what is compared.
     """
 
     def __init__(
@@ -93,11 +93,15 @@ class WindowAttention(Attention):
     def bias(self) -> jax.Array:
         """The logits' bias [W, H, T, T] of an image's windows; W is 1 where all have the same."""
 
+    def compared(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What logits are products of, out of query and key [B, W, H, T, d]."""
+        return query, key
+
     def context(self, x: jax.Array) -> jax.Array:
         qkv = split_heads(self.qkv(x), self.windows.window_size**2, self.num_heads)
         bias = self.bias()
         query, key, value = qkv.reshape(3, -1, len(bias), *qkv.shape[2:])
-        mixed = attend(query, key, value, bias[None]).reshape(qkv.shape[1:])
+        mixed = attend(*self.compared(query, key), value, bias[None]).reshape(qkv.shape[1:])
         return merge_heads(mixed)
 
 

@@ -218,9 +218,12 @@ def _cut_attention(
             parameters[f"{name}.qkv.{part}"] = qkv.reshape(*array.shape[:-1], -1)
     proj = columns(parameters[f"{name}.proj.kernel"].T)
     parameters[f"{name}.proj.kernel"] = proj.reshape(len(proj), -1).T
-    for table in (f"{name}.relative_position_bias_table", f"{name}.attention_biases"):
+    tables = ("relative_position_bias_table", "attention_biases", "cpb_mlp.fc2.kernel")
+    for table in (f"{name}.{each}" for each in tables):
         if table in parameters:
             parameters[table] = parameters[table][:, heads]
+    if f"{name}.logit_scale" in parameters:
+        parameters[f"{name}.logit_scale"] = parameters[f"{name}.logit_scale"][heads]
 
 
 def _cut_mlp(parameters, name: str, mlp_dim: int, mask) -> None:

@@ -52,6 +52,8 @@ def check_description(path: epath.Path, spec: Spec, strict: bool) -> bool:
         return False
     names = _FACTS + (_OF_THE_CLASSIFIER if described.num_classes else ())
     names += ("outputs",) if described.num_classes == spec.num_classes else ()
+    known = "pretrained_window_sizes"  # where they are those of the spec, they may change with it
+    names += (known,) if getattr(described, known, ()) else ()
     facts = [(name, _fact(described, name), _fact(spec, name)) for name in names]
     contradictions = [
         f"{name} is {theirs!r}, and {ours!r} in the spec"

@@ -20,7 +20,7 @@ _AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|averaged?)\d*([._-]|$)", re.IGNOR
 # training put in the place of patches, a layer behind the features, a norm of local crops, a
 # network for texts.
 _NO_WEIGHT = re.compile(
-    r"(^|\.)((relative_position_index|attention_bias_idxs|attn_mask|position_ids|num_batches_tracked|n_averaged"
+    r"(^|\.)((relative_position_index|relative_coords_table|attention_bias_idxs|attn_mask|position_ids|num_batches_tracked|n_averaged"
     r"|mask_token|logit_scale|logit_bias|rope_embed\.periods|rope\.freqs_(cos|sin)|qkv\.bias_mask)$"
     r"|(pooler\.dense|text_model|text_projection|visual_projection|local_cls_norm)\.)"
     r"|(^|\.)visual\.head\.|^proj$"  # OpenCLIP's last projection
@@ -70,7 +70,7 @@ LAYOUTS = [
     Layout("timm Swin", "swin", layouts.timm_swin, rf"layers\.\d+\.{_BLOCKS}"),
     Layout(
         *("flora_jax Swin", "swin", layouts.own),
-        *(rf"{_BLOCKS}attn\.relative_position_bias_table$", "cls_token$"),
+        *(rf"{_BLOCKS}attn\.(relative_position_bias_table|logit_scale)$", "cls_token$"),
     ),
     Layout("flora_jax ViT", "vit", layouts.own, rf"{_BLOCKS}attn\.proj\.kernel$"),
     Layout("OpenCLIP ViT", "vit", layouts.open_clip_vit, rf"transformer\.res{_BLOCKS}"),

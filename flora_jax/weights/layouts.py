@@ -38,6 +38,7 @@ from flora_jax.weights.name_map import (
     norm,
     packed,
     patches,
+    per_head,
     pointwise,
     query,
     token,
@@ -72,7 +73,7 @@ _TIMM_VIT: Names = [
     (".mlp.fc2.gamma", ".ls2.gamma|.gamma_2", layer_scale),
 ]
 
-# timm's Swin from 0.9 on, and Microsoft's release.
+# timm's Swin and Swin V2 from 0.9 on, and Microsoft's releases.
 _TIMM_SWIN: Names = [
     *_alike(token, "absolute_pos_embed"),
     *_alike(patches, "patch_embed.proj"),
@@ -82,6 +83,9 @@ _TIMM_SWIN: Names = [
     (".downsample.reduction", "{down}.downsample.reduction", matrix),
     *_alike(linear, *_BLOCK_LINEARS, ".mlp.fc2"),
     *_alike(array, f".attn.{_BIAS_TABLE}"),
+    *_alike(per_head, ".attn.logit_scale"),
+    (".attn.cpb_mlp.fc1", ".attn.cpb_mlp.0", linear),
+    (".attn.cpb_mlp.fc2", ".attn.cpb_mlp.2", matrix),
 ]
 
 # timm's TinyViT.
@@ -141,7 +145,7 @@ _HUGGING_FACE_VIT: Names = [
     (".mlp.fc2.gamma", ".layer_scale2.lambda1|.lambda_2", layer_scale),
 ]
 
-# transformers' Swin.
+# transformers' Swin and Swin V2.
 _HUGGING_FACE_SWIN: Names = [
     ("absolute_pos_embed", "{at}embeddings.position_embeddings", token),
     ("patch_embed.proj", "{at}embeddings.patch_embeddings.projection", patches),
@@ -155,6 +159,9 @@ _HUGGING_FACE_SWIN: Names = [
     (".attn.proj", ".attention.output.dense|.attention.o_proj", linear),
     (f".attn.{_BIAS_TABLE}", f".attention.self.{_BIAS_TABLE}", array),
     (f".attn.{_BIAS_TABLE}", f".attention.relative_position_bias.{_BIAS_TABLE}", array),
+    (".attn.logit_scale", ".attention.self.logit_scale", per_head),
+    (".attn.cpb_mlp.fc1", ".attention.self.continuous_position_bias_mlp.0", linear),
+    (".attn.cpb_mlp.fc2", ".attention.self.continuous_position_bias_mlp.2", matrix),
     (".norm2", ".layernorm_after", norm),
     (".mlp.fc1", ".intermediate.dense|.mlp.fc1", linear),
     (".mlp.fc2", ".output.dense|.mlp.fc2", linear),
@@ -196,15 +203,10 @@ def own(spec: Spec, keys: Collection[str] = ()) -> Table:
 
 
 def timm_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
-    if (
-        not keys
-    ):  # a file to write: BEiT and EVA, which runs DINOv3 in timm, have names of their own
+    if not keys:  # a file to write, with names of their own in BEiT, and in EVA, also of DINOv3
         is_eva, is_dense = spec.rope_theta is not None, not any(spec.ranks)
-        scales = (
-            ("gamma_1", "gamma_2")
-            if is_eva or spec.relative_positions
-            else ("ls1.gamma", "ls2.gamma")
-        )
+        has_gammas = is_eva or spec.relative_positions
+        scales = ("gamma_1", "gamma_2") if has_gammas else ("ls1.gamma", "ls2.gamma")
         parted = is_eva and spec.gated_mlp and (spec.mlp_norm or spec.rope_grid is None)
         written = (
             *scales * spec.layer_scale,
@@ -266,7 +268,8 @@ def timm_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
     """timm's downsampling begins a stage, that of Microsoft's release ends the one before."""
     ends = any(key.startswith("layers.0.downsample.") for key in keys)
     down = "layers.{before}" if ends else "layers.{stage}"
-    return name_map(spec, _TIMM_SWIN, keys, layer="layers.{stage}.blocks.{i}", down=down)
+    rows = name_map(spec, _TIMM_SWIN, keys, layer="layers.{stage}.blocks.{i}", down=down)
+    return rows if spec.k_bias else [_without_key(row, keys) for row in rows]
 
 
 def timm_tiny_vit(spec: TinyViTSpec, keys: Collection[str] = ()) -> Table:
@@ -316,18 +319,25 @@ def hugging_face_vit(spec: ViTSpec, keys: Collection[str] = ()) -> Table:
         register="register_tokens" if spec.distilled else "distillation_token",
         classifier="visual_projection" if spec.kind == "embedding" else classifier,
     )
-    if not spec.k_bias:
-        for i, row in enumerate(rows):
-            if row.target.endswith("attn.qkv.bias"):
-                rows[i] = dataclasses.replace(row, sources=row.sources[::2])
-    return _positions_first(spec, rows)
+    return _positions_first(spec, _of_query_and_value(spec, rows))
+
+
+def _of_query_and_value(spec: Spec, rows: Table) -> Table:
+    """The rows, where those of qkv's biases have no source for a key without one."""
+    return [
+        dataclasses.replace(row, sources=row.sources[::2])
+        if row.target.endswith("attn.qkv.bias") and not spec.k_bias
+        else row
+        for row in rows
+    ]
 
 
 def hugging_face_swin(spec: SwinSpec, keys: Collection[str] = ()) -> Table:
-    """SwinForImageClassification of transformers, and the bare SwinModel."""
-    at, keys = _encoder(keys, "swin.")
+    """SwinForImageClassification of transformers, that of Swin V2, and the bare models."""
+    at, keys = _encoder(keys, "swinv2." if spec.cosine_attention else "swin.")
     layer = f"{at}encoder.layers.{{stage}}.blocks.{{i}}"
-    return name_map(spec, _HUGGING_FACE_SWIN, keys, at=at, layer=layer)
+    rows = name_map(spec, _HUGGING_FACE_SWIN, keys, at=at, layer=layer)
+    return _of_query_and_value(spec, rows)
 
 
 def _encoder(keys: Collection[str], otherwise: str) -> tuple[str, Collection[str]]:
@@ -376,7 +386,7 @@ def _of_module(spec: Spec, of_timm: Row, is_of_a_pair: bool) -> Row:
     name, change = _PARAMETERS[kind]
     if kind == "kernel" and not module.endswith("attn.qkv"):  # whose outputs stand as ours do
         change = of_timm.change
-    elif target.endswith("attn.qkv.bias") and isinstance(spec, ViTSpec) and not spec.k_bias:
+    elif target.endswith("attn.qkv.bias") and not spec.k_bias:
         change = WITHOUT_KEY
     if kind == "bias" and is_of_a_pair:
         name = "up.bias"

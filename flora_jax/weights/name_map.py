@@ -187,6 +187,9 @@ def _array(change: Change, spec: Spec, ours: str, *theirs: str) -> Table:
 array = functools.partial(_array, SAME)
 transposed = functools.partial(_array, TRANSPOSED)
 token = functools.partial(_array, WITHOUT_FIRST_AXIS)
+per_head = functools.partial(  # [H, 1, 1] -> [H]
+    _array, Change(lambda array: array[:, 0, 0], lambda array: array[:, None, None])
+)
 vector = functools.partial(_array, ADDING_FIRST_AXIS)
 layer_scale = functools.partial(_array, SAME)  # folded into the layer that our name begins with
 
@@ -371,6 +374,8 @@ def _absent(spec: Spec) -> re.Pattern:
     elif isinstance(spec, SwinSpec):
         options["absolute_pos_embed"] = spec.absolute_pos_embed
         options[r"patch_embed\.norm"] = spec.patch_norm
+        options[r"blocks\.\d+\.attn\.relative_position"] = not spec.cosine_attention
+        options[r"blocks\.\d+\.attn\.(logit_scale|cpb_mlp)"] = spec.cosine_attention
     return re.compile("|".join(names for names, is_here in options.items() if not is_here) or "$^")
 
 

@@ -15,6 +15,7 @@ from tests.helpers.slimming import (
     TINY,
     TINY_HYBRID,
     TINY_SWIN,
+    TINY_SWIN_V2,
     gated_model,
     images_of,
     random_masks,
@@ -64,6 +65,7 @@ NETWORKS = {
     "low rank on slim": lambda: low_rank(slimmed(TINY_VIT)),
     "swin": lambda: random_model(_like(SHIFTED_SWIN, qkv_bias=False)),
     "swin, low rank on slim": lambda: low_rank(slimmed(TINY_SWIN)),
+    "swin_v2, low rank on slim": lambda: low_rank(slimmed(TINY_SWIN_V2)),
     "tiny_vit, low rank on slim": lambda: low_rank(
         slimmed(_like(TINY_HYBRID, num_classes=0, in_channels=1))
     ),

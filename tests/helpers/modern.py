@@ -69,6 +69,22 @@ TINY_VIT = flora.TinyViTSpec(
     num_classes=10,
 )
 
+_HF_SWIN_V2 = flora.swin_v2(
+    "tiny",
+    image_size=32,
+    patch_size=2,
+    embed_dim=24,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    window_size=4,
+    num_classes=10,
+)
+SWINS_V2 = {
+    "hf_swin_v2": _HF_SWIN_V2,
+    # Windows that tile no feature map, and were others before.
+    "timm_swin_v2": _like(_HF_SWIN_V2, window_size=6, pretrained_window_sizes=(4, 0)),
+}
+
 SPECS = {
     "timm_deit3": _like(MICRO, positions="patches", layer_scale=True),
     "timm_dinov2": _DINOV2,

@@ -32,6 +32,16 @@ TINY_SWIN = flora.SwinSpec(
 SHIFTED_SWIN = dataclasses.replace(
     TINY_SWIN, image_size=16, blocks=(), absolute_pos_embed=True, patch_norm=False, num_classes=0
 )
+# Swin V2, whose windows need padding in the first stage.
+TINY_SWIN_V2 = dataclasses.replace(
+    TINY_SWIN,
+    window_size=3,
+    blocks=(),
+    post_norm=True,
+    cosine_attention=True,
+    k_bias=False,
+    pretrained_window_sizes=(2, 0),
+)
 # A TinyViT, whose windows need padding in one stage and tile the next.
 TINY_HYBRID = flora.TinyViTSpec(
     image_size=32,

@@ -15,6 +15,7 @@ from tests.helpers.networks import SHIFTED_SWIN as SHIFTED_SWIN
 from tests.helpers.networks import TINY as TINY
 from tests.helpers.networks import TINY_HYBRID as TINY_HYBRID
 from tests.helpers.networks import TINY_SWIN as TINY_SWIN
+from tests.helpers.networks import TINY_SWIN_V2 as TINY_SWIN_V2
 from tests.helpers.networks import forward, random_model, size
 from tests.helpers.networks import images_of as images_of
 from tests.helpers.networks import logits as logits

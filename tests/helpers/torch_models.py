@@ -12,7 +12,9 @@ def randomise(module) -> None:
     """Biases, norms and tables too, which start out as constants."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
+            if name.endswith("weight") and not parameter.any():
+                parameter += 1  # norms of timm's Swin V2, without which its blocks do nothing
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +24,7 @@ from flora_jax.models.layers import (
 )
 from flora_jax.models.network import Block, Network, PatchEmbed
 from flora_jax.models.swin import (
+    CosineWindowAttention,
     PatchMerging,
     ShiftedWindowAttention,
     Swin,
@@ -230,11 +232,15 @@ _ACTIVATIONS: dict[str, Callable[[Graph, Value], Value]] = {
 def _block(graph: Graph, block: Block, x: Value) -> Value:
     x = _inside(graph, block, "downsample", x)
     tokens = x if block.windows is None else _cut(graph, block.windows, x)
-    mixed = _inside(graph, block, "attn", _inside(graph, block, "norm1", tokens))
+    tokens = tokens if block.post_norm else _inside(graph, block, "norm1", tokens)
+    mixed = _inside(graph, block, "attn", tokens)
     if block.windows is not None:
         mixed = _join(graph, block.windows, mixed)
+    mixed = _inside(graph, block, "norm1", mixed) if block.post_norm else mixed
     x = _inside(graph, block, "local_conv", graph.node("Add", x, mixed))
-    hidden = _inside(graph, block, "mlp", _inside(graph, block, "norm2", x))
+    hidden = x if block.post_norm else _inside(graph, block, "norm2", x)
+    hidden = _inside(graph, block, "mlp", hidden)
+    hidden = _inside(graph, block, "norm2", hidden) if block.post_norm else hidden
     return graph.node("Add", x, hidden)
 
 
@@ -266,10 +272,11 @@ def _reordered(graph: Graph, move: Callable, num_tokens: int, x: Value, first: i
 
 
 def _merging(graph: Graph, merging: PatchMerging, x: Value) -> Value:
-    width, num_tokens = merging.norm.scale.shape[0], merging.grid_size**2
+    width, num_tokens = merging.reduction.kernel.shape[0], merging.grid_size**2
     x = _reordered(graph, merging.side_by_side, num_tokens, x)
     x = graph.node("Reshape", x, [0, num_tokens // 4, width])
-    return _inside(graph, merging, "reduction", _inside(graph, merging, "norm", x))
+    first, second = ("reduction", "norm") if merging.post_norm else ("norm", "reduction")
+    return _inside(graph, merging, second, _inside(graph, merging, first, x))
 
 
 def _for_each_image(graph: Graph, like: Value, value: np.ndarray | Value, axes: int = 4) -> Value:
@@ -297,14 +304,17 @@ def _heads(graph: Graph, x: Value, number: int, shape: list[int]) -> list[Value]
     return [graph.swap(part, len(shape) + 1, -3, -2) for part in by_token]
 
 
-def _attend(graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any]) -> Value:
+def _attend(
+    graph: Graph, qkv: list[Value], shape: list[int], biases: Sequence[Any], scale: Any = None
+) -> Value:
     """As `flora_jax.models.layers.attend`, then the heads side by side: [B, N, H*d].
 
-    `shape` as in `_heads`. It is the query that is scaled, so that products fit half floats.
+    `shape` as in `_heads`. It is the query that is scaled, so that products fit half floats;
+    `scale` takes the place of the usual one.
     """
     query, key, value = qkv
     *windows, tokens, num_heads, head_dim = shape
-    query = graph.node("Mul", query, np.float32(head_dim**-0.5))
+    query = graph.node("Mul", query, np.float32(head_dim**-0.5) if scale is None else scale)
     logits = graph.node("MatMul", query, graph.swap(key, len(shape) + 1, -2, -1))
     for bias in biases:
         logits = graph.node("Add", logits, bias)
@@ -320,7 +330,8 @@ def _attention(graph: Graph, attention: SelfAttention, x: Value) -> Value:
         query, key = (_turned(graph, attention.rotary, part) for part in (query, key))
     biases: list[Any] = []
     if attention.relative_position_bias_table is not None:
-        biases.append(_table_bias(graph, attention, distance_index(attention.num_tokens - 1)))
+        index = distance_index(attention.num_tokens - 1)
+        biases.append(_table_bias(graph, attention.relative_position_bias_table, index))
     if attention.num_left:
         _, key_left, value_left = _constants(attention)
         key = graph.node("Concat", key, _for_each_image(graph, x, key_left), axis=2)
@@ -351,16 +362,16 @@ def _turned(graph: Graph, rotary: Rotary, x: Value) -> Value:
 
 def _shifted_attention(graph: Graph, attention: ShiftedWindowAttention, x: Value) -> Value:
     windows = attention.windows
-    index = relative_position_index(windows.window_size)
-    biases: list[Any] = [_table_bias(graph, attention, index)]
+    with jax.default_matmul_precision("highest"):  # that of an MLP is computed here, for good
+        table = attention.table()
+    biases: list[Any] = [_table_bias(graph, table, relative_position_index(windows.window_size))]
     if windows.shift:
-        mask = shift_mask(windows.grid_size, windows.window_size, windows.shift)
-        biases.append(mask[:, None])
+        biases.append(shift_mask(windows)[:, None])
     return _window_attention(graph, attention, biases, x)
 
 
-def _table_bias(graph: Graph, attention: Any, index: np.ndarray) -> Value:
-    table = graph.parameter("relative_position_bias_table", attention.relative_position_bias_table)
+def _table_bias(graph: Graph, table: Any, index: np.ndarray) -> Value:
+    table = graph.parameter("relative_position_bias_table", table)
     return graph.node("Transpose", graph.node("Gather", table, index, axis=0), perm=[2, 0, 1])
 
 
@@ -382,8 +393,16 @@ def _window_attention(
     windows = attention.windows
     number, tokens = windows.number_a_side**2, windows.window_size**2
     shape = [number, tokens, attention.num_heads, attention.head_dim]
-    qkv = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape)
-    return _inside(graph, attention, "proj", _attend(graph, qkv, shape, biases))
+    qkv, scale = _heads(graph, _inside(graph, attention, "qkv", x), 3, shape), None
+    if isinstance(attention, CosineWindowAttention):
+        qkv = [_unit(graph, qkv[0]), _unit(graph, qkv[1]), qkv[2]]
+        scale = np.asarray(attention.scale())[:, None, None]
+    return _inside(graph, attention, "proj", _attend(graph, qkv, shape, biases, scale))
+
+
+def _unit(graph: Graph, x: Value) -> Value:
+    length = graph.node("ReduceL2", x, [-1])
+    return graph.node("Div", x, graph.node("Max", length, np.float32(1e-6)))  # of padding, 0
 
 
 def _attention_pool(graph: Graph, pool: AttentionPool, tokens: Value) -> Value:
@@ -539,6 +558,7 @@ _MODULES: dict[type, Callable[[Graph, Any, Value], Value]] = {
     AttentionPool: _attention_pool,
     TokenSelection: lambda graph, selection, x: _tokens(graph, x, list(selection.positions)),
     ShiftedWindowAttention: _shifted_attention,
+    CosineWindowAttention: _shifted_attention,
     PatchMerging: _merging,
     MirroredWindowAttention: _mirrored_attention,
     PointDepthPoint: _downsampling,

@@ -32,6 +32,7 @@ class Spec(SimpleNamespace):
     outputs, head_bias = "classes", True
     rope_grid, rope_offset, mlp_norm, relative_positions = None, 0, False, False
     pool_num_heads, pool_mlp_ratio = None, None
+    k_bias, post_norm, cosine_attention, pretrained_window_sizes = True, False, False, ()
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -68,7 +69,7 @@ class Network(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP.
+    """Attention and MLP, with a norm before each, or behind it (Swin V2).
 
     `before` gives the tokens that go on from the block before. Where there are windows, attention
     is inside them. A TinyViT has a convolution in the middle.
@@ -80,7 +81,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, spec.layer_norm_eps)
         self.local_conv = nn.Identity() if local_conv is None else local_conv
         self.norm2 = nn.LayerNorm(width, spec.layer_norm_eps)
-        gated = spec.gated_mlp
+        gated, self.post_norm = spec.gated_mlp, spec.post_norm
         self.mlp = Mlp(width, block.mlp_dim, spec.activation, gated, block.ranks[1:])
         if spec.mlp_norm:
             uncut = round(spec.mlp_ratio * width)
@@ -90,10 +91,12 @@ class Block(nn.Module):
         x = self.downsample(x)
         if self.windows is None:
             x = x + self.attn(self.norm1(x))
+        elif self.post_norm:
+            x = x + self.norm1(self.windows.join(self.attn(self.windows.cut(x))))
         else:
             x = x + self.windows.join(self.attn(self.norm1(self.windows.cut(x))))
         x = self.local_conv(x)
-        return x + self.mlp(self.norm2(x))
+        return x + (self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
 
 
 ACTIVATIONS = {
@@ -371,7 +374,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x):
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
+        query, key = self.compared(query, key)
         return self.proj(attend(query, key, value, self.bias()))
+
+    def compared(self, query, key):
+        return query, key
 
 
 class Swin(Network):
@@ -388,15 +395,21 @@ class Swin(Network):
         self.patch_norm = nn.LayerNorm(width, epsilon) if spec.patch_norm else nn.Identity()
         self.absolute_pos_embed = embedding(spec.absolute_pos_embed and side**2, width)
         self.blocks, blocks = nn.Sequential(), iter(spec.blocks)
-        for stage, depth in enumerate(spec.depths):
+        pretrained = spec.pretrained_window_sizes or [0] * len(spec.depths)
+        for stage, (depth, known) in enumerate(zip(spec.depths, pretrained, strict=True)):
             before = nn.Identity()
             if stage > 0:
-                before, width, side = PatchMerging(width, epsilon), 2 * width, side // 2
+                before = PatchMerging(width, epsilon, spec.post_norm)
+                width, side = 2 * width, side // 2
             size = min(spec.window_size, side)
             for i in range(depth):
                 block = next(blocks)
                 windows = Windows(side, size, size // 2 if i % 2 and size < side else 0)
-                attention = ShiftedWindowAttention(block, width, windows, spec.qkv_bias)
+                if spec.cosine_attention:
+                    known = known or size
+                    attention = CosineWindowAttention(block, width, windows, spec.qkv_bias, known)
+                else:
+                    attention = ShiftedWindowAttention(block, width, windows, spec.qkv_bias)
                 self.blocks.append(Block(spec, block, width, before, attention, windows))
                 before = nn.Identity()
         self.norm = nn.LayerNorm(width, epsilon)
@@ -415,14 +428,16 @@ class Swin(Network):
 class PatchMerging(nn.Module):
     """Each 2 x 2 tokens become one of twice the width: [B, S, S, D] -> [B, S/2, S/2, 2 D]."""
 
-    def __init__(self, width, epsilon):
+    def __init__(self, width, epsilon, post_norm=False):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * width, epsilon)
+        self.post_norm = post_norm
+        self.norm = nn.LayerNorm((2 if post_norm else 4) * width, epsilon)
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x):
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(x.flatten(3)))  # left column first, each from the top
+        x = x.flatten(3)  # left column first, each from the top
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
 
 class ShiftedWindowAttention(WindowAttention):
@@ -433,25 +448,57 @@ class ShiftedWindowAttention(WindowAttention):
 
     def __init__(self, block, width, windows, qkv_bias):
         super().__init__(block, width, windows, qkv_bias)
-        table = torch.zeros((2 * windows.size - 1) ** 2, block.num_heads)
-        self.relative_position_bias_table = nn.Parameter(table)
+        self.make_table(block.num_heads, windows.size)
         mask = None
         if windows.shift:
-            place, side = torch.arange(windows.side), windows.side
+            side = windows.side + -windows.side % windows.size
+            place = torch.arange(side)
             region = (place >= side - windows.size).long() + (place >= side - windows.shift)
             regions = (3 * region[:, None] + region)[None, :, :, None]
             regions = Windows(side, windows.size).cut(regions)
             mask = -100.0 * (regions != regions.mT)[0, :, :, None]  # [n, n, 1, T, T]
         self.register_buffer("mask", mask, persistent=False)
 
+    def make_table(self, num_heads, size):
+        table = torch.zeros((2 * size - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+
     @staticmethod
     def index_of(distance, size):
         row, column = (distance + size - 1).unbind(-1)
         return row * (2 * size - 1) + column
 
+    def table(self):
+        return self.relative_position_bias_table
+
     def bias(self):
-        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)
+        bias = self.table()[self.index].permute(2, 0, 1)
         return bias if self.mask is None else bias + self.mask
+
+
+class CosineWindowAttention(ShiftedWindowAttention):
+    """Logits are the cosine of query and key times a learned scale, and a small MLP makes the bias.
+
+    The MLP takes distances on a logarithmic scale, in which a window of `known` is of one size.
+    """
+
+    def __init__(self, block, width, windows, qkv_bias, known):
+        super().__init__(block, width, windows, qkv_bias)
+        apart = 8 * torch.arange(1.0 - windows.size, windows.size) / max(known - 1, 1)
+        apart = apart.sign() * (apart.abs() + 1).log2() / math.log2(8)
+        self.register_buffer("positions", torch.cartesian_prod(apart, apart), persistent=False)
+
+    def make_table(self, num_heads, size):
+        self.logit_scale = nn.Parameter(torch.zeros(num_heads))
+        fc1, fc2 = nn.Linear(2, 512), nn.Linear(512, num_heads, bias=False)
+        self.cpb_mlp = nn.Sequential(OrderedDict(fc1=fc1, relu=nn.ReLU(), fc2=fc2))
+
+    def table(self):
+        return 16 * self.cpb_mlp(self.positions).sigmoid()
+
+    def compared(self, query, key):
+        scale = self.logit_scale.clamp(max=math.log(100)).exp() * math.sqrt(query.shape[-1])
+        return F.normalize(query, dim=-1) * scale[:, None, None], F.normalize(key, dim=-1)
 
 
 class TinyViT(Network):

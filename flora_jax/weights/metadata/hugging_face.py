@@ -162,6 +162,17 @@ def _swin(config: Fields) -> SwinSpec:
     )
 
 
+def _swin_v2(config: Fields) -> SwinSpec:
+    windows = config.counts("pretrained_window_sizes", ())
+    return dataclasses.replace(
+        _swin(config),
+        post_norm=True,
+        cosine_attention=True,
+        k_bias=False,
+        pretrained_window_sizes=windows if any(windows) else (),
+    )
+
+
 _READERS: dict[str, Callable[[Fields], Spec]] = {
     "vit": _vit,
     "deit": _deit,
@@ -174,6 +185,7 @@ _READERS: dict[str, Callable[[Fields], Spec]] = {
     "siglip": _siglip,
     "siglip_vision_model": _siglip,
     "swin": _swin,
+    "swinv2": _swin_v2,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flora_jax.errors import InputError, unknown
 from flora_jax.models.spec import Spec
-from flora_jax.models.swin_spec import SwinSpec, swin
+from flora_jax.models.swin_spec import SwinSpec, swin, swin_v2
 from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, TinyViTSpec, tiny_vit
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.metadata.fields import Fields
@@ -72,6 +72,7 @@ _OF_SWIN = (
     | _as(Fields.sizes, "depths", "num_heads")
     | _as(Fields.flag, "qkv_bias", "patch_norm", ape="absolute_pos_embed")
 )
+_OF_SWIN_V2 = _OF_SWIN | _as(Fields.counts, "pretrained_window_sizes")
 _OF_TINY_VIT = (
     _OF_ALL
     | _as(Fields.sizes, "embed_dims", "depths", "num_heads", "window_sizes")
@@ -80,7 +81,8 @@ _OF_TINY_VIT = (
 # Arguments of training, or of other sizes at run time, which change no network.
 _WITHOUT_EFFECT = re.compile(
     r".*drop_rate|dynamic_img_(size|pad)|strict_img_size|weight_init|fix_init|head_init_scale"
-    r"|rope_(shift|jitter|rescale)_coords|fused_attn|qkv_fused|pretrained.*|checkpoint_path"
+    r"|rope_(shift|jitter|rescale)_coords|fused_attn|qkv_fused|pretrained(?!_window).*"
+    r"|checkpoint_path"
 )
 
 
@@ -110,9 +112,9 @@ def spec_of_config(config: Fields) -> Spec:
             return dataclasses.replace(spec, outputs=_outputs(config, spec.num_classes))
     raise InputError(
         f"architecture {name!r} is not a vision transformer that flora_jax reads: accepted of timm "
-        f"are vit_*, vit_pe_core_*, deit_*, deit3_*, eva02_*, beit_*, beitv2_* and swin_* with "
-        f"plain blocks, and tiny_vit_*, such as vit_base_patch16_224, vit_base_patch14_dinov2, "
-        f"vit_base_patch16_siglip_224"
+        f"are vit_*, vit_pe_core_*, deit_*, deit3_*, eva02_*, beit_*, beitv2_*, swin_* and "
+        f"swinv2_* with plain blocks, and tiny_vit_*, such as vit_base_patch16_224, "
+        f"vit_base_patch14_dinov2, vit_base_patch16_siglip_224"
     )
 
 
@@ -258,10 +260,21 @@ def _swin(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
     defaults = {"img_size": image_size, "window_size": window_size, "patch_size": patch_size}
     arguments = {key: int(value) for key, value in defaults.items()} | arguments
     _, fields = _read(match[0], _without(arguments, "Swin", act_layer="gelu"), _OF_SWIN)
-    if size == "large":
-        large = swin("base", embed_dim=192, num_heads=(6, 12, 24, 48))
-        return dataclasses.replace(large, blocks=(), **fields)
     return swin(size, **fields)
+
+
+def _swin_v2(match: re.Match, arguments: dict[str, Any]) -> SwinSpec:
+    """A name such as window12to16_192to256 says on what it was trained first."""
+    size, window_before, window_size, image_before, image_size = match.groups()
+    arguments = {"img_size": int(image_size), "window_size": int(window_size)} | arguments
+    if window_before and image_before:
+        grids = [int(image_before) // 4 // 2**stage for stage in range(4)]
+        windows = [min(int(window_before), grid) for grid in grids]
+        arguments = {"pretrained_window_sizes": windows} | arguments
+    _, fields = _read(match[0], _without(arguments, "Swin V2", act_layer="gelu"), _OF_SWIN_V2)
+    if not any(fields.get("pretrained_window_sizes", ())):
+        fields["pretrained_window_sizes"] = ()
+    return swin_v2(size, **fields)
 
 
 def _tiny_vit(match: re.Match, arguments: dict[str, Any]) -> TinyViTSpec:
@@ -282,6 +295,7 @@ def _without(arguments: dict[str, Any], title: str, **only: Any) -> dict[str, An
 
 _READERS: dict[str, Callable[[re.Match, dict[str, Any]], Spec]] = {
     r"swin_([a-z]+)_patch(\d+)_window(\d+)_(\d+)": _swin,
+    r"swinv2_([a-z]+)_window(?:(\d+)to)?(\d+)_(?:(\d+)to)?(\d+)": _swin_v2,
     r"tiny_vit_(\d+m)_(\d+)": _tiny_vit,
     rf"({_FAMILIES})_([a-z0-9]+(?:_plus)?)(_distilled)?_patch(\d+)_(.*)": _vit,
 }
