@@ -110,8 +110,7 @@ def test_more_rounds_make_sure(models, clock, monkeypatch):
     monkeypatch.setattr(speed, "_turn", lambda run: (1, run))
     some = ideal_engine(clock, busy=lambda: 1 + 0.2 * rng.random())
     many, _ = measure(models, [some], [1])
-    monkeypatch.setattr(speed, "_REPEATS", 1)
-    few, _ = measure(models, [some], [1])
+    few, _ = measure(models, [some], [1], repeats=1)
     assert (few[1].is_sure, many[1].is_sure) == (False, True)
 
 

@@ -5,16 +5,22 @@ import re
 import shutil
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
 from safetensors.numpy import load_file
 
+import flora_jax as flora
+from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import MissingFileError
 from flora_jax.io.files import locked
 from flora_jax.methods import start
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.commands import ROOT
+from tests.helpers.pictures import save
 from tests.helpers.runs import tiny_config
+from tests.helpers.weights import random_model
 
 
 @pytest.mark.slow
@@ -31,7 +37,7 @@ def test_page_tells_the_whole_run(finished_run):
         *("Models, on the test images", "What the search scored, on held-out images"),
         *("Held-out quality while training", "Training loss", "Ranks of the subnet"),
         *("Accuracy by class, on the test images", "What the subnet confuses most"),
-        *("Settings that differ from the defaults", "Stages", "Images"),
+        *("Other settings that differ from the defaults", "Stages", "Images"),
     ):
         assert re.search(f"<h[23]>{title}", page)
     result = json.loads((finished_run / "result.json").read_text())
@@ -91,31 +97,59 @@ def test_a_report_of_another_config_is_refused(finished_run, tmp_path):
 NOTEBOOKS = ROOT / "notebooks"
 
 
-def read_notebook():
-    return nbformat.read(NOTEBOOKS / "explore.ipynb", as_version=4)
+def read_notebook(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
-def test_the_notebook_is_stored_without_results():
-    notebook = read_notebook()
+@pytest.mark.parametrize("name", ["explore", "closed_form"])
+def test_a_notebook_is_stored_without_results(name):
+    notebook = read_notebook(name)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.id for cell in cells if cell.outputs or cell.execution_count] == []
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):
-    notebook = read_notebook()
-    monkeypatch.setenv("FLORA_RUN", str(finished_run))
+def executed(name, tmp_path, monkeypatch):
+    """The outputs of each cell, and the cells with pictures."""
+    notebook = read_notebook(name)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
     NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute()
-
-    results = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    found = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     pictures = [
-        name
-        for name, outputs in results.items()
+        cell
+        for cell, outputs in found.items()
         if any("image/png" in output.get("data", {}) for output in outputs)
     ]
+    return found, pictures
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_closed_form_runs_on_an_encoder(tmp_path, monkeypatch):
+    spec = flora.ViTSpec(
+        image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=0
+    )
+    flora.save(random_model(spec), tmp_path / "encoder")
+    save_preprocessing(tmp_path / "encoder", Preprocessing(16))
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        save(tmp_path / f"pictures/{i}.png", rng.integers(0, 256, (20, 24, 3), np.uint8))
+    monkeypatch.setenv("FLORA_ENCODER", str(tmp_path / "encoder"))
+    monkeypatch.setenv("FLORA_PICTURES", str(tmp_path / "pictures"))
+    monkeypatch.setenv("FLORA_IMAGE_SIZE", "16")
+    found, pictures = executed("closed_form", tmp_path, monkeypatch)
+    assert pictures == ["trade-off", "sizes"]
+    printed = "".join(output.get("text", "") for output in found["quality"])
+    quality = [float(row.split()[3]) for row in re.findall(r"^(?:dense|0\.\d+) .*", printed, re.M)]
+    assert len(quality) == 4
+    assert quality == sorted(quality, reverse=True)
+    assert "equal: True" in "".join(output.text for output in found["export"])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLORA_RUN", str(finished_run))
+    results, pictures = executed("explore", tmp_path, monkeypatch)
     assert pictures == ["predict", "trade-off", "ranks"]
     assert "equal: True" in "".join(output.text for output in results["save"])

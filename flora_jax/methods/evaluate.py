@@ -139,7 +139,7 @@ def _milliseconds(
         return {}, ""
     models = {n: folder.load_model(run.folder / path) for _, n, path, _ in finished_models(run)}
     cores_elsewhere = other_work()
-    rows, _ = measure(models, [engine], [1])
+    rows, _ = measure(models, [engine], [1], repeats=1)
     busy = cores_elsewhere()
     noise = f", with {busy:.1f} cores busy elsewhere" if busy > 0.2 else ""
     return {row.model: row.ms for row in rows}, f"{engine}, batch 1{noise}"

@@ -89,7 +89,8 @@ def panels_of(data: ReportData) -> list[Panel]:
         title = "What the search scored, on held-out images"
         note = "They were chosen by these images, so that their values are no forecast for others."
         panels.append(Panel(title, of(plot_candidates, data=data), note))
-    if any(data.accuracies.values()):
+    looks = [steps for of_stage in data.accuracies.values() for steps, _ in of_stage.values()]
+    if any(len(steps) > 1 for steps in looks):  # one is no curve
         plot = of(plot_accuracies, accuracies=data.accuracies, metric=data.metric)
         panels.append(Panel("Held-out quality while training", plot))
     if any(len(steps) for steps, _ in data.curves.values()):

@@ -20,7 +20,6 @@ from flora_jax.weights.export.engines import Engine, Forward, Prepare, is_out_of
 
 _ROUNDS = 20  # at most, of one engine and batch size
 _SECONDS = 10  # after which no further round of these begins
-_REPEATS = 3  # of all this, at most
 _TURN = 0.2  # seconds that a model is run in its turn, at least once
 _PAUSE = 0.1  # seconds between two turns, in which threads of the one before stop spinning
 _SURE = 0.1  # of the saving that is promised
@@ -58,12 +57,17 @@ class Row:
 
 
 def measure(
-    models: Mapping[str, Network], engines: Sequence[Engine], batch_sizes: Sequence[int]
+    models: Mapping[str, Network],
+    engines: Sequence[Engine],
+    batch_sizes: Sequence[int],
+    repeats: int = 3,
 ) -> tuple[list[Row], list[dict]]:
     """Times the models, the first of which is what the others are compared with.
 
-    An engine that cannot take one of them is left out, with a line in the log. Where the rounds do
-    not agree, there are up to three times as many.
+    An engine that cannot take one of them is left out, with a line in the log.
+
+    Args:
+      repeats: of all rounds, at most, where these do not agree.
 
     Returns:
       The rows, and {"engine", "batch", "model"} of what does not fit into memory. Where that is the
@@ -85,7 +89,7 @@ def measure(
                 short = [name for name in models if name not in turns]
                 too_large += [{"engine": engine.name, "batch": batch, "model": n} for n in short]
                 if reference in turns:
-                    rows += _rows(engine.name, batch, turns, macs)
+                    rows += _rows(engine.name, batch, turns, macs, repeats)
                 progress.update(1, batch=batch)
     return rows, too_large
 
@@ -112,11 +116,15 @@ def _turn(run: Forward) -> tuple[int, Forward]:
 
 
 def _rows(
-    engine: str, batch: int, turns: Mapping[str, tuple[int, Forward]], macs: Mapping[str, int]
+    engine: str,
+    batch: int,
+    turns: Mapping[str, tuple[int, Forward]],
+    macs: Mapping[str, int],
+    repeats: int,
 ) -> list[Row]:
     work = {name: run for name, (_, run) in turns.items()}
     times = {name: np.empty(0) for name in turns}
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         found = time_in_turn(work, _ROUNDS, _PAUSE, warm_up=0, seconds=_SECONDS)
         times = {n: np.append(times[n], ms / turns[n][0]) for n, ms in found.items()}
         rows = [_row(engine, batch, name, times, macs) for name in times]
