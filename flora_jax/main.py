@@ -24,7 +24,7 @@ import absl.logging
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from flora_jax import configs, help
 from flora_jax.cluster import processes
@@ -156,17 +156,12 @@ def _run(pictures: list[str]) -> None:
     else:
         if _PROFILE.value:
             _CONFIG.value.profile_step = _PROFILE.value
-        _remember_what_is_given(_CONFIG.value)
+        if (config := _CONFIG.value) is not None:
+            given = dict(each.split(" = ", 1) for each in config.get("given", ()))
+            given |= config_flags.get_override_values(flags.FLAGS["config"])
+            with config.unlocked():
+                config.given = tuple(f"{name} = {value}" for name, value in given.items())
         start.run(_CONFIG.value, _WORKDIR.value, _STAGE.value, _REDO.value)
-
-
-def _remember_what_is_given(config: ConfigDict) -> None:
-    given = config_flags.get_override_values(flags.FLAGS["config"])
-    if given:
-        log = logging.getLogger("flora_jax.main")
-        log.info("set: %s", ", ".join(f"{name} = {value}" for name, value in given.items()))
-    with config.unlocked():
-        config.given = tuple(dict.fromkeys((*config.get("given", ()), *given)))
 
 
 def run() -> None:

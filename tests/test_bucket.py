@@ -114,7 +114,7 @@ def hand_out() -> None:
 
 def test_checkpoints_models_and_exports(address):
     exported = "['model.py', 'model.safetensors', 'preprocess.py', 'spec.json']"
-    files = "README.md classes.json model.stablehlo.bin preprocessing.json timm"
+    files = "README.md classes.json model.stablehlo.bin preprocess.py preprocessing.json timm"
     calls = ("save_and_damage()", "try_a_folder()", "save_and_load()", "hand_out()")
     assert output(*calls) == [
         *("6 9 manifests", "6", "6 damaged manifests 9-0 9-0.txt", "9"),  # a damaged one goes aside

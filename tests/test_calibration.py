@@ -200,7 +200,7 @@ def test_too_few_images_to_fill_a_moment_are_told(caplog):
     space = flora.RankSpace.regular(model.spec)
     with caplog.at_level(logging.INFO):
         flora.factorize(model, space, calibration=calibration)
-    assert "2 images leave the second moments of blocks.0.attn.qkv" in caplog.text
+    assert "2 images are few for what enters blocks.0.attn.qkv" in caplog.text
 
 
 def test_groups_of_layers_bound_the_memory_of_a_device():

@@ -79,10 +79,11 @@ def evaluate(step: Step, models: None, latency: LatencyTable | None, is_pretrain
             "train": images.splits.train.left_out,
             "test": images.splits.test.left_out,
         },
-        "timed_in": timed_in,
         "test_images": test_set.num_images,
         "skipped_test_images": len(images.splits.test) - test_set.num_images,
     }
+    if timed_in:
+        result[DATA]["timed_in"] = timed_in
     write_json_once(run.folder / "result.json", result)
     about = known | {
         "dataset": run.settings.data.name,

@@ -73,6 +73,8 @@ def run(
         return
     check_can_hold_a_run(this_run.folder)
     images = this_run.images = checks.check(settings, done_stages(this_run))
+    if settings.given:
+        log.info("set: %s", ", ".join(settings.given))
     log.info("%s", images.splits)
     plan = planned(this_run, script)
     with held(this_run.folder):

@@ -110,6 +110,7 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
     path, benchmark = run.folder / "result.json", run.folder / _BENCHMARK_FILE
     result = read_json(path) if path.exists() else {}
     tested, done = result.get(table.DATA, {}), done_stages(run)
+    given = dict(each.split(" = ", 1) for each in run.settings.given)
     changed = [  # "-" for what is not there
         ["-" if cell is None else str(cell) or '""' for cell in row]
         for row in differences(Settings().to_config(), run.settings.to_config())
@@ -126,8 +127,8 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
         slimming=_slimming(run, images),
         benchmark=read_json(benchmark) if benchmark.exists() else {},
         **_classes(run, images, tested.get("classes", ())),
-        given={name: now for name, _, now in changed if name in run.settings.given},
-        recipe=[row for row in changed if row[0] not in (*run.settings.given, "given")],
+        given=given,
+        recipe=[row for row in changed if row[0] not in (*given, "given")],
         stages={name: of["seconds"] for name, of in done.items()},
         images=_images(run, images, tested),
         skipped_images=tested.get("skipped_test_images", 0),

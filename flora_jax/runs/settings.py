@@ -380,7 +380,7 @@ class Settings:
       model: the dense network.
       pretrained: weights in any layout that `flora_jax.from_pretrained` reads, on disk or as
         `hf:owner/name` of the Hugging Face hub; empty: train from scratch.
-      given: the fields that a command line has set, which a report shows first.
+      given: the fields that a command line has set, each as "name = value".
       note: what whoever reads log, report or card should know of the run.
       train_pretrained: whether `pretrain` goes on to train the given weights by its recipe.
       probe_images: training images that the classifier of new classes is fitted to, a linear probe

@@ -1,5 +1,6 @@
 """A run that is watched: every point once, whatever interrupted it."""
 
+import itertools
 import struct
 import sys
 import types
@@ -178,5 +179,6 @@ def test_generations_of_a_search(tmp_path):
     best: dict[int, float] = {}
     for candidate in read_history(history):
         best[candidate.generation] = max(candidate.top1, best.get(candidate.generation, 0))
-    expected = [(generation, pytest.approx(value)) for generation, value in best.items()]
+    so_far = itertools.accumulate(best.values(), max)
+    expected = [(i, pytest.approx(value)) for i, value in zip(best, so_far, strict=True)]
     assert shown_points(tmp_path / "search") == whole == {"search/best_top1": expected}
