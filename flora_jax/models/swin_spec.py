@@ -56,15 +56,14 @@ class SwinSpec(Spec):
       depths, num_heads: one a stage.
       num_classes: outputs of its head. 0: it has none, and gives its pooled feature.
       outputs: what these mean: "classes", "labels", "numbers" or an "embedding" (`OUTPUTS`).
-
-    What follows is of Swin V2 (https://arxiv.org/abs/2111.09883), which has all of it (`swin_v2`):
       k_bias: False: of qkv's bias, the key has none.
       post_norm: norms behind attention, MLP and merging, not before them; windows that do not tile
         a feature map are filled up with zeros at its right and lower edge.
       cosine_attention: logits are the cosine of query and key times a learned scale of each head,
         and a small MLP makes the bias of a relative position.
       pretrained_window_sizes: one a stage, the windows that this MLP was trained on; 0, or none at
-        all: those of the spec.
+        all: those of the spec. Swin V2 (https://arxiv.org/abs/2111.09883) has all of the last four
+        (`swin_v2`).
 
     Raises:
       InputError: windows do not tile a stage's feature map, a stage's width is not a multiple of
