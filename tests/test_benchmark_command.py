@@ -1,6 +1,7 @@
 """flora_jax --benchmark: what it says of ideal engines, of a run, and of what it cannot time."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -25,7 +26,10 @@ from tests.helpers.runs import tiny_config
 from tests.helpers.weights import random_model
 
 SPEC = flora.ViTSpec(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+OPENVINO = ("OpenVINO", "OpenVINO float16", "OpenVINO int8")
 ENGINES = ("JAX", "ONNX Runtime", "ONNX Runtime int8", "PyTorch")
+if importlib.util.find_spec("openvino"):
+    ENGINES = (*ENGINES[:-1], *OPENVINO, ENGINES[-1])
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +176,7 @@ def quickly(monkeypatch):
 
 
 def test_all_models_of_a_run(run_folder, quickly, monkeypatch, capsys):
-    for name in ("onnx", "torch"):
+    for name in ("onnx", "openvino", "torch"):
         monkeypatch.setitem(sys.modules, name, None)
     benchmark(run_folder, batch_sizes=["2"])
     printed = capsys.readouterr().out
@@ -189,6 +193,7 @@ def test_all_models_of_a_run(run_folder, quickly, monkeypatch, capsys):
         / flora.load(run_folder / "dense").spec.macs()
     )
     assert "pip install 'flora_jax[onnx]'" in printed
+    assert "pip install 'flora_jax[openvino]'" in printed
     assert "pip install 'flora_jax[torch]'" in printed
     assert re.search(r"^  uniform 0\.6 +\d+\.\d\d ", printed, re.MULTILINE)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 
@@ -120,6 +121,9 @@ def _openvino(name: str) -> list[Engine]:
     """On the CPU, in float32 and from files of 16 and 8 bits, for one image at a time as fast as it
     can."""
     import onnx  # noqa: F401
+
+    # It would tell its maker of each use, from a forked process, which threads of JAX do not bear.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     version = f"{openvino.__version__.partition('-')[0]} (cpu)"
