@@ -99,9 +99,10 @@ def filter_space(
                 if file is not None:
                     write_json_once(file, {name: m.tolist() for name, m in metrics.items()})
             found.append(deciding.score(np.asarray(metrics[deciding.name])))
-            progress.update(1, **{f"best_{shown}": float(max(metrics[shown]))})
+            progress.update(1, **{f"best_{shown}_of_block": float(max(metrics[shown]))})
     kept, prices = keep_candidates(space, found, np.atleast_1d(macs).tolist(), drop)
-    log.info("filter: a price of %s a giga-MAC", ", ".join(f"{1e9 * p:.4g}" for p in prices))
+    each = ", ".join(f"{1e9 * price:.4g}" for price in prices)
+    log.info("filter: %s less %s for each giga-MAC is what choices are kept by", shown, each)
     return kept
 
 
