@@ -30,9 +30,10 @@ from timm.models import save_for_hf
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
+from flora_jax.weights.export.engines import engine_of
+from flora_jax.weights.export.latency import time_specs
 
 SHARE, BATCH = 0.8, 8
 _HF_TINY = {
@@ -150,7 +151,8 @@ def row(name: str, kind: Kind, is_full: bool) -> list[str]:
     genes = flora.allocate(supernet, images, macs=int(SHARE * flora.macs(spec)))
     subnet = flora.extract(supernet, genes)
     assert np.isfinite(_output(subnet, images)).all()
-    milliseconds = measure_networks({"whole": spec, "subnet": subnet.spec}, BATCH, rounds=5)
+    specs = {"whole": spec, "subnet": subnet.spec}
+    milliseconds = time_specs(specs, engine_of("jax"), BATCH, rounds=5)
     return [
         kind.title,
         library,

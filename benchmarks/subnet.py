@@ -25,12 +25,13 @@ import numpy as np
 from common import DEITS, PAUSE, describe_machine, parser_of, write_json
 
 import flora_jax as flora
-from flora_jax.flora.extras.latency import measure, measure_networks
 from flora_jax.models import functional
 from flora_jax.models.factory import create
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import human_count
 from flora_jax.timing import median_ratio, time_in_turn
+from flora_jax.weights.export.engines import ENGINES, engine_of
+from flora_jax.weights.export.latency import measure, time_specs
 
 SIXTHS = tuple(i / 6 for i in range(1, 7))
 EIGHTHS = (1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 1.0)
@@ -46,6 +47,7 @@ def main() -> None:
     what.add_argument("--model", choices=DEITS)
     what.add_argument("--folders", nargs="+", type=pathlib.Path)
     parser.add_argument("--subnets", type=int, default=6, help="random ones to predict; 0: none")
+    parser.add_argument("--engine", choices=ENGINES, default="jax", help="of the table")
     arguments = parser.parse_args()
 
     machine = describe_machine("float32", f"batch {arguments.batch}")
@@ -68,7 +70,8 @@ def prediction_error(arguments: argparse.Namespace) -> float:
     dense, ratios = DEITS[arguments.model], RATIOS[arguments.model]
     space = flora.RankSpace.regular(dense, ratios)
     started = time.perf_counter()
-    table = measure(space, arguments.batch)
+    engine = engine_of(arguments.engine)
+    table = measure(space.variants(), engine, arguments.batch)
     print(f"latency table: {time.perf_counter() - started:.0f} s")
 
     random = space.sample(np.random.default_rng(0), arguments.subnets)
@@ -76,7 +79,7 @@ def prediction_error(arguments: argparse.Namespace) -> float:
     if published := _published(arguments.model):
         genes = {"published": np.searchsorted(ratios, np.array(published) - 1e-6)} | genes
     specs = {name: space.extracted_spec(one) for name, one in genes.items()}
-    times = measure_networks({"dense": dense} | specs, arguments.batch, rounds=arguments.rounds)
+    times = time_specs({"dense": dense} | specs, engine, arguments.batch, arguments.rounds)
 
     errors = []
     print(f"{'subnet':12}{'MACs':>8}{'predicted':>11}{'measured':>10}{'error':>10}")

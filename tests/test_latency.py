@@ -4,85 +4,171 @@ import dataclasses
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
 
 import flora_jax as flora
 from flora_jax import timing
-from flora_jax.configs import deit_t
+from flora_jax.closed_form import compress
+from flora_jax.configs import deit_t, minutes
+from flora_jax.errors import InputError
 from flora_jax.flora.evolution import read_history
-from flora_jax.flora.extras import latency
-from flora_jax.flora.extras.latency import LatencyTable, measure, measure_networks
 from flora_jax.methods import shared
-from flora_jax.runs.budgets import load_base, load_budgets, load_latency_table
-from flora_jax.runs.settings import Spending
+from flora_jax.methods.closed_form import shapes_in_time
+from flora_jax.runs.budgets import Budget, load_base, load_budgets, load_latency_table
+from flora_jax.runs.settings import Settings, Spending
 from flora_jax.runs.workdir import Run
+from flora_jax.weights.export import engines, speed
+from flora_jax.weights.export.engines import ENGINES, Engine, engine_of
+from flora_jax.weights.export.latency import LatencyTable, measure, time_specs
 from tests.helpers.networks import TINY_SWIN
 
 BATCH = 3
 
 
 @pytest.fixture
-def ideal_device(monkeypatch, count_macs):
-    """A device on which a multiply-add takes a nanosecond, and nothing else any time."""
+def ideal_engine(monkeypatch):
+    """A multiply-add takes a nanosecond there, and nothing else any time."""
     clock = types.SimpleNamespace(now=0.0)
 
-    def compiled(function, dtype, *shapes):
-        seconds = 1e-9 * count_macs(jax.make_jaxpr(function)(*shapes))
+    def open_network(network):
+        def prepare(batch_size):
+            def run():
+                clock.now += 1e-9 * batch_size * network.spec.macs()
 
-        def run():
-            clock.now += seconds
+            return run
 
-        return run
+        return prepare
 
-    monkeypatch.setattr(latency, "_compiled", compiled)
     stopped = types.SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
     monkeypatch.setattr(timing, "time", stopped)
+    monkeypatch.setattr(speed, "time", stopped)
+    monkeypatch.setattr(speed, "_TURN", 1e-9)
+    return Engine("JAX", "", open_network)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "slim"])
-def test_table_of_an_ideal_device_is_macs(ideal_device, tiny_spec, family):
+def test_table_of_an_ideal_engine_is_macs(ideal_engine, tiny_spec, family):
     dense = {"vit": tiny_spec, "swin": TINY_SWIN, "slim": tiny_spec}[family]
     spec = dense
     if family == "slim":
         gated = flora.slim.add_gates(flora.create(dense))
         spec = flora.slim.cut_spec(dense, flora.slim.threshold(gated, attn=0.7, mlp=0.5, patch=0.6))
     space = flora.RankSpace.regular(spec, (1 / 8, 1 / 4, 1 / 2, 1))
-    table = measure(space, BATCH, dense=dense, rounds=3)
+    table = measure(space.variants(), ideal_engine, BATCH, dense=dense, rounds=3)
     genes = space.sample(np.random.default_rng(0), 50)
     full_rank = space.full_rank_genes
     saved = table.cost(full_rank) - table.cost(genes)
     np.testing.assert_allclose(saved, BATCH * (space.macs(full_rank) - space.macs(genes)), atol=9)
     assert len(np.unique(saved)) > 20
-    assert table.dense_ms == table.full_rank_ms or family == "slim"
-    assert table.dense_ms >= table.full_rank_ms == table.cost(full_rank) / 1e6
+    assert table.dense_ms == table.full_ms or family == "slim"
+    assert table.dense_ms >= table.full_ms == table.cost(full_rank) / 1e6
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
+@pytest.mark.parametrize("spec", [TINY_SWIN, None], ids=["swin", "vit"])
+def test_table_of_the_closed_form(ideal_engine, tiny_spec, spec):
+    spec = spec or tiny_spec
+    choices = compress.variants(spec)
+    assert choices.macs(choices.largest) == spec.macs()
+    table = measure(choices, ideal_engine, BATCH, rounds=3)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        picks = np.array([rng.integers(most + 1) for most in choices.largest])
+        macs = choices.spec_of(picks).macs()
+        assert choices.macs(picks) == macs
+        assert table.cost(picks) == pytest.approx(BATCH * macs, abs=99)
+
+
+class TestShapesInTime:
+    """A table that is wrong is corrected by what whole networks take."""
+
+    spec = TINY_SWIN
+    budget = Budget((0.6, 0.65), (0, 0), is_only=True)
+
+    def shares(self, engine, table):
+        losses = [
+            compress.Losses(
+                np.linspace(1, 0, len(compress.head_dims(self.spec, block))),
+                np.linspace(1, 0, len(compress.mlp_dims(block))),
+            )
+            for block in self.spec.blocks
+        ]
+        model = types.SimpleNamespace(spec=self.spec)
+        plans = compress.Plans(model, [], [], losses, None)
+        dense = 1e6 * table.dense_ms
+        window = tuple(round(share * dense) for share in self.budget.shares)
+        budget = dataclasses.replace(self.budget, window=window)
+        shapes = shapes_in_time(plans, budget, table, engine, self.spec)
+        return compress.reduced_spec(self.spec, shapes).macs() / self.spec.macs()
+
+    def test_right_table(self, ideal_engine):
+        table = measure(compress.variants(self.spec), ideal_engine, BATCH, rounds=3)
+        assert 0.6 <= self.shares(ideal_engine, table) <= 0.65
+
+    def test_wrong_table(self, ideal_engine, caplog):
+        table = measure(compress.variants(self.spec), ideal_engine, BATCH, rounds=3)
+        half = tuple(tuple(0.7 * ms for ms in group) for group in table.change_ms)
+        wrong = dataclasses.replace(table, change_ms=half)
+        assert 0.6 <= self.shares(ideal_engine, wrong) <= 0.65
+        assert "is missed" not in caplog.text
+
+
+def test_closed_form_spends_latency(ideal_engine, monkeypatch, tmp_path):
+    for module in ("runs.checks", "methods.shared", "methods.closed_form", "methods.evaluate"):
+        monkeypatch.setattr(f"flora_jax.{module}.engine_of", lambda *_: ideal_engine)
+    config = minutes.get_config("runlocal")
+    model = flora.create(Settings.from_config(config).model)
+    flora.save(model, tmp_path / "dense")
+    config.update_from_flattened_dict(
+        {
+            "pretrained": str(tmp_path / "dense"),
+            "stages": ("pretrain", "compress", "evaluate", "report"),
+            "search.budget": "latency",
+            "budget.latency": ((0.5, 0.55), (0.7, 0.75)),
+        }
+    )
+    flora.run(config, tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    for entry, (low, high) in zip(result["subnet"], config.budget.latency, strict=True):
+        assert low <= entry["macs"] / result["dense"]["macs"] <= high
+        assert low <= entry["ms"] / result["dense"]["ms"] <= high
+        assert entry["budget"] == [low, high]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_networks_are_measured_in_turn(tiny_spec, dtype):
+def test_networks_are_timed_in_turn(tiny_spec, dtype, monkeypatch):
+    monkeypatch.setattr(speed, "_TURN", 1e-3)
     specs = {"dense": tiny_spec, "subnet": tiny_spec.with_ranks((1,) * 6)}
-    times = measure_networks(specs, BATCH, dtype, rounds=4)
+    times = time_specs(specs, engine_of("jax", dtype), BATCH, rounds=4)
     assert times.keys() == specs.keys()
     assert all(ms.shape == (4,) and (ms > 0).all() for ms in times.values())
 
 
-def with_changes(table, space, of_choice):
+def test_engines_have_names(monkeypatch):
+    everything, _ = engines.installed_engines()
+    assert {engine.key for engine in everything} <= set(ENGINES)
+    monkeypatch.setattr(engines, "installed_engines", lambda dtype: (everything[:1], ["a hint"]))
+    with pytest.raises(InputError, match=r"OpenVINO int8 cannot run here, but jax can; a hint"):
+        engine_of("openvino_int8")
+
+
+def with_changes(table, choices, of_choice):
     """The table with other changes: a function of the choice, counted down from the last."""
-    changes = [map(of_choice, range(len(ranks) - 1, -1, -1)) for ranks in space.choices]
+    changes = [map(of_choice, range(len(group) - 1, -1, -1)) for group in choices]
     return dataclasses.replace(table, change_ms=tuple(map(tuple, changes)))
 
 
 @pytest.mark.slow
 def test_search_spends_latency(tmp_path, capsys, monkeypatch):
-    def measure_and_make_low_ranks_quick(space, *arguments, **options):
+    def measure_and_make_low_ranks_quick(choices, *arguments, **options):
         """At this size a factor pair may be slower than the dense layer."""
-        table = measure(space, *arguments, **options)
-        step = table.dense_ms / 10 / space.num_layers
-        return with_changes(table, space, lambda steps_down: -step * steps_down)
+        table = measure(choices, *arguments, **options, rounds=3)
+        step = table.dense_ms / 10 / len(choices.kinds)
+        return with_changes(table, choices.macs.layers, lambda steps_down: -step * steps_down)
 
     monkeypatch.setattr("flora_jax.methods.shared.measure", measure_and_make_low_ranks_quick)
+    monkeypatch.setattr(speed, "_TURN", 1e-3)
     # Its quick look beforehand is spoilt in the same way.
     monkeypatch.setattr("flora_jax.runs.checks._check_latency", lambda *_: None)
     config, folder = deit_t.get_config("runlocal"), tmp_path / "run"
@@ -128,13 +214,13 @@ def test_search_spends_latency(tmp_path, capsys, monkeypatch):
 
 
 def test_unreachable_latency(tiny_space, monkeypatch):
-    table = LatencyTable("an engine", 16, "float32", 1.0, 1.0, ())
-    slow = with_changes(table, tiny_space, lambda steps_down: -0.01 * (steps_down > 0))
+    table = LatencyTable("jax", "a machine", 16, 1.0, 1.0, ())
+    slow = with_changes(table, tiny_space.choices, lambda steps_down: -0.01 * (steps_down > 0))
     monkeypatch.setattr(shared, "measure", lambda *_, **__: slow)
     spending = Spending("latency", ((0.2, 0.3),))
     with pytest.raises(
         ValueError,
         match=r"\(0\.2, 0\.3\) cannot be reached: the space spans 0\.940\.\.1\.000 of the dense "
-        r"model's 1\.00 ms on an engine",
+        r"model's 1\.00 ms in JAX on a machine",
     ):
-        shared.measure_latency(None, tiny_space, tiny_space.spec, spending, 16, "float32")
+        shared.measure_latency(None, tiny_space, tiny_space.spec, spending, "jax", 16, "float32")

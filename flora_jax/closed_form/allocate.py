@@ -226,7 +226,7 @@ def _check_reachable(space: RankSpace, cost: Cost, budgets: np.ndarray) -> None:
 
 
 def least_loss(
-    losses: list[np.ndarray], costs: list[np.ndarray], budgets: np.ndarray
+    losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], budgets: np.ndarray
 ) -> np.ndarray:
     """The options of least total loss for every budget, by dynamic programming over the cost.
 

@@ -36,6 +36,7 @@ from flora_jax.closed_form.reduce import (
 from flora_jax.closed_form.refit import RIDGE, refit_to, token_weights
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.errors import InputError
+from flora_jax.flora.cost import Cost, Variants, kinds_of
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import BlockSpec, Spec
@@ -74,7 +75,7 @@ def compress(model, images, *, macs):
     budgets = [int(budget) for budget in np.atleast_1d(macs)]
     if not budgets:
         raise InputError("compression needs a budget of multiply-adds, or several")
-    check_reachable(model.spec, budgets)
+    check_reachable(variants(model.spec).macs, budgets, model.spec.macs())
     plans = Plans.of(model, batches)
     found = [plans.network(shapes) for shapes in plans.shapes(budgets)]
     return found if np.ndim(macs) else found[0]
@@ -116,10 +117,13 @@ class Plans:
         )
         return cls(model, batches, orders, losses, normalize)
 
-    def shapes(self, budgets: Sequence[int]) -> list[list[Shape]]:
-        """The shapes of all blocks for each budget of MACs. Raises as `compress`."""
-        check_reachable(self.model.spec, budgets)
-        return allocate_shapes(self.model.spec, self.losses, budgets)
+    def shapes(self, budgets: Sequence[int], cost: Cost | None = None) -> list[list[Shape]]:
+        """The shapes of all blocks for each budget of MACs, or of another cost of `variants`.
+
+        Raises:
+          InputError: a budget is below what can be reached.
+        """
+        return allocate_shapes(self.model.spec, self.losses, budgets, cost)
 
     def network(
         self,
@@ -257,21 +261,24 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
 
 
 def allocate_shapes(
-    spec: Spec, losses: Sequence[Losses], budgets: Sequence[int]
+    spec: Spec, losses: Sequence[Losses], budgets: Sequence[int], cost: Cost | None = None
 ) -> list[list[Shape]]:
-    """The shapes of all blocks of least total loss within each budget of MACs."""
-    costs = _choice_costs(spec)
-    least = _floor(spec).macs()
+    """The shapes of all blocks of least total loss within each budget; as `Plans.shapes`."""
+    of_all = variants(spec)
+    cost = cost or of_all.macs
+    check_reachable(cost, budgets, int(cost(of_all.largest)))
     of_heads = _held_together([head_dims(spec, b) for b in spec.blocks], [x.heads for x in losses])
     of_units = _held_together([mlp_dims(b) for b in spec.blocks], [x.units for x in losses])
     groups = [group for pair in zip(of_heads, of_units, strict=True) for group in pair]
-    picks = least_loss(groups, costs, np.array(budgets) - least)
+    picks = least_loss(groups, cost.layers, np.array(budgets) - cost.fixed)
+    return [_shapes(spec, pick) for pick in picks]
+
+
+def _shapes(spec: Spec, picks: np.ndarray) -> list[Shape]:
+    """The shapes of all blocks at choices of head dimensions and MLP width, int [2 * blocks]."""
     return [
-        [
-            Shape(head_dims(spec, block)[heads], mlp_dims(block)[units])
-            for block, (heads, units) in zip(spec.blocks, pick.reshape(-1, 2), strict=True)
-        ]
-        for pick in picks
+        Shape(head_dims(spec, block)[heads], mlp_dims(block)[units])
+        for block, (heads, units) in zip(spec.blocks, picks.reshape(-1, 2), strict=True)
     ]
 
 
@@ -287,37 +294,39 @@ def _held_together(
     ]
 
 
-def check_reachable(spec: Spec, budgets: Sequence[int]) -> None:
-    """Raises InputError where a budget is below the least MACs, or the network has ranks."""
-    if any(rank is not None for rank in spec.ranks):
-        raise InputError("compression needs a dense network, but this one has low-rank layers")
-    least, dense = _floor(spec).macs(), spec.macs()
+def check_reachable(cost: Cost, budgets: Sequence[int], dense: float) -> None:
+    """Raises InputError where a budget is below the least cost; `dense` is that of the network."""
     for budget in budgets:
-        if budget < least:
+        if budget < cost.least:
             raise InputError(
-                f"no network of this shape costs at most {budget} multiply-adds; the least is "
-                f"{least}, {least / dense:.3f} of the dense network's: what is outside of heads "
-                f"and MLPs stays"
+                f"no network of this shape costs at most {budget} {cost.unit}; the least is "
+                f"{cost.least}, {cost.least / dense:.3f} of the dense network's: what is outside "
+                f"of heads and MLPs stays"
             )
 
 
-def _floor(spec: Spec) -> Spec:
-    return reduced_spec(
-        spec, [Shape(head_dims(spec, block)[0], mlp_dims(block)[0]) for block in spec.blocks]
-    )
+def variants(spec: Spec) -> Variants:
+    """The networks that can be cut from one: head dimensions and MLP width of each block.
 
+    Raises:
+      InputError: it has low-rank layers.
+    """
+    if any(rank is not None for rank in spec.ranks):
+        raise InputError("compression needs a dense network, but this one has low-rank layers")
+    choices = [c for block in spec.blocks for c in (head_dims(spec, block), mlp_dims(block))]
+    smallest = np.zeros(len(choices), int)
 
-def _choice_costs(spec: Spec) -> list[np.ndarray]:
-    """What each choice adds to the least MACs: of head dimensions and MLP width, a pair a block."""
-    floor = [Shape(head_dims(spec, block)[0], mlp_dims(block)[0]) for block in spec.blocks]
-    least, costs = _floor(spec).macs(), []
+    def spec_of(picks: np.ndarray) -> Spec:
+        return reduced_spec(spec, _shapes(spec, picks))
 
-    def macs(number: int, shape: Shape) -> int:
-        shapes = [*floor[:number], shape, *floor[number + 1 :]]
-        return reduced_spec(spec, shapes).macs() - least
+    least = spec_of(smallest).macs()
 
-    for number, (block, own) in enumerate(zip(spec.blocks, floor, strict=True)):
-        dims, widths = head_dims(spec, block), mlp_dims(block)
-        costs.append(np.array([macs(number, own._replace(head_dim=dim)) for dim in dims]))
-        costs.append(np.array([macs(number, own._replace(mlp_dim=width)) for width in widths]))
-    return costs
+    def more_macs(group: int, choice: int) -> int:
+        picks = smallest.copy()
+        picks[group] = choice
+        return spec_of(picks).macs() - least
+
+    costs = (np.array([more_macs(g, c) for c in range(len(own))]) for g, own in enumerate(choices))
+    blocks = zip(spec.blocks, spec.block_inputs, strict=True)
+    kinds = kinds_of((*block, place) for block in blocks for place in ("heads", "units"))
+    return Variants(Cost("MACs", least, tuple(costs)), kinds, spec_of)

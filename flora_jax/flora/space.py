@@ -15,7 +15,7 @@ import itertools
 import numpy as np
 
 from flora_jax.errors import InputError
-from flora_jax.flora.cost import Cost
+from flora_jax.flora.cost import Cost, Variants, kinds_of
 from flora_jax.flora.sampling import RangeSampler, triple_weights
 from flora_jax.models.spec import LAYERS_PER_BLOCK, Spec, by_block
 
@@ -214,6 +214,12 @@ class RankSpace:
         """genes [..., L] -> parameters of the extracted network, int64 [...]."""
         fixed = self.spec.num_params() - sum(layer.num_weights(None) for layer in self.spec.layers)
         return Cost("parameters", fixed, self._weights)(self.validate(genes))
+
+    def variants(self) -> Variants:
+        """The extracted networks of all genes, for `weights.export.latency`."""
+        blocks = zip(self.spec.blocks, self.spec.block_inputs, by_block(self.choices), strict=True)
+        groups = ((*block, place) for block in blocks for place in range(LAYERS_PER_BLOCK))
+        return Variants(self.macs_cost, kinds_of(groups), self.extracted_spec)
 
     def block_macs(self, block: int) -> np.ndarray:
         """int64 [K_b]: MACs of the three searchable layers for each candidate of a block."""

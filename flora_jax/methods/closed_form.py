@@ -19,16 +19,16 @@ from etils import epath
 from flora_jax.closed_form.allocate import allocate_by, full_rank_sensitivity
 from flora_jax.closed_form.calibrate import calibrate
 from flora_jax.closed_form.compress import Plans
+from flora_jax.closed_form.reduce import Shape, reduced_spec
 from flora_jax.closed_form.sensitivity import Sensitivity
 from flora_jax.cluster.processes import by_the_first
-from flora_jax.flora.extras.latency import LatencyTable
 from flora_jax.flora.supernet import Supernet
 from flora_jax.flora.svd import factorize
 from flora_jax.methods import shared
 from flora_jax.methods.slim import slim_where_named
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.runs.budgets import ALLOCATION_FILE, budgets_of
+from flora_jax.runs.budgets import ALLOCATION_FILE, Budget, budgets_of
 from flora_jax.runs.settings import (
     AllocationSettings,
     CalibrationSettings,
@@ -37,28 +37,39 @@ from flora_jax.runs.settings import (
     Spending,
 )
 from flora_jax.runs.workdir import Result, Run, SavedJson, SavedSupernet, Step
+from flora_jax.timing import median_ratio
 from flora_jax.weights import folder
+from flora_jax.weights.export.engines import Engine, engine_of
+from flora_jax.weights.export.latency import LatencyTable, time_specs
 
 log = logging.getLogger(__name__)
+
+_ATTEMPTS = 3  # to meet a budget of milliseconds
 
 
 def closed_form(run: Run) -> None:
     """Allocate, cut and fit, then fine-tune."""
     dense = shared.start(run)
     base = slim_where_named(run, dense)
+    latency = shared.latency_table(run, base)
     cut = run.step(
         "compress",
         compress_to_budgets,
-        *(base, run.spec, run.settings.spending, run.settings.compression),
+        *(base, run.spec, run.settings.spending, latency, run.settings.compression),
     )
-    shared.tune_and_finish(run, base, cut)
+    shared.tune_and_finish(run, base, cut, latency)
 
 
 def compress_to_budgets(
-    step: Step, base: Network, dense: Spec, spending: Spending, settings: CompressionSettings
+    step: Step,
+    base: Network,
+    dense: Spec,
+    spending: Spending,
+    latency: LatencyTable | None,
+    settings: CompressionSettings,
 ) -> None:
     """closed form: cuts heads and MLPs, and fits what is left, for each budget"""
-    images, budgets = step.images, budgets_of(spending, dense)
+    images, budgets = step.images, budgets_of(spending, dense, latency)
     normalize = images.train_set.normalization
     batches = list(images.without_augmentation(settings.images, "compress"))
     plans = Plans.of(base, batches, normalize=normalize, directory=step.directory / "calibration")
@@ -66,7 +77,11 @@ def compress_to_budgets(
         place = step.directory / budget.folder("subnet")
         if (place / folder.SPEC_FILE).exists():
             continue
-        shapes = plans.shapes([budget.window[1]])[0]
+        if latency is None:
+            shapes = plans.shapes([budget.window[1]])[0]
+        else:
+            engine = engine_of(latency.engine, step.run.settings.finetune.compute_dtype)
+            shapes = shapes_in_time(plans, budget, latency, engine, dense)
         model = plans.network(
             shapes, ridge=settings.ridge, directory=step.directory / f"{place.name}_blocks"
         )
@@ -78,6 +93,30 @@ def compress_to_budgets(
         folder.save_once(model, place)
         _delete_once(step.directory / f"{place.name}_blocks")
     _delete_once(step.directory / "calibration")
+
+
+def shapes_in_time(
+    plans: Plans, budget: Budget, table: LatencyTable, engine: Engine, dense: Spec
+) -> list[Shape]:
+    """The shapes for a budget of milliseconds, measured as a whole and corrected where needed."""
+    low, high = budget.shares
+    target = high
+    for _ in range(_ATTEMPTS):
+        most = max(round(1e6 * table.dense_ms * target), table.cost.least)
+        shapes = plans.shapes([most], table.cost)[0]
+        specs = {"dense": dense, "subnet": reduced_spec(plans.model.spec, shapes)}
+        times = time_specs(specs, engine, table.batch_size)
+        share = median_ratio(times["subnet"], times["dense"])
+        log.info(
+            "%s: %.3f of the dense model's milliseconds in %s where the table says %.3f",
+            *(budget.name("subnet"), share, engine, target),
+        )
+        if low <= share <= high:
+            return shapes
+        # What is saved is off by a factor; from here on it aims at the middle.
+        target = 1 - (1 - (low + high) / 2) * (1 - target) / max(1 - share, 1 - high)
+    log.warning("budget.latency (%g, %g) is missed by %.3f", low, high, share)
+    return shapes
 
 
 def calibrated(run: Run, base: Result, otherwise: Result) -> Result:

@@ -10,7 +10,6 @@ from flora_jax.cluster.processes import by_the_first, is_first
 from flora_jax.evaluation.comparison import baseline_pairs, compare
 from flora_jax.evaluation.evaluate import evaluate_images, top1
 from flora_jax.evaluation.quality import Quality, commonest_share
-from flora_jax.flora.extras.latency import LatencyTable, measure_networks
 from flora_jax.io.files import replacing, write_json_once
 from flora_jax.models.spec import Spec
 from flora_jax.report.table import DATA
@@ -20,7 +19,8 @@ from flora_jax.runs.model_files import report_models_once
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, Step
 from flora_jax.timing import median_ratio, other_work
 from flora_jax.weights import folder
-from flora_jax.weights.export.engines import onnx_runtime
+from flora_jax.weights.export.engines import engine_of, onnx_runtime
+from flora_jax.weights.export.latency import LatencyTable, time_specs
 from flora_jax.weights.export.speed import measure
 
 PerImage = dict[str, np.ndarray]
@@ -133,9 +133,10 @@ def _milliseconds(
     is installed.
     """
     if latency is not None:
-        times = measure_networks(specs | {"dense": run.spec}, latency.batch_size, latency.dtype)
+        runs_it = engine_of(latency.engine, run.settings.finetune.compute_dtype)
+        times = time_specs(specs | {"dense": run.spec}, runs_it, latency.batch_size)
         scaled = {n: latency.dense_ms * median_ratio(times[n], times["dense"]) for n in specs}
-        return scaled, f"JAX, batches of {latency.batch_size}, {latency.dtype}"
+        return scaled, f"{runs_it}, batch {latency.batch_size}"
     if (engine := onnx_runtime()) is None or not is_first():
         return {}, ""
     models = {n: folder.load_model(run.folder / path) for _, n, path, _ in finished_models(run)}

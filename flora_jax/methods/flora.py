@@ -21,7 +21,6 @@ import numpy as np
 from flora_jax.closed_form.allocate import multiplier_path
 from flora_jax.flora.evolution import EvolutionSettings, image_scores, search
 from flora_jax.flora.extras.halving import ImageScores
-from flora_jax.flora.extras.latency import LatencyTable, check_prediction
 from flora_jax.flora.extras.sampling import nested, sandwich
 from flora_jax.flora.extras.warm_start import SURE, first_population, lead
 from flora_jax.flora.filter import filter_space
@@ -49,6 +48,8 @@ from flora_jax.runs.workdir import Run, SavedJson, SavedSpace, SavedSupernet, St
 from flora_jax.training.settings import Recipe
 from flora_jax.training.train import train
 from flora_jax.weights import folder
+from flora_jax.weights.export.engines import engine_of
+from flora_jax.weights.export.latency import LatencyTable, check_prediction
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +208,11 @@ def search_subnets(
         if low <= cost(own) <= high:
             found[i] = _better(space, scores, budgets[i].name("subnet"), found[i], own, shown)
     if latency is not None:
+        engine = engine_of(latency.engine, step.run.settings.finetune.compute_dtype)
         for entry in found:
             own = np.array(entry["genes"])
             spec, predicted = space.extracted_spec(own), int(cost(own))
-            entry["latency"] = check_prediction(latency, dense_spec, spec, predicted)
+            entry["latency"] = check_prediction(latency, engine, dense_spec, spec, predicted)
     return found if len(found) > 1 else found[0]
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from etils import epath
 
+from flora_jax.closed_form.compress import variants
 from flora_jax.evaluation.evaluate import evaluate_images, top1
 from flora_jax.evaluation.quality import commonest_share
-from flora_jax.flora.extras.latency import LatencyTable, measure
 from flora_jax.flora.space import RankSpace
 from flora_jax.flora.supernet import Supernet, extract_ranks
 from flora_jax.flora.svd import factorize
@@ -35,6 +35,8 @@ from flora_jax.training.probe import fit_classifier, has_no_classifier, with_cla
 from flora_jax.training.settings import Recipe
 from flora_jax.training.train import train
 from flora_jax.weights import folder
+from flora_jax.weights.export.engines import ENGINES, engine_of
+from flora_jax.weights.export.latency import LatencyTable, measure
 from flora_jax.weights.metadata.class_names import positions, read_class_names
 from flora_jax.weights.pretrained import from_pretrained
 
@@ -132,13 +134,17 @@ def inherit(base: Network, space: SpaceSettings) -> Supernet:
     return factorize(base, space.of(base.spec))
 
 
-def latency_table(run: Run, space: Result) -> Result | None:
-    """The latencies of the layers on this device; None where the budget is not latency."""
+def latency_table(run: Run, choices: Result) -> Result | None:
+    """The latencies of all choices in an engine; None where the budget is not latency.
+
+    Args:
+      choices: of a `RankSpace`, or of a network that the closed form cuts.
+    """
     settings = run.settings
     return run.step(
         "latency",
         measure_latency,
-        *(space, run.spec, settings.spending),
+        *(choices, run.spec, settings.spending, settings.latency.engine),
         *(settings.search.latency_batch, settings.finetune.compute_dtype),
         saved=SavedLatency(),
         when=settings.spends_latency,
@@ -159,13 +165,23 @@ class SavedLatency:
 
 
 def measure_latency(
-    step: Step, space: RankSpace, dense: Spec, spending: Spending, batch_size: int, dtype: str
+    step: Step,
+    choices: RankSpace | Network,
+    dense: Spec,
+    spending: Spending,
+    engine: str,
+    batch_size: int,
+    dtype: str,
 ) -> LatencyTable:
-    """measures the latency of every layer's choices, where that is the budget"""
-    table = measure(space, batch_size, dtype, dense=dense)
-    whole = f"{table.dense_ms:.2f} ms on {table.device}"
+    """measures the latency of every choice in the engine, where that is the budget"""
+    of_all = choices.variants() if isinstance(choices, RankSpace) else variants(choices.spec)
+    table = measure(of_all, engine_of(engine, dtype), batch_size, dense=dense)
+    cost, whole = table.cost, f"{table.dense_ms:.2f} ms in {ENGINES[engine]} on {table.device}"
+    reached = cost.least, int(cost(of_all.largest))
+    if isinstance(choices, RankSpace):
+        reached = cost.range_over(choices.kept)
     for budget in budgets_of(spending, dense, table):
-        check_budget("latency", budget, table.cost, space, 1e6 * table.dense_ms, whole)
+        check_budget("latency", budget, reached, 1e6 * table.dense_ms, whole)
     return table
 
 

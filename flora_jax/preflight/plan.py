@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from flora_jax.closed_form.compress import MOMENT_IMAGES
-from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.io.paths import is_url
+from flora_jax.models.factory import create
 from flora_jax.models.spec import Spec
 from flora_jax.preflight.hlo import size_text
 from flora_jax.report.table import aligned, human_count
@@ -23,8 +23,9 @@ from flora_jax.runs.budgets import extracted_kinds
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.runs.workdir import Run
-from flora_jax.timing import WARM_UP, other_work
+from flora_jax.timing import other_work, time_in_turn
 from flora_jax.training.settings import Recipe
+from flora_jax.weights.export.engines import engine_of
 
 # Passes that an image takes, of a DINOv2 ViT-S/14 at 98 pixels on two CPU cores: three would be the
 # products of a training step, the rest are the optimiser, what lies between products, and decoding.
@@ -60,7 +61,7 @@ def work_of(settings: Settings, images: Images, steps: Iterable[str]) -> Iterato
     space, heldout = settings.space.of(spec), len(images.splits.heldout)
     low, high = space.macs_range()
     middle = (low + high) / 2 / spec.macs()  # the share of a subnet that training draws
-    budgets = [sum(window) / 2 for window in settings.budget.windows("macs")]
+    budgets = [sum(window) / 2 for window in settings.spending.ranges]
     kinds = extracted_kinds(settings)
     trainings = {name: recipe for name, recipe, _ in settings.trainings(num_train)}
 
@@ -135,7 +136,7 @@ def bytes_of(settings: Settings, spec: Spec) -> int:
     layers = settings.space.of(spec).spec.layers
     wider = sum(layer.num_weights(layer.full_rank) - layer.num_weights(None) for layer in layers)
     supernet, dense = spec.num_params() + wider, spec.num_params()
-    share = sum(sum(window) / 2 for window in settings.budget.windows("macs"))
+    share = sum(sum(window) / 2 for window in settings.spending.ranges)
     models = dense + 2 * len(extracted_kinds(settings)) * share * dense
     models += len(settings.export) * (share if settings.cuts_by else 1) * dense
     trained = supernet if settings.trains_supernet else dense
@@ -149,11 +150,15 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
     assert images is not None
     spec, work = network_spec(settings), list(work_of(settings, images, steps))
     batch = min(_MOST_IMAGES, settings.data.eval_batch_size)
+    network = create(spec)
     jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed as if for once
     cores_elsewhere, started = other_work(), time.perf_counter()
-    rounds = measure_networks({"dense": spec}, batch, rounds=5)["dense"]
+    forward = engine_of("jax").open(network)(batch)
+    forward()
+    compiling = time.perf_counter() - started
+    rounds = time_in_turn({"dense": forward}, rounds=5)["dense"]
     busy, ms = cores_elsewhere(), np.percentile(rounds, (0, 50, 100)) / batch
-    compiling = max(time.perf_counter() - started - (WARM_UP * rounds[0] + rounds.sum()) / 1000, 0)
+    compiling = max(compiling - rounds[0] / 1000, 0)
     longest = max(map(len, steps))
     rows, to_do = [["stage", "images", "epochs", "steps", "minutes"]], []
     for each in work:

@@ -25,6 +25,7 @@ from flora_jax.runs.budgets import ALLOCATED, WINNERS_FILE, Finished, load_budge
 from flora_jax.runs.model_files import EVALUATION_FILE
 from flora_jax.runs.workdir import Run
 from flora_jax.weights.export import EXPORTS
+from flora_jax.weights.export.engines import ENGINES
 from flora_jax.weights.hub import is_repository, repository_name
 
 CARD_FILE = "README.md"
@@ -74,6 +75,7 @@ def card_of(
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md").render(
+        ENGINES=ENGINES,
         found=found,
         settings=settings,
         stages=settings.stages,

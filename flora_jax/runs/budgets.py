@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flora_jax.evaluation.comparison import budget_name
-from flora_jax.flora.extras.latency import LatencyTable
 from flora_jax.flora.space import RankSpace
 from flora_jax.io.files import read_json
 from flora_jax.models.spec import Spec
 from flora_jax.runs.settings import Settings, Spending, Window
 from flora_jax.runs.workdir import Run
+from flora_jax.weights.export.latency import LatencyTable
 from flora_jax.weights.folder import load_spec
 
 LATENCY_FILE = "latency/table.json"

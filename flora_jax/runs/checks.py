@@ -12,13 +12,11 @@ from collections.abc import Collection, Container, Mapping, Sequence
 import jax
 import numpy as np
 
-from flora_jax.closed_form.compress import check_reachable
+from flora_jax.closed_form.compress import check_reachable, variants
 from flora_jax.cluster.mesh import equal_share, make_mesh
 from flora_jax.cluster.processes import is_first
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.evaluation.outputs import outputs_title, quality_of
-from flora_jax.flora.cost import Cost
-from flora_jax.flora.extras.latency import measure_networks
 from flora_jax.flora.space import RankSpace
 from flora_jax.models.spec import Spec
 from flora_jax.runs.budgets import Budget, budgets_of
@@ -29,6 +27,8 @@ from flora_jax.slim.gates import abstract_gated
 from flora_jax.training.settings import Recipe
 from flora_jax.training.watch import check_can_watch
 from flora_jax.weights.export import check_packages
+from flora_jax.weights.export.engines import engine_of
+from flora_jax.weights.export.latency import time_specs
 from flora_jax.weights.folder import load_spec
 from flora_jax.weights.hub import local_folder
 from flora_jax.weights.load_parameters import NotFiniteWarning
@@ -73,7 +73,7 @@ def check(settings: Settings, done: Container[str] = ()) -> Images:
         )
     for name, recipe, num_images in settings.trainings(len(images.train)):
         _check_batch(name, recipe, num_images)
-    if settings.spends_latency and "slim" not in settings.stages and "search" not in done:
+    if settings.spends_latency and "slim" not in settings.stages and "latency" not in done:
         _check_latency(settings, spec)
     if not all(stage in done for stage in settings.stages):
         warn_of_doubtful_settings(settings, images)
@@ -132,15 +132,16 @@ def _check_weights(settings: Settings, done: Container[str]) -> None:
 
 def _check_latency(settings: Settings, spec: Spec) -> None:
     """A quick look at whether the cheapest subnet is quick enough; the table decides later."""
-    space = settings.space.of(spec)
-    specs = {"dense": spec, "cheapest": space.extracted_spec(space.cheapest_genes)}
-    batch_size, dtype = settings.search.latency_batch, settings.finetune.compute_dtype
-    ms = measure_networks(specs, batch_size, dtype, rounds=5)
+    of_all = settings.space.of(spec).variants() if settings.finds_ranks else variants(spec)
+    specs = {"dense": spec, "cheapest": of_all.spec_of(np.zeros_like(of_all.largest))}
+    engine = engine_of(settings.latency.engine, settings.finetune.compute_dtype)
+    batch_size = settings.search.latency_batch
+    ms = time_specs(specs, engine, batch_size, rounds=5)
     least = ms["cheapest"].min() / ms["dense"].min()  # which other work on the machine spoils last
     for window in settings.budget.windows("latency"):
         if window[1] < least / _LATENCY_SLACK:
             raise InputError(
-                f"budget.latency {window} cannot be reached on this device: at {batch_size} images "
+                f"budget.latency {window} cannot be reached in {engine}: at {batch_size} images "
                 f"the cheapest subnet takes about {least:.2f} of the dense model's time"
             )
 
@@ -160,8 +161,9 @@ def check_macs_budget(settings: Settings, dense: Spec, base: Spec) -> None:
     if settings.finds_ranks:
         _check_macs(settings, dense, settings.space.of(base))
     elif settings.cuts_by:
-        budgets = budgets_of(settings.spending, dense)
-        check_reachable(base, [budget.window[1] for budget in budgets])
+        cost, spends_macs = variants(base).macs, not settings.spends_latency
+        budgets = budgets_of(settings.spending, dense) if spends_macs else []
+        check_reachable(cost, [budget.window[1] for budget in budgets], dense.macs())
 
 
 def check_with_results(run: Run, to_redo: Collection[str]) -> None:
@@ -188,14 +190,15 @@ def check_with_results(run: Run, to_redo: Collection[str]) -> None:
 
 def _check_macs(settings: Settings, dense: Spec, space: RankSpace) -> None:
     for budget in budgets_of(Spending("macs", settings.budget.windows("macs")), dense):
-        check_budget("macs", budget, space.macs_cost, space, dense.macs(), "MACs")
+        reached = space.macs_cost.range_over(space.kept)
+        check_budget("macs", budget, reached, dense.macs(), "MACs")
 
 
 def check_budget(
-    name: str, budget: Budget, cost: Cost, space: RankSpace, dense: float, dense_cost: str
+    name: str, budget: Budget, reached: tuple[int, int], dense: float, dense_cost: str
 ) -> None:
-    """Raises InputError where no subnet of the space costs what this budget allows."""
-    (least, most), (low, high) = cost.range_over(space.kept), budget.window
+    """Raises InputError where no subnet costs what this budget allows, least and most of all."""
+    (least, most), (low, high) = reached, budget.window
     if high < least or low > most:
         raise InputError(
             f"budget.{name} {budget.shares} cannot be reached: the space spans "

@@ -27,6 +27,7 @@ from flora_jax.slim.gates import ATTENTION_GATES, SparsityPenalty
 from flora_jax.training.settings import Recipe, seed_of, without_effect
 from flora_jax.training.watch import PACKAGES
 from flora_jax.weights.export import EXPORTS
+from flora_jax.weights.export.engines import ENGINES
 from flora_jax.weights.metadata.spec import describes_itself, read_spec
 
 ENDING = ("extract", "finetune", "evaluate", "report")
@@ -177,7 +178,7 @@ class BudgetSettings:
 
     Attributes:
       macs: multiply-adds. The filter's price is in them, whatever the search spends.
-      latency: time on this device.
+      latency: milliseconds of the engine that `LatencySettings` names.
     """
 
     macs: Window | tuple[Window, ...] = (0.43, 0.46)
@@ -230,12 +231,27 @@ class Spending:
     """The budgets of a run.
 
     Attributes:
-      unit: "macs", or "latency" on this device.
+      unit: "macs", or "latency" in an engine.
       ranges: (least, most) as shares of the dense model's, ascending.
     """
 
     unit: str
     ranges: tuple[Window, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencySettings:
+    """What a budget of milliseconds is measured in, on the machine that runs flora_jax.
+
+    Attributes:
+      engine: "jax" (in finetune.compute_dtype), "pytorch", "onnxruntime" or "openvino" in float32,
+        or "onnxruntime_int8", "openvino_float16" or "openvino_int8".
+    """
+
+    engine: str = "jax"
+
+    def __post_init__(self):
+        check_known(self, "engine", tuple(ENGINES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +277,8 @@ class SearchSettings(EvolutionSettings):
     """The evolution, and what it spends.
 
     Attributes:
-      budget: "macs", or "latency" on this device.
-      latency_batch: images that the device runs at once.
+      budget: "macs", or "latency": milliseconds; the closed form spends it, too.
+      latency_batch: images that the engine runs at once.
       halving: whether a candidate that is behind on a part of the held-out images is not scored on
         the others.
     """
@@ -418,6 +434,7 @@ class Settings:
     slim: SlimSettings = SlimSettings()
     space: SpaceSettings = SpaceSettings()
     budget: BudgetSettings = BudgetSettings()
+    latency: LatencySettings = LatencySettings()
     calibration: CalibrationSettings = CalibrationSettings()
     allocation: AllocationSettings = AllocationSettings()
     compression: CompressionSettings = CompressionSettings()
@@ -441,11 +458,6 @@ class Settings:
             raise InputError("pretrain.distill must be False: the dense model has no teacher")
         if "transfer" in self.stages and self.finetune.distill:
             raise InputError("finetune.distill must be False: nobody teaches the new classes")
-        if "compress" in self.stages and self.search.budget != "macs":
-            raise InputError(
-                f"search.budget {self.search.budget!r}: the closed form spends multiply-adds, "
-                f"'macs'; ranks are found for milliseconds by the stages allocate or search"
-            )
         share, high = self.slim.budget.macs, self.budget.windows("macs")[-1][1]
         if "slim" in self.stages and self.cuts_by and 0 < share < high:
             raise InputError(
@@ -497,8 +509,9 @@ class Settings:
 
     @property
     def spends_latency(self) -> bool:
-        """Whether the budget is time on this device, not MACs."""
-        return self.finds_ranks and self.search.budget == "latency"
+        """Whether the budget is milliseconds, not MACs."""
+        chooses = self.finds_ranks or "compress" in self.stages
+        return chooses and self.search.budget == "latency"
 
     def trainings(self, num_images: int) -> Iterator[tuple[str, Recipe, int]]:
         """Name, recipe and images of each training of a run with so many training images."""

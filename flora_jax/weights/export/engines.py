@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
@@ -19,6 +20,15 @@ from flora_jax.weights.export.pytorch import export_torch, load_export
 Forward = Callable[[], object]  # one batch; returns when the logits are there
 Prepare = Callable[[int], Forward]  # of so many random images, which wait on the device
 
+ENGINES = {
+    "jax": "JAX",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_int8": "ONNX Runtime int8",
+    "openvino": "OpenVINO",
+    "openvino_float16": "OpenVINO float16",
+    "openvino_int8": "OpenVINO int8",
+    "pytorch": "PyTorch",
+}
 _OUT_OF_MEMORY = ("resource_exhausted", "out of memory", "allocate memory", "bad_alloc")
 
 
@@ -36,13 +46,24 @@ class Engine:
     version: str
     open: Callable[[Network], Prepare]
 
+    @property
+    def key(self) -> str:
+        """The name of it that configs take, one of `ENGINES`."""
+        return next(key for key, name in ENGINES.items() if name == self.name)
+
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
 
-def installed_engines() -> tuple[list[Engine], list[str]]:
-    """The engines that can run here, and for each of the others a line how to get it."""
-    engines, hints = [Engine("JAX", jax.__version__, _in_jax)], []
+def installed_engines(dtype: str = "float32") -> tuple[list[Engine], list[str]]:
+    """The engines that can run here, and for each of the others a line how to get it.
+
+    Args:
+      dtype: of weights and activations in JAX; the others say theirs.
+    """
+    in_jax = functools.partial(_in_jax, dtype)
+    version = " ".join([jax.__version__, *([dtype] if dtype != "float32" else [])])
+    engines, hints = [Engine("JAX", version, in_jax)], []
     others = (
         ("ONNX Runtime", "onnx", _onnx_runtime),
         ("OpenVINO", "openvino", _openvino),
@@ -54,6 +75,20 @@ def installed_engines() -> tuple[list[Engine], list[str]]:
         except ImportError:
             hints.append(f"{name} is left out: pip install 'flora_jax[{extra}]' brings it")
     return engines, hints
+
+
+def engine_of(key: str, dtype: str = "float32") -> Engine:
+    """The engine of this name, one of `ENGINES`; `dtype` as in `installed_engines`.
+
+    Raises:
+      InputError: it is not installed, or does not run here.
+    """
+    engines, hints = installed_engines(dtype)
+    for engine in engines:
+        if engine.key == key:
+            return engine
+    here = ", ".join(engine.key for engine in engines)
+    raise InputError(f"{ENGINES[key]} cannot run here, but {here} can; {'; '.join(hints)}")
 
 
 def onnx_runtime() -> Engine | None:
@@ -70,15 +105,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
-def _in_jax(network: Network) -> Prepare:
+def _in_jax(dtype: str, network: Network) -> Prepare:
     """Compiled, with the weights as arguments on the first device, as `--predict` runs it."""
     structure, parameters = functional.split(network)
     device = jax.local_devices()[0]
+    parameters = {name: p.astype(dtype) for name, p in parameters.items()}
     parameters = jax.device_put(parameters, device)
     run = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
 
     def prepare(batch_size: int) -> Forward:
-        images = jax.device_put(_images(network.spec, batch_size, channels_first=False), device)
+        images = _images(network.spec, batch_size, channels_first=False).astype(dtype)
+        images = jax.device_put(images, device)
         return lambda: jax.block_until_ready(run(parameters, images))
 
     return prepare

@@ -15,7 +15,7 @@ import numpy as np
 from flora_jax.errors import InputError
 from flora_jax.models.network import Network
 from flora_jax.progress import Progress
-from flora_jax.timing import time_in_turn
+from flora_jax.timing import Name, time_in_turn
 from flora_jax.weights.export.engines import Engine, Forward, Prepare, is_out_of_memory
 
 _ROUNDS = 20  # at most, of one engine and batch size
@@ -94,6 +94,22 @@ def measure(
     return rows, too_large
 
 
+def time_networks(
+    networks: Mapping[Name, Network], engine: Engine, batch_size: int, rounds: int
+) -> dict[Name, np.ndarray]:
+    """Milliseconds of networks for a batch in an engine, in each round, float64 [rounds]."""
+    turns = {name: _turn(engine.open(n)(batch_size)) for name, n in networks.items()}
+    return _time(turns, rounds)
+
+
+def _time(
+    turns: Mapping[Name, tuple[int, Forward]], rounds: int, seconds: float = math.inf
+) -> dict[Name, np.ndarray]:
+    work = {name: run for name, (_, run) in turns.items()}
+    times = time_in_turn(work, rounds, _PAUSE, warm_up=0, seconds=seconds)
+    return {name: ms / turns[name][0] for name, ms in times.items()}
+
+
 def _turns(opened: Mapping[str, Prepare], batch: int) -> dict[str, tuple[int, Forward]]:
     """Of the models that memory holds: how often a turn runs a batch, and the turn."""
     turns: dict[str, tuple[int, Forward]] = {}
@@ -122,11 +138,10 @@ def _rows(
     macs: Mapping[str, int],
     repeats: int,
 ) -> list[Row]:
-    work = {name: run for name, (_, run) in turns.items()}
     times = {name: np.empty(0) for name in turns}
     for _ in range(repeats):
-        found = time_in_turn(work, _ROUNDS, _PAUSE, warm_up=0, seconds=_SECONDS)
-        times = {n: np.append(times[n], ms / turns[n][0]) for n, ms in found.items()}
+        found = _time(turns, _ROUNDS, _SECONDS)
+        times = {name: np.append(times[name], ms) for name, ms in found.items()}
         rows = [_row(engine, batch, name, times, macs) for name in times]
         if all(row.is_sure for row in rows):
             break
