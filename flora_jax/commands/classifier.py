@@ -19,7 +19,7 @@ from flora_jax.evaluation.outputs import outputs_of, outputs_title, unit_vectors
 from flora_jax.io.files import matching
 from flora_jax.models import functional
 from flora_jax.models.network import Network
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import Spec, whole_patches
 from flora_jax.training.probe import has_no_classifier
 from flora_jax.weights.class_embeddings import read_class_embeddings
 from flora_jax.weights.folder import SPEC_FILE, inside
@@ -106,6 +106,7 @@ class Classifier:
         network = from_pretrained(folder, spec)
         if spec.num_classes and has_no_classifier(network):
             raise InputError(f"the weights in {folder} have no classifier. {_HOW_TO_CLASSIFY}")
+        preprocessing = dataclasses.replace(preprocessing, image_size=spec.image_size)
         return cls(network, preprocessing, names, embeddings)
 
     @property
@@ -194,10 +195,12 @@ def check_is_model(folder: epath.Path) -> None:
 def spec_as_used(folder: epath.Path, preprocessing: Preprocessing | None) -> Spec:
     """The spec of the network in a folder, at the size that its pictures are prepared at."""
     spec = read_spec(folder)
-    if preprocessing is None or preprocessing.image_size == spec.image_size:
+    if preprocessing is None:
         return spec
-    log.info(
-        "%s: the network of %d pixels is interpolated to the %d of its preprocessing",
-        *(folder, spec.image_size, preprocessing.image_size),
-    )
-    return dataclasses.replace(spec, image_size=preprocessing.image_size)
+    size = whole_patches(preprocessing.image_size, spec.patch_size)
+    if size != spec.image_size:
+        log.info(
+            "%s: the network of %d pixels is interpolated to the %d of its preprocessing",
+            *(folder, spec.image_size, size),
+        )
+    return dataclasses.replace(spec, image_size=size)

@@ -371,6 +371,11 @@ def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
     return list(zip(each[0::3], each[1::3], each[2::3], strict=True))
 
 
+def whole_patches(image_size: int, patch_size: int) -> int:
+    """The side of an image without the pixels that fill no patch, which a convolution leaves out."""
+    return image_size // patch_size * patch_size
+
+
 def check_multiple(spec: Spec, name: str, divisor_name: str) -> None:
     value, divisor = getattr(spec, name), getattr(spec, divisor_name)
     if value % divisor:

@@ -19,7 +19,7 @@ from flora_jax.data.splits import load_splits
 from flora_jax.errors import InputError
 from flora_jax.evaluation.outputs import outputs_title, quality_of
 from flora_jax.io.paths import absolute, user_path
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import Spec, whole_patches
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.runs.settings import Settings
 from flora_jax.weights.hub import is_repository
@@ -80,7 +80,8 @@ def closed(config: Mapping) -> dict[str, Any]:
     if keeps_outputs := not weights.classifies and weights.num_classes > 0:
         class_names = ()  # labels, numbers or an embedding are what the weights are for
     num_classes = len(class_names)
-    spec = dataclasses.replace(weights, image_size=size or preprocessing.image_size)
+    size = size or whole_patches(preprocessing.image_size, weights.patch_size)
+    spec = dataclasses.replace(weights, image_size=size)
     if num_classes and num_classes != weights.num_classes:
         spec = spec.with_classes(num_classes)
     known = read_class_names(values["pretrained"])

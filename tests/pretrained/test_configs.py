@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import flora_jax as flora
+from flora_jax.commands.classifier import spec_as_used
+from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.errors import InputError, MissingFileError
 from flora_jax.weights.metadata.spec import read_spec, spec_of_config
 from flora_jax.weights.pretrained import from_pretrained
@@ -74,6 +77,25 @@ def test_no_value_anywhere_is_a_fault_of_ours(odd):
             except InputError:
                 refused += 1
     assert refused > 3 or odd is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HUGGING_FACE_VIT | {"image_size": 384, "patch_size": 14},
+        {"architecture": "vit_so400m_patch14_siglip_384", "num_classes": 0},
+    ],
+    ids=["hugging_face", "timm"],
+)
+def test_pixels_that_fill_no_patch_are_left_out(config):
+    spec = spec_of_config(config)
+    assert (spec.image_size, spec.patch_size) == (378, 14)
+
+
+def test_pictures_are_prepared_at_whole_patches(tmp_path):
+    flora.save(flora.create(VIT), tmp_path)
+    preprocessing = Preprocessing(VIT.image_size + VIT.patch_size + 1)
+    assert spec_as_used(tmp_path, preprocessing).image_size == VIT.image_size + VIT.patch_size
 
 
 def test_folders_without_weights_say_what_they_hold(tmp_path):

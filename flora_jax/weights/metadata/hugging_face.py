@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flora_jax.errors import InputError, did_you_mean, unknown
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import Spec, whole_patches
 from flora_jax.models.swin_spec import SwinSpec
 from flora_jax.models.vit_spec import ViTSpec
 from flora_jax.weights.metadata.fields import Fields
@@ -200,9 +200,10 @@ def _plain(
     """The fields that every ViT has; the arguments are the defaults of its kind."""
     width = config.size("hidden_size", embed_dim)
     hidden = config.size("intermediate_size", 4 * embed_dim)
+    patch_size = config.side("patch_size", patch_size)
     return {
-        "image_size": config.side("image_size", 224),
-        "patch_size": config.side("patch_size", patch_size),
+        "image_size": whole_patches(config.side("image_size", 224), patch_size),
+        "patch_size": patch_size,
         "embed_dim": width,
         "depth": config.size("num_hidden_layers", 12),
         "num_heads": config.size("num_attention_heads", num_heads),

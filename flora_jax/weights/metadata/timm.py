@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flora_jax.errors import InputError, unknown
-from flora_jax.models.spec import Spec
+from flora_jax.models.spec import Spec, whole_patches
 from flora_jax.models.swin_spec import SwinSpec, swin, swin_v2
 from flora_jax.models.tiny_vit_spec import KERNEL_SIZE, TinyViTSpec, tiny_vit
 from flora_jax.models.vit_spec import ViTSpec
@@ -149,6 +149,7 @@ def _vit(match: re.Match, arguments: dict[str, Any]) -> ViTSpec:
     defaults = _defaults(family, size, variant) | {"patch_size": int(patch_size)}
     k_bias = defaults.pop("k_bias", True)
     given, fields = _read(match[0], defaults | arguments, _OF_VIT, _ALSO_OF_VIT)
+    fields["image_size"] = whole_patches(fields["image_size"], fields["patch_size"])
     width, ratio = fields["embed_dim"], fields["mlp_ratio"]
     if round(width * ratio) != int(width * ratio):
         fields["mlp_ratio"] = int(width * ratio) / width
