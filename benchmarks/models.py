@@ -8,8 +8,9 @@
 Each kind is built by transformers or timm, tiny and with random weights, and saved as its library
 saves it. Then `flora.from_pretrained(folder)` reads it, and a row says how far the output is from
 the library's own (of the largest value), the share of the MACs that FLORA leaves (calibrate,
-factorize, allocate, extract) and that ViT-Slim leaves (half of the attention's dimensions and MLP
-units; two thirds of the tokens), whether the filter scores a block, and milliseconds for 8 images.
+factorize, allocate, extract), that the closed form leaves (compress), and that ViT-Slim leaves
+(half of the attention's dimensions and MLP units; two thirds of the tokens), and whether the filter
+scores a block.
 --only=KIND runs one kind, such as hf-dinov2; --full builds it at the size its library gives it.
 """
 
@@ -32,8 +33,6 @@ import flora_jax as flora
 from flora_jax import slim
 from flora_jax.flora.filter import score_block
 from flora_jax.models import functional
-from flora_jax.weights.export.engines import engine_of
-from flora_jax.weights.export.latency import time_specs
 
 SHARE, BATCH = 0.8, 8
 _HF_TINY = {
@@ -113,8 +112,8 @@ KINDS = {
     ),
 }
 COLUMNS = (
-    *("checkpoint", "library", "difference", "FLORA", "attention, MLP", "tokens"),
-    *("filter", "ms, whole", "ms, subnet"),
+    *("checkpoint", "library", "difference", "FLORA", "closed form", "attention, MLP", "tokens"),
+    "filter",
 )
 
 
@@ -150,17 +149,15 @@ def row(name: str, kind: Kind, is_full: bool) -> list[str]:
     supernet = flora.factorize(model, space, calibration=calibration)
     genes = flora.allocate(supernet, images, macs=int(SHARE * flora.macs(spec)))
     subnet = flora.extract(supernet, genes)
-    assert np.isfinite(_output(subnet, images)).all()
-    specs = {"whole": spec, "subnet": subnet.spec}
-    milliseconds = time_specs(specs, engine_of("jax"), BATCH, rounds=5)
+    fitted = flora.compress(model, images, macs=int(SHARE * flora.macs(spec)))
+    assert all(np.isfinite(_output(small, images)).all() for small in (subnet, fitted))
     return [
         kind.title,
         library,
         f"{difference:.0e}",
-        f"{flora.macs(subnet.spec) / flora.macs(spec):.2f}",
+        *(f"{flora.macs(small.spec) / flora.macs(spec):.2f}" for small in (subnet, fitted)),
         *_slimmed(model, images, rng),
         _filtered(model, supernet, rng),
-        *(f"{np.median(milliseconds[which]):.2f}" for which in ("whole", "subnet")),
     ]
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 WARM_UP = 2  # rounds
+_QUIET = 0.1  # of the cores, that other programs may keep busy
 _LEAST = 3  # rounds, however long they take
 Name = TypeVar("Name", bound=Hashable)
 
@@ -66,6 +67,14 @@ def other_work() -> Callable[[], float]:
         return max(busy / seconds, 0.0) if seconds > 0 else 0.0
 
     return since
+
+
+def busy_elsewhere(cores: float) -> str:
+    """What `other_work` found in words, "" where it is hardly any."""
+    total = os.cpu_count() or 1
+    if cores <= _QUIET * total:
+        return ""
+    return f"other programs keep {cores:.1f} of {total} cores busy"
 
 
 def _cpu_seconds_of_others() -> float:

@@ -17,7 +17,7 @@ from flora_jax.models.network import Network
 from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.budgets import finished_models
 from flora_jax.runs.workdir import Run, done_stages, has_run
-from flora_jax.timing import describe_device, other_work
+from flora_jax.timing import busy_elsewhere, describe_device, other_work
 from flora_jax.weights.export.engines import installed_engines
 from flora_jax.weights.export.speed import Row, measure
 from flora_jax.weights.folder import load_model
@@ -27,7 +27,6 @@ from flora_jax.weights.pretrained import from_pretrained
 
 BENCHMARK_FILE = "benchmark.json"
 BATCH_SIZES = ("1", "8", "64")
-_IDLE = 0.1  # of the cores, that other programs may keep busy
 
 
 def benchmark(
@@ -65,13 +64,10 @@ def benchmark(
     lines = [json.dumps(found)]
     if not as_json:
         macs = {name: model.spec.macs() for name, model in models.items()}
-        is_idle = busy <= _IDLE * (os.cpu_count() or 1)
-        lines = [str(found["machine"]), table(rows, macs, is_idle)]
-        if not is_idle:
-            lines.append(
-                f"other programs kept {busy:.1f} of {os.cpu_count()} cores busy meanwhile: what is "
-                f"realised cannot be told; measure again on an idle machine"
-            )
+        lines = [str(found["machine"]), table(rows, macs, is_idle=not busy_elsewhere(busy))]
+        if beside := busy_elsewhere(busy):
+            hint = "what is realised cannot be told; measure again on an idle machine"
+            lines.append(f"{beside}: {hint}")
         elif not all(row.is_sure for row in rows):
             lines.append('"?": the rounds differ too much to tell')
         fits = "{engine}: batches of {batch} do not fit into memory with {model}"

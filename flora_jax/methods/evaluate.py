@@ -17,7 +17,7 @@ from flora_jax.runs.budgets import PROBE, Finished, finished_models
 from flora_jax.runs.checks import warn_of_remembered_images
 from flora_jax.runs.model_files import report_models_once
 from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, Step
-from flora_jax.timing import median_ratio, other_work
+from flora_jax.timing import busy_elsewhere, median_ratio, other_work
 from flora_jax.weights import folder
 from flora_jax.weights.export.engines import engine_of, onnx_runtime
 from flora_jax.weights.export.latency import LatencyTable, time_specs
@@ -142,6 +142,6 @@ def _milliseconds(
     models = {n: folder.load_model(run.folder / path) for _, n, path, _ in finished_models(run)}
     cores_elsewhere = other_work()
     rows, _ = measure(models, [engine], [1], repeats=1)
-    busy = cores_elsewhere()
-    noise = f", with {busy:.1f} cores busy elsewhere" if busy > 0.2 else ""
-    return {row.model: row.ms for row in rows}, f"{engine}, batch 1{noise}"
+    beside = busy_elsewhere(cores_elsewhere())
+    timed_in = f"{engine}, batch 1{beside and ', while '}{beside}"
+    return {row.model: row.ms for row in rows}, timed_in

@@ -372,7 +372,7 @@ def by_block(each: Sequence[_Each]) -> list[tuple[_Each, _Each, _Each]]:
 
 
 def whole_patches(image_size: int, patch_size: int) -> int:
-    """The side of an image without the pixels that fill no patch, which a convolution leaves out."""
+    """The side without the pixels that fill no patch: a convolution leaves them out."""
     return image_size // patch_size * patch_size
 
 

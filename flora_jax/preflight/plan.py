@@ -4,7 +4,6 @@ Times are counted in passes of the dense network over one image, one of which is
 takes its share of the multiply-adds.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -23,7 +22,7 @@ from flora_jax.runs.budgets import extracted_kinds
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.runs.workdir import Run
-from flora_jax.timing import other_work, time_in_turn
+from flora_jax.timing import busy_elsewhere, other_work, time_in_turn
 from flora_jax.training.settings import Recipe
 from flora_jax.weights.export.engines import engine_of
 
@@ -34,7 +33,6 @@ _TRAIN, _CALIBRATE = 4.5, 3
 # scoring; measured there, too.
 _TRAINING, _FITTING, _SCORING = 12, 8, 3
 _ROUGH = (0.7, 1.4)  # what such counts may be off by
-_QUIET = 0.1  # of the cores, that other programs may keep busy
 _BYTES = 4  # of a parameter
 _REFIT = 2.4  # forward passes of the dense network that a refit takes, at half of its MACs
 _CHECKPOINT = 3  # copies of the parameters in it: themselves and AdamW's two moments
@@ -170,8 +168,7 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
         rows.append([f"{each.stage:<{longest}}  {each.what}", *numbers, shown])
     compiled = sum(each.compiling for each in to_do) * compiling / 60
     low, middle, high = sum(each.passes for each in to_do) * ms / 60_000 + compiled
-    is_idle = busy <= _QUIET * (os.cpu_count() or 1)
-    beside = f", while other programs keep {busy:.1f} of {os.cpu_count()} cores busy"
+    beside = busy_elsewhere(busy)
     least, most = _ROUGH[0] * low, _ROUGH[1] * high
     needed, free = bytes_of(settings, spec), ""
     if not is_url(run.folder):
@@ -184,7 +181,7 @@ def plan(run: Run, steps: Iterable[str], done: Collection[str]) -> str:
             "",
             str(images.splits),
             f"dense: {human_count(spec.macs())} multiply-adds, {human_count(spec.num_params())} "
-            f"parameters, {ms[1]:.3g} ms an image on this device{'' if is_idle else beside}",
+            f"parameters, {ms[1]:.3g} ms an image on this device{beside and ', while '}{beside}",
             f"about {middle:.0f} minutes ({least:.0f} to {most:.0f}), of which compiling "
             f"{compiled:.1f} where no run has done it before",
             f"{size_text(needed)} on disk at most{free}",
