@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 import flora_jax as flora
 from flora_jax import timing
@@ -14,7 +15,7 @@ from flora_jax.configs import deit_t, minutes
 from flora_jax.errors import InputError
 from flora_jax.flora.evolution import read_history
 from flora_jax.methods import shared
-from flora_jax.methods.closed_form import shapes_in_time
+from flora_jax.methods.closed_form import save_shapes_in_time_once
 from flora_jax.runs.budgets import Budget, load_base, load_budgets, load_latency_table
 from flora_jax.runs.settings import Settings, Spending
 from flora_jax.runs.workdir import Run
@@ -86,7 +87,11 @@ class TestShapesInTime:
     spec = TINY_SWIN
     budget = Budget((0.6, 0.65), (0, 0), is_only=True)
 
-    def shares(self, engine, table):
+    @pytest.fixture(autouse=True)
+    def file(self, tmp_path):
+        self.file = epath.Path(tmp_path / "shapes.json")
+
+    def share(self, engine, table):
         losses = [
             compress.Losses(
                 np.linspace(1, 0, len(compress.head_dims(self.spec, block))),
@@ -99,21 +104,27 @@ class TestShapesInTime:
         dense = 1e6 * table.dense_ms
         window = tuple(round(share * dense) for share in self.budget.shares)
         budget = dataclasses.replace(self.budget, window=window)
-        shapes = shapes_in_time(plans, budget, table, engine, self.spec)
+        save_shapes_in_time_once(self.file, plans, budget, table, engine, self.spec)
+        shapes = [compress.Shape(*sizes) for sizes in json.loads(self.file.read_text())]
         return compress.reduced_spec(self.spec, shapes).macs() / self.spec.macs()
 
     def test_right_table(self, ideal_engine):
         table = measure(compress.variants(self.spec), ideal_engine, BATCH, rounds=3)
-        assert 0.6 <= self.shares(ideal_engine, table) <= 0.65
+        assert 0.6 <= self.share(ideal_engine, table) <= 0.65
 
     def test_wrong_table(self, ideal_engine, caplog):
         table = measure(compress.variants(self.spec), ideal_engine, BATCH, rounds=3)
-        half = tuple(tuple(0.7 * ms for ms in group) for group in table.change_ms)
-        wrong = dataclasses.replace(table, change_ms=half)
-        assert 0.6 <= self.shares(ideal_engine, wrong) <= 0.65
+        less = tuple(tuple(0.7 * ms for ms in group) for group in table.change_ms)
+        wrong = dataclasses.replace(table, change_ms=less)
+        assert 0.6 <= self.share(ideal_engine, wrong) <= 0.65
         assert "is missed" not in caplog.text
 
+    def test_shapes_that_are_there_stay(self, ideal_engine):
+        self.file.write_text(json.dumps([[2, 4]] * len(self.spec.blocks)))
+        assert self.share(ideal_engine, LatencyTable("jax", "", BATCH, 1.0, 1.0, ())) < 0.6
 
+
+@pytest.mark.slow
 def test_closed_form_spends_latency(ideal_engine, monkeypatch, tmp_path):
     for module in ("runs.checks", "methods.shared", "methods.closed_form", "methods.evaluate"):
         monkeypatch.setattr(f"flora_jax.{module}.engine_of", lambda *_: ideal_engine)
@@ -125,15 +136,13 @@ def test_closed_form_spends_latency(ideal_engine, monkeypatch, tmp_path):
             "pretrained": str(tmp_path / "dense"),
             "stages": ("pretrain", "compress", "evaluate", "report"),
             "search.budget": "latency",
-            "budget.latency": ((0.5, 0.55), (0.7, 0.75)),
+            "budget.latency": (0.6, 0.65),
         }
     )
     flora.run(config, tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
-    for entry, (low, high) in zip(result["subnet"], config.budget.latency, strict=True):
-        assert low <= entry["macs"] / result["dense"]["macs"] <= high
-        assert low <= entry["ms"] / result["dense"]["ms"] <= high
-        assert entry["budget"] == [low, high]
+    for cost in ("macs", "ms"):
+        assert 0.6 <= result["subnet"][cost] / result["dense"][cost] <= 0.65
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -24,6 +24,7 @@ from flora_jax.closed_form.sensitivity import Sensitivity
 from flora_jax.cluster.processes import by_the_first
 from flora_jax.flora.supernet import Supernet
 from flora_jax.flora.svd import factorize
+from flora_jax.io.files import read_json, write_json
 from flora_jax.methods import shared
 from flora_jax.methods.slim import slim_where_named
 from flora_jax.models.network import Network
@@ -81,7 +82,9 @@ def compress_to_budgets(
             shapes = plans.shapes([budget.window[1]])[0]
         else:
             engine = engine_of(latency.engine, step.run.settings.finetune.compute_dtype)
-            shapes = shapes_in_time(plans, budget, latency, engine, dense)
+            file = step.directory / f"{place.name}_shapes.json"
+            save_shapes_in_time_once(file, plans, budget, latency, engine, dense)
+            shapes = [Shape(*sizes) for sizes in read_json(file)]
         model = plans.network(
             shapes, ridge=settings.ridge, directory=step.directory / f"{place.name}_blocks"
         )
@@ -95,10 +98,22 @@ def compress_to_budgets(
     _delete_once(step.directory / "calibration")
 
 
-def shapes_in_time(
-    plans: Plans, budget: Budget, table: LatencyTable, engine: Engine, dense: Spec
-) -> list[Shape]:
-    """The shapes for a budget of milliseconds, measured as a whole and corrected where needed."""
+@by_the_first
+def save_shapes_in_time_once(
+    file: epath.Path,
+    plans: Plans,
+    budget: Budget,
+    table: LatencyTable,
+    engine: Engine,
+    dense: Spec,
+) -> None:
+    """Writes the shapes for a budget of milliseconds, unless they are there already.
+
+    They are measured as a whole, and chosen again where the table was off. No two measurements are
+    alike: what is written is what all processes, and an interrupted fit, go on with.
+    """
+    if file.exists():
+        return
     low, high = budget.shares
     target = high
     for _ in range(_ATTEMPTS):
@@ -112,11 +127,12 @@ def shapes_in_time(
             *(budget.name("subnet"), share, engine, target),
         )
         if low <= share <= high:
-            return shapes
+            break
         # What is saved is off by a factor; from here on it aims at the middle.
         target = 1 - (1 - (low + high) / 2) * (1 - target) / max(1 - share, 1 - high)
-    log.warning("budget.latency (%g, %g) is missed by %.3f", low, high, share)
-    return shapes
+    else:
+        log.warning("budget.latency (%g, %g) is missed by %.3f", low, high, share)
+    write_json(file, shapes)
 
 
 def calibrated(run: Run, base: Result, otherwise: Result) -> Result:
