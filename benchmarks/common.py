@@ -38,7 +38,7 @@ def parser_of(
         parser.add_argument("--batch", type=int, default=batch, help="images at once")
     if rounds:
         parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the ratios to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     return parser
 
 
@@ -74,6 +74,6 @@ def one_after_another(
     return lambda: function(next(remaining))
 
 
-def write_json(path: pathlib.Path | None, machine: str, ratios: dict[str, float]) -> None:
+def write_json(path: pathlib.Path | None, machine: str, ratios: dict) -> None:
     if path:
         path.write_text(json.dumps({"machine": machine, "ratios": ratios}, indent=1) + "\n")

@@ -14,6 +14,7 @@ import argparse
 import pathlib
 
 import numpy as np
+from common import describe_machine, parser_of, write_json
 from matplotlib.figure import Figure
 from seeds import mean_over_seeds
 
@@ -28,7 +29,7 @@ KINDS = ("uniform", "allocated", "subnet")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", nargs="+", type=pathlib.Path, required=True)
     parser.add_argument("--others", nargs="+", default=[], metavar="NAME RUN", action="append")
     parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -36,14 +37,18 @@ def main() -> None:
 
     of_kinds = {kind: front(arguments.runs, kind) for kind in KINDS}
     fronts = {kind: found for kind, found in of_kinds.items() if len(found["macs"]) > 1}
+    ratios = {}
     for name, *runs in arguments.others:
         fronts[name] = front([pathlib.Path(run) for run in runs], "subnet")
-        print_ahead(fronts["subnet"], fronts[name], name)
+        ratios |= print_ahead(fronts["subnet"], fronts[name], name)
     draw(fronts, arguments)
     is_front = "uniform" in fronts and len(fronts["subnet"]["macs"]) > 2  # not dense and one budget
     for measure in MEASURES if is_front else ():
-        saved = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
-        print(f"{measure}: MACs of the subnet and of uniform ranks as good: {saved}")
+        title = f"{measure}: MACs of the subnet and of uniform ranks as good"
+        saved = ratios[title] = fewer_macs(fronts["uniform"], fronts["subnet"], measure)
+        told = (f"{m:.0f} % ({a:.0f}..{b:.0f}) fewer at {at}" for at, (m, a, b) in saved.items())
+        print(f"{title}: {', '.join(told)}")
+    write_json(arguments.json, describe_machine(), ratios)
 
 
 def front(runs: list[pathlib.Path], kind: str) -> dict:
@@ -58,15 +63,18 @@ def front(runs: list[pathlib.Path], kind: str) -> dict:
     }
 
 
-def print_ahead(ours: dict, theirs: dict, name: str) -> None:
+def print_ahead(ours: dict, theirs: dict, name: str) -> dict[str, dict]:
+    ratios = {}
     pairs = zip(ours["results"][:-1], theirs["results"][:-1], strict=True)
     for share, (our, their) in zip(ours["macs"][:-1], pairs, strict=True):
         top1, likelihood = (paired_interval(our[m] - their[m]) for m in MEASURES)
+        title = f"subnet against {name} at {100 * share:.0f} % of the dense model's MACs"
+        ratios[title] = {"top1": top1, "log_likelihood": likelihood}
         print(
-            f"subnet against {name} at {100 * share:.0f} % of the dense model's MACs: "
-            f"{difference_text(in_points(top1))} points of top-1, "
+            f"{title}: {difference_text(in_points(top1))} points of top-1, "
             f"{difference_text(likelihood, 4)} of log-likelihood"
         )
+    return ratios
 
 
 def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
@@ -93,7 +101,7 @@ def draw(fronts: dict[str, dict], arguments: argparse.Namespace) -> None:
     print(f"Picture: {arguments.out}")
 
 
-def fewer_macs(uniform: dict, subnet: dict, measure: str) -> str:
+def fewer_macs(uniform: dict, subnet: dict, measure: str) -> dict[str, list]:
     """MACs that the subnets save against uniform ranks that are as good, with bootstrap intervals.
 
     Read off the front of uniform ranks, which ends at the dense model; what is better than that
@@ -115,10 +123,10 @@ def fewer_macs(uniform: dict, subnet: dict, measure: str) -> str:
     low, high = np.percentile(
         [saved(rng.integers(size, size=size)) for _ in range(2000)], (2.5, 97.5), axis=0
     )
-    return ", ".join(
-        f"{m:.0f} % ({a:.0f}..{b:.0f}) fewer at {100 * share:.0f} % of the dense model's"
-        for m, a, b, share in zip(middle, low, high, budgets, strict=True)
-    )
+    return {
+        f"{100 * share:.0f} % of the dense model's": interval
+        for share, *interval in zip(budgets, middle, low, high, strict=True)
+    }
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ scores a block.
 --only=KIND runs one kind, such as hf-dinov2; --full builds it at the size its library gives it.
 """
 
-import argparse
 import dataclasses
 import logging
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from common import describe_machine, parser_of, write_json
 from timm.models import save_for_hf
 
 import flora_jax as flora
@@ -118,7 +118,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=KINDS, help="these kinds, not all")
     parser.add_argument("--full", action="store_true", help="at full size; needs --only")
     arguments = parser.parse_args()
@@ -126,8 +126,12 @@ def main() -> None:
         parser.error("--full needs --only")
     logging.getLogger("flora_jax").setLevel(logging.ERROR)
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    found = {}
     for name in arguments.only or KINDS:
-        print(f"| {' | '.join(row(name, KINDS[name], arguments.full))} |", flush=True)
+        cells = row(name, KINDS[name], arguments.full)
+        found[name] = dict(zip(COLUMNS, cells, strict=True))
+        print(f"| {' | '.join(cells)} |", flush=True)
+    write_json(arguments.json, describe_machine(), found)
 
 
 def row(name: str, kind: Kind, is_full: bool) -> list[str]:

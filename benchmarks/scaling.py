@@ -8,15 +8,15 @@ takes the parameters' size for the all-reduce. Times are computed from the chip'
 clock ran. The last table is the cost of a whole FLORA run by the config.
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from common import describe_machine, parser_of, write_json
 
 import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
@@ -50,7 +50,7 @@ MEMORY_TITLES = ("memory GiB", "temporaries GiB", "program MB", "all-reduced MB"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=("deit_t", "deit_s", "deit_b"), default="deit_b")
     parser.add_argument("--chips", nargs="+", default=["v5e:2x2", "v5e:4x4"], metavar="v5e:AxB")
     parser.add_argument("--images", type=int, default=64, help="a chip, for weak scaling")
@@ -96,12 +96,14 @@ def main() -> None:
     assumed = f"{100 * arguments.utilization:.0f} % of the peak"
     title = [title.replace("ASSUMED", assumed) for title in (*STEP_TITLES, *MEMORY_TITLES)]
     print(f"\nWeak scaling, {arguments.images} images a chip\n")
-    print_table(title, (row(topology, arguments.images) for topology in arguments.chips))
+    weak = print_table(title, (row(topology, arguments.images) for topology in arguments.chips))
     print(f"\nStrong scaling, {arguments.batch} images a step\n")
     shares = {topology: arguments.batch // num_chips(topology) for topology in arguments.chips}
-    print_table(title, (row(topology, images) for topology, images in shares.items()))
+    strong = print_table(title, (row(topology, images) for topology, images in shares.items()))
     print(f"\nA whole run, at {assumed}\n")
-    print_cost(stages(settings, space, macs), arguments.utilization)
+    cost = print_cost(stages(settings, space, macs), arguments.utilization)
+    tables = {"weak scaling": weak, "strong scaling": strong, "a whole run": cost}
+    write_json(arguments.json, describe_machine(arguments.model, assumed), tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +220,11 @@ def stages(
     }
 
 
-def print_cost(stages: dict[str, tuple[float, float]], utilization: float) -> None:
+def print_cost(stages: dict[str, tuple[float, float]], utilization: float) -> list[dict]:
     rows = [[name, images, macs, images * macs] for name, (images, macs) in stages.items()]
     images, total = (sum(row[column] for row in rows) for column in (1, 3))
     rows.append(["all", images, total / images, total])
-    print_table(
+    return print_table(
         ("stage", "times ImageNet", "G multiply-adds an image", "10^18 in all", "chip-hours"),
         [
             [
@@ -237,12 +239,15 @@ def print_cost(stages: dict[str, tuple[float, float]], utilization: float) -> No
     )
 
 
-def print_table(title: Iterable[str], rows: Iterable[list[str]]) -> None:
-    """Each row as soon as it is there."""
+def print_table(title: Sequence[str], rows: Iterable[list[str]]) -> list[dict[str, str]]:
+    """Each row as soon as it is there; returns all of them."""
     print("| " + " | ".join(title) + " |")
-    print("|" + "---|" * len(list(title)), flush=True)
+    print("|" + "---|" * len(title), flush=True)
+    found = []
     for row in rows:
         print("| " + " | ".join(row) + " |", flush=True)
+        found.append(dict(zip(title, row, strict=True)))
+    return found
 
 
 if __name__ == "__main__":

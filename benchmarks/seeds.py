@@ -18,7 +18,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from flora_jax.evaluation.comparison import baseline_pairs, compare, kind_of
+from flora_jax.io.files import write_json
 from flora_jax.report.table import difference_text, in_points, named_entries
+from flora_jax.timing import describe_device
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     arguments, others = parser.parse_known_args()
 
     workdirs = [arguments.workdir / f"seed_{seed}" for seed in arguments.seeds]
@@ -33,10 +36,14 @@ def main() -> None:
         command = [sys.executable, "-m", "flora_jax.main", f"--config={arguments.config}"]
         own = [f"--workdir={workdir}", f"--config.seed={seed}"]
         subprocess.run([*command, *own, *others], check=True)
-    print(summary([json.loads((workdir / "result.json").read_text()) for workdir in workdirs]))
-    print(f"\n{comparison([workdir / 'test_images.safetensors' for workdir in workdirs])}\n")
+    results = [json.loads((workdir / "result.json").read_text()) for workdir in workdirs]
+    tested = [workdir / "test_images.safetensors" for workdir in workdirs]
+    print(f"{summary(results)}\n\n{comparison(tested)}\n")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"peak memory of a run: {peak:.1f} GiB")
+    if arguments.json:
+        found = {"machine": describe_device(), "peak_gib": peak, "results": results}
+        write_json(arguments.json, found | {"differences": differences(tested)})
 
 
 def summary(results: list[dict]) -> str:
@@ -68,21 +75,25 @@ def summary(results: list[dict]) -> str:
 def comparison(paths: list[pathlib.Path]) -> str:
     """One row for the subnet against each other model: differences of the mean over the seeds.
 
-    The intervals are for other test images, with these trained models. Ends the program with one
-    line where a file is missing or holds other test images.
+    Ends the program with one line where a file is missing or holds other test images.
     """
     lines = [
         "| model | against | points of top-1 (95 %) | log-likelihood (95 %) |",
         "|---|---|---|---|",
     ]
-    results = mean_over_seeds(paths)
-    pairs = [pair for pair in baseline_pairs(results) if kind_of(pair[0]) == "subnet"]
-    for name, others in compare(results, pairs).items():
+    for name, others in differences(paths).items():
         for other, difference in others.items():
             points = difference_text(in_points(difference["top1"]))
             likelihood = difference_text(difference["log_likelihood"], digits=4)
             lines.append(f"| {name} | {other} | {points} | {likelihood} |")
     return "\n".join(lines)
+
+
+def differences(paths: list[pathlib.Path]) -> dict[str, dict[str, dict]]:
+    """Of `compare`; the intervals are for other test images, with these trained models."""
+    results = mean_over_seeds(paths)
+    pairs = [pair for pair in baseline_pairs(results) if kind_of(pair[0]) == "subnet"]
+    return compare(results, pairs)
 
 
 def mean_over_seeds(paths: list[pathlib.Path]) -> dict[str, dict[str, np.ndarray]]:

@@ -23,6 +23,7 @@ import sys
 
 import jax
 import numpy as np
+from common import describe_machine, write_json
 
 import flora_jax as flora
 from flora_jax.evaluation.comparison import compare
@@ -43,6 +44,9 @@ def main() -> None:
         command = commands.add_parser(trial.__name__)
         command.set_defaults(trial=trial)
         command.add_argument("runs", nargs="+", type=pathlib.Path, help="folders of finished runs")
+        command.add_argument(
+            "--json", type=pathlib.Path, help="also write the figures to this file"
+        )
         if trial is not fold:
             few = 120 if trial is search_metric else 8
             command.add_argument("--subnets", type=int, default=few, help="random ones a budget")
@@ -51,10 +55,11 @@ def main() -> None:
         if trial is supernets:
             command.add_argument("--full_rank", action="store_true", help="the full rank as well")
     arguments = parser.parse_args()
-    arguments.trial(arguments)
+    write_json(arguments.json, describe_machine(), arguments.trial(arguments))
 
 
-def search_metric(arguments: argparse.Namespace) -> None:
+def search_metric(arguments: argparse.Namespace) -> dict[str, dict]:
+    ratios = {}
     print("correlation with top1 on the other half of the held-out images")
     print("images      top1  log_likelihood  run")
     for folder in arguments.runs:
@@ -70,6 +75,8 @@ def search_metric(arguments: argparse.Namespace) -> None:
             found.append([np.corrcoef(m[:, one].mean(axis=1), target)[0, 1] for m in measures])
         top1, log_likelihood = np.mean(found, axis=0)
         print(f"{images:6d}  {top1:8.2f}  {log_likelihood:14.2f}  {folder}")
+        ratios[str(folder)] = {"images": images, "top1": top1, "log_likelihood": log_likelihood}
+    return ratios
 
 
 def _per_image(
@@ -87,7 +94,8 @@ def _per_image(
     return tuple(np.concatenate(parts, axis=1) for parts in zip(*columns, strict=True))
 
 
-def supernets(arguments: argparse.Namespace) -> None:
+def supernets(arguments: argparse.Namespace) -> dict[str, dict]:
+    ratios: dict[str, dict] = {}
     run, first = Run.open(arguments.runs[0]), str(arguments.runs[0])
     images = Images(run.settings)
     test_set = images.evaluation_set(images.splits.test)
@@ -100,14 +108,16 @@ def supernets(arguments: argparse.Namespace) -> None:
         print(f"{title}: {len(ranks)} subnets")
         for name, found in results.items():
             top1, likelihood = 100 * found["is_correct"].mean(), found["log_likelihood"].mean()
+            ratios.setdefault(title, {})[name] = {"top1": top1, "log_likelihood": likelihood}
             line = f"  {top1:6.2f} %  {likelihood:8.4f}  {name}"
             if name in others:
-                against = others[name][first]
+                against = ratios[title][name]["minus the first"] = others[name][first]
                 line += (
                     f": {difference_text(in_points(against['top1']))} points, "
                     f"{difference_text(against['log_likelihood'], 4)}"
                 )
             print(line, flush=True)
+    return ratios
 
 
 def _subnets_of(
@@ -134,9 +144,10 @@ def _mean_over(supernet, ranks: list, test_set: flora.EvaluationSet) -> dict[str
     }
 
 
-def fold(arguments: argparse.Namespace) -> None:
-    print("| run | gated, nothing cut | cut, folded | cut, 0/1 | retrained |")
-    print("|---|---|---|---|---|")
+def fold(arguments: argparse.Namespace) -> dict[str, dict]:
+    titles = ("gated, nothing cut", "cut, folded", "cut, 0/1", "retrained")
+    print(f"| run | {' | '.join(titles)} |\n|---|---|---|---|---|")
+    ratios = {}
     for folder in arguments.runs:
         run = Run.open(folder)
         if not (folder / "slim/gates" / CHECKPOINTS).exists():
@@ -154,6 +165,8 @@ def fold(arguments: argparse.Namespace) -> None:
         ]
         shares = [100 * flora.top1(model, images.heldout_set) for model in models]
         print(f"| {folder.name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+        ratios[str(folder)] = dict(zip(titles, shares, strict=True))
+    return ratios
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Benchmarks run and print what their documentation says; what they make of real material."""
 
+import json
 import re
 
 import numpy as np
@@ -50,12 +51,20 @@ def test_benchmark_runs(program, last_line):
         ("halving.py RUN --seeds 0", r"^1 errors: \d+ % of the images.* a level one in [01] of 1"),
         ("trials.py search_metric RUN --subnets 4 --splits 2", r"^ +\d+ +[-\d.n]"),
         ("trials.py supernets RUN --subnets 1", r"^random, .*: 1 subnets\n +[\d.]+ %"),
+        (
+            "front.py --runs RUN --others same RUN --out PICTURE",
+            r"^subnet against same at \d+ % of .*: \+0\.00 \(\+0\.00\.\.\+0\.00\) points",
+        ),
     ],
 )
-def test_trials_on_a_finished_run(finished_run, program, line):
-    done = run_benchmark(*program.replace("RUN", str(finished_run)).split())
+def test_trials_on_a_finished_run(finished_run, tmp_path, program, line):
+    named = program.replace("RUN", str(finished_run)).replace("PICTURE", str(tmp_path / "a.png"))
+    done = run_benchmark(*named.split(), "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr
     assert re.search(line, done.stdout, re.MULTILINE)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "jax" in found["machine"]
+    assert found["ratios"]
 
 
 def test_summary_of_seeds_and_of_several_budgets():

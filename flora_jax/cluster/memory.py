@@ -3,7 +3,7 @@
 A compiled step asks for its temporaries in one piece, gigabytes of it, and glibc gives it back to
 the system afterwards, so that every step pays for all of its pages anew. In pages of 2 MiB these
 are 200 times fewer faults and half of the time in the system, at the same peak memory
-(docs/performance.md).
+(docs/decisions.md).
 """
 
 import contextlib
