@@ -198,7 +198,7 @@ def _filtered(model, supernet: flora.Supernet, rng: np.random.Generator) -> str:
         "mask": np.ones(BATCH, np.float32),
     }
     images = flora.EvaluationSet([batch], flora.Normalization())
-    if not spec.num_classes:
+    if not spec.classifies:
         images = images.compared_with(model)
     scores = score_block(supernet, 0, images)
     (shown, *_) = scores.values()
