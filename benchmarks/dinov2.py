@@ -12,7 +12,8 @@ after the last norm. --check compares it with what ONNX Runtime makes of the sam
 photographs, at its 224 px and with the position embeddings that it interpolates itself, and fails
 above a difference of 1e-3.
 
-Other programs import `load`, and `photographs`, `crops` and `normalise` for images to go with it.
+Other programs import `load`, and `photographs`, `crops`, `drawings` and `normalise` for images to
+go with it.
 """
 
 import argparse
@@ -108,6 +109,18 @@ def crops(photo: np.ndarray, size: int, number: int, rng: np.random.Generator) -
         box = (left, top, left + side, top + side)
         made.append(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
     return np.stack(made)
+
+
+def drawings(folder: pathlib.Path, number: int, size: int) -> np.ndarray:
+    """The first pictures of one side of clip_art.py's folder, normalised: [n, size, size, 3].
+
+    Their order is shuffled, and always the same.
+    """
+    paths = sorted(folder.glob("*/*.png"))
+    chosen = np.random.default_rng(0).permutation(len(paths))[:number]
+    pictures = [Image.open(paths[i]).convert("RGB") for i in chosen]
+    resized = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+    return normalise(np.stack([np.asarray(picture) for picture in resized]))
 
 
 def normalise(images: np.ndarray) -> np.ndarray:

@@ -55,7 +55,6 @@ import torch
 from common import describe_machine, parser_of
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -142,7 +141,7 @@ def main() -> None:
         )
     else:
         pictures, unseen = (
-            read(arguments.pictures / split, number, size)
+            dinov2.drawings(arguments.pictures / split, number, size)
             for number, split in zip(numbers, ("train", "val"), strict=True)
         )
     images = to_torch(unseen)
@@ -216,15 +215,6 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     panels[0].set_ylabel("cosine to the dense class token")
     panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path)
-
-
-def read(folder: pathlib.Path, number: int, size: int) -> np.ndarray:
-    """The first pictures in an order, shuffled, that is always the same: [n, size, size, 3]."""
-    paths = sorted(folder.glob("*/*.png"))
-    chosen = np.random.default_rng(0).permutation(len(paths))[:number]
-    pictures = [Image.open(paths[i]).convert("RGB") for i in chosen]
-    resized = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
-    return dinov2.normalise(np.stack([np.asarray(picture) for picture in resized]))
 
 
 def crops_of(size: int, number: int, is_seen: bool) -> np.ndarray:

@@ -18,11 +18,12 @@ from flora_jax.commands.benchmark import benchmark, table
 from flora_jax.data.preprocessing import Preprocessing
 from flora_jax.runs.settings import Settings
 from flora_jax.weights.export import speed
-from flora_jax.weights.export.engines import Engine, is_out_of_memory
+from flora_jax.weights.export.engines import Engine, installed_engines, is_out_of_memory
 from flora_jax.weights.export.speed import Row, measure
 from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.runs import tiny_config
+from tests.helpers.slimming import images_of
 from tests.helpers.weights import random_model
 
 SPEC = flora.ViTSpec(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
@@ -217,6 +218,15 @@ def test_one_model_against_another_in_every_engine(tmp_path, quickly, capsys):
         assert row["low"] <= row["ratio"] <= row["high"]
     shares = {row["model"]: row["macs_share"] for row in found["rows"]}
     assert shares["small"] == pytest.approx(slimmed(SPEC).spec.macs() / larger.macs())
+
+
+def test_every_engine_computes_the_images_it_is_given(models):
+    images = images_of(SPEC, 5)
+    expected = np.asarray(models["subnet"](images))
+    for engine in installed_engines()[0]:
+        outputs = engine.open(models["subnet"])(images)()
+        of = 1e-4 if engine.name in ("JAX", "ONNX Runtime", "OpenVINO", "PyTorch") else 0.1
+        np.testing.assert_allclose(outputs, expected, rtol=0, atol=of * abs(expected).max())
 
 
 def test_what_cannot_be_timed_is_said_first(run_folder, monkeypatch):

@@ -74,6 +74,9 @@ def exported(tmp_path_factory, subnets):
         for budget in run.settings.budget.macs
     ]
     write_json(folder / "result.json", {"dense": {"top1": 0.9}, "subnet": entries})
+    timed = [("JAX", "dense", 2.5), ("JAX", "subnet 0.75", 1.25), ("OpenVINO", "dense", 2.0)]
+    rows = [{"engine": engine, "batch": 1, "model": m, "ms": ms} for engine, m, ms in timed]
+    write_json(folder / "benchmark.json", {"machine": "a toaster", "rows": rows, "busy_cores": 0})
     about = {"top1": 0.85, "test_images": 450, "labels_of": "the dataset"}
     about |= {"commonest_class": 0.125, "test_copies": 7}
     write_json(folder / "extract/subnet_0.75/evaluation.json", about)
@@ -149,6 +152,10 @@ def test_the_card_says_what_was_measured_and_how_it_was_made(exported):
     (found,) = data.eval_results
     assert (found.metric_name, found.metric_value, found.dataset_name) == ("top-1", 0.85, "digits")
     assert "| top-1 % | 85.00 | 90.00 |" in text
+    assert "| ms, JAX, batch 1 | 1.25 | 2.50 |" in text
+    assert "ms, OpenVINO" not in text  # which has timed the dense model alone
+    assert "Milliseconds (ms) of a batch were measured on a toaster.\n" in text
+    assert "toaster" not in (exported / "subnet_0.5/README.md").read_text()
     assert "-5.00 (-10.00..+0.00) points of top-1, with a 95 % interval" in text
     assert "the budget is 0.7 to 0.75 of the dense model's MACs" in text
     if HAS_ONNX:  # the file was measured

@@ -21,6 +21,7 @@ from flora_jax.io import files
 from flora_jax.models import functional
 from flora_jax.models.spec_json import spec_to_json
 from flora_jax.weights.export import checks, pytorch
+from flora_jax.weights.export import onnx as onnx_export
 from tests.helpers import modern
 from tests.helpers.compressed import NETWORKS, low_rank, network
 from tests.helpers.slimming import images_of, logits, random_model
@@ -167,6 +168,16 @@ def test_what_computes_something_else_leaves_no_file(tiny_model, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_onnx_is_run_in_every_runtime(runtime, tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="runs ONNX files, too")
+    flora.export_onnx(tiny_model, tmp_path / "m.onnx")
+    zeros = np.zeros((2, tiny_model.spec.num_classes), np.float32)
+    monkeypatch.setattr(onnx_export, "in_openvino", lambda content: lambda images: zeros)
+    with pytest.raises(InputError, match=r"computes something else in OpenVINO, so nothing is ex"):
+        flora.export_onnx(tiny_model, tmp_path / "other.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
 def test_what_overflows_in_half_leaves_no_file(runtime, tiny_model, tmp_path):
     structure, parameters = functional.split(tiny_model)
     parameters["blocks.1.mlp.fc1.kernel"] *= 1e6
@@ -211,7 +222,8 @@ def test_refusals(ending, tiny_model, tiny_space, tmp_path, monkeypatch):
 
 def test_missing_packages(tiny_model, tmp_path, monkeypatch, caplog):
     pytest.importorskip("onnx", reason="writes ONNX files")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
     flora.export_onnx(tiny_model, tmp_path / "m.onnx")
     assert "m.onnx was not run to check it: pip install 'flora_jax[onnx]'" in caplog.text
     with pytest.raises(MissingPackageError, match=r"needs onnxruntime: pip install"):

@@ -51,8 +51,10 @@ DATA = ReportData(
     benchmark={
         "machine": NASTY,
         "rows": [
-            {"engine": NASTY, "batch": 8, "model": "subnet", "ms": 1.234}
-            | {"ratio": 0.61, "low": 0.58, "high": 0.66}
+            {"engine": "JAX", "batch": 8, "model": "dense", "ms": 2.023},
+            {"engine": "JAX", "batch": 8, "model": NASTY, "ms": 1.234}
+            | {"ratio": 0.61, "low": 0.58, "high": 0.66},
+            {"engine": NASTY, "batch": 64, "model": "dense", "ms": 16.0},
         ],
     },
     classes=class_rows(np.array([0, 1]), {"dense": np.array([0, 0])}, [NASTY, "dog"]),
@@ -127,7 +129,9 @@ def test_a_page_is_well_formed_escaped_and_needs_nothing_else(text):
     assert all(re.match("#|data:image/png;base64,", address) for address in page.addresses)
     assert not page.tags & {"script", "link", "iframe", "object", "metadata"}
     assert not re.search(r"url\((?!#)|@import|http", text)
-    assert "0.58..0.66" in text
+    cells = ("2.02", "1.23", "0.61 (0.58..0.66)")
+    assert "<th>JAX, batch 8</th>" + "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert ", batch 64</th><td>16.00</td><td></td><td></td>" in text
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert text == render(DATA)

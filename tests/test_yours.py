@@ -19,6 +19,7 @@ from flora_jax.runs.auto_config import settings_of
 from flora_jax.runs.checks import check
 from flora_jax.runs.settings import Settings
 from flora_jax.runs.workdir import Run
+from flora_jax.weights.metadata.preprocessing import save_preprocessing
 from tests.helpers import modern
 from tests.helpers.commands import run_flora
 from tests.helpers.pictures import save
@@ -150,8 +151,23 @@ def test_too_few_pictures_and_a_compressed_model_are_no_start(weights, pictures,
     spec = flora.read_spec(weights)
     compressed = flora.create(spec.with_ranks((3,) * len(spec.layers)))
     flora.save(compressed, tmp_path / "compressed")
-    with pytest.raises(ValueError, match="holds a compressed model; a dense one is needed"):
-        settings_of(config_of(tmp_path / "compressed", pictures))
+    flora.export_torch(compressed, tmp_path / "torch")
+    for name in ("compressed", "torch"):
+        with pytest.raises(ValueError, match=r"a dense one is needed.*--config=transfer trains it"):
+            settings_of(config_of(tmp_path / name, pictures))
+
+
+@pytest.mark.parametrize("config", [minutes, yours])
+def test_a_folder_for_pytorch_is_a_start(config, weights, pictures, tmp_path):
+    """One that was exported says all that the folder says that it was made of."""
+    flora.export_torch(flora.from_pretrained(weights), tmp_path)
+    save_preprocessing(tmp_path, flora.read_preprocessing(weights))
+    values = config.get_config()
+    values.pretrained, values.data.name = str(tmp_path), f"folder:{pictures}"
+    exported = settings_of(values)
+    values.pretrained = str(weights)
+    assert dataclasses.replace(exported, pretrained=str(weights)) == settings_of(values)
+    check(exported)
 
 
 def test_without_a_word_about_pictures_the_usual_is_assumed(weights, pictures, tmp_path, caplog):

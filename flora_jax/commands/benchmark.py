@@ -16,7 +16,7 @@ from flora_jax.io.paths import absolute, as_text, user_path
 from flora_jax.models.network import Network
 from flora_jax.report.table import aligned, human_count
 from flora_jax.runs.budgets import finished_models
-from flora_jax.runs.workdir import Run, done_stages, has_run
+from flora_jax.runs.workdir import BENCHMARK_FILE, Run, done_stages, has_run
 from flora_jax.timing import busy_elsewhere, describe_device, other_work
 from flora_jax.weights.export.engines import installed_engines
 from flora_jax.weights.export.speed import Row, measure
@@ -25,7 +25,6 @@ from flora_jax.weights.hub import is_repository, local_folder
 from flora_jax.weights.metadata.preprocessing import read_preprocessing
 from flora_jax.weights.pretrained import from_pretrained
 
-BENCHMARK_FILE = "benchmark.json"
 BATCH_SIZES = ("1", "8", "64")
 
 

@@ -20,10 +20,18 @@ from flora_jax.evaluation.outputs import outputs_of, outputs_title, quality_of
 from flora_jax.io.files import read_json
 from flora_jax.io.paths import absolute, as_text
 from flora_jax.models.spec import Spec
-from flora_jax.report.table import difference_text, human_count, in_points, named_entries
+from flora_jax.report.table import (
+    by_engine,
+    difference_text,
+    human_count,
+    in_points,
+    ms_cells,
+    named_entries,
+    timed_on,
+)
 from flora_jax.runs.budgets import ALLOCATED, WINNERS_FILE, Finished, load_budgets, load_found
 from flora_jax.runs.model_files import EVALUATION_FILE
-from flora_jax.runs.workdir import Run
+from flora_jax.runs.workdir import BENCHMARK_FILE, Run
 from flora_jax.weights.export import EXPORTS
 from flora_jax.weights.export.engines import ENGINES
 from flora_jax.weights.hub import is_repository, repository_name
@@ -55,6 +63,13 @@ def card_of(
     models = {"this model": (spec, tested)}
     if is_smaller := found.kind in ("slim", "subnet"):
         models["dense model"] = (run.spec, entries.get("dense", {}))
+    timed, of_run = run.folder / BENCHMARK_FILE, [found.name, "dense"][: len(models)]
+    benchmark = read_json(timed) if timed.exists() else {}
+    milliseconds = [
+        [f"ms, {engine}", *ms_cells(ms, of_run)]
+        for engine, ms in by_engine(benchmark).items()
+        if found.name in ms
+    ]
     difference = entry.get("against", {}).get("dense", {}).get(metric.name)
     if difference is not None:
         unit = "points of top-1" if metric.in_percent else metric.title
@@ -87,7 +102,8 @@ def card_of(
         does=outputs_of(spec).card.format(spec.num_classes),
         network=_NETWORKS.get(spec.title, spec.title),
         saved=100 * (1 - spec.macs() / run.spec.macs()) if is_smaller else None,
-        figures=_figures(models, coarse or {}),
+        figures=_figures(models, coarse or {}) + milliseconds,
+        timed_on=timed_on(benchmark) if milliseconds else "",
         difference=difference,
         data=_as_markdown(dataset_name(settings.data.name)),
         weights=_as_markdown(base_model(settings.pretrained)),

@@ -31,7 +31,13 @@ from flora_jax.runs.budgets import (
 )
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings
-from flora_jax.runs.workdir import TEST_IMAGES_FILE, Run, done_stages, read_stages
+from flora_jax.runs.workdir import (
+    BENCHMARK_FILE,
+    TEST_IMAGES_FILE,
+    Run,
+    done_stages,
+    read_stages,
+)
 from flora_jax.slim.threshold import DECISION_FILE, Masks, read_decision
 from flora_jax.timing import describe_device
 from flora_jax.training.metrics import METRICS_FILE
@@ -39,7 +45,7 @@ from flora_jax.weights.folder import SPEC_FILE, load_spec
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps [T], values [T]
 Rows = Sequence[Sequence[str]]  # titles first
-_HISTORY_FILE, _BENCHMARK_FILE = "search/history.jsonl", "benchmark.json"
+_HISTORY_FILE = "search/history.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +113,7 @@ def read_report_data(run: Run, images: Images | None) -> ReportData:
     Args:
       images: of the run; None where they cannot be read.
     """
-    path, benchmark = run.folder / "result.json", run.folder / _BENCHMARK_FILE
+    path, benchmark = run.folder / "result.json", run.folder / BENCHMARK_FILE
     result = read_json(path) if path.exists() else {}
     tested, done = result.get(table.DATA, {}), done_stages(run)
     given = dict(each.split(" = ", 1) for each in run.settings.given)

@@ -17,6 +17,7 @@ from flora_jax.report.data import ReportData, Rows
 from flora_jax.report.figures import Panel, panels_of, sheet
 from flora_jax.report.formats import svg, thumbnail
 from flora_jax.report.slim_figures import slim_panels
+from flora_jax.report.table import by_engine, ms_cells, timed_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _sections(data: ReportData) -> list[Section]:
         Section("Models", data.timed_in and f"ms: {data.timed_in}", data.models),
         Section("Plots", panels=_figures(panels_of(data))),
         Section("What slimming leaves", panels=_figures(slimmed)),
-        Section("Milliseconds", data.benchmark.get("machine", ""), _benchmark_rows(data.benchmark)),
+        Section("Milliseconds", timed_on(data.benchmark), _benchmark_rows(data.benchmark)),
         Section("Accuracy by class, on the test images", rows=data.classes),
         Section(f"What the {data.confused} confuses most", examples=examples),
         Section("What was set", facts=data.given),
@@ -80,9 +81,16 @@ def _figures(panels: Iterable[Panel]) -> list[tuple[str, Markup, str]]:
 
 
 def _benchmark_rows(benchmark: Mapping[str, Any]) -> Rows:
-    rows = [("engine, batch, model", "ms", "share of dense", "quartiles")]
-    for row in benchmark.get("rows", ()):
-        name = f"{row['engine']}, {row['batch']}, {row['model']}"
-        quartiles = f"{row['low']:.2f}..{row['high']:.2f}"
-        rows.append((name, f"{row['ms']:.2f}", f"{row['ratio']:.2f}", quartiles))
+    """Milliseconds of each model, and shares of those of the first with their quartiles."""
+    timed = by_engine(benchmark)
+    models = list(dict.fromkeys(name for found in timed.values() for name in found))
+    shares = [f"{name} / {models[0]}" for name in models[1:]]
+    rows = [("engine", *(f"{name} ms" for name in models), *shares)]
+    for engine, found in timed.items():
+        of_first = [_share(found[name]) if name in found else "" for name in models[1:]]
+        rows.append((engine, *ms_cells(found, models), *of_first))
     return rows
+
+
+def _share(row: Mapping[str, float]) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f}..{row['high']:.2f})"

@@ -5,6 +5,7 @@ from typing import Any
 
 from flora_jax.evaluation.comparison import Interval, budget_name, kind_of
 from flora_jax.evaluation.quality import QUALITIES, RELATIVE_ERROR, TOP1, Metric
+from flora_jax.timing import busy_elsewhere
 
 DATA = "data"  # in result.json, what the models were tested on
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -50,6 +51,25 @@ def in_points(difference: Interval, metric: Metric = TOP1) -> Interval:
 def difference_text(difference: Interval, digits: int = 2) -> str:
     """A difference with its interval: +0.22 (-0.67..+1.11)."""
     return f"{_signed(difference[0], digits)} ({_interval_text(difference, digits)})"
+
+
+def by_engine(benchmark: Mapping) -> dict[str, dict[str, Mapping]]:
+    """The rows of benchmark.json by engine and batch, and by model."""
+    found: dict[str, dict[str, Mapping]] = {}
+    for row in benchmark.get("rows", ()):
+        found.setdefault(f"{row['engine']}, batch {row['batch']}", {})[row["model"]] = row
+    return found
+
+
+def ms_cells(found: Mapping[str, Mapping], models: Sequence[str]) -> list[str]:
+    """Milliseconds of these models in one of `by_engine`; "" where one was not timed."""
+    return [f"{found[name]['ms']:.2f}" if name in found else "" for name in models]
+
+
+def timed_on(benchmark: Mapping) -> str:
+    """What the milliseconds of benchmark.json were measured on, and beside."""
+    busy = busy_elsewhere(benchmark.get("busy_cores", 0.0))
+    return f"{benchmark.get('machine', '')}{busy and ', while '}{busy}"
 
 
 def comparison_table(result: Mapping) -> str:

@@ -133,7 +133,10 @@ def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
     """The network of the weights, and the preprocessing of its pictures."""
     spec = spec_of_config({"architecture": name}) if name else read_spec(path)
     if spec != dataclasses.replace(spec, blocks=()):
-        raise InputError(f"{path} holds a compressed model; a dense one is needed to start from")
+        raise InputError(
+            f"{path} holds a compressed model; a dense one is needed to start from. As it is, "
+            f"--config=transfer trains it on other classes"
+        )
     preprocessing = read_preprocessing(path)
     if preprocessing is None:
         preprocessing = Preprocessing(spec.image_size)

@@ -71,6 +71,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE, IMAGES_FILE, DONE_FILE = "config.json", "images.json", "stages.json"
 EARLIER, EXPORT, TEST_IMAGES_FILE = "earlier", "export", "test_images.safetensors"
+BENCHMARK_FILE = "benchmark.json"
 Script = Callable[["Run"], None]
 
 

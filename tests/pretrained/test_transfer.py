@@ -18,6 +18,7 @@ from flora_jax.runs import checks
 from flora_jax.runs.images import Images
 from flora_jax.runs.settings import Settings, network_spec
 from flora_jax.weights import hub, layouts
+from tests.helpers.compressed import low_rank, slimmed
 from tests.helpers.pictures import save
 from tests.helpers.weights import VIT, random_model, written
 from tests.pretrained.test_beside import HUGGING_FACE_VIT, TIMM_VIT
@@ -60,6 +61,25 @@ def test_a_file_that_stands_alone_has_the_shape_of_the_config(tmp_path):
     checks.check(begins)
     with pytest.raises(ValueError, match="do not fit the spec"):
         checks.check(settings(path))
+
+
+@pytest.mark.parametrize("compress", [lambda model: low_rank(slimmed(model.spec)), lambda m: m])
+def test_a_folder_for_pytorch_is_a_start(compress, tmp_path):
+    """The network as it is, with its own heads, ranks and tokens, but for the classifier."""
+    wider = {"embed_dim": 24, "num_heads": 3, "patch_size": 2, "num_classes": 3}
+    model = compress(random_model(dataclasses.replace(SPEC, **wider)))
+    flora.export_torch(model, tmp_path)
+    begins = settings(tmp_path)
+    checks.check(begins)
+    spec = network_spec(begins)
+    assert spec == flora.read_spec(tmp_path).with_classes(5) == model.spec.with_classes(5)
+    step = SimpleNamespace(images=SimpleNamespace(class_names=tuple("56789"), are_labelled=False))
+    with pytest.warns(UserWarning, match="head has 3 classes in the weights and 5 in the spec"):
+        read = functional.split(shared.read_weights(step, spec, str(tmp_path), probe_images=0))[1]
+    own = functional.split(flora.from_pretrained(tmp_path))[1]
+    assert read.keys() == own.keys()
+    for name in read.keys() - {"head.kernel", "head.bias"}:
+        np.testing.assert_array_equal(read[name], own[name])
 
 
 def saved(model, names, folder):

@@ -88,12 +88,14 @@ def check_computes(
     images: np.ndarray,
     tolerance: float,
     by_direction: bool = False,
+    where: str = "",
 ) -> None:
     """Compares two functions of images float32 [B, H, W, C].
 
     Args:
       by_direction: of outputs that are features, of which people take the cosine, it is that of
         each image that is compared, as the distance of vectors of length 1.
+      where: " in" the program that ran the written one, for the message.
 
     Raises:
       InputError: they differ by more than `tolerance` of the largest output, or of 1 where all are
@@ -108,8 +110,9 @@ def check_computes(
         difference, of = np.sqrt(2 - 2 * cosines(given, expected)).max(), "their length"
     if not difference <= tolerance:  # NaN where the written one overflows
         raise InputError(
-            f"the written network computes something else, so nothing is exported: its outputs "
-            f"differ from the model's by {difference:.1e} of {of}, accepted is {tolerance:g}"
+            f"the written network computes something else{where}, so nothing is exported: its "
+            f"outputs differ from the model's by {difference:.1e} of {of}, accepted is "
+            f"{tolerance:g}"
         )
 
 

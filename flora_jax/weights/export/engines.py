@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import os
-import sys
+import pathlib
 import tempfile
 from collections.abc import Callable
 
@@ -14,11 +13,12 @@ from flora_jax.errors import InputError
 from flora_jax.models import functional
 from flora_jax.models.network import Network
 from flora_jax.models.spec import Spec
-from flora_jax.weights.export.onnx import export_onnx
+from flora_jax.weights.export.onnx import compiled_by_openvino, export_onnx, import_openvino
 from flora_jax.weights.export.pytorch import export_torch, load_export
 
-Forward = Callable[[], object]  # one batch; returns when the logits are there
-Prepare = Callable[[int], Forward]  # of so many random images, which wait on the device
+Forward = Callable[[], np.ndarray]  # one batch; its logits
+# Of so many random images, or of these, float32 [B, H, W, C]; they wait on the device.
+Prepare = Callable[[int | np.ndarray], Forward]
 
 ENGINES = {
     "jax": "JAX",
@@ -113,10 +113,9 @@ def _in_jax(dtype: str, network: Network) -> Prepare:
     parameters = jax.device_put(parameters, device)
     run = jax.jit(lambda parameters, images: functional.merge(structure, parameters)(images))
 
-    def prepare(batch_size: int) -> Forward:
-        images = _images(network.spec, batch_size, channels_first=False).astype(dtype)
-        images = jax.device_put(images, device)
-        return lambda: jax.block_until_ready(run(parameters, images))
+    def prepare(batch: int | np.ndarray) -> Forward:
+        images = jax.device_put(_images(network.spec, batch).astype(dtype), device)
+        return lambda: np.asarray(run(parameters, images))
 
     return prepare
 
@@ -141,15 +140,15 @@ def _in_onnx_runtime(device: str, dtype: str, network: Network) -> Prepare:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.onnx")
+        path = pathlib.Path(folder, "model.onnx")
         export_onnx(network, path, dtype)
         providers = ["CUDAExecutionProvider"] if device == "cuda" else []
         session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
 
-    def prepare(batch_size: int) -> Forward:
-        images = _images(network.spec, batch_size)
+    def prepare(batch: int | np.ndarray) -> Forward:
+        images = _channels_first(network.spec, batch)
         inputs = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0)}
-        return lambda: session.run_with_ort_values(None, inputs)
+        return lambda: session.run_with_ort_values(None, inputs)[0].numpy()
 
     return prepare
 
@@ -159,10 +158,7 @@ def _openvino(name: str) -> list[Engine]:
     can."""
     import onnx  # noqa: F401
 
-    # It would tell its maker of each use, from a forked process, which threads of JAX do not bear.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
+    openvino = import_openvino()
     version = f"{openvino.__version__.partition('-')[0]} (cpu)"
     dtypes = {name: "float32", f"{name} float16": "float16", f"{name} int8": "int8"}
     return [
@@ -172,20 +168,17 @@ def _openvino(name: str) -> list[Engine]:
 
 
 def _in_openvino(dtype: str, network: Network) -> Prepare:
-    import openvino
-
     # Else it computes in bfloat16 where a CPU can.
-    options = {"PERFORMANCE_HINT": "LATENCY"} | (
-        {"INFERENCE_PRECISION_HINT": "f32"} if dtype != "float16" else {}
-    )
+    precision = {"INFERENCE_PRECISION_HINT": "f32"} if dtype != "float16" else {}
+    options = {"PERFORMANCE_HINT": "LATENCY"} | precision
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.onnx")
+        path = pathlib.Path(folder, "model.onnx")
         export_onnx(network, path, dtype)
-        compiled = openvino.Core().compile_model(path, "CPU", options)
+        compiled = compiled_by_openvino(path.read_bytes(), **options)
 
-    def prepare(batch_size: int) -> Forward:
-        images = _images(network.spec, batch_size)
-        return lambda: compiled([images])
+    def prepare(batch: int | np.ndarray) -> Forward:
+        images = _channels_first(network.spec, batch)
+        return lambda: compiled([images])[0]
 
     return prepare
 
@@ -206,22 +199,24 @@ def _in_pytorch(device: str, network: Network) -> Prepare:
         export_torch(network, folder)
         module = load_export(folder).eval().to(device)
 
-    def prepare(batch_size: int) -> Forward:
-        images = torch.from_numpy(_images(network.spec, batch_size)).to(device)
+    def prepare(batch: int | np.ndarray) -> Forward:
+        images = torch.from_numpy(_channels_first(network.spec, batch)).to(device)
 
-        def run() -> None:
+        def run() -> np.ndarray:
             with torch.inference_mode():
-                module(images)
-            if device == "cuda":
-                torch.cuda.synchronize()
+                return module(images).cpu().numpy()
 
         return run
 
     return prepare
 
 
-def _images(spec: Spec, batch_size: int, channels_first: bool = True) -> np.ndarray:
-    """Random ones as after normalisation, float32 [B, C, H, W] or [B, H, W, C]."""
-    height, width, channels = spec.image_shape
-    shape = (channels, height, width) if channels_first else spec.image_shape
-    return np.random.default_rng(0).standard_normal((batch_size, *shape), np.float32)
+def _images(spec: Spec, batch: int | np.ndarray) -> np.ndarray:
+    """These, or so many random ones as after normalisation: float32 [B, H, W, C]."""
+    if isinstance(batch, np.ndarray):
+        return batch
+    return np.random.default_rng(0).standard_normal((batch, *spec.image_shape), np.float32)
+
+
+def _channels_first(spec: Spec, batch: int | np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(_images(spec, batch).transpose(0, 3, 1, 2))

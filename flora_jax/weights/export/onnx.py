@@ -1,9 +1,11 @@
 """The network as an ONNX file, for runtimes without JAX."""
 
-import importlib
+import importlib.util
 import logging
 import pathlib
+import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,8 +44,8 @@ def export_onnx(
     The input "images" is float32 [B, C, H, W], normalised; the output is "logits" float32
     [B, num_classes], "numbers" or "embedding" where the outputs are such, or "features" [B, D] of a
     network without a head. The file's metadata say what they mean, as "outputs". The operations
-    are those of opset 20. Where ONNX Runtime is installed, the file is run, and has to give what
-    the model gives on this machine, within 1e-4 of the largest output.
+    are those of opset 20. In ONNX Runtime and in OpenVINO, where they are installed, the file is
+    run, and has to give what the model gives on this machine, within 1e-4 of the largest output.
 
     Args:
       dtype: "float32", or "float16" for weights and computation between input and output: half the
@@ -77,11 +79,12 @@ def export_onnx(
             raise MissingPackageError(f"export_onnx needs {name}: {install}") from error
 
     def check(content: bytes) -> None:
-        if (written := in_onnx_runtime(content)) is None:
+        by_direction = dtype != "float32" and outputs_of(model.spec).quality is AGREEMENT
+        how = compared, TOLERANCES[dtype], by_direction
+        for name, opened in (runtimes := installed_runtimes()).items():
+            check_computes(opened(content), exactly(model), *how, f" in {name}")
+        if not runtimes:
             log.warning("%s was not run to check it: pip install 'flora_jax[onnx]'", path.name)
-        else:
-            by_direction = dtype != "float32" and outputs_of(model.spec).quality is AGREEMENT
-            check_computes(written, exactly(model), compared, TOLERANCES[dtype], by_direction)
 
     def make() -> bytes:
         written = _onnx_model(model, graph_dtype)
@@ -125,13 +128,39 @@ def _in_8_bits(model: Any) -> bytes:
         return path.read_bytes()
 
 
-def in_onnx_runtime(content: bytes) -> Forward | None:
-    """The file's function of images [B, H, W, C]; None where ONNX Runtime is not installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
+def installed_runtimes() -> dict[str, Callable[[bytes], Forward]]:
+    """The programs that run such a file here, by their names."""
+    known = {
+        "onnxruntime": ("ONNX Runtime", in_onnx_runtime),
+        "openvino": ("OpenVINO", in_openvino),
+    }
+    return dict(runtime for package, runtime in known.items() if importlib.util.find_spec(package))
+
+
+def in_onnx_runtime(content: bytes) -> Forward:
+    """The file's function of images [B, H, W, C]."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of half floats that it cannot fold
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
+
+
+def in_openvino(content: bytes) -> Forward:
+    """The same, computed in float32 where the file leaves a choice."""
+    compiled = compiled_by_openvino(content, INFERENCE_PRECISION_HINT="f32")
+    return lambda images: compiled([images.transpose(0, 3, 1, 2)])[0]
+
+
+def compiled_by_openvino(content: bytes, **options: str) -> Any:
+    """The openvino.CompiledModel of an ONNX file, on the CPU. Raises as `import_openvino`."""
+    core = import_openvino().Core()
+    return core.compile_model(core.read_model(content), "CPU", options)
+
+
+def import_openvino() -> Any:
+    """The package; ImportError where it is not installed."""
+    # It would tell its maker of each use, from a forked process, which threads of JAX do not bear.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module("openvino")

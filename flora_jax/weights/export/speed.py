@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _SECONDS = 10  # after which no further round of these begins
 _TURN = 0.2  # seconds that a model is run in its turn, at least once
 _PAUSE = 0.1  # seconds between two turns, in which threads of the one before stop spinning
 _SURE = 0.1  # of the saving that is promised
+Turn = Callable[[], object]
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +104,16 @@ def time_networks(
 
 
 def _time(
-    turns: Mapping[Name, tuple[int, Forward]], rounds: int, seconds: float = math.inf
+    turns: Mapping[Name, tuple[int, Turn]], rounds: int, seconds: float = math.inf
 ) -> dict[Name, np.ndarray]:
     work = {name: run for name, (_, run) in turns.items()}
     times = time_in_turn(work, rounds, _PAUSE, warm_up=0, seconds=seconds)
     return {name: ms / turns[name][0] for name, ms in times.items()}
 
 
-def _turns(opened: Mapping[str, Prepare], batch: int) -> dict[str, tuple[int, Forward]]:
+def _turns(opened: Mapping[str, Prepare], batch: int) -> dict[str, tuple[int, Turn]]:
     """Of the models that memory holds: how often a turn runs a batch, and the turn."""
-    turns: dict[str, tuple[int, Forward]] = {}
+    turns: dict[str, tuple[int, Turn]] = {}
     for name, prepare in opened.items():
         try:
             turns[name] = _turn(prepare(batch))
@@ -122,7 +123,7 @@ def _turns(opened: Mapping[str, Prepare], batch: int) -> dict[str, tuple[int, Fo
     return turns
 
 
-def _turn(run: Forward) -> tuple[int, Forward]:
+def _turn(run: Forward) -> tuple[int, Turn]:
     """Warms up, and returns how often a turn runs it, and the turn."""
     run()
     started = time.perf_counter()
@@ -134,7 +135,7 @@ def _turn(run: Forward) -> tuple[int, Forward]:
 def _rows(
     engine: str,
     batch: int,
-    turns: Mapping[str, tuple[int, Forward]],
+    turns: Mapping[str, tuple[int, Turn]],
     macs: Mapping[str, int],
     repeats: int,
 ) -> list[Row]:
