@@ -45,7 +45,7 @@ def main() -> None:
 
     engines, hints = installed_engines()
     engines = [engine for engine in engines if engine.name.startswith(tuple(arguments.only))]
-    machine = describe_machine(*map(str, engines))
+    machine = describe_machine(*(str(engine) for engine in engines if engine.name != "JAX"))
     print(machine, *hints, sep="\n")
     dense, size = dinov2.load(arguments.model, arguments.image_size), arguments.image_size
     calibration = dinov2.drawings(arguments.pictures / "train", arguments.calibration, size)
