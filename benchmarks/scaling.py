@@ -126,10 +126,7 @@ class Step:
 
     @property
     def all_reduce(self) -> float:
-        """Half of the gradient goes along each axis first; a line is half as fast as a ring."""
-        sides, chips = sides_of(self.topology), num_chips(self.topology)
-        links = sum(2 if side == TORUS_SIDE else 1 for side in sides)
-        return 2 * 4 * self.num_parameters * (chips - 1) / chips / (links * LINK_BANDWIDTH)
+        return all_reduce_seconds(self.topology, 4 * self.num_parameters)
 
     def cells(self) -> list[str]:
         chips, seconds = num_chips(self.topology), self.arithmetic + self.update + self.all_reduce
@@ -158,6 +155,13 @@ def memory_cells(program: Program | DoesNotFitError | None) -> list[str]:
         f"{program.code / 1e6:.0f}",
         f"{sum(c.num_bytes for c in program.collectives) / 1e6:.0f}",
     ]
+
+
+def all_reduce_seconds(topology: str, num_bytes: float) -> float:
+    """Half of the bytes go along each axis first; a line is half as fast as a ring."""
+    chips = num_chips(topology)
+    links = sum(2 if side == TORUS_SIDE else 1 for side in sides_of(topology))
+    return 2 * num_bytes * (chips - 1) / chips / (links * LINK_BANDWIDTH)
 
 
 def sides_of(topology: str) -> list[int]:

@@ -34,6 +34,7 @@ from tests.helpers.commands import run_benchmark
                 ),
                 ("compile.py --model two_blocks --batch 1", "peak of sliced over masked"),
                 ("checkpoints.py --every 2 --intervals 2 --rounds 1", "cost of checkpoints"),
+                ("closed_form_scaling.py --model two_blocks --skip_compiling", "| v5e:4x4 |"),
             )
         ),
     ],

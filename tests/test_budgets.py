@@ -113,7 +113,7 @@ def test_calibration_goes_on_where_it_was_stopped(finished_run, tmp_path, monkey
     """In groups of one layer: a stop in the middle of a group, and a crash in the next one."""
     config = unlabelled_config(finished_run, tmp_path)
     monkeypatch.setattr(calibration, "layer_groups", lambda spec: [[la] for la in spec.layers])
-    monkeypatch.setattr("flora_jax.runs.images.BATCH_SIZE", 8)
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 8)
     config.stages = ("pretrain", "calibrate", "allocate", "extract")
     inherited = {}
     for name in ("whole", "interrupted"):

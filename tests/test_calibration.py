@@ -49,6 +49,20 @@ def calibration(model):
     return flora.calibrate(model, images_of(model.spec, 5))
 
 
+@pytest.mark.parametrize(
+    "fields, images",
+    [
+        ({}, 64),
+        ({"image_size": 518, "patch_size": 14}, 8),  # 86 MiB of logits an image
+        ({"image_size": 4480, "patch_size": 14}, 1),  # more than 1 GiB of them
+    ],
+)
+def test_batches_keep_the_logits_of_a_device_within_a_gib(fields, images):
+    spec = flora.deit("base", **fields)
+    assert calibrate.batch_size(spec, num_devices=1) == images
+    assert calibrate.batch_size(spec, num_devices=256) == 256 * images
+
+
 def inputs_by_hand(model, images):
     """The inputs of each block's layers."""
     found, x = {}, model.embed(images)

@@ -16,7 +16,7 @@ import pytest
 
 import flora_jax as flora
 from flora_jax import slim
-from flora_jax.closed_form import compress, reduce, refit
+from flora_jax.closed_form import calibrate, compress, reduce, refit
 from flora_jax.closed_form.calibrate import layer_inputs
 from flora_jax.closed_form.reduce import Shape
 from flora_jax.cluster.mesh import SPLIT, WHOLE, make_mesh, on_each_device
@@ -466,17 +466,14 @@ def test_a_bfloat16_network_keeps_its_dtype():
 
 def test_a_large_mean_beside_a_small_spread_costs_no_digits():
     """Sums about zero would lose the spread to float32; those about the means add up as well."""
-    rng, total = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
     x = (rng.normal(size=(3, 50, 4)) + 1000).astype(np.float32)
     t = (rng.normal(size=(3, 50, 2)) - 1000).astype(np.float32)
     weights = rng.uniform(0.1, 2, (3, 50)).astype(np.float32)
     sums = on_each_device(refit._sums, make_mesh(), (SPLIT, SPLIT), WHOLE)
-    for rows in zip(x, t, weights, strict=True):
-        found = jax.jit(sums)(refit.Rows(*rows[:2]), rows[2])
-        for name, array in refit._about_zero(
-            {n: np.asarray(a, float) for n, a in found.items()}
-        ).items():
-            total[name] = total.get(name, 0) + array
+    total = refit._added_up(
+        jax.jit(sums)(refit.Rows(*rows), own) for *rows, own in zip(x, t, weights, strict=True)
+    )
     expected = sums_of(
         x.reshape(150, 4).astype(float),
         t.reshape(150, 2).astype(float),
@@ -561,6 +558,25 @@ def test_losses_of_head_dimensions_are_those_of_the_cut_network(name):
         np.testing.assert_allclose(loss, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_losses_of_images_in_batches_are_those_of_all(monkeypatch):
+    """Two batches alike: the mean that sizes of tokens are taken about is that of each batch."""
+    model, images = random_model(ONE_BLOCK), images_of(VIT, 4)
+    orders = reduce.importance(model, flora.calibrate(model, images))
+    monkeypatch.setattr(calibrate, "BATCH_SIZE", 4)
+    (expected,) = compress.choice_losses(model, orders, images)
+    (found,) = compress.choice_losses(model, orders, np.concatenate([images, images]))
+    assert (expected.heads[:-1] > 0).all()
+    np.testing.assert_allclose(found.heads, expected.heads, rtol=1e-5)
+    np.testing.assert_allclose(found.units, expected.units, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 3, 7, 12, 20])
+def test_first_images_are_spread_over_batches(number):
+    images = np.arange(20.0)
+    found = compress.first_images([images[:3], images[3:4], images[4:13], images[13:]], number)
+    np.testing.assert_array_equal(found, images[:: max(1, 20 // number)][:number])
+
+
 @pytest.fixture(scope="module")
 def pair():
     """A dense network, a smaller one, images in three batches, and what the refit of all gives."""
@@ -600,14 +616,17 @@ def test_a_refit_that_is_told_to_end_stops_behind_a_block(pair, tmp_path, monkey
     assert_same(flora.refit(small, model, batches, directory=tmp_path), expected, rtol=0, atol=0)
 
 
-def test_hidden_states_may_lie_in_a_file(pair, monkeypatch):
+def test_hidden_states_may_lie_in_files(pair, monkeypatch):
+    """What a pass leaves as it is is not written again: four halves of the two streams a block."""
     model, small, batches, expected = pair
-    make, made = tempfile.TemporaryDirectory, []
-    monkeypatch.setattr(refit, "HOST_BYTES", 0)
+    make, made, save, saved = tempfile.TemporaryDirectory, [], np.save, []
+    monkeypatch.setattr(np, "save", lambda *args: saved.append(args) or save(*args))
+    monkeypatch.setattr(refit, "STATES_BYTES", 0)
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: made.append(make()) or made[-1])
     assert_same(flora.refit(small, model, batches), expected, rtol=0, atol=0)
     (folder,) = made
     assert not os.path.exists(folder.name)
+    assert len(saved) == len(batches) * (2 + 4 * len(VIT.blocks))
 
 
 def test_one_array_of_images_is_the_batches_together(pair):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import flora_jax as flora
 from flora_jax.cluster import processes
@@ -23,6 +24,7 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.evaluation.evaluate import evaluate_images
 from flora_jax.flora.evolution import EvolutionSettings, image_scores, search
 from flora_jax.io.files import locked, write_json
+from flora_jax.models.network import Network
 from flora_jax.weights.folder import save_description_once
 from tests.helpers.commands import ROOT, STOPPED, free_port
 from tests.helpers.training import (
@@ -87,9 +89,29 @@ def train_and_search(directory: pathlib.Path) -> None:
     found["partly"] = [partly.num_images, *flora.evaluate(flora.create(SPEC), partly).values()]
     found["partly"] = [float(value) for value in map(np.squeeze, found["partly"])]
     dense, seven = flora.create(SPEC), batch_of(100)["image"][:7]  # no equal shares for 4 devices
-    moments = flora.calibrate(dense, np.asarray(NORMALIZATION(jnp.asarray(seven)))).moments
+    seven = np.asarray(NORMALIZATION(jnp.asarray(seven)))
+    moments = flora.calibrate(dense, seven).moments
     found["moments"] = {name: moment.ravel().tolist() for name, moment in moments.items()}
+    found["compressed"] = compressed_logits(dense, seven)
     write_json(directory / "found.json", found)
+
+
+def compressed_logits(dense: Network, images: np.ndarray) -> list:
+    """With hidden states on the devices and in files; no process sends what all of them have."""
+    found, compare = [], multihost_utils.assert_equal
+
+    def compare_numbers(tree, fail_message=""):
+        assert not any(map(np.ndim, jax.tree.leaves(tree)))
+        compare(tree, fail_message)
+
+    for states_bytes in (2**31, 0):
+        with (
+            mock.patch("flora_jax.closed_form.refit.STATES_BYTES", states_bytes),
+            mock.patch.object(multihost_utils, "assert_equal", compare_numbers),
+        ):
+            small = flora.compress(dense, images, macs=dense.spec.macs() * 6 // 10)
+        found.append(np.asarray(small(images)).tolist())
+    return found
 
 
 def train_before(directory: pathlib.Path, end: int) -> None:
@@ -188,6 +210,13 @@ def test_two_processes_sum_the_same_and_leave_out_what_either_cannot_decode(foun
         np.testing.assert_allclose(together["moments"][name], moment, rtol=1e-5, atol=1e-6)
     assert together["partly"][0] == alone["partly"][0] == SETTINGS.batch_size - 2
     np.testing.assert_allclose(together["partly"], alone["partly"], rtol=1e-6)
+
+
+def test_two_processes_compress_as_one(found):
+    alone, together = (np.array(each["compressed"]) for each in found)
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(alone[0], alone[1])
+    assert not np.allclose(alone[0][0], alone[0][1], atol=1e-2)
 
 
 def test_both_processes_know_what_one_finds_in_each_image(results):

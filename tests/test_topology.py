@@ -177,12 +177,18 @@ def cells(table: str, row: str) -> list[str]:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("topology, number", [("v5e:1x1", 1), ("v5e:2x2", 4), ("v6e:1x1", 1)])
+def test_devices_of_a_topology(topology, number):
+    assert len(devices_of(topology)[1]) == number
+
+
+@needs_compiler
 def test_check_of_a_tiny_run():
     done = check(f"--config={TINY_CONFIG}", "--check_topology=v5e:2x2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("supernet on v5e:2x2: 4 devices of 15.75 GiB; jax ")
-    assert cells(done.stdout, "images a step") == ["32", "256", "64"]
-    assert cells(done.stdout, "images a device") == ["8", "64", "16"]
+    assert cells(done.stdout, "images a step") == ["32", "256", "256"]
+    assert cells(done.stdout, "images a device") == ["8", "64", "64"]
     # Three in a loop over two blocks, forward and backward; three in each block to evaluate.
     assert cells(done.stdout, "Pallas kernels") == ["6", "6", "0"]
     assert cells(done.stdout, "held-out images") == ["96.00 KiB"]  # 128 of 16 x 16 pixels

@@ -30,7 +30,7 @@ from flora_jax.models.spec import LinearShape, Spec
 from flora_jax.progress import Progress
 
 SHRINKAGE = 0.05  # docs/decisions.md
-BATCH_SIZE = 64  # images, where the caller gives no batches
+BATCH_SIZE = 64  # images a device at most, where the caller gives no batches
 DEVICE_BYTES = 2**30  # of moments that a device computes in one pass over the images
 _SECONDS_BETWEEN_SAVES = 60.0
 _COUNT = "batches"  # beside the sums in a file
@@ -187,7 +187,7 @@ def _moments(
     parameters = replicate(parameters, mesh)
     names, partial, start = (
         tuple(la.name for la in layers),
-        file and file.with_suffix(".partial"),
+        file and file.with_suffix(f".{len(batches[0])}.partial"),  # other devices, other batches
         0,
     )
     sums: Arrays = {}
@@ -257,8 +257,7 @@ def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list
         point.
     """
     if isinstance(images, np.ndarray | jax.Array):
-        starts = range(0, len(images), BATCH_SIZE)
-        batches = [np.asarray(images[start : start + BATCH_SIZE]) for start in starts]
+        batches = in_batches(np.asarray(images), spec)
     else:
         batches = [np.asarray(batch) for batch in images]
     for batch in batches:
@@ -266,6 +265,22 @@ def image_batches(images: np.ndarray | Iterable[np.ndarray], spec: Spec) -> list
     if not num_images(batches):
         raise InputError("calibration needs at least one image")
     return batches
+
+
+def in_batches(images: np.ndarray, spec: Spec) -> list[np.ndarray]:
+    """The images in batches for all devices there are."""
+    size = batch_size(spec, jax.device_count())
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def batch_size(spec: Spec, num_devices: int) -> int:
+    """Images of a batch: on each device a power of two that keeps a layer's logits within 1 GiB."""
+    logits = max(
+        4 * block.num_heads * into.attending_tokens * into.attended_tokens
+        for block, into in zip(spec.blocks, spec.block_inputs, strict=True)
+    )
+    most = min(BATCH_SIZE, max(1, DEVICE_BYTES // logits))
+    return num_devices << most.bit_length() - 1
 
 
 def num_images(batches: Sequence[np.ndarray]) -> int:

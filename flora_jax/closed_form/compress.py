@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.closed_form.allocate import least_loss
-from flora_jax.closed_form.calibrate import BATCH_SIZE, calibrate, image_batches, shared_by
+from flora_jax.closed_form.calibrate import calibrate, image_batches, in_batches, shared_by
 from flora_jax.closed_form.reduce import (
     Heads,
     Shape,
@@ -106,11 +106,9 @@ class Plans:
         directory: epath.Path | None = None,
     ) -> "Plans":
         """Measures on some of the images; `normalize` and `directory` are as in `calibrate`."""
-        some = first_images(batches, MOMENT_IMAGES)
-        parts = [some[start : start + BATCH_SIZE] for start in range(0, len(some), BATCH_SIZE)]
-        orders = importance(
-            model, calibrate(model, parts, directory=directory, normalize=normalize)
-        )
+        parts = in_batches(first_images(batches, MOMENT_IMAGES), model.spec)
+        found = calibrate(model, parts, directory=directory, normalize=normalize)
+        orders = importance(model, found)
         fewer = first_images(batches, LOSS_IMAGES)
         losses = choice_losses(
             model, orders, np.asarray((normalize or jnp.asarray)(jnp.asarray(fewer)))
@@ -144,8 +142,10 @@ class Plans:
 
 def first_images(batches: Sequence[np.ndarray], number: int) -> np.ndarray:
     """Evenly spaced ones, at most so many: images often come class by class."""
-    images = np.concatenate(list(batches))
-    return images[:: max(1, len(images) // number)][:number]
+    step = max(1, sum(map(len, batches)) // number)
+    starts = np.cumsum([0, *map(len, batches)])
+    every = [batch[-start % step :: step] for start, batch in zip(starts, batches, strict=False)]
+    return np.concatenate(every)[:number]
 
 
 def head_dims(spec: Spec, block: BlockSpec) -> list[int]:
@@ -176,11 +176,12 @@ def choice_losses(
 ) -> list[Losses]:
     """The loss of every choice of every block, on images float32 [n, H, W, C]."""
     spec, mesh = model.spec, make_mesh()
-    padded, mask = (spread(x, mesh) for x in shared_by(mesh.size, images))
     structure, parameters = functional.split(model)
     parameters = {name: p.astype(jnp.float32) for name, p in parameters.items()}
-    x = _embed(structure, mesh, replicate(parameters, mesh), padded)
-    found = []
+    whole, parts, found = replicate(parameters, mesh), [], []
+    for batch in image_batches(images, spec):
+        padded, mask = (spread(x, mesh) for x in shared_by(mesh.size, batch))
+        parts.append((_embed(structure, mesh, whole, padded), mask))
     for number, (block, module, (heads, units)) in enumerate(
         zip(spec.blocks, model.blocks, orders, strict=True)
     ):
@@ -189,8 +190,10 @@ def choice_losses(
         stacked = {name: np.stack([each[name] for each in tries]) for name in (tries or [{}])[0]}
         block_structure = functional.split(module)[0]
         shared = replicate((of_block, stacked), mesh)
-        x, sums = _try(block_structure, mesh, spec.num_read_tokens, *shared, x, mask)
-        count, inverse, of_mlp, *of_errors = (np.asarray(s, float) for s in sums)
+        made = [_try(block_structure, mesh, spec.num_read_tokens, *shared, *p) for p in parts]
+        parts = [(x, mask) for (x, _), (_, mask) in zip(made, parts, strict=True)]
+        each = zip(*(jax.device_get(sums) for _, sums in made), strict=True)
+        count, inverse, of_mlp, *of_errors = (np.sum(s, axis=0, dtype=float) for s in each)
         square, weighed, total = of_errors
         mean = total / count
         of_heads = square - 2 * (mean * weighed).sum(1) + (mean**2).sum(1) * inverse
@@ -201,13 +204,14 @@ def choice_losses(
 
 
 def _with_head_dim(own, block: BlockSpec, heads: Heads, width: int) -> dict[str, np.ndarray]:
-    """qkv with all but the leading dimensions set to zero, in the shape of the uncut."""
+    """Turns of qkv that set all but the leading dimensions to zero, in the shape of the uncut."""
     kept = heads.leading(width)
     query = heads.query[..., kept] @ heads.key[..., kept].swapaxes(1, 2)
     whole = np.broadcast_to(np.eye(block.head_dim), query.shape)
     key = whole if heads.lengths is None else query  # a cosine divides by the lengths of both
     value = heads.value[..., :width] @ heads.back[:, :width]
-    return turned_qkv(own, block, (query, key, value)) | scaled_logits(own, heads, width)
+    turns = np.stack([query, key, value]).astype(np.float32)
+    return {"turns": turns} | scaled_logits(own, heads, width)
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -226,7 +230,7 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
 
     Returns:
       the output [B*N, D], the sums of w, of w u and of w u over the square that a norm behind the
-      MLP divides by, and for each of K kernels of qkv in `tries` the sums of w u |e|^2 [K], of
+      MLP divides by, and for each of K turns of qkv in `tries` the sums of w u |e|^2 [K], of
       w u e and of w e [K, D].
     """
 
@@ -249,6 +253,8 @@ def _try(structure, mesh, num_read, parameters, tries, x, mask):
         of_mlp = wu / (made.var(1) + block.norm2.epsilon) if block.post_norm else wu
 
         def sums(own):
+            with jax.default_matmul_precision("highest"):
+                own |= turned_qkv(parameters, own.pop("turns"))
             error = attended(own) - whole
             return wu @ (error**2).sum(1), wu @ error, w @ error
 

@@ -24,7 +24,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -270,7 +270,7 @@ def _cut_heads(own: Arrays, block: BlockSpec, cut: BlockSpec, heads: Heads) -> B
     # Attention divides logits by the root of the head's width, which must stay that of the uncut.
     scale = math.sqrt(width / block.head_dim)
     turns = (heads.query[..., kept] * scale, heads.key[..., kept], heads.value[..., :width])
-    own |= turned_qkv(own, block, turns) | scaled_logits(own, heads, width)
+    own |= turned_qkv(own, np.stack(turns)) | scaled_logits(own, heads, width)
     proj = own["attn.proj.kernel"]
     cut_proj = heads.back[:, :width] @ proj.reshape(number, block.head_dim, -1)
     own["attn.proj.kernel"] = cut_proj.reshape(number * width, -1).astype(proj.dtype)
@@ -282,17 +282,16 @@ def _cut_heads(own: Arrays, block: BlockSpec, cut: BlockSpec, heads: Heads) -> B
     return dataclasses.replace(cut, rotary_pairs=tuple(map(tuple, pairs.tolist())))
 
 
-def turned_qkv(own: Arrays, block: BlockSpec, turns: Sequence[np.ndarray]) -> Arrays:
-    """qkv's kernel, and bias if it has one, with query, key and value times [H, d, r] each."""
-    kernels, biases = _by_head(own, block)
-    pairs = list(zip(kernels, biases, turns, strict=True))
-    kernel = np.stack([kernel @ turn for kernel, _, turn in pairs])  # [3, H, C, r]
-    bias = np.stack([(bias[:, None] @ turn)[:, 0] for _, bias, turn in pairs])
-    kernel = kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
-    turned: Arrays = {"attn.qkv.kernel": kernel.astype(own["attn.qkv.kernel"].dtype)}
-    if (stored := own.get("attn.qkv.bias")) is not None:
-        parts = [0, 1, 2] if len(stored) == 3 * block.attention_dim else [0, 2]
-        turned["attn.qkv.bias"] = bias[parts].ravel().astype(stored.dtype)
+def turned_qkv(own: Mapping[str, Any], turns: Any) -> dict[str, Any]:
+    """qkv's kernel and bias, if any, with query, key and value times [3, H, d, r]; NumPy or JAX."""
+    turned, (_, heads, width, _) = {}, turns.shape
+    for name in filter(own.__contains__, ("attn.qkv.kernel", "attn.qkv.bias")):
+        stored = own[name]
+        parts = stored.reshape(-1, stored.shape[-1] // (heads * width), heads, width)
+        parts = parts.astype(turns.dtype).transpose(1, 2, 0, 3)  # [3, H, C, d]
+        made = parts @ (turns if len(parts) == 3 else turns[::2])  # keys may lack a bias
+        made = made.transpose(2, 0, 1, 3).reshape(*stored.shape[:-1], -1)
+        turned[name] = made.astype(stored.dtype)
     return turned
 
 

@@ -20,7 +20,7 @@ Where a class token is what is read in the end, it weighs half as much as all ot
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 RIDGE = 0.1  # docs/decisions.md
 _DAMPING = 0.1  # of what a norm hardly shows, as a share of its mean square scale
-HOST_BYTES = 2**31  # of hidden states; more of them lie in a file
+STATES_BYTES = 2**31  # of hidden states on a device; where they are more, all lie in files
 Arrays = dict[str, np.ndarray]
 
 
@@ -74,8 +74,9 @@ def refit(
     """A smaller network with the same shapes, fitted to the activations of the dense one.
 
     No label and no training is needed. Each layer takes one pass of half a block over the images;
-    the device holds one batch and the second moments of one layer, the host the hidden states of
-    all images in both networks, or a temporary file where they exceed 2 GiB.
+    the devices hold the second moments of one layer and the hidden states of all images in both
+    networks, or those of one batch where they exceed 2 GiB a device: then a temporary folder of
+    each process has its share of them.
 
     Args:
       small: an extracted subnet, a slimmed network or a reduced one, of the depth and widths of the
@@ -408,7 +409,7 @@ def fit_layer(
 
 
 class _HiddenStates:
-    """The streams of all images, batch by batch: in memory, or in a folder where they are many."""
+    """The streams of all images by batches: on the devices, or in a folder where they are many."""
 
     def __init__(
         self,
@@ -419,9 +420,9 @@ class _HiddenStates:
     ):
         self._mesh = make_mesh()
         self._masks: list[jax.Array] = []
-        self._in_memory: list[list[np.ndarray]] = []
+        self._on_devices: dict[int, Streams] = {}
         widest = max(into.width * into.tokens for into in model.spec.block_inputs)
-        is_large = 2 * 4 * widest * num_images(batches) > HOST_BYTES * jax.process_count()
+        is_large = 2 * 4 * widest * num_images(batches) > STATES_BYTES * self._mesh.size
         self._folder = tempfile.TemporaryDirectory() if is_large else None
         (dense, of_dense), (small, of_small) = (functional.split(n) for n in (model, start))
         parameters = [replicate(each, self._mesh) for each in (of_dense, of_small)]
@@ -441,21 +442,20 @@ class _HiddenStates:
             self._folder.cleanup()
 
     def _keep(self, number: int, streams: Streams) -> None:
-        arrays = [_of_this_process(stream) for stream in streams]
-        if self._folder:
-            np.savez(f"{self._folder.name}/{number}.npz", *arrays)
-        elif number < len(self._in_memory):
-            self._in_memory[number] = arrays
-        else:
-            self._in_memory.append(arrays)
+        """What is None stays as it was."""
+        changed = {name: stream for name, stream in streams._asdict().items() if stream is not None}
+        if self._folder is None:
+            self._on_devices[number] = self._on_devices.get(number, streams)._replace(**changed)
+            return
+        for name, stream in changed.items():
+            np.save(f"{self._folder.name}/{number}_{name}.npy", _of_this_process(stream))
 
     def _get(self, number: int) -> Streams:
-        if self._folder:
-            with np.load(f"{self._folder.name}/{number}.npz") as file:
-                arrays = [file[name] for name in file.files]
-        else:
-            arrays = self._in_memory[number]
-        return Streams(**shard_batch(dict(zip(Streams._fields, arrays, strict=True)), self._mesh))
+        if self._folder is None:
+            return self._on_devices[number]
+        files = {name: f"{self._folder.name}/{number}_{name}.npy" for name in Streams._fields}
+        shares = {name: np.load(file) for name, file in files.items()}
+        return Streams(**shard_batch(shares, self._mesh))
 
     def advance(
         self,
@@ -471,14 +471,14 @@ class _HiddenStates:
         )
         static = (one_pass, of_dense, of_small, self._mesh, tokens)
         parameters = [replicate(p, self._mesh) for p in (dense_parameters, small_parameters)]
-        total: _Sums = {}
-        for number, mask in enumerate(self._masks):
-            streams, sums = _advance(*static, *parameters, self._get(number), mask)
-            self._keep(number, streams)
-            of_batch = {name: np.asarray(found, np.float64) for name, found in sums.items()}
-            for name, found in (_about_zero(of_batch) if "xx" in sums else of_batch).items():
-                total[name] = total.get(name, 0.0) + found
-        return total
+
+        def of_batches() -> Iterator[Mapping[str, jax.Array]]:
+            for number, mask in enumerate(self._masks):
+                streams, sums = _advance(*static, *parameters, self._get(number), mask)
+                self._keep(number, streams)
+                yield sums
+
+        return _added_up(of_batches())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,15 +563,17 @@ def _advance(
             functional.merge(dense, _wide(dense_parameters)),
             functional.merge(small, _wide(small_parameters)),
         )
-        streams, rows = one_pass(*blocks, streams, tokens.of_small)
-        weights = token_weights(mask, len(streams.small), tokens.read)
+        after, rows = one_pass(*blocks, streams, tokens.of_small)
+        weights = token_weights(mask, len(after.small), tokens.read)
+        # What a pass leaves as it is need not go to the host again.
+        changed = (None if new is old else new for new, old in zip(after, streams, strict=True))
         if one_pass is _leave:
             sums = jax.lax.psum(_errors(rows, weights), AXES)
         else:
             if one_pass in (_enter, _attend):
                 weights = blocks[1].cut(weights[:, None])[:, 0]  # nothing for what pads windows
             sums = _sums(rows, weights)
-        return streams, sums
+        return Streams(*changed), sums
 
     in_specs = (WHOLE, WHOLE, SPLIT, SPLIT)
     shared = on_each_device(on_one_device, mesh, in_specs, (SPLIT, WHOLE))
@@ -602,17 +604,24 @@ def _sums(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:
     return jax.lax.psum(sums, AXES) | {"at_x": at_x, "at_t": at_t}
 
 
-def _about_zero(sums: _Sums) -> _Sums:
-    """The sums of `_sums` without their means, so that those of batches add up; float64."""
-    count, x, t, at_x, at_t = (sums[name] for name in ("count", "x", "t", "at_x", "at_t"))
-    all_x, all_t = x + count * at_x, t + count * at_t
-    return {
-        "count": count,
-        "x": all_x,
-        "t": all_t,
-        "xx": sums["xx"] + np.outer(at_x, x) + np.outer(all_x, at_x),
-        "xt": sums["xt"] + np.outer(at_x, t) + np.outer(all_x, at_t),
-    }
+def _added_up(batches: Iterable[Mapping[str, jax.Array]]) -> _Sums:
+    """Adds up sums of batches, float64; those of `_sums` are about zero then, not their means."""
+    on_devices: dict[str, jax.Array] = {}  # products: to the host and into float64 but once
+    vectors: dict[str, list[np.ndarray]] = {}
+    for sums in batches:
+        for name, found in sums.items():
+            if found.ndim < 2:
+                vectors.setdefault(name, []).append(np.asarray(found))
+            else:
+                on_devices[name] = on_devices.get(name, 0.0) + found
+    each = {name: np.array(found, np.float64) for name, found in vectors.items()}
+    if not (products := {n: np.array(found, np.float64) for n, found in on_devices.items()}):
+        return {name: found.sum(0) for name, found in each.items()}
+    count, x, t, at_x, at_t = (each[name] for name in ("count", "x", "t", "at_x", "at_t"))
+    all_x, all_t = (own + count[:, None] * at for own, at in ((x, at_x), (t, at_t)))
+    products["xx"] += at_x.T @ x + all_x.T @ at_x
+    products["xt"] += at_x.T @ t + all_x.T @ at_t
+    return {"count": count.sum(), "x": all_x.sum(0), "t": all_t.sum(0), **products}
 
 
 def _errors(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:

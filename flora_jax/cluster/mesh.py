@@ -69,12 +69,19 @@ def shard_parameters(tree, mesh: Mesh):
 
 def replicate(tree, mesh: Mesh):
     """Every device holds the whole tree."""
-    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+    return jax.tree.map(lambda array: _placed(array, NamedSharding(mesh, WHOLE)), tree)
 
 
 def spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """An array that every process holds whole -> the same array split over all devices."""
-    return jax.device_put(array, NamedSharding(mesh, SPLIT))
+    return _placed(array, NamedSharding(mesh, SPLIT))
+
+
+def _placed(array, place: NamedSharding) -> jax.Array:
+    """In several processes `device_put` compares what each has: a copy of each on every device."""
+    if place.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(np.shape(array), place, np.asarray(array).__getitem__)
 
 
 def on_each_device(function, mesh: Mesh, in_specs, out_specs):

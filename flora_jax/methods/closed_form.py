@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from flora_jax.closed_form.allocate import allocate_by, full_rank_sensitivity
-from flora_jax.closed_form.calibrate import calibrate
+from flora_jax.closed_form.calibrate import calibrate, in_batches
 from flora_jax.closed_form.compress import Plans
 from flora_jax.closed_form.reduce import Shape, reduced_spec
 from flora_jax.closed_form.sensitivity import Sensitivity
@@ -72,7 +72,8 @@ def compress_to_budgets(
     """closed form: cuts heads and MLPs, and fits what is left, for each budget"""
     images, budgets = step.images, budgets_of(spending, dense, latency)
     normalize = images.train_set.normalization
-    batches = list(images.without_augmentation(settings.images, "compress"))
+    every = np.concatenate(list(images.without_augmentation(settings.images, "compress")))
+    batches = in_batches(every, base.spec)
     plans = Plans.of(base, batches, normalize=normalize, directory=step.directory / "calibration")
     for budget in budgets:
         place = step.directory / budget.folder("subnet")
@@ -201,7 +202,8 @@ def weigh_factors(
     calibration = None
     if settings.images:
         images, normalize = step.images, step.images.train_set.normalization
-        batches = images.without_augmentation(settings.images, "calibrate")
+        every = np.concatenate(list(images.without_augmentation(settings.images, "calibrate")))
+        batches = in_batches(every, base.spec)
         calibration = calibrate(base, batches, directory=step.directory, normalize=normalize)
         calibration = dataclasses.replace(calibration, shrinkage=settings.shrinkage)
     supernet = factorize(base, space.of(base.spec), calibration=calibration)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from flora_jax.closed_form.calibrate import BATCH_SIZE, batch_sums, layer_groups
+from flora_jax.closed_form.calibrate import batch_size, batch_sums, layer_groups
 from flora_jax.cluster.mesh import SPLIT, WHOLE, parameter_partition
 from flora_jax.errors import InputError
 from flora_jax.evaluation.evaluate import sum_model_metrics
@@ -176,8 +176,8 @@ def compile_calibration(settings: Settings, spec: Spec, mesh: Mesh) -> Program:
     structure, _ = functional.split(create_abstract(spec))
     parameters = functional.split(create_abstract(spec))[1]
     group = max(layer_groups(spec), key=lambda layers: sum(la.in_features**2 for la in layers))
-    images = -(-BATCH_SIZE // mesh.size)
-    size = images * mesh.size
+    size = batch_size(spec, mesh.size)
+    images = size // mesh.size
     batch, mask = _Shape((size, *spec.image_shape), jnp.uint8), _Shape((size,), jnp.float32)
     arguments = (_whole(parameters, mesh), *_split((batch, mask), mesh))
     names = tuple(layer.name for layer in group)

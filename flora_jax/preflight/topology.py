@@ -87,14 +87,16 @@ def devices_of(topology: str) -> tuple[Chip, list[jax.Device]]:
       MissingPackageError: libtpu, the compiler, is not installed.
       InputError: there is no such topology.
     """
-    chip = CHIPS.get(topology.partition(":")[0])
+    name, _, sides = topology.partition(":")
+    chip = CHIPS.get(name)
     if chip is None or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
         examples = ", ".join(chip.example for chip in CHIPS.values())
         raise InputError(f"unknown topology {topology!r}; give one such as {examples}")
     if importlib.util.find_spec("libtpu") is None:
         raise MissingPackageError("the TPU compiler is not installed: pip install 'jax[tpu]'")
+    one = {"chips_per_host_bounds": [1, 1, 1]} if sides == "1x1" else {}
     try:
-        return chip, topologies.get_topology_desc(topology, "tpu", **chip.options).devices
+        return chip, topologies.get_topology_desc(topology, "tpu", **chip.options, **one).devices
     except jax.errors.JaxRuntimeError as error:
         reason = f"its sides must be multiples of 2, as in {chip.example}"
         raise InputError(f"unknown topology {topology!r}; {reason} ({error})") from error
