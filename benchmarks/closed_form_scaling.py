@@ -21,7 +21,7 @@ from scaling import PEAK, all_reduce_seconds, num_chips, print_table
 from threadpoolctl import threadpool_limits
 
 import flora_jax as flora
-from flora_jax.closed_form import calibrate, compress, reduce, refit
+from flora_jax.closed_form import calibrate, compress, reduce, refit, regression
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
@@ -204,7 +204,8 @@ def host_seconds(dense: flora.ViTSpec, small: flora.ViTSpec) -> dict[str, float]
         x, t = np.zeros(width), np.zeros(dense.embed_dim)
         sums = {"count": 1, "x": x, "t": t, "xx": moment(width), "xt": np.outer(x, t)}
         start = {name: starts[f"{leaf}.{name}"] for name in ("kernel", "bias")}
-        timed(f"fit {leaf}", refit.fit_layer, sums, start, leaf in refit._NORMS, refit.RIDGE)
+        is_target, fit = leaf in refit._NORMS, regression.fit_layer
+        timed(f"fit {leaf}", fit, sums, start, is_target, regression.RIDGE)
     array = np.ones(2**26, np.float32)  # a quarter of a GiB
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         timed("write a GiB", np.save, file.name, array, size=0.25)

@@ -33,7 +33,8 @@ from flora_jax.closed_form.reduce import (
     turned_qkv,
     unit_step,
 )
-from flora_jax.closed_form.refit import RIDGE, refit_to, token_weights
+from flora_jax.closed_form.refit import refit_to, token_weights
+from flora_jax.closed_form.regression import RIDGE
 from flora_jax.cluster.mesh import AXES, SPLIT, WHOLE, make_mesh, on_each_device, replicate, spread
 from flora_jax.errors import InputError
 from flora_jax.flora.cost import Cost, Variants, kinds_of

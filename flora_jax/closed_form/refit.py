@@ -1,27 +1,22 @@
 """Refit: a smaller network's layers fitted to the dense network's activations, block after block.
 
-The images pass both networks together. With x' what enters a layer of the smaller network and t
-its target, both over the tokens of all images, the layer becomes the ridge regression of t on x',
-
-    W = (cov(x') + a I)^-1 (cov(x', t) + a W0),    bias = mean(t) - W^T mean(x'),
-
-a = ridge * mean variance of x', W0 the weight that it had; at a rank r the matrix of that rank
-nearest to W in the norm of cov(x') + a I (reduced-rank regression). The target of qkv and fc1 is
-what they give in the dense network. That of proj and fc2 is what is missing in the residual stream,
-the dense stream behind them minus the smaller one before them, so that errors of earlier layers are
-mended and not carried on (anchored; AA-SVD, arXiv 2604.02119). Layers that are not reduced are
-fitted as well. Where a norm stands behind a half of a block (Swin V2), the targets are the dense
-network's values before it, moved so that the norm makes of them what is missing, and the norm is
-fitted too: each of its values becomes the regression of what is missing on what it normalises.
-Where a class token is what is read in the end, it weighs half as much as all other tokens together
-(docs/decisions.md).
+The images pass both networks together. Each layer becomes the ridge regression (`regression`) of
+its target on what enters it in the smaller network, over the tokens of all images. The target of
+qkv and fc1 is what they give in the dense network. That of proj and fc2 is what is missing in the
+residual stream, the dense stream behind them minus the smaller one before them, so that errors of
+earlier layers are mended and not carried on (anchored; AA-SVD, arXiv 2604.02119). Layers that are
+not reduced are fitted as well. Where a norm stands behind a half of a block (Swin V2), the targets
+are the dense network's values before it, moved so that the norm makes of them what is missing, and
+the norm is fitted too: each of its values becomes the regression of what is missing on what it
+normalises. Where a class token is what is read in the end, it weighs half as much as all other
+tokens together (docs/decisions.md).
 """
 
 import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +26,15 @@ from flax import nnx
 from safetensors import numpy as safetensors
 
 from flora_jax.closed_form.calibrate import image_batches, num_images, shared_by
+from flora_jax.closed_form.regression import (
+    RIDGE,
+    Rows,
+    Sums,
+    added_up,
+    fit_layer,
+    fit_norm,
+    sums_over,
+)
 from flora_jax.cluster.mesh import (
     AXES,
     SPLIT,
@@ -43,23 +47,20 @@ from flora_jax.cluster.mesh import (
 )
 from flora_jax.cluster.processes import StopRequest, by_the_first, wait_for_all
 from flora_jax.errors import InputError, few
-from flora_jax.flora.svd import svd_factors
 from flora_jax.io.files import replacing
 from flora_jax.io.paths import user_path
 from flora_jax.models import functional
 from flora_jax.models.factory import create_abstract
 from flora_jax.models.layers import LayerNorm, LowRankLinear
 from flora_jax.models.network import Block, Network
-from flora_jax.models.spec import Rank, Spec
+from flora_jax.models.spec import Spec
 from flora_jax.progress import Progress
 from flora_jax.training.losses import READ_SHARE
 
 log = logging.getLogger(__name__)
 
-RIDGE = 0.1  # docs/decisions.md
 _DAMPING = 0.1  # of what a norm hardly shows, as a share of its mean square scale
 STATES_BYTES = 2**31  # of hidden states on a device; where they are more, all lie in files
-Arrays = dict[str, np.ndarray]
 
 
 def refit(
@@ -219,16 +220,6 @@ class Streams(NamedTuple):
     small: jax.Array
 
 
-class Rows(NamedTuple):
-    """What enters a layer of the smaller network, and its target, [M, in] and [M, out].
-
-    Of qkv and fc1, in place of the target, what enters them in the dense network.
-    """
-
-    inputs: jax.Array
-    target: jax.Array
-
-
 # The passes of a block. Each takes the streams one step on and gives the rows of one layer; where a
 # token has left the smaller network (ViT-Slim), `stay` takes those that stay out of dense rows.
 
@@ -306,7 +297,6 @@ _NORMS = {  # those behind a layer, with the pass that gives their rows
     "attn.proj": ("norm1", _norm_attended, "attention"),
     "mlp.fc2": ("norm2", _norm_hidden, "mlp"),
 }
-_Sums = dict[str, np.ndarray]
 
 
 def _fit_block(
@@ -344,68 +334,8 @@ def _fit_block(
         if block.post_norm and leaf in _NORMS:
             norm, one_pass, part = _NORMS[leaf]
             sums = states.advance(one_pass, dense, block, tokens, part)
-            _fit_norm(sums, getattr(block, norm), ridge)
+            fit_norm(sums, getattr(block, norm), ridge)
     return block
-
-
-def _fit_norm(sums: Mapping[str, np.ndarray], norm: LayerNorm, ridge: float) -> None:
-    """Fits scale and bias, value by value, to sums over what they multiply and what is missing."""
-    mean_x, mean_t = sums["x"] / sums["count"], sums["t"] / sums["count"]
-    variance, across = (
-        np.diag(sums[name]) / sums["count"] - mean_x * mean
-        for name, mean in (("xx", mean_x), ("xt", mean_t))
-    )
-    scale = (across + ridge * np.asarray(norm.scale[...], float)) / (variance + ridge)
-    norm.scale[...] = jnp.asarray(scale, norm.scale.dtype)
-    norm.bias[...] = jnp.asarray(mean_t - scale * mean_x, norm.bias.dtype)
-
-
-def fit_layer(
-    sums: Mapping[str, np.ndarray],
-    start: Mapping[str, Any],
-    is_target: bool,
-    ridge: float,
-    rank: Rank = None,
-    singular_values_into: str = "down",
-) -> Arrays:
-    """The parameters of one layer, from sums over its rows.
-
-    A bias that is not stored, or lacks the key's part, cannot take up a mean: then moments about
-    zero stand for covariances, and a bias in parts stays as it was.
-
-    Args:
-      sums: float64: count []; x [in], t [out] and the products xx [in, in], xt [in, out].
-      start: kernel [in, out], whose dtype the result has, and the bias if there is one.
-      is_target: False: t is what enters the dense layer, and the target what `start` makes of it.
-    """
-    dtype, bias = np.asarray(start["kernel"]).dtype, start.get("bias")
-    kernel = np.asarray(start["kernel"], float)
-    count = sums["count"]
-    mean_x, mean_t = sums["x"] / count, sums["t"] / count
-    moment, across = sums["xx"] / count, sums["xt"] / count
-    size = len(moment)
-    floor = np.finfo(np.float32).eps * np.trace(moment) / size
-    takes_mean = bias is not None and len(bias) == kernel.shape[1]
-    if takes_mean:
-        moment, across = (
-            moment - np.outer(mean_x, mean_x),
-            across - np.outer(mean_x, mean_t),
-        )
-    if not is_target:
-        across, mean_t = across @ kernel, mean_t @ kernel
-        mean_t = mean_t + np.asarray(bias, float) if takes_mean else mean_t
-    pull = ridge * max(np.trace(moment) / size, floor, np.finfo(np.float32).tiny)
-    moment = moment + pull * np.eye(size)
-    fitted = np.linalg.solve(moment, across + pull * kernel)
-    if rank is None:
-        found = {"kernel": fitted}
-    else:
-        down, up = svd_factors(fitted, singular_values_into, moment)
-        found = {"down": down[:rank], "up": up[:rank]}
-        fitted = down[:rank].T @ up[:rank]
-    if bias is not None:
-        found["bias"] = mean_t - mean_x @ fitted if takes_mean else np.asarray(bias)
-    return {name: array.astype(dtype) for name, array in found.items()}
 
 
 class _HiddenStates:
@@ -464,7 +394,7 @@ class _HiddenStates:
         small: Block,
         tokens: "_Tokens",
         part: str,
-    ) -> _Sums:
+    ) -> Sums:
         """Takes all streams through one pass, and sums over its rows, float64."""
         (of_dense, dense_parameters), (of_small, small_parameters) = (
             functional.split(_part(block, part)) for block in (dense, small)
@@ -478,7 +408,7 @@ class _HiddenStates:
                 self._keep(number, streams)
                 yield sums
 
-        return _added_up(of_batches())
+        return added_up(of_batches())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -572,7 +502,7 @@ def _advance(
         else:
             if one_pass in (_enter, _attend):
                 weights = blocks[1].cut(weights[:, None])[:, 0]  # nothing for what pads windows
-            sums = _sums(rows, weights)
+            sums = sums_over(rows, weights)
         return Streams(*changed), sums
 
     in_specs = (WHOLE, WHOLE, SPLIT, SPLIT)
@@ -582,46 +512,6 @@ def _advance(
 
 def _wide(parameters: functional.Parameters) -> functional.Parameters:
     return jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
-
-
-def _sums(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the rows of all devices, about the means `at_x` and `at_t`.
-
-    Float32 cannot tell a small spread from a large mean: sums about zero would lose it.
-    """
-    count, x, t = jax.lax.psum((weights.sum(), weights @ rows.inputs, weights @ rows.target), AXES)
-    count = jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
-    at_x, at_t = x / count, t / count
-    inputs, target = rows.inputs - at_x[None], rows.target - at_t[None]
-    weighted = inputs * weights[:, None]
-    sums = {
-        "count": weights.sum(),
-        "x": weighted.sum(0),
-        "t": weights @ target,
-        "xx": jnp.matmul(weighted.T, inputs, precision="highest"),
-        "xt": jnp.matmul(weighted.T, target, precision="highest"),
-    }
-    return jax.lax.psum(sums, AXES) | {"at_x": at_x, "at_t": at_t}
-
-
-def _added_up(batches: Iterable[Mapping[str, jax.Array]]) -> _Sums:
-    """Adds up sums of batches, float64; those of `_sums` are about zero then, not their means."""
-    on_devices: dict[str, jax.Array] = {}  # products: to the host and into float64 but once
-    vectors: dict[str, list[np.ndarray]] = {}
-    for sums in batches:
-        for name, found in sums.items():
-            if found.ndim < 2:
-                vectors.setdefault(name, []).append(np.asarray(found))
-            else:
-                on_devices[name] = on_devices.get(name, 0.0) + found
-    each = {name: np.array(found, np.float64) for name, found in vectors.items()}
-    if not (products := {n: np.array(found, np.float64) for n, found in on_devices.items()}):
-        return {name: found.sum(0) for name, found in each.items()}
-    count, x, t, at_x, at_t = (each[name] for name in ("count", "x", "t", "at_x", "at_t"))
-    all_x, all_t = (own + count[:, None] * at for own, at in ((x, at_x), (t, at_t)))
-    products["xx"] += at_x.T @ x + all_x.T @ at_x
-    products["xt"] += at_x.T @ t + all_x.T @ at_t
-    return {"count": count.sum(), "x": all_x.sum(0), "t": all_t.sum(0), **products}
 
 
 def _errors(rows: Rows, weights: jax.Array) -> dict[str, jax.Array]:

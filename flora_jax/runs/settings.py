@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from flora_jax.closed_form.calibrate import SHRINKAGE
-from flora_jax.closed_form.refit import RIDGE
+from flora_jax.closed_form.regression import RIDGE
 from flora_jax.data.augment import Augmentation
 from flora_jax.data.decoding import MAX_MEGAPIXELS
 from flora_jax.data.normalize import Normalization

@@ -79,7 +79,11 @@ def test_contradictions_name_both_values(tmp_path, config, change, spec, message
     ("config", "change", "message"),
     [
         (HUGGING_FACE_VIT, {"hidden_act": "relu"}, "unknown hidden_act 'relu'; choose one of"),
-        (HUGGING_FACE_VIT, {"image_size": 13}, "image_size 13 is not a multiple of patch_size 4"),
+        (
+            HUGGING_FACE_VIT,
+            {"num_attention_heads": 5},
+            "embed_dim 8 is not a multiple of num_heads 5",
+        ),
         (TIMM_SWIN, {"model_args": {"act_layer": "quick_gelu"}}, "act_layer is 'quick_gelu'"),
     ],
 )
