@@ -24,6 +24,7 @@ import argparse
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,21 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["1000", "3000", "all"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=16_000, help="image-steps of a method")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="picture to write")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    if BASELINE not in arguments.methods:
+        parser.error(f"--methods needs {BASELINE!r}, with which the others are compared")
 
     for size in arguments.sizes:
         for seed in arguments.seeds:
             folder = arguments.workdir / size / f"seed_{seed}"
             run_methods(arguments, folder, arguments.pictures / size, seed)
     found = {size: figures(arguments, size) for size in arguments.sizes}
-    print("\n".join(table(found)))
-    draw(found, arguments.out)
+    print("\n".join(table(found, arguments.methods)))
+    draw(found, arguments.methods, arguments.out)
     machine = describe_device()
     print(f"\n{arguments.steps} image-steps, {len(arguments.seeds)} seeds; {machine}")
     if arguments.json:
@@ -102,8 +106,12 @@ def run_methods(
     thirds = {"supernet.epochs": epochs / 3, "finetune.epochs": epochs / 3}
     compress = "pretrain compress finetune evaluate report"
     run("closed", dense, compress, **{"budget.macs": BUDGETS, "finetune.epochs": epochs})
-    flora("published", dense, 1, **halves | {"supernet_sampling": "low_rank_aware"})
-    flora("improved", dense, 1, "calibrate", **halves)
+    if "published" in arguments.methods:
+        flora("published", dense, 1, **halves | {"supernet_sampling": "low_rank_aware"})
+    if "improved" in arguments.methods:
+        flora("improved", dense, 1, "calibrate", **halves)
+    if "closed then FLORA" not in arguments.methods:
+        return
     half = {"budget.macs": HALF_STRENGTH, "finetune.epochs": epochs / 3}
     run("closed_half", dense, compress, **half)
     result = read_json(folder / "closed_half" / "result.json")
@@ -117,7 +125,7 @@ def figures(arguments: argparse.Namespace, size: str) -> dict[str, dict]:
     emojis = emojis_of(arguments.pictures / size, folders[0])
     dense = named_entries(read_json(folders[0] / "dense" / "result.json"))["dense"]
     results, macs = {}, {}
-    for method in METHODS:
+    for method in arguments.methods:
         paths = [folder / method / "test_images.safetensors" for folder in folders]
         pooled = mean_over_seeds(paths)
         entries = [named_entries(read_json(folder / method / "result.json")) for folder in folders]
@@ -157,7 +165,7 @@ def interval(differences: np.ndarray, groups: np.ndarray) -> tuple[float, float,
     return float(differences.mean()), *map(float, np.percentile(means, (2.5, 97.5)))
 
 
-def table(found: dict[str, dict]) -> list[str]:
+def table(found: dict[str, dict], methods: Sequence[str]) -> list[str]:
     lines = [
         f"| pictures | MACs | method | top-1 % | against dense | against {BASELINE} |",
         "|---|---|---|---|---|---|",
@@ -165,7 +173,7 @@ def table(found: dict[str, dict]) -> list[str]:
     for size, entries in found.items():
         lines.append(f"| {size} | 100 % | dense | {100 * entries['dense']['top1']:.2f} | | |")
         for _, budget in BUDGETS:
-            for method in METHODS:
+            for method in methods:
                 entry = entries[f"{method} {budget:g}"]
                 differences = [
                     difference_text(in_points(entry[f"against_{other}"]))
@@ -178,12 +186,12 @@ def table(found: dict[str, dict]) -> list[str]:
     return lines
 
 
-def draw(found: dict[str, dict], path: pathlib.Path) -> None:
+def draw(found: dict[str, dict], methods: Sequence[str], path: pathlib.Path) -> None:
     """Points of top-1 against the closed form, over the sets of pictures, a panel a budget."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, len(BUDGETS), sharey=True)
     for ax, (_, budget) in zip(axes, BUDGETS, strict=True):
-        for i, method in enumerate(method for method in METHODS if method != BASELINE):
+        for i, method in enumerate(method for method in methods if method != BASELINE):
             entries = [entries[f"{method} {budget:g}"] for entries in found.values()]
             middle, low, high = np.array([in_points(e[f"against_{BASELINE}"]) for e in entries]).T
             places = np.arange(len(found)) + 0.08 * (i - 1)
