@@ -176,7 +176,7 @@ def table(found: dict[str, dict], methods: Sequence[str]) -> list[str]:
             for method in methods:
                 entry = entries[f"{method} {budget:g}"]
                 differences = [
-                    difference_text(in_points(entry[f"against_{other}"]))
+                    difference_text(in_points(entry[f"against_{other}"])) if other != method else ""
                     for other in ("dense", BASELINE)
                 ]
                 lines.append(
@@ -199,6 +199,7 @@ def draw(found: dict[str, dict], methods: Sequence[str], path: pathlib.Path) -> 
             ax.errorbar(places, middle, yerr=errors, marker="o", capsize=3, label=method)
         ax.axhline(0, color="0.4", linestyle="--", linewidth=1)
         ax.set_xticks(np.arange(len(found)), list(found))
+        ax.set_xlim(-0.5, len(found) - 0.5)
         ax.set_xlabel("pictures to train with")
         ax.set_title(f"at {100 * budget:g} % of the multiply-adds")
         ax.spines[["top", "right"]].set_visible(False)

@@ -72,7 +72,7 @@ def added_up(batches: Iterable[Mapping[str, jax.Array]]) -> Sums:
     all_x, all_t = (own + count[:, None] * at for own, at in ((x, at_x), (t, at_t)))
     products["xx"] += at_x.T @ x + all_x.T @ at_x
     products["xt"] += at_x.T @ t + all_x.T @ at_t
-    return {"count": count.sum(), "x": all_x.sum(0), "t": all_t.sum(0), **products}
+    return {"count": np.asarray(count.sum()), "x": all_x.sum(0), "t": all_t.sum(0), **products}
 
 
 def fit_layer(

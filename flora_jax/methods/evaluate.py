@@ -133,10 +133,10 @@ def _milliseconds(
     is installed.
     """
     if latency is not None:
-        runs_it = engine_of(latency.engine, run.settings.finetune.compute_dtype)
-        times = time_specs(specs | {"dense": run.spec}, runs_it, latency.batch_size)
+        named = engine_of(latency.engine, run.settings.finetune.compute_dtype)
+        times = time_specs(specs | {"dense": run.spec}, named, latency.batch_size)
         scaled = {n: latency.dense_ms * median_ratio(times[n], times["dense"]) for n in specs}
-        return scaled, f"{runs_it}, batch {latency.batch_size}"
+        return scaled, f"{named}, batch {latency.batch_size}"
     if (engine := onnx_runtime()) is None or not is_first():
         return {}, ""
     models = {n: folder.load_model(run.folder / path) for _, n, path, _ in finished_models(run)}
