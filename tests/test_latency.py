@@ -157,8 +157,10 @@ def test_networks_are_timed_in_turn(tiny_spec, dtype, monkeypatch):
 def test_engines_have_names(monkeypatch):
     everything, _ = engines.installed_engines()
     assert {engine.key for engine in everything} <= set(ENGINES)
-    monkeypatch.setattr(engines, "installed_engines", lambda dtype: (everything[:1], ["a hint"]))
-    with pytest.raises(InputError, match=r"OpenVINO int8 cannot run here, but jax can; a hint"):
+    hints = [f"{name} is left out: a hint" for name in ("OpenVINO", "PyTorch")]
+    monkeypatch.setattr(engines, "installed_engines", lambda dtype: (everything[:1], hints))
+    message = r"'openvino_int8' cannot run here, but jax can; OpenVINO is left out: a hint$"
+    with pytest.raises(InputError, match=message):
         engine_of("openvino_int8")
 
 

@@ -88,7 +88,8 @@ def engine_of(key: str, dtype: str = "float32") -> Engine:
         if engine.key == key:
             return engine
     here = ", ".join(engine.key for engine in engines)
-    raise InputError(f"{ENGINES[key]} cannot run here, but {here} can; {'; '.join(hints)}")
+    own = [hint for hint in hints if ENGINES[key].startswith(hint.partition(" is left out")[0])]
+    raise InputError("; ".join([f"latency.engine {key!r} cannot run here, but {here} can", *own]))
 
 
 def onnx_runtime() -> Engine | None:
