@@ -67,6 +67,12 @@ def test_table_of_an_ideal_engine_is_macs(ideal_engine, tiny_spec, family):
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
+def test_ranks_that_save_nothing_change_nothing(ideal_engine, tiny_spec):
+    space = flora.RankSpace.regular(tiny_spec, (7 / 8, 1))
+    table = measure(space.variants(), ideal_engine, BATCH, rounds=3)
+    assert table.cost.least == table.cost(space.full_rank_genes) == 1e6 * table.full_ms
+
+
 @pytest.mark.parametrize("spec", [TINY_SWIN, None], ids=["swin", "vit"])
 def test_table_of_the_closed_form(ideal_engine, tiny_spec, spec):
     spec = spec or tiny_spec

@@ -10,7 +10,6 @@ how much the sum of all changes is off, and all are scaled by that.
 
 import dataclasses
 import logging
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -83,10 +82,11 @@ def measure(
       rounds: of the networks in turn.
     """
     costs, largest = variants.macs.layers, variants.largest
-    kinds = defaultdict[int, list[int]](list)
+    kinds: dict[int, list[int]] = {}
     for group, kind in enumerate(variants.kinds):
-        kinds[kind].append(group)
+        kinds.setdefault(kind, []).append(group)
     measured = {kind: _measured(costs[groups[0]]) for kind, groups in kinds.items()}
+    kinds = {kind: groups for kind, groups in kinds.items() if measured[kind]}
     full = variants.spec_of(largest)
     changes: list[np.ndarray] = [np.zeros(len(cost)) for cost in costs]
     log.info("latency: %d kinds of choices, %d images in %s", len(kinds), batch_size, engine)
@@ -111,7 +111,7 @@ def measure(
         times = time_specs(specs, engine, batch_size, rounds)
         progress.update(1)
     summed = sum(change[choice] for change, choice in zip(changes, middle, strict=True))
-    scale = (median_ratio(times["middle"], times["full"]) - 1) / summed
+    scale = (median_ratio(times["middle"], times["full"]) - 1) / summed if summed else 1.0
     full_ms = float(np.median(times["full"]))
     return LatencyTable(
         engine=engine.key,
@@ -124,8 +124,10 @@ def measure(
 
 
 def _measured(cost: np.ndarray) -> list[int]:
-    """The choices of a group that are measured, ascending, of those below the largest."""
+    """The choices of a group that are measured, ascending, of those cheaper than the last."""
     cheaper = np.flatnonzero(cost < cost[-1])
+    if not cheaper.size:
+        return []
     return sorted({int(cheaper[round(share * (len(cheaper) - 1))]) for share in _MEASURED})
 
 
