@@ -142,19 +142,51 @@ def test_what_cannot_be(weights, pictures):
             settings_of(config_of(weights, pictures, **change))
 
 
-def test_too_few_pictures_and_a_compressed_model_are_no_start(weights, pictures, tmp_path):
+def test_too_few_pictures_and_low_rank_layers_are_no_start(weights, pictures, tmp_path):
     for i in range(6):
         picture = np.full((9, 9, 3), 40 * i, np.uint8)
         save(tmp_path / "few" / "ab"[i % 2] / f"{i}.png", picture)
     with pytest.raises(ValueError, match=r"leaves 3 images to train with.*at least 8 are needed"):
         settings_of(config_of(weights, tmp_path / "few"))
     spec = flora.read_spec(weights)
-    compressed = flora.create(spec.with_ranks((3,) * len(spec.layers)))
-    flora.save(compressed, tmp_path / "compressed")
-    flora.export_torch(compressed, tmp_path / "torch")
-    for name in ("compressed", "torch"):
-        with pytest.raises(ValueError, match=r"a dense one is needed.*--config=transfer trains it"):
+    low_rank = flora.create(spec.with_ranks((3,) * len(spec.layers)))
+    flora.save(low_rank, tmp_path / "low_rank")
+    flora.export_torch(low_rank, tmp_path / "torch")
+    for name in ("low_rank", "torch"):
+        with pytest.raises(ValueError, match=r"low-rank layers.*--config=transfer trains it"):
             settings_of(config_of(tmp_path / name, pictures))
+
+
+@pytest.fixture(scope="module")
+def fewer_units(weights, tmp_path_factory):
+    """A network of blocks that are not alike, as the closed form and ViT-Slim leave them."""
+    folder = tmp_path_factory.mktemp("fewer_units")
+    spec = flora.read_spec(weights).with_classes(3)
+    blocks = [dataclasses.replace(b, mlp_dim=b.mlp_dim - i - 1) for i, b in enumerate(spec.blocks)]
+    flora.save(flora.create(dataclasses.replace(spec, blocks=tuple(blocks))), folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", [minutes, yours])
+def test_a_network_of_fewer_heads_and_units_is_a_start(config, fewer_units, pictures):
+    """Which a run reads again from its own folder."""
+    values = config.get_config()
+    values.pretrained, values.data.name = str(fewer_units), f"folder:{pictures}"
+    settings = settings_of(values)
+    assert settings.model == flora.read_spec(fewer_units)
+    assert not settings.trains_dense
+    assert Settings.from_config(json.loads(json.dumps(settings.to_config()))) == settings
+    check(settings)
+
+
+def test_cut_tokens_are_those_of_one_size(fewer_units, pictures, tmp_path):
+    spec = flora.read_spec(fewer_units)
+    kept = dataclasses.replace(spec.blocks[-1], tokens=(0, 1, 2))
+    cut = dataclasses.replace(spec, blocks=(*spec.blocks[:-1], kept))
+    flora.save(flora.create(cut), tmp_path)
+    assert settings_of(config_of(tmp_path, pictures)).model == cut
+    with pytest.raises(ValueError, match=r"image_size 28: .* has cut tokens out of images of 42"):
+        settings_of(config_of(tmp_path, pictures, image_size=28))
 
 
 @pytest.mark.parametrize("config", [minutes, yours])

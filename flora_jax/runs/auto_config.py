@@ -81,6 +81,11 @@ def closed(config: Mapping) -> dict[str, Any]:
         class_names = ()  # labels, numbers or an embedding are what the weights are for
     num_classes = len(class_names)
     size = size or whole_patches(preprocessing.image_size, weights.patch_size)
+    if size != weights.image_size and any(block.tokens is not None for block in weights.blocks):
+        raise InputError(
+            f"image_size {size}: {values['pretrained']} has cut tokens out of images of "
+            f"{weights.image_size} pixels, and has no others"
+        )
     spec = dataclasses.replace(weights, image_size=size)
     if num_classes and num_classes != weights.num_classes:
         spec = spec.with_classes(num_classes)
@@ -125,16 +130,16 @@ def closed(config: Mapping) -> dict[str, Any]:
     for name, value in chosen.items():
         if name.partition(".")[0] not in {*measured} - trained:
             log.info("  %s = %s", name, value)
-    values["model"] = {k: v for k, v in spec_to_json(spec).items() if k != "blocks"}
+    values["model"] = spec_to_json(spec)
     return values
 
 
 def _read_weights(path: str, name: str | None) -> tuple[Spec, Preprocessing]:
     """The network of the weights, and the preprocessing of its pictures."""
     spec = spec_of_config({"architecture": name}) if name else read_spec(path)
-    if spec != dataclasses.replace(spec, blocks=()):
+    if any(rank is not None for rank in spec.ranks):
         raise InputError(
-            f"{path} holds a compressed model; a dense one is needed to start from. As it is, "
+            f"{path} has low-rank layers; to start from, all must be dense. As it is, "
             f"--config=transfer trains it on other classes"
         )
     preprocessing = read_preprocessing(path)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flora_jax.data.augment import Augmentation
 from flora_jax.errors import InputError, did_you_mean, plain
 from flora_jax.models.spec import Spec
-from flora_jax.models.spec_json import spec_from_json
+from flora_jax.models.spec_json import spec_from_json, spec_to_json
 
 T = TypeVar("T")
 
@@ -69,9 +69,11 @@ def _holds_text(value) -> bool:
 def _write(value):
     if isinstance(value, Augmentation):
         return {"name": value.name, **value.changes}
-    if isinstance(value, Spec):  # a dense network of equal blocks
+    if isinstance(value, Spec):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        del fields["blocks"]
+        fields["blocks"] = spec_to_json(value)["blocks"]
+        if value == dataclasses.replace(value, blocks=()):
+            del fields["blocks"]  # all as the other fields make them
         return {"family": value.family, **fields}
     return to_mapping(value) if dataclasses.is_dataclass(value) else value
 
