@@ -77,7 +77,7 @@ def run_local(config: ConfigDict) -> ConfigDict:
     config.refuse_near_chance = False  # seconds of training teach little
     config.search.update({"generations": 3, "population": 8, "parents": 4})
     config.search.update({"mutants": 3, "crossovers": 3})
-    short = {"epochs": 6.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
+    short = {"epochs": 3.0, "warmup_epochs": 0.0, "batch_size": 32, "learning_rate": 6e-2}
     short |= NO_MIXING
     for stage in (
         *(config.pretrain, config.slim.gates, config.slim.retrain),

@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import math
 import os
 import pathlib
@@ -12,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "",  # gone in it
     )
 )
@@ -65,6 +67,13 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=place)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector looks at what comes after, and more seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_fit_the_memory_map():
     """Linux gives a process 65,530 maps, a compiled program takes several: without any it dies."""
@@ -74,7 +83,7 @@ def programs_fit_the_memory_map():
         jax.clear_caches()
 
 
-hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("same")
 
 

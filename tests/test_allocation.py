@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_jax as flora
@@ -33,7 +33,6 @@ groups = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(groups, st.lists(st.integers(0, 60), min_size=1, max_size=4), st.sampled_from([1, 7, 1000]))
 def test_knapsack_against_brute_force(options, spare, unit):
     losses = [np.array([loss for loss, _ in group], float) for group in options]
@@ -189,7 +188,6 @@ def test_single_image_serves_both_ways(supernet, tiny_images):
     np.testing.assert_allclose(sensitivity.of_choices()[0][0], sensitivity.loss(genes), atol=1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_path_of_prices_is_nested_and_optimal_at_its_costs(tiny_space, seed):
     rng = np.random.default_rng(seed)

@@ -118,7 +118,8 @@ def golden(name):
 
 
 # Not those that differ from another in their classifier, activation or eps alone.
-ALIKE = {"timm_augreg_no_head", "timm_clip", "hf_siglip", "hf_vit_no_head"}
+ALIKE = {"timm_augreg_no_head", "timm_clip", "hf_siglip", "hf_vit_no_head", "hf_beit"}
+ALIKE |= {"hf_dinov2", "hf_dinov2_registers"}
 GOLDENS = [
     n
     for n in (*modern.SPECS, "timm_tiny_vit", "flora_deit", "flora_swin", "timm_swin_v2")

@@ -26,7 +26,6 @@ from tests.helpers.searching import (
     closeness,
     metrics,
     search,
-    unhurried,
 )
 
 
@@ -66,7 +65,6 @@ def test_candidates_are_legal_distinct_and_recorded(tmp_path):
     assert best == best_inside(history, RANGE)
 
 
-@unhurried
 @given(seed=st.integers(0, 2**32), touching=st.booleans(), with_first=st.booleans())
 def test_serves_every_range(tmp_path_factory, seed, touching, with_first):
     path = tmp_path_factory.mktemp("ranges") / "history.jsonl"
@@ -253,7 +251,6 @@ def test_resumes_at_every_generation(tmp_path, finished, generations_left, tail,
     assert bool(caplog.records) == (tail != b"")
 
 
-@unhurried
 @given(st.data())
 def test_resumes_after_a_cut_anywhere(tmp_path_factory, finished, data):
     change, content, winners = finished

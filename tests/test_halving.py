@@ -23,7 +23,6 @@ from tests.helpers.searching import (
     TARGET,
     best_inside,
     search,
-    unhurried,
 )
 from tests.helpers.searching import closeness as mean_score
 
@@ -159,7 +158,7 @@ def test_a_part_of_the_images_wins_nothing(finished):
         assert candidate.top1 == pytest.approx(noise.mean())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_goes_on_after_a_cut_anywhere(tmp_path_factory, finished, data):
     winners, content, _ = finished
@@ -250,7 +249,6 @@ def test_the_nearest_kept_triples():
     np.testing.assert_array_equal(nearest_kept(space, found), found)
 
 
-@unhurried
 @given(st.integers(0, 2**32), st.integers(1, 40))
 def test_neighbours_are_kept_and_near(seed, count):
     rng = np.random.default_rng(seed)

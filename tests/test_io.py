@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import flora_jax as flora
@@ -146,7 +146,6 @@ WHOLE = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
 @given(cut=st.integers(0, len(WHOLE)), durable=st.booleans())
-@settings(deadline=None)
 def test_a_file_cut_anywhere_goes_on(cut, durable):
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "metrics.jsonl"

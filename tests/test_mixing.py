@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import flora_jax as flora
 from flora_jax.cluster.mesh import make_mesh
 from flora_jax.data.normalize import Normalization
 from flora_jax.models import functional
@@ -16,7 +15,7 @@ from flora_jax.training.losses import task_loss
 from flora_jax.training.mixing import mix
 from flora_jax.training.settings import TrainSettings
 from flora_jax.training.step import initial_state, make_step
-from tests.helpers.networks import ONE_BLOCK
+from tests.helpers.networks import ONE_BLOCK, logits, random_model
 
 SIZE, BATCH = 16, 4
 # Image i is filled with the value i, so that a pixel tells where it comes from.
@@ -31,7 +30,7 @@ def mixed(seed, mixup, cutmix):
     return jax.tree.map(np.asarray, compiled(jax.random.key(seed), IMAGES, TARGETS, mixup, cutmix))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31 - 1), alphas=st.sampled_from([(0.8, 0), (0, 1.0), (0.8, 1.0)]))
 def test_targets_tell_the_share_of_the_pixels(seed, alphas):
     images, targets = mixed(seed, *alphas)
@@ -77,9 +76,10 @@ def test_mean_share_is_that_of_the_distribution():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_step_learns_from_mixed_images(accumulate):
-    structure, parameters = functional.split(flora.create(ONE_BLOCK))
+@pytest.mark.parametrize(("accumulate", "seeds"), [(1, (0, 1)), (2, (0,))])
+def test_the_step_learns_from_mixed_images(accumulate, seeds):
+    model = random_model(ONE_BLOCK)
+    structure, parameters = functional.split(model)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 8, 8, 3), np.uint8)
     batch = {"image": images, "label": np.array([0, 1, 2, 0], np.int32)}
@@ -87,14 +87,14 @@ def test_the_step_learns_from_mixed_images(accumulate):
         steps=5, batch_size=4, learning_rate=1e-3, mixup=0.8, cutmix=1.0, accumulate=accumulate
     )
     normalization, losses = Normalization(), []
-    for seed in (0, 1):
+    for seed in seeds:
         seeded = dataclasses.replace(recipe, seed=seed)
         step = make_step(structure, seeded, normalization, make_mesh())
         _, metrics = step(initial_state(structure, parameters, seeded), batch, None, None)
         key = jax.random.fold_in(jax.random.key(seed), 0)
         targets = jax.nn.one_hot(batch["label"], 3)
-        mixed_images, mixed_targets = mix(key, normalization(images), targets, 0.8, 1.0)
-        logits = functional.merge(structure, parameters)(mixed_images)
-        np.testing.assert_allclose(metrics[0], task_loss(logits, mixed_targets), rtol=1e-5)
+        mixed_images, mixed_targets = compiled(key, normalization(images), targets, 0.8, 1.0)
+        found = logits(model, mixed_images)
+        np.testing.assert_allclose(metrics[0], task_loss(found, mixed_targets), rtol=1e-5)
         losses.append(float(metrics[0]))
-    assert losses[0] != losses[1]
+    assert len(set(losses)) == len(seeds)

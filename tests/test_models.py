@@ -80,7 +80,7 @@ def norm_macs(spec) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(spec=vit_specs() | swin_specs())
 def test_costs_are_those_of_the_model(spec, count_macs):
     structure, parameters = functional.split(create_abstract(spec))
@@ -131,7 +131,6 @@ def test_bad_spec(fields, message):
         ViTSpec(**fields)
 
 
-@settings(deadline=None, derandomize=True)
 @given(size=st.integers(1, 60), multiple=st.integers(1, 20))
 def test_the_size_named_in_the_message_is_the_nearest(size, multiple):
     for names in (("image_size", "patch_size"), ("embed_dim", "num_heads")):
@@ -219,7 +218,7 @@ def test_with_parameters_of_another_model(tiny_model):
         functional.with_parameters(tiny_model, parameters | {"head.bias": np.zeros(4)})
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(spec=vit_specs() | swin_specs())
 def test_spec_survives_json(spec):
     again = spec_from_json(json.loads(json.dumps(spec_to_json(spec))))

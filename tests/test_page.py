@@ -296,7 +296,7 @@ def test_costs_have_their_unit(cost, scale, label):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.tuples(st.floats(4e9, 18e9), st.floats(0.75, 0.82)), min_size=2, max_size=9))
 def test_labels_of_points_never_overlap(values):
     points = {f"subnet {i}": value for i, value in enumerate(values)}

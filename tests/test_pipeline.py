@@ -136,10 +136,10 @@ def test_one_stage_alone(own_run, finished_run):
     assert "report" not in json.loads((own_run / "stages.json").read_text())
 
 
-def test_the_uniform_baseline_trained_alone(own_run, finished_run):
-    done = run_flora(own_run, "--config.uniform_baseline=alone")
-    assert done.returncode == 0, done.stderr
-    assert "extract, finetune, evaluate are done anew" in done.stderr
+def test_the_uniform_baseline_trained_alone(own_run, finished_run, caplog):
+    caplog.set_level("INFO", "flora_jax")
+    start.run(tiny_config(uniform_baseline="alone"), own_run)
+    assert "extract, finetune, evaluate are done anew" in caplog.text
     result = json.loads((own_run / "result.json").read_text())
     expected = json.loads((finished_run / "result.json").read_text())
     against, expected_against = (r["subnet"].pop("against") for r in (result, expected))
@@ -189,7 +189,8 @@ def test_another_family_from_end_to_end(of_family, depths, most, tmp_path):
     config.search.update({"generations": 2, "population": 6, "parents": 3})
     config.search.update({"mutants": 2, "crossovers": 2})
     config.uniform_baseline = "none"
-    config.stages = tuple(name for name in IMPROVED_STAGES if name != "allocate")
+    left_out = {"allocate"} | ({"filter"} if of_family is digits_tiny_vit else set())
+    config.stages = tuple(name for name in IMPROVED_STAGES if name not in left_out)
     start.run(config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"dense", "subnet", "data"}  # no baseline

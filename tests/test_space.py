@@ -233,7 +233,7 @@ def spaces(draw):
 
 
 @given(spaces(), st.data(), st.sampled_from([2**17, 40]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_ranges(space, data, max_cells):
     lo, hi = space.macs_range()
     bounds = st.integers(lo - 50, hi + 50)

@@ -276,7 +276,6 @@ def test_a_file_holds_the_steps_that_begin_in_its_epoch(stored, description):
     st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
     st.integers(1, 60),
 )
-@settings(derandomize=True, deadline=None)
 def test_every_step_lies_in_one_epoch(images_and_batch, steps):
     num_images, batch_size = images_and_batch
     description = dataclasses.replace(
@@ -337,7 +336,7 @@ def test_the_loss_is_that_of_the_teacher_at_hand(tmp_path, teacher, accumulate):
 
 @pytest.mark.slow
 @given(st.data())
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_soft_targets(data):
     """Against numpy in float64, for predictions from flat to certain."""
     num_classes = data.draw(st.integers(1, 12))

@@ -63,7 +63,7 @@ def test_full_rank_is_the_dense_model(tiny_model, tiny_space, tiny_images, imple
     np.testing.assert_allclose(supernet.network(tiny_images), tiny_model(tiny_images), atol=1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(genes=st.lists(st.integers(0, 2), min_size=6, max_size=6))
 def test_extracted_network_is_the_supernet_at_these_genes(supernet, tiny_space, tiny_images, genes):
     subnet = flora.extract(supernet, genes)

@@ -195,7 +195,7 @@ def test_costs(count_macs):
     assert flora.num_params(spec) == size(network)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid_size=st.integers(1, 6), window_size=st.integers(1, 7), shift=st.integers(0, 3))
 def test_windows_join_to_what_was_cut(grid_size, window_size, shift):
     windows = Windows(grid_size, window_size, shift)

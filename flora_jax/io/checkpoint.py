@@ -75,7 +75,7 @@ class Checkpoints:
         if folder.exists():
             raise ValueError(f"{folder} already exists: restore first, then save later steps")
         # On CPU Orbax writes from the arrays' buffers; elsewhere it copies itself.
-        copy = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+        copy = _copied(state) if jax.default_backend() == "cpu" else state
         response = ocp.save_async(folder, copy)
         self._pending = self._thread.submit(self._complete, folder, response)
 
@@ -200,6 +200,11 @@ def read_parameters(directory: epath.PathLike) -> Parameters:
     wanted = "parameters" if saved["average"] is None else "average"
     target = jax.tree.map(lambda _: ocp.PLACEHOLDER, dict(saved))
     return ocp.load(path, target | {wanted: _on_the_host(saved[wanted])})[wanted]
+
+
+@jax.jit
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _on_the_host(tree):

@@ -46,12 +46,12 @@ def initial_state(
     structure: Structure, parameters: Parameters, settings: TrainSettings
 ) -> TrainState:
     """The state at step 0, with a copy of the parameters, for a step donates its state."""
-    parameters = jax.tree.map(jnp.copy, parameters)
+    parameters = jax.device_put(parameters, may_alias=False)
     return TrainState(
         step=jnp.int32(0),
         parameters=parameters,
         optimizer=make_optimizer(settings, structure.undecayed).init(parameters),
-        average=jax.tree.map(jnp.copy, parameters) if settings.ema_decay else None,
+        average=jax.device_put(parameters, may_alias=False) if settings.ema_decay else None,
     )
 
 

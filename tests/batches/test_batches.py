@@ -20,7 +20,7 @@ from tests.helpers.batches import (
     take_eval,
 )
 
-repeatable = settings(derandomize=True, deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
 class AddNoise:
@@ -50,7 +50,7 @@ def test_train_batches_have_the_promised_shapes_and_types(digits):
     assert (batch["label"].shape, batch["label"].dtype) == ((3,), np.int32)
 
 
-@repeatable
+@few
 @given(
     process_count=st.sampled_from([1, 2, 4]),
     start_step=st.integers(0, 12),
@@ -129,7 +129,7 @@ def test_train_batches_errors():
         batches.train_batches(numbered_source(9), AddNoise(), 8, seed=0, process_count=3)
 
 
-@repeatable
+@few
 @given(size=st.integers(1, 20), batch_size=st.integers(1, 24))
 def test_eval_batches_cover_every_image_once_in_order(size, batch_size):
     source = numbered_source(size)

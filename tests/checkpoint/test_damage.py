@@ -103,7 +103,7 @@ def test_reading_parameters_passes_over_a_damaged_step_and_changes_nothing(run, 
     assert files(run) == before
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_no_flipped_bit_passes(saved, data):
     """In any file of a step, at any place."""

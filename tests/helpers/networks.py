@@ -63,16 +63,16 @@ def random_model(spec, seed=0):
     return functional.with_parameters(model, values)
 
 
-def forward(structure, parameters, images):
-    return functional.merge(structure, parameters)(images)
+def forward(structure, parameters, images, genes=None):
+    return functional.merge(structure, parameters, genes)(images)
 
 
 _compiled = jax.jit(forward, static_argnums=0, compiler_options=QUICK)
 
 
-def logits(model, images):
-    """Of a model or a gated one, compiled: networks that differ in values share a program."""
-    return _compiled(*functional.split(getattr(model, "network", model)), images)
+def logits(model, images, genes=None):
+    """Of a model, a gated one or a supernet, compiled: equal shapes share a program."""
+    return _compiled(*functional.split(getattr(model, "network", model)), images, genes)
 
 
 def images_of(spec, number=2):

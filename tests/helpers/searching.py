@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-from hypothesis import settings
 
 from flora_jax.flora import evolution
 from flora_jax.flora.cost import Cost
@@ -31,9 +30,6 @@ FIRST = np.concatenate(
         SPACE.sample_within(np.random.default_rng(1), 2, (MOST, MOST)),
     ]
 )
-
-# Whole searches and synced files take long on a machine that does other things too.
-unhurried = settings(deadline=None)
 
 
 def closeness(genes):

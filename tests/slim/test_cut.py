@@ -18,7 +18,7 @@ from tests.helpers.slimming import check_costs, gated_model, random_masks, with_
 pytestmark = pytest.mark.slow
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**32 - 1),
     distilled=st.booleans(),
@@ -31,7 +31,7 @@ def test_cut_is_masked(seed, distilled, qkv_bias, tile, count_macs):
     check_cut(gated_model(spec), random_masks(spec, rng), tile, count_macs)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), qkv_bias=st.booleans(), tile=st.sampled_from([1, 3]))
 def test_cut_is_masked_on_a_swin(seed, qkv_bias, tile, count_macs):
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from flora_jax.cluster.mesh import make_mesh
 from flora_jax.models import functional
 from flora_jax.training.losses import feature_error, task_loss
 from flora_jax.training.step import initial_state, make_step
-from tests.helpers.networks import TWO_BLOCKS
+from tests.helpers.networks import TWO_BLOCKS, logits
 from tests.helpers.training import NORMALIZATION, SETTINGS, batch_of
 
 SPEC = TWO_BLOCKS
@@ -31,10 +31,11 @@ def test_it_is_added_to_the_soft_targets():
     student, teacher = flora.create(SPEC, seed=1), flora.create(SPEC, seed=2)
     batch = batch_of(0)
     images = NORMALIZATION(jnp.asarray(batch["image"]))
-    soft = task_loss(student(images), jax.nn.softmax(teacher(images)))
-    error = feature_error(student.features(images), teacher.features(images))
     structure, parameters = functional.split(student)
     teacher_structure, teacher_parameters = functional.split(teacher)
+    soft = task_loss(logits(student, images), jax.nn.softmax(logits(teacher, images)))
+    features = jax.jit(lambda parameters: functional.merge(structure, parameters).features(images))
+    error = feature_error(features(parameters), features(teacher_parameters))
     settings = dataclasses.replace(SETTINGS, distill_features=0.7)
     step = make_step(structure, settings, NORMALIZATION, make_mesh(), teacher_structure)
     state = initial_state(structure, parameters, settings)
