@@ -33,7 +33,7 @@ def image_set(start: int, stop: int) -> flora.ImageSet:
 def test_the_examples_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsys):
     """On a dense model that is trained here, as the demo leaves one behind."""
     monkeypatch.chdir(tmp_path)
-    recipe = flora.Recipe(epochs=16, batch_size=50, learning_rate=0.04, warmup_epochs=1)
+    recipe = flora.Recipe(epochs=10, batch_size=50, learning_rate=0.04, warmup_epochs=1)
     dense = flora.train(
         flora.create(DIGITS),
         image_set(0, 1200),
