@@ -162,7 +162,10 @@ def fewer_units(weights, tmp_path_factory):
     """A network of blocks that are not alike, as the closed form and ViT-Slim leave them."""
     folder = tmp_path_factory.mktemp("fewer_units")
     spec = flora.read_spec(weights).with_classes(3)
-    blocks = [dataclasses.replace(b, mlp_dim=b.mlp_dim - i - 1) for i, b in enumerate(spec.blocks)]
+    blocks = [
+        dataclasses.replace(b, head_dim=b.head_dim - i, mlp_dim=b.mlp_dim - i - 1)
+        for i, b in enumerate(spec.blocks)
+    ]
     flora.save(flora.create(dataclasses.replace(spec, blocks=tuple(blocks))), folder)
     return folder
 
